@@ -1,0 +1,151 @@
+// Cuts tensors into units of work, units into tiles that stay in the first-level cache, and ragged ends into blocks.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "pocketzo/kernels.h"
+#include "pool.h"
+#include "sets.h"
+
+#if defined(POCKETZO_X86_64)
+#include <immintrin.h>
+#endif
+
+namespace pocketzo {
+namespace {
+
+constexpr std::uint64_t kBlock = 64;          // elements
+constexpr std::uint64_t kTile = 1u << 12;     // 16 KiB: fits the L1 of an in-order core beside the stack
+constexpr std::uint64_t kUnit = 1u << 16;     // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
+constexpr std::size_t kKeptKeys = 8;          // a unit keeps the subkeys of so many terms instead of making them a tile
+constexpr std::uint64_t kMaxElement = ~std::uint64_t{0};
+
+// A subkey serves 2^34 elements of normals and 2^39 of signs; units are cut at multiples of kUnit and straddle neither.
+Key key_at(const Term& term, std::uint32_t tensor, std::uint64_t element) noexcept {
+  const std::uint32_t window = term.direction == Direction::gaussian
+                                   ? static_cast<std::uint32_t>(element >> 34)
+                                   : static_cast<std::uint32_t>(element >> 39) | 0x80000000u;
+  return subkey(term.seed, tensor, term.draw, window);
+}
+
+// Subnormals count and rounding is to nearest, whatever the calling thread has set.
+class FloatMode {
+ public:
+#if defined(POCKETZO_X86_64)
+  FloatMode() noexcept : before_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~FloatMode() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(POCKETZO_AARCH64) && (defined(__GNUC__) || defined(__clang__))
+  FloatMode() noexcept {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(std::uint64_t{0}));
+  }
+  ~FloatMode() { __asm__ volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  std::uint64_t before_;
+#else
+  FloatMode() noexcept {}
+#endif
+ public:
+  FloatMode(const FloatMode&) = delete;
+  FloatMode& operator=(const FloatMode&) = delete;
+};
+
+// n elements from logical element e. A block that is cut is worked on in a copy of the whole.
+void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w, std::uint64_t e,
+                std::uint64_t n) noexcept {
+  const auto kernel = term.direction == Direction::gaussian ? set.gaussian : set.rademacher;
+  const auto ragged = [&](float* at, std::uint64_t from, std::uint64_t count) {
+    alignas(64) float block[kBlock] = {};
+    const std::uint64_t lead = from % kBlock;
+    std::memcpy(block + lead, at, count * sizeof(float));
+    kernel({block, 16, kBlock, from / kBlock, 1, 1}, key, term.scale, term.count);
+    std::memcpy(at, block + lead, count * sizeof(float));
+  };
+  float* const start = w;
+  const std::uint64_t size = n;
+  if (e % kBlock != 0) {
+    const std::uint64_t count = std::min(n, kBlock - e % kBlock);
+    ragged(w, e, count);
+    w += count;
+    e += count;
+    n -= count;
+  }
+  if (n >= kBlock) kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale, term.count);
+  if (n % kBlock != 0) ragged(w + n - n % kBlock, e + n - n % kBlock, n % kBlock);
+  if (term.decay != 0.0f) set.shrink(start, size, term.decay);
+}
+
+struct Job {
+  const KernelSet* set;
+  const Segment* segments;
+  std::size_t segment_count;
+  const Term* terms;
+  std::size_t term_count;
+  bool write;  // the single term's z is stored
+};
+
+std::uint64_t units_of(const Segment& s) noexcept {
+  return s.size == 0 ? 0 : (s.offset + s.size - 1) / kUnit - s.offset / kUnit + 1;
+}
+
+void apply_unit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  const std::uint64_t grid = (s.offset / kUnit + number) * kUnit;
+  const std::uint64_t begin = std::max(s.offset, grid);
+  const std::uint64_t last = s.offset + s.size;
+  const std::uint64_t end = grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit);
+  Key kept[kKeptKeys];
+  const bool keep = job.term_count <= kKeptKeys;
+  for (std::size_t t = 0; keep && t < job.term_count; ++t) kept[t] = key_at(job.terms[t], s.tensor, begin);
+  const std::uint64_t tile = job.term_count == 1 ? kUnit : kTile;
+  for (std::uint64_t e = begin; e < end;) {
+    const std::uint64_t n = std::min(end - e, tile - e % tile);
+    float* w = s.data + (e - s.offset);
+    for (std::size_t t = 0; t < job.term_count; ++t) {
+      const Term& term = job.terms[t];
+      if (job.write || term.count != 0)
+        apply_term(*job.set, term, keep ? kept[t] : key_at(term, s.tensor, begin), w, e, n);
+      else if (term.decay != 0.0f)
+        job.set->shrink(w, n, term.decay);
+    }
+    e += n;
+  }
+}
+
+void work(Units& units, const void* context) noexcept {
+  const Job& job = *static_cast<const Job*>(context);
+  const FloatMode mode;
+  std::size_t at = 0;
+  std::uint64_t before = 0, unit = 0;  // units of the segments before `at`
+  while (units.take(unit)) {
+    std::uint64_t here = units_of(job.segments[at]);
+    while (unit - before >= here) {
+      before += here;
+      here = units_of(job.segments[++at]);
+    }
+    apply_unit(job, job.segments[at], unit - before);
+  }
+}
+
+void run_job(const Job& job) noexcept {
+  std::uint64_t units = 0;
+  for (std::size_t i = 0; i < job.segment_count; ++i) units += units_of(job.segments[i]);
+  if (units != 0 && job.term_count != 0) run(units, work, &job);
+}
+
+}  // namespace
+
+void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept {
+  run_job({&current(), segments, segment_count, terms, term_count, false});
+}
+
+void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept {
+  const Term term = {seed, draw, {}, 0.0f, 0, direction, {}};
+  run_job({&current(), &segment, 1, &term, 1, true});
+}
+
+}  // namespace pocketzo

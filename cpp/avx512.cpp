@@ -1,0 +1,214 @@
+// AVX-512F alone, sixteen lanes: a block is four registers. Compiled with -mavx512f, run only where dispatch.cpp saw it.
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "constants.h"
+#include "sets.h"
+
+namespace pocketzo {
+namespace {
+
+// The words of sixteen quads, one quad a lane.
+struct Words {
+  __m512i x[4];
+};
+
+constexpr int kXor3 = 0x96;    // a ^ b ^ c
+constexpr int kSelect = 0xCA;  // a ? b : c
+constexpr __mmask16 kOdd = 0xAAAA;
+
+inline __m512i broadcast(std::uint32_t v) noexcept { return _mm512_set1_epi32(static_cast<int>(v)); }
+inline __m512i high(__m512i p) noexcept { return _mm512_srli_epi64(p, 32); }
+inline __m512i xor3(__m512i a, __m512i b, __m512i c) noexcept { return _mm512_ternarylogic_epi32(a, b, c, kXor3); }
+
+// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, even and odd quads apart until the last step.
+struct State {
+  __m512i x0, x1, x2, x3;
+};
+
+class Philox {
+ public:
+  explicit Philox(const Key& key) noexcept {
+    const Schedule s(key);
+    a1_ = broadcast(s.a1);
+    b0_ = broadcast(s.b0);
+    b2_ = broadcast(s.b2);
+    c2_ = broadcast(s.c2);
+    for (int r = 0; r < 5; ++r) {
+      k0_[r] = broadcast(s.k0[r]);
+      k1_[r] = broadcast(s.k1[r]);
+    }
+  }
+
+  // Quads q .. q + 15.
+  Words words(std::uint64_t q) const noexcept {
+    const __m512i base = _mm512_set1_epi64(static_cast<long long>(q));
+    const State e = rounds(_mm512_add_epi64(base, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14)));
+    const State o = rounds(_mm512_add_epi64(base, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15)));
+    const __m512i p0e = _mm512_mul_epu32(m0_, e.x0), p1e = _mm512_mul_epu32(m1_, e.x2);
+    const __m512i p0o = _mm512_mul_epu32(m0_, o.x0), p1o = _mm512_mul_epu32(m1_, o.x2);
+    return {{xor3(join_high(p1e, p1o), join_low(e.x1, o.x1), k0_[4]), join_low(p1e, p1o),
+             xor3(join_high(p0e, p0o), join_low(e.x3, o.x3), k1_[4]), join_low(p0e, p0o)}};
+  }
+
+ private:
+  static __m512i join_low(__m512i even, __m512i odd) noexcept {
+    return _mm512_mask_blend_epi32(kOdd, even, _mm512_slli_epi64(odd, 32));
+  }
+  static __m512i join_high(__m512i even, __m512i odd) noexcept {
+    return _mm512_mask_blend_epi32(kOdd, high(even), odd);
+  }
+
+  State rounds(__m512i q) const noexcept {  // the first six
+    State s;
+    const __m512i pq = _mm512_mul_epu32(m0_, q);
+    const __m512i p = _mm512_mul_epu32(m1_, _mm512_xor_si512(high(pq), a1_));
+    s.x0 = _mm512_xor_si512(high(p), b0_);
+    s.x2 = _mm512_xor_si512(pq, b2_);
+    const __m512i p0 = _mm512_mul_epu32(m0_, s.x0), p1 = _mm512_mul_epu32(m1_, s.x2);
+    s.x0 = xor3(high(p1), p, k0_[0]);
+    s.x2 = _mm512_xor_si512(high(p0), c2_);
+    s.x1 = p1;
+    s.x3 = p0;
+    for (int r = 1; r < 4; ++r) {
+      const __m512i r0 = _mm512_mul_epu32(m0_, s.x0), r1 = _mm512_mul_epu32(m1_, s.x2);
+      s.x0 = xor3(high(r1), s.x1, k0_[r]);
+      s.x2 = xor3(high(r0), s.x3, k1_[r]);
+      s.x1 = r1;
+      s.x3 = r0;
+    }
+    return s;
+  }
+
+  __m512i m0_ = _mm512_set1_epi64(kMul0), m1_ = _mm512_set1_epi64(kMul1);
+  __m512i a1_, b0_, b2_, c2_, k0_[5], k1_[5];
+};
+
+template <int N>
+inline __m512 horner(const float (&coefficient)[N], __m512 t) noexcept {
+  __m512 p = _mm512_set1_ps(coefficient[0]);
+  for (int i = 1; i < N; ++i) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(coefficient[i]));
+  return p;
+}
+
+inline void box_muller(__m512i x, __m512i y, __m512& cosine, __m512& sine) noexcept {
+  const __m512i sign = broadcast(kSign);
+  const __m512 n = _mm512_cvtepi32_ps(_mm512_or_si512(x, _mm512_set1_epi32(1)));
+  const __m512i v = _mm512_andnot_si512(sign, _mm512_castps_si512(n));
+  const __m512i d = _mm512_sub_epi32(v, _mm512_set1_epi32(kSqrtHalf2p31));
+  const __m512 ex = _mm512_cvtepi32_ps(_mm512_srai_epi32(d, 23));
+  const __m512i m = _mm512_add_epi32(_mm512_and_si512(d, _mm512_set1_epi32(kMantissa)), _mm512_set1_epi32(kSqrtHalf));
+  const __m512 f = _mm512_sub_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(1.0f));
+  const __m512 square = _mm512_fmadd_ps(horner(kLog, f), f, _mm512_mul_ps(ex, _mm512_set1_ps(kMinusTwoLn2)));
+  const __m512i root = _mm512_castps_si512(_mm512_sqrt_ps(square));
+  const __m512 r = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, x, root, kSelect));
+  const __m512 angle = _mm512_mul_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(0x1p-31f));
+  const __m512 t = _mm512_mul_ps(angle, angle);
+  cosine = _mm512_mul_ps(r, horner(kCos, t));
+  sine = _mm512_mul_ps(r, _mm512_mul_ps(angle, horner(kSin, t)));
+}
+
+template <unsigned Count>
+struct Scales {
+  __m512 s[Count == 0 ? 1 : Count];
+  explicit Scales(const float* scale) noexcept {
+    for (unsigned i = 0; i < Count; ++i) s[i] = _mm512_set1_ps(scale[i]);
+  }
+};
+
+template <unsigned Count>
+inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
+  if constexpr (Count != 0) {
+    __m512 v = _mm512_loadu_ps(w);
+    for (unsigned i = 0; i < Count; ++i) v = _mm512_fmadd_ps(scale.s[i], z, v);
+    z = v;
+  }
+  _mm512_storeu_ps(w, z);
+}
+
+void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept {
+  const Philox philox(key);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Words k = philox.words((first + i) * 16);
+    for (unsigned j = 0; j < 4; ++j) _mm512_storeu_si512(out + 64 * i + 16 * j, k.x[j]);
+  }
+}
+
+template <unsigned Count>
+void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+  const Philox philox(key);
+  const Scales<Count> scales(scale);
+  float* w = walk.base;
+  std::uint64_t q = walk.first * 16;
+  for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride, q += walk.step * 16) {
+    const Words k = philox.words(q);
+    __m512 cosine, sine;
+    box_muller(k.x[0], k.x[1], cosine, sine);
+    update(w, cosine, scales);
+    update(w + walk.run_stride, sine, scales);
+    box_muller(k.x[2], k.x[3], cosine, sine);
+    update(w + 2 * walk.run_stride, cosine, scales);
+    update(w + 3 * walk.run_stride, sine, scales);
+  }
+}
+
+template <unsigned Count>
+void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+  const Philox philox(key);
+  const Scales<Count> scales(scale);
+  const __m512i sign = broadcast(kSign);
+  Words bits{};  // the words of one superblock of 32 blocks
+  std::uint64_t held = ~std::uint64_t{0};
+  float* block = walk.base;
+  std::uint64_t b = walk.first;
+  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, b += walk.step) {
+    if (b >> 5 != held) {
+      held = b >> 5;
+      bits = philox.words(held * 16);
+    }
+    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
+    __m512i k = _mm512_sll_epi32(bits.x[row >> 5], _mm_cvtsi32_si128(static_cast<int>(row & 31)));
+    float* w = block;
+    for (unsigned run = 0; run < 4; ++run, w += walk.run_stride, k = _mm512_add_epi32(k, k)) {
+      const __m512i flip = _mm512_and_si512(k, sign);
+      if constexpr (Count == 0) {
+        _mm512_storeu_si512(w, _mm512_xor_si512(flip, _mm512_castps_si512(_mm512_set1_ps(1.0f))));
+      } else {  // fma(s, +-1, w) is w +- s
+        __m512 v = _mm512_loadu_ps(w);
+        for (unsigned s = 0; s < Count; ++s)
+          v = _mm512_add_ps(v, _mm512_castsi512_ps(_mm512_xor_si512(flip, _mm512_castps_si512(scales.s[s]))));
+        _mm512_storeu_ps(w, v);
+      }
+    }
+  }
+}
+
+void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+  constexpr decltype(&gaussian_n<0>) kByCount[] = {gaussian_n<0>, gaussian_n<1>, gaussian_n<2>, gaussian_n<3>};
+  kByCount[scale_count](walk, key, scale);
+}
+
+void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+  constexpr decltype(&rademacher_n<0>) kByCount[] = {rademacher_n<0>, rademacher_n<1>, rademacher_n<2>,
+                                                     rademacher_n<3>};
+  kByCount[scale_count](walk, key, scale);
+}
+
+void shrink(float* w, std::size_t n, float decay) noexcept {
+  const __m512 c = _mm512_set1_ps(decay);
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 v = _mm512_loadu_ps(w + i);
+    _mm512_storeu_ps(w + i, _mm512_fnmadd_ps(c, v, v));
+  }
+  for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
+}
+
+}  // namespace
+
+const KernelSet kAvx512 = {"avx512", words, gaussian, rademacher, shrink};
+
+}  // namespace pocketzo

@@ -1,0 +1,53 @@
+// The numbers of SPEC.md, and the parts of the generator that are constant over a call.
+#pragma once
+
+#include <cstdint>
+
+#include "pocketzo/kernels.h"
+
+namespace pocketzo {
+
+// Philox4x32: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+inline constexpr std::uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u;
+inline constexpr std::uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+inline constexpr int kRounds = 7;     // words
+inline constexpr int kKeyRounds = 10;  // subkey
+
+// -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], and sin and cos of (pi/2) X as X S(X^2) and C(X^2) on [-1, 1].
+// Highest degree first, as Horner takes them.
+inline constexpr float kLog[7] = {-0x1.e743b2p-3f, 0x1.7e5152p-2f,  -0x1.a3c3ccp-2f, 0x1.fe26ccp-2f,
+                                  -0x1.5523fcp-1f, 0x1.000176p+0f, -0x1.00001p+1f};
+inline constexpr float kSin[5] = {0x1.3c4b2cp-13f, -0x1.3232fap-8f, 0x1.46676ep-4f, -0x1.4abbb6p-1f, 0x1.921fb4p+0f};
+inline constexpr float kCos[5] = {0x1.c1f066p-11f, -0x1.54f61ap-6f, 0x1.03bd06p-2f, -0x1.3bd3a6p+0f, 0x1.fffffep-1f};
+inline constexpr float kMinusTwoLn2 = -1.38629436f;
+inline constexpr std::int32_t kSqrtHalf = 0x3F3504F3;       // bits of sqrt(1/2)
+inline constexpr std::int32_t kSqrtHalf2p31 = 0x4EB504F3;  // bits of sqrt(1/2) * 2^31
+inline constexpr std::int32_t kMantissa = 0x007FFFFF;
+inline constexpr std::uint32_t kSign = 0x80000000u;
+
+// The counter of a quad is (q, K2, K3, 0) and only q varies, so half of the first two rounds is the same for every
+// quad. What remains, with p = product of a multiplier and a word, hi and lo its halves:
+//   round 1: x2 = hi(M0 q) ^ a1                        x3 = lo(M0 q)
+//   round 2: x0 = hi(M1 x2) ^ b0   x1 = lo(M1 x2)      x2 = x3 ^ b2
+//   round 3: x0' = hi(M1 x2) ^ x1 ^ k0[0]              x2' = hi(M0 x0) ^ c2
+//   rounds 4 .. 7: plain, with k0[r - 3] and k1[r - 3]
+struct Schedule {
+  std::uint32_t a1, b0, b2, c2;
+  std::uint32_t k0[5], k1[5];  // k1[0] is not used: it is part of c2
+
+  explicit Schedule(const Key& key) noexcept {
+    const std::uint64_t m1k3 = std::uint64_t{kMul1} * key.word[3];
+    const std::uint32_t x0 = static_cast<std::uint32_t>(m1k3 >> 32) ^ key.word[2] ^ key.word[0];
+    const std::uint64_t m0x0 = std::uint64_t{kMul0} * x0;
+    a1 = key.word[1];
+    b0 = static_cast<std::uint32_t>(m1k3) ^ (key.word[0] + kWeyl0);
+    b2 = static_cast<std::uint32_t>(m0x0 >> 32) ^ (key.word[1] + kWeyl1);
+    for (std::uint32_t r = 0; r < 5; ++r) {
+      k0[r] = key.word[0] + (r + 2) * kWeyl0;
+      k1[r] = key.word[1] + (r + 2) * kWeyl1;
+    }
+    c2 = static_cast<std::uint32_t>(m0x0) ^ k1[0];
+  }
+};
+
+}  // namespace pocketzo

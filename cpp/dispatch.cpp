@@ -1,0 +1,75 @@
+// Which sets this processor runs, and which one is in use.
+#include <atomic>
+#include <cstddef>
+#include <cstring>
+
+#include "pocketzo/kernels.h"
+#include "sets.h"
+
+#if defined(POCKETZO_X86_64) && defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#endif
+
+namespace pocketzo {
+namespace {
+
+#if defined(POCKETZO_X86_64) && defined(_MSC_VER)
+// The processor's word, and the system's that it saves the registers (XCR0 bits 1-2: ymm, 5-7: zmm).
+bool cpuid_bit(int leaf, int reg, int bit) noexcept {
+  int r[4];
+  __cpuidex(r, leaf, 0);
+  return (r[reg] >> bit & 1) != 0;
+}
+bool saved(unsigned long long mask) noexcept { return cpuid_bit(1, 2, 27) && (_xgetbv(0) & mask) == mask; }
+bool has_avx2() noexcept { return saved(0x06) && cpuid_bit(1, 2, 12) && cpuid_bit(7, 1, 5); }
+bool has_avx512() noexcept { return saved(0xE6) && cpuid_bit(7, 1, 16); }
+#elif defined(POCKETZO_X86_64)
+bool has_avx2() noexcept { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() noexcept { return __builtin_cpu_supports("avx512f"); }
+#endif
+
+// Best first.
+struct Available {
+  const KernelSet* set[4];
+  std::size_t count = 0;
+
+  Available() noexcept {
+#if defined(POCKETZO_X86_64)
+    if (has_avx512()) set[count++] = &kAvx512;
+    if (has_avx2()) set[count++] = &kAvx2;
+#elif defined(POCKETZO_AARCH64)
+    set[count++] = &kNeon;
+#endif
+    set[count++] = &kScalar;
+  }
+};
+
+const Available& sets() noexcept {
+  static const Available known;
+  return known;
+}
+
+std::atomic<const KernelSet*>& in_use() noexcept {
+  static std::atomic<const KernelSet*> set{sets().set[0]};
+  return set;
+}
+
+}  // namespace
+
+const KernelSet* find(const char* name) noexcept {
+  for (std::size_t i = 0; i < sets().count; ++i)
+    if (std::strcmp(sets().set[i]->name, name) == 0) return sets().set[i];
+  return nullptr;
+}
+
+std::size_t available(const KernelSet** out, std::size_t capacity) noexcept {
+  for (std::size_t i = 0; i < sets().count && i < capacity; ++i) out[i] = sets().set[i];
+  return sets().count;
+}
+
+const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+
+void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
+
+}  // namespace pocketzo

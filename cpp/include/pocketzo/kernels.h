@@ -1,0 +1,96 @@
+// PocketZO kernels: regenerate zeroth-order directions from a counter and apply them to fp32 weights in place.
+//
+// What z is, bit by bit, stands in cpp/SPEC.md; this header says how to call it. Every function is a pure function of
+// its arguments: the instruction set, the number of threads and the way a tensor is cut never change a bit.
+// Nothing here throws, prints or allocates, except `set_threads`, which starts threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pocketzo {
+
+inline constexpr int kSpecVersion = 1;
+
+enum class Direction : std::uint8_t { gaussian = 0, rademacher = 1 };
+
+// One direction and what is done with it. For every element, each line rounded to fp32:
+//   w = fma(scale[i], z, w)   for i = 0 .. count-1
+//   w = fma(-decay, w, w)     unless decay is 0
+// Several scales of one z stand for passes that would follow each other (perturb, perturb back, update): the roundings
+// are those of separate passes.
+struct Term {
+  std::uint64_t seed;
+  std::uint64_t draw;
+  float scale[3];
+  float decay;
+  std::uint8_t count;  // 0 .. 3
+  Direction direction;
+  std::uint8_t unused[6];
+};
+static_assert(sizeof(Term) == 40);
+
+// A run of a tensor that is contiguous in memory: data[i] is logical element offset + i of tensor `tensor`.
+struct Segment {
+  float* data;
+  std::uint64_t size;    // elements
+  std::uint64_t offset;  // elements; offset + size must not exceed 2^64 - 1
+  std::uint32_t tensor;
+};
+
+// Applies all terms, in order, to every segment, in one pass over the memory. Threaded.
+void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept;
+
+// Writes z(seed, segment.tensor, draw, e) to the segment. Threaded.
+void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept;
+
+// ---- threads: a pool shared by the process, the caller being one of its threads ----------------------------------
+
+// 1 .. kMaxThreads; returns false, changing nothing, where the system refuses to start them.
+inline constexpr unsigned kMaxThreads = 256;
+bool set_threads(unsigned count) noexcept;
+unsigned threads() noexcept;
+
+// ---- instruction sets --------------------------------------------------------------------------------------------
+
+// The four subkey words K[0..3] of SPEC.md.
+struct Key {
+  std::uint32_t word[4];
+};
+Key subkey(std::uint64_t seed, std::uint32_t tensor, std::uint64_t draw, std::uint32_t window) noexcept;
+
+// Where 64-element blocks lie, kept apart from which logical blocks they are. A block is four runs of 16 logical
+// neighbours; run r of the i-th block visited lies at base + i * block_stride + r * run_stride (in elements).
+// Its logical number is first + i * step (block b holds elements 64 b .. 64 b + 63 of the tensor).
+// Contiguous memory is {base, 16, 64, first, 1, count}.
+struct Walk {
+  float* base;
+  std::ptrdiff_t run_stride;
+  std::ptrdiff_t block_stride;
+  std::uint64_t first;
+  std::uint64_t step;
+  std::size_t count;
+};
+
+// One implementation of the operations on whole blocks. All blocks of a walk share the subkey (the caller cuts at its
+// windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
+struct KernelSet {
+  const char* name;
+  // Raw words: out[64 i + 16 j + lane] = x[j] of quad 16 (first + i) + lane.
+  void (*words)(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept;
+  // scale_count 0 writes z; 1 .. 3 apply it as Term says.
+  void (*gaussian)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
+  void (*rademacher)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
+  // w = fma(-decay, w, w) over n contiguous elements.
+  void (*shrink)(float* w, std::size_t n, float decay) noexcept;
+};
+
+// The set called `name` ("scalar", "neon", "avx2", "avx512"), or nullptr if this build or this processor lacks it.
+const KernelSet* find(const char* name) noexcept;
+// The sets this processor can run, best first; writes at most `capacity` and returns how many there are.
+std::size_t available(const KernelSet** sets, std::size_t capacity) noexcept;
+// The set in use: the best available, until `use` says otherwise.
+const KernelSet& current() noexcept;
+void use(const KernelSet& set) noexcept;
+
+}  // namespace pocketzo

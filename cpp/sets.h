@@ -1,0 +1,19 @@
+// The implementations that this build holds. Each stands in the file of its name; those for another architecture are
+// not compiled. Whether the processor can run one is dispatch.cpp's to know.
+#pragma once
+
+#include "pocketzo/kernels.h"
+
+namespace pocketzo {
+
+extern const KernelSet kScalar;
+#if defined(__aarch64__) || defined(_M_ARM64)
+#define POCKETZO_AARCH64 1
+extern const KernelSet kNeon;
+#elif defined(__x86_64__) || defined(_M_X64)
+#define POCKETZO_X86_64 1
+extern const KernelSet kAvx2;
+extern const KernelSet kAvx512;
+#endif
+
+}  // namespace pocketzo

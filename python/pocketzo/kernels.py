@@ -1,0 +1,147 @@
+"""The noise and what is done with it: z is a pure function of (seed, tensor, draw, element), bit for bit the same on
+every instruction set, thread count and chunking. ``cpp/SPEC.md`` defines it; it is not a cryptographic generator.
+
+The environment variable ``POCKETZO_ISA`` (``scalar``, ``neon``, ``avx2`` or ``avx512``) forces an instruction set.
+"""  # noqa: D205
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketzo import _core
+
+__all__ = ["SPEC_VERSION", "available", "isa", "normal", "perturb", "set_threads", "step", "threads", "use"]
+
+Direction = Literal["gaussian", "rademacher"]
+
+SPEC_VERSION: int = _core.SPEC_VERSION
+"""Version of cpp/SPEC.md, which every record carries."""
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return _core.isa()
+
+
+def available() -> list[str]:
+    """Names of the instruction sets that this build and this processor have, best first."""
+    return _core.available()
+
+
+def use(name: str) -> None:
+    """Use the instruction set called ``name``; ``ValueError`` where it is unknown or cannot run here."""
+    _core.use(name)
+
+
+def threads() -> int:
+    """Return the number of threads that share the work, the caller included."""
+    return _core.threads()
+
+
+def set_threads(count: int) -> None:
+    """Share the work among ``count`` threads, 1 to 256. The bits do not depend on it."""
+    _core.set_threads(count)
+
+
+def normal(
+    n: int, *, seed: int, tensor: int, draw: int, offset: int = 0, direction: Direction = "gaussian"
+) -> NDArray[np.float32]:
+    """Elements ``offset`` to ``offset + n`` of a direction z.
+
+    Parameters
+    ----------
+    n : int
+        Number of elements.
+    seed, draw : int
+        64-bit, unsigned.
+    tensor : int
+        32-bit, unsigned.
+    offset : int
+        First element, in the tensor's row-major order; 64-bit, unsigned.
+    direction : {"gaussian", "rademacher"}
+        Standard normal values (at most 6.56 in size), or +1 and -1.
+
+    Returns
+    -------
+    ndarray
+        float32, shape (n,).
+
+    Raises
+    ------
+    ValueError
+        A number is out of its range.
+    """
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    out = np.empty(n, np.float32)
+    _core.generate(out, seed=seed, tensor=tensor, draw=draw, offset=offset, direction=direction)
+    return out
+
+
+def perturb(
+    w: NDArray[np.float32],
+    *,
+    seed: int,
+    tensor: int,
+    draw: int,
+    scale: float,
+    offset: int = 0,
+    direction: Direction = "gaussian",
+) -> None:
+    """Shift weights in place: w = fma(scale, z, w), rounded once to float32.
+
+    Parameters
+    ----------
+    w : ndarray
+        float32 of any shape, C-contiguous and writable; its elements are ``offset`` and following of the tensor.
+    seed, tensor, draw, offset, direction
+        As for :func:`normal`.
+    scale : float
+        Rounded to float32.
+
+    Raises
+    ------
+    TypeError
+        ``w`` is not a float32 array.
+    ValueError
+        ``w`` is not contiguous or not writable, or a number is out of its range.
+    """
+    _core.step(w, seed=seed, tensor=tensor, passes=[(draw, scale)], decay=0.0, offset=offset, direction=direction)
+
+
+def step(
+    w: NDArray[np.float32],
+    *,
+    seed: int,
+    tensor: int,
+    draw: int,
+    scale: float,
+    next_draw: int,
+    next_scale: float,
+    decay: float = 0.0,
+    offset: int = 0,
+    direction: Direction = "gaussian",
+) -> None:
+    """Finish one step and begin the next in one pass over the weights.
+
+    In this order, each line rounded to float32, so that the result equals that of separate passes bit for bit::
+
+        w = fma(scale, z[draw], w)
+        w = fma(-decay, w, w)                 unless decay is 0
+        w = fma(next_scale, z[next_draw], w)
+
+    Parameters and errors are those of :func:`perturb`.
+    """
+    passes = [(draw, scale), (next_draw, next_scale)]
+    _core.step(w, seed=seed, tensor=tensor, passes=passes, decay=decay, offset=offset, direction=direction)
+
+
+if forced := os.environ.get("POCKETZO_ISA"):
+    try:
+        use(forced)
+    except ValueError as error:
+        raise ValueError(f"POCKETZO_ISA: {error}") from None

@@ -1,0 +1,492 @@
+"""Zeroth-order methods: the step that PocketZO exists for.
+
+What it is not: there is no gradient, no optimizer state and no copy of a weight. A direction z is regenerated from
+(seed, tensor, draw) whenever it is needed; what a step leaves behind is one number a direction.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketzo import _core
+from pocketzo.bundle import TensorSpec
+from pocketzo.journal import Journal
+from pocketzo.kernels import Direction
+from pocketzo.model import Model
+
+__all__ = ["FZOO", "METHODS", "Group", "MeZO", "Optimizer", "Schedule", "StepInfo"]
+
+Objective = Callable[[Model], float]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes over a run, as a factor of its peak.
+
+    Attributes
+    ----------
+    kind : {"constant", "linear", "cosine"}
+        Stay, or fall to 0 at ``steps`` along a line or half a cosine.
+    steps : int
+        Length of the run; not used by "constant".
+    warmup : int
+        Steps over which the rate first rises from 0 along a line.
+    """
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    steps: int = 0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', got {self.kind!r}")
+        if self.warmup < 0 or (self.kind != "constant" and self.steps <= self.warmup):
+            raise ValueError(f"a {self.kind} schedule needs 0 <= warmup < steps, got {self.warmup} and {self.steps}")
+
+    def __call__(self, step: int) -> float:
+        """Return the factor for step number ``step``, which counts from 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        if self.kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup) / (self.steps - self.warmup))
+        return 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings for the weights whose names match ``pattern`` (``re.search``), as factors of the optimizer's own.
+
+    A new head wants a larger ``lr`` and ``eps`` than a pretrained body. A factor of 0 for ``lr`` keeps weights as they
+    are but for the roundings of perturbing.
+    """
+
+    pattern: str
+    lr: float = 1.0
+    eps: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and self.eps > 0 and math.isfinite(self.lr) and math.isfinite(self.eps)):
+            raise ValueError(f"group {self.pattern!r}: lr must be >= 0 and eps > 0, got {self.lr} and {self.eps}")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step found.
+
+    Attributes
+    ----------
+    step : int
+        Its number, from 0.
+    loss : float
+        The best estimate that the step has of the loss where the weights were.
+    losses : tuple of float
+        All of them, in order.
+    lr : float
+        The learning rate used, 0 where the step was undone.
+    skipped : bool
+        A loss was not finite, and the step was undone.
+    """
+
+    step: int
+    loss: float
+    losses: tuple[float, ...]
+    lr: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class MeZOInfo(StepInfo):
+    """Adds the two losses by name and the directional derivative (loss_plus - loss_minus) / (2 eps)."""
+
+    loss_plus: float
+    loss_minus: float
+    projected_gradient: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Weights that share their settings, and what moves them."""
+
+    segments: _core.Segments
+    lr: float
+    eps: float
+    decay: bool
+
+
+# What is done with one direction: its draw, the factors that multiply it in turn, and the decay after them.
+_Use = tuple[int, Sequence[float], float]
+
+
+class Optimizer(ABC):
+    """What all methods share: which weights move and how, the draw numbers, the journal.
+
+    Parameters
+    ----------
+    model : Model
+        Its trainable weights are moved in place.
+    lr : float
+        Learning rate at its peak.
+    eps : float
+        How far weights are shifted along a direction to see the loss change.
+    seed : int
+        64-bit; with it, every direction of the run is fixed.
+    weight_decay : float
+        Each step takes ``lr * weight_decay`` of every matrix off; vectors (biases, norms) are spared.
+    trainable : str or callable, optional
+        Regular expression (``re.search``) or predicate on names that narrows what is trained.
+    groups : sequence of Group
+        The first whose pattern matches a name applies.
+    direction : {"gaussian", "rademacher"}, optional
+        How directions are drawn; each method has its own default.
+    schedule : Schedule, optional
+        Constant by default.
+
+    Attributes
+    ----------
+    step_number : int
+        Steps taken so far.
+    names : tuple of str
+        The weights that are trained.
+    """
+
+    method: ClassVar[str]
+    default_direction: ClassVar[Direction]
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        trainable: str | Callable[[str], bool] | None = None,
+        groups: Sequence[Group] = (),
+        direction: Direction | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        for name, value, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0)):
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"eps must be finite and greater than 0, got {eps}")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {seed}")
+        self.model = model
+        self.lr = lr
+        self.eps = eps
+        self.seed = seed
+        self.weight_decay = weight_decay
+        self.groups = tuple(groups)
+        self.direction: Direction = direction or self.default_direction
+        if self.direction not in ("gaussian", "rademacher"):
+            raise ValueError(f"direction must be 'gaussian' or 'rademacher', got {self.direction!r}")
+        self.schedule = schedule or Schedule()
+        self.step_number = 0
+        self.journal: Journal | None = None
+        tensors = _select(model, trainable)
+        self.names = tuple(tensor.name for tensor in tensors)
+        self._parts = self._make_parts(tensors)
+
+    @property
+    @abstractmethod
+    def draws(self) -> int:
+        """Directions, and so records, a step."""
+
+    @property
+    @abstractmethod
+    def forwards(self) -> int:
+        """Evaluations of the objective a step."""
+
+    def step(self, objective: Objective) -> StepInfo:
+        """Take one step; an interrupt (Ctrl-C) waits for its end.
+
+        If the objective raises, or a loss is not finite, the step is undone as one with a gradient of zero.
+
+        Parameters
+        ----------
+        objective : callable
+            Gets the model, whose weights are shifted at that moment, and returns the loss as a float.
+        """
+        with _uninterrupted():
+            return self._step(objective)
+
+    @abstractmethod
+    def _step(self, objective: Objective) -> StepInfo:
+        """Take one step: shift, evaluate, record, update."""
+
+    @abstractmethod
+    def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
+        """Return everything that one recorded step does to the weights of a part, to be replayed."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return what, with the model, makes an equal optimizer through :func:`restore`."""
+        return {
+            "method": self.method,
+            "lr": self.lr,
+            "eps": self.eps,
+            "seed": self.seed,
+            "weight_decay": self.weight_decay,
+            "groups": [asdict(group) for group in self.groups],
+            "direction": self.direction,
+            "schedule": asdict(self.schedule),
+            "trained": list(self.names),
+        }
+
+    def replay(self, records: NDArray[np.void]) -> None:
+        """Do to the weights what the recorded steps did, in one pass over them.
+
+        Parameters
+        ----------
+        records : ndarray
+            dtype :data:`pocketzo.journal.RECORD`; whole steps, following the weights as they are.
+        """
+        if len(records) % self.draws:
+            raise ValueError(f"whole steps have a multiple of {self.draws} records, got {len(records)}")
+        for part in self._parts:
+            uses = []
+            for at in range(0, len(records), self.draws):
+                step = records[at : at + self.draws]
+                lr = float(step["lr"][0])
+                uses += self.uses(step["draw"].tolist(), step["coefficient"].tolist(), lr, part)
+            part.segments.apply(self._terms(uses))
+        self.step_number += len(records) // self.draws
+
+    def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[_Part]:
+        plain = Group("")
+        members: dict[tuple[float, float, bool], list[tuple[NDArray[np.float32], int]]] = {}
+        for tensor in tensors:
+            group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
+            decay = self.weight_decay > 0 and len(tensor.shape) > 1
+            members.setdefault((group.lr, group.eps, decay), []).append((self.model.weights[tensor.name], tensor.id))
+        for group in self.groups:
+            if not any(re.search(group.pattern, tensor.name) for tensor in tensors):
+                raise ValueError(f"group {group.pattern!r} matches none of the {len(tensors)} trained weights")
+        return [_Part(_core.Segments(weights), *key) for key, weights in members.items()]
+
+    def _terms(self, uses: Sequence[_Use]) -> NDArray[np.void]:
+        terms = np.zeros(len(uses), _core.TERM)
+        terms["seed"] = self.seed
+        terms["direction"] = self.direction == "rademacher"
+        for i, (draw, scales, decay) in enumerate(uses):
+            terms[i]["draw"] = draw
+            terms[i]["count"] = len(scales)
+            terms[i]["scale"][: len(scales)] = scales
+            terms[i]["decay"] = decay
+        return terms
+
+    def _apply(self, uses: Callable[[_Part], Sequence[_Use]]) -> None:
+        for part in self._parts:
+            part.segments.apply(self._terms(uses(part)))
+
+    def _shift(self, *shifts: tuple[int, float]) -> None:
+        """Shift the weights along directions, by multiples of eps."""
+        self._apply(lambda part: [(draw, [factor * self._eps(part)], 0.0) for draw, factor in shifts])
+
+    def _eps(self, part: _Part) -> float:
+        return float(np.float32(self.eps * part.eps))
+
+    def _decay(self, lr: float, part: _Part) -> float:
+        return float(np.float32(lr * self.weight_decay)) if part.decay else 0.0
+
+    def _record(self, draws: Sequence[int], coefficients: Sequence[float], lr: float) -> None:
+        if self.journal is not None:
+            self.journal.append([(d, c, lr) for d, c in zip(draws, coefficients, strict=True)])
+        self.step_number += 1
+
+    def _applicable(self, coefficients: Sequence[float]) -> bool:
+        """Whether an update by these stays finite for every part."""
+        largest = max(part.lr for part in self._parts)
+        return all(math.isfinite(_float32(largest * coefficient)) for coefficient in coefficients)
+
+    def _lr(self) -> float:
+        return float(np.float32(self.lr * self.schedule(self.step_number)))
+
+
+class MeZO(Optimizer):
+    """MeZO (Malladi et al., arXiv 2305.17333): one direction a step, the loss on both sides of the weights.
+
+    ``g = (loss(w + eps z) - loss(w - eps z)) / (2 eps)``, then ``w -= lr g z``. Parameters are those of
+    :class:`Optimizer`.
+    """
+
+    method = "mezo"
+    default_direction = "gaussian"
+
+    draws = 1
+    forwards = 2
+
+    def _step(self, objective: Objective) -> MeZOInfo:
+        number = draw = self.step_number
+        lr = self._lr()
+        losses: list[float] = []
+        coefficient = 0.0
+        try:
+            self._shift((draw, 1.0))
+            losses.append(float(objective(self.model)))
+            self._shift((draw, -2.0))
+            losses.append(float(objective(self.model)))
+            coefficient = _float32(lr * (losses[0] - losses[1]) / (2 * self.eps))
+        finally:
+            # An objective that raised leaves the weights shifted up or down; both ways end as a step that is undone.
+            if not losses:
+                self._shift((draw, -2.0))
+            skipped = len(losses) < 2 or not self._applicable([coefficient])
+            if skipped:
+                coefficient = lr = 0.0
+            self._record([draw], [coefficient], lr)
+            self._apply(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
+        gradient = (losses[0] - losses[1]) / (2 * self.eps)
+        return MeZOInfo(number, sum(losses) / 2, tuple(losses), lr, skipped, losses[0], losses[1], gradient)
+
+    def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
+        """See :meth:`Optimizer.uses`."""
+        eps = self._eps(part)
+        return [(draws[0], [eps, -2 * eps, self._last(coefficients[0], part)], self._decay(lr, part))]
+
+    def _last(self, coefficient: float, part: _Part) -> float:
+        """Return the factor that restores and updates at once."""
+        return float(np.float32(self._eps(part) - part.lr * coefficient))
+
+
+class FZOO(Optimizer):
+    """FZOO: the loss once where the weights are and once along each of N directions.
+
+    ``w -= lr / (N std(l)) sum_i (l_i - l_0) u_i``: the spread of the losses sets the length of a step. Parameters are
+    those of :class:`Optimizer`, and
+
+    Parameters
+    ----------
+    directions : int
+        N, at least 2.
+    """
+
+    method = "fzoo"
+    default_direction = "rademacher"
+
+    def __init__(self, model: Model, *, lr: float, directions: int = 8, **settings: Any) -> None:
+        if directions < 2:
+            raise ValueError(f"directions must be at least 2, got {directions}")
+        self._directions = directions
+        super().__init__(model, lr=lr, **settings)
+
+    @property
+    def draws(self) -> int:
+        """Directions a step."""
+        return self._directions
+
+    @property
+    def forwards(self) -> int:
+        """Evaluations of the objective a step."""
+        return self._directions + 1
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Optimizer.settings`."""
+        return {**super().settings(), "directions": self._directions}
+
+    def _step(self, objective: Objective) -> StepInfo:
+        number = self.step_number
+        draws = range(number * self.draws, (number + 1) * self.draws)
+        lr = self._lr()
+        losses: list[float] = []
+        coefficients = [0.0] * self.draws
+        done = 0  # directions whose shift has been taken back
+        shifted = False
+        try:
+            losses.append(float(objective(self.model)))
+            self._shift((draws[0], 1.0))
+            shifted = True
+            for draw in draws:
+                losses.append(float(objective(self.model)))
+                if draw != draws[-1]:
+                    self._shift((draw, -1.0), (draw + 1, 1.0))
+                    done += 1
+            coefficients = self._coefficients(losses, lr)
+        finally:
+            # If the objective raised, the directions that are left still leave their roundings: a step that is undone
+            # has the same bits wherever it stopped.
+            rest = [(draw, factor) for draw in draws[done:] for factor in (1.0, -1.0)]
+            self._shift(*rest[1 if shifted else 0 :])
+            skipped = not (len(losses) == self.forwards and self._applicable(coefficients) and math.isfinite(sum(losses)))
+            if skipped:
+                coefficients, lr = [0.0] * self.draws, 0.0
+            self._record(draws, coefficients, lr)
+            self._apply(lambda part: self._update(draws, coefficients, lr, part))
+        return StepInfo(number, losses[0], tuple(losses), lr, skipped)
+
+    def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
+        """See :meth:`Optimizer.uses`."""
+        eps = self._eps(part)
+        return [*((draw, [eps, -eps], 0.0) for draw in draws), *self._update(draws, coefficients, lr, part)]
+
+    def _coefficients(self, losses: Sequence[float], lr: float) -> list[float]:
+        base, along = losses[0], np.array(losses[1:])
+        spread = float(along.std(ddof=1))
+        if spread == 0.0:  # all directions look alike: nothing to learn from
+            return [0.0] * self.draws
+        return [_float32(lr * (loss - base) / (self.draws * spread)) for loss in along.tolist()]
+
+    def _update(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
+        factors = [float(np.float32(-part.lr * coefficient)) for coefficient in coefficients]
+        decays = [0.0] * (self.draws - 1) + [self._decay(lr, part)]
+        return [(d, [f], decay) for d, f, decay in zip(draws, factors, decays, strict=True)]
+
+
+METHODS: Mapping[str, type[Optimizer]] = {cls.method: cls for cls in (MeZO, FZOO)}
+
+
+def restore(model: Model, settings: Mapping[str, Any]) -> Optimizer:
+    """Make the optimizer whose :meth:`Optimizer.settings` were recorded."""
+    arguments = dict(settings)
+    trained = set(arguments.pop("trained"))
+    arguments["groups"] = [Group(**group) for group in arguments["groups"]]
+    arguments["schedule"] = Schedule(**arguments["schedule"])
+    return METHODS[arguments.pop("method")](model, trainable=trained.__contains__, **arguments)
+
+
+def _select(model: Model, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
+    tensors = [tensor for tensor in model.bundle.tensors if tensor.trainable]
+    if trainable is None:
+        chosen = tensors
+    elif callable(trainable):
+        chosen = [tensor for tensor in tensors if trainable(tensor.name)]
+    else:
+        pattern = re.compile(trainable)
+        chosen = [tensor for tensor in tensors if pattern.search(tensor.name)]
+    if not chosen:
+        raise ValueError(f"trainable={trainable!r} matches none of the {len(tensors)} weights that could be trained")
+    return chosen
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[-1])
+
+
+def _float32(value: float) -> float:
+    with np.errstate(over="ignore"):  # infinity means a step to be undone
+        return float(np.float32(value))

@@ -1,0 +1,541 @@
+"""The training loop, its run folder, and how a run is taken up again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketzo.bundle import Bundle
+from pocketzo.errors import JournalError, TrainingError
+from pocketzo.journal import Journal
+from pocketzo.kernels import normal
+from pocketzo.model import Batch, Model
+from pocketzo.optim import Optimizer, StepInfo, restore
+from pocketzo.safetensors import file_sha256
+from pocketzo.weights import Weights
+
+__all__ = ["Data", "Progress", "Run", "Trainer", "evaluate"]
+
+_ORDER_TENSOR = 0xFFFFFFFF  # no weight has this id, so the order of the data shares no noise with the directions
+
+
+class Data(Protocol):
+    """What training reads: examples by number, as inputs of the graph. :class:`pocketzo.Dataset` is one."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content."""
+
+    def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
+        """Return the numbered examples as the graph's inputs."""
+
+
+def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, float]:
+    """Evaluate a model.
+
+    Returns
+    -------
+    dict
+        ``count`` of examples, ``loss``, their mean loss (graphs with a loss), and ``accuracy`` (graphs with logits and
+        data with labels).
+    """
+    bundle = model.bundle
+    wanted = [name for name in (bundle.loss, bundle.logits) if name is not None]
+    if not wanted:
+        raise TrainingError(f"{bundle.path}: the graph has neither a loss nor logits to evaluate")
+    if not len(data):
+        raise TrainingError("there are no examples to evaluate")
+    loss = 0.0
+    right = labelled = 0
+    for at in range(0, len(data), batch_size):
+        indices = np.arange(at, min(at + batch_size, len(data)))
+        batch = data.batch(indices)
+        got = model.run(batch, wanted)
+        if bundle.loss is not None:
+            loss += float(got[bundle.loss]) * len(indices)
+        if bundle.logits is not None and "labels" in batch:
+            right += int((got[bundle.logits].argmax(-1) == batch["labels"]).sum())
+            labelled += batch["labels"].size
+    result: dict[str, float] = {"count": len(data)}
+    if bundle.loss is not None:
+        result["loss"] = loss / len(data)
+    if labelled:
+        result["accuracy"] = right / labelled
+    return result
+
+
+def batch_indices(step: int, *, seed: int, size: int, batch_size: int) -> NDArray[np.int64]:
+    """Return the numbers of the examples of one step, a function of the arguments alone.
+
+    The data is gone through again and again, each time in another order; a batch may straddle two of them.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
+        here = positions // size == epoch
+        indices[here] = _order(seed, epoch, size)[positions[here] % size]
+    return indices
+
+
+_orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+
+
+def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    key = (seed, epoch, size)
+    if key not in _orders:
+        if len(_orders) > 1:  # a batch needs two at most
+            _orders.clear()
+        # Our own noise: numpy does not promise its permutations from one version to the next.
+        _orders[key] = np.argsort(normal(size, seed=seed, tensor=_ORDER_TENSOR, draw=epoch), kind="stable")
+    return _orders[key]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback of :class:`Trainer` gets after every step.
+
+    Attributes
+    ----------
+    info : StepInfo
+        What the step found.
+    steps : int
+        Length of the run.
+    seconds : float
+        Time that the step took.
+    evaluation : dict or None
+        What :func:`evaluate` found after this step, where it was called.
+    """
+
+    info: StepInfo
+    steps: int
+    seconds: float
+    evaluation: dict[str, float] | None
+
+
+class Run:
+    """A run folder, to read.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        journal = Journal.open(self.path / "journal.pzj", write=False)
+        journal.close()
+        self.header = journal.header
+        self.records = journal.records
+        self.notice = journal.notice
+
+    @property
+    def steps(self) -> int:
+        """Steps that are recorded whole."""
+        return len(self.records) // int(self.header["trainer"]["draws"])
+
+    @property
+    def best_step(self) -> int:
+        """The number of steps after which the evaluation was best; all steps where there was none."""
+        evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
+        if not evaluations:
+            return self.steps
+        name = self.header["trainer"]["metric"]
+        return int(max(evaluations, key=lambda line: _score(line["eval"], name))["step"])
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Read the lines of ``metrics.jsonl``; an incomplete last one is passed over."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    return
+
+    def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
+        """Return the bundle that the run started from, which must have the weights of that moment.
+
+        Parameters
+        ----------
+        bundle : path, optional
+            Where it is now; by default where it was.
+        """
+        recorded = self.header["model"]
+        base = Bundle.read(Path(recorded["bundle"]) if bundle is None else Path(bundle))
+        for what, path in (("graph", base.model_path), ("weights", base.weights_path)):
+            got = file_sha256(path)
+            if got != recorded[f"{what}_sha256"]:
+                raise JournalError(
+                    f"{path}: not the {what} that the run {self.path} started from: SHA-256 is {got}, expected "
+                    f"{recorded[f'{what}_sha256']}"
+                )
+        return base
+
+    def rebuild(self, model: Model | _Unloaded, *, step: int | None = None) -> Optimizer:
+        """Bring the weights of the base bundle to where they were after ``step`` steps, in one pass over them.
+
+        Begins from the last snapshot that is not past ``step``.
+
+        Returns
+        -------
+        Optimizer
+            As it stood then.
+        """
+        step = self.steps if step is None else step
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
+        optimizer = restore(model, self.header["method"])
+        for number, path in self._snapshots():
+            if number <= step:
+                model.weights.read(path)
+                optimizer.step_number = number
+                break
+        optimizer.replay(self.records[optimizer.step_number * optimizer.draws : step * optimizer.draws])
+        return optimizer
+
+    def replay(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        bundle: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write the bundle as it was after ``step`` steps (all of them by default), bit for bit."""
+        model = _Unloaded(self.base(bundle))
+        self.rebuild(model, step=step)
+        model.bundle.copy_to(Path(out), model.weights.save)
+
+    def _snapshots(self) -> list[tuple[int, Path]]:
+        """Return the snapshots by number of steps, the latest first."""
+        found = (
+            (re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in self.path.glob("snapshots/step-*")
+        )
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+class _Unloaded:
+    """A bundle's weights without a session: enough to replay."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.weights = Weights(bundle)
+
+
+class Trainer:
+    """Trains a model on data and keeps the record.
+
+    Parameters
+    ----------
+    model : Model
+        Its weights are moved in place.
+    optimizer : Optimizer
+        Made for this model; fresh.
+    train : Data
+        What is learnt from.
+    eval : Data, optional
+        What is evaluated.
+    batch_size : int
+        Examples a step.
+    steps : int
+        Length of the run.
+    run : path, optional
+        Folder for the record; without it there is none.
+    objective : callable, optional
+        ``objective(outputs, batch) -> float``, to be minimised, from the graph's outputs and its inputs, both dicts of
+        arrays; it needs no gradient. By default the graph's loss. A resumed run needs it again.
+    eval_every : int, optional
+        Evaluate after so many steps, and at the end; by default at the end only.
+    metric : str
+        Which result of :func:`evaluate` counts: "accuracy" or "loss".
+    patience : int, optional
+        Stop after so many evaluations in a row without a better one.
+    snapshot_every : int, optional
+        Save the weights after so many steps, which makes a resume quick; only the last is kept.
+    max_skipped : int
+        So many steps in a row with a loss that is not finite end the run with an error.
+    source : dict, optional
+        Kept in the header as ``data``: where the data came from.
+    callback : callable, optional
+        Called after every step with a :class:`Progress`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        train: Data,
+        *,
+        eval: Data | None = None,  # noqa: A002
+        batch_size: int = 16,
+        steps: int = 1000,
+        run: str | os.PathLike[str] | None = None,
+        objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
+        eval_every: int | None = None,
+        metric: str = "accuracy",
+        patience: int | None = None,
+        snapshot_every: int | None = None,
+        max_skipped: int = 10,
+        source: Mapping[str, Any] | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> None:
+        for name, value in (
+            ("batch_size", batch_size),
+            ("steps", steps),
+            ("max_skipped", max_skipped),
+            ("eval_every", 1 if eval_every is None else eval_every),
+            ("patience", 1 if patience is None else patience),
+            ("snapshot_every", 1 if snapshot_every is None else snapshot_every),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if metric not in ("accuracy", "loss"):
+            raise ValueError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
+        if not len(train):
+            raise ValueError("train has no examples")
+        if patience is not None and (eval is None or eval_every is None):
+            raise ValueError("patience needs eval and eval_every")
+        if objective is None and model.bundle.loss is None:
+            raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
+        self.model = model
+        self.optimizer = optimizer
+        self.train = train
+        self.eval = eval
+        self.batch_size = batch_size
+        self.steps = steps
+        self.run = None if run is None else Path(run)
+        self.objective = objective
+        self.eval_every = eval_every
+        self.metric = metric
+        self.patience = patience
+        self.snapshot_every = snapshot_every
+        self.max_skipped = max_skipped
+        self.source = dict(source or {})
+        self.callback = callback
+        self.stop_requested = False
+        self._evaluations: dict[int, dict[str, float]] = {}
+        self._skipped = 0
+        self._journal: Journal | None = None
+
+    @classmethod
+    def resume(
+        cls,
+        run: str | os.PathLike[str],
+        train: Data,
+        *,
+        eval: Data | None = None,  # noqa: A002
+        model: Model | None = None,
+        objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> Trainer:
+        """Take a run up where its record ends; on the same machine the final weights are those of one that went through.
+
+        Parameters
+        ----------
+        run : path
+            The run's folder.
+        train, eval : Data
+            The same data as before, which is checked.
+        model : Model, optional
+            The base bundle, loaded, with its weights untouched; by default it is loaded from where it was.
+        objective, callback
+            As before.
+        """
+        past = Run(run)
+        settings = past.header["trainer"]
+        for name, data in (("train", train), ("eval", eval)):
+            expected = past.header["data"][name]
+            got = None if data is None else data.fingerprint
+            if got != expected:
+                raise JournalError(f"{past.path}: the {name} data is not that of the run: {got}, expected {expected}")
+        base = past.base(None if model is None else model.bundle.path)
+        if model is None:
+            from pocketzo.model import load
+
+            model = load(base, threads=settings["threads"])
+        optimizer = past.rebuild(model)
+        options = ("batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped")
+        trainer = cls(
+            model,
+            optimizer,
+            train,
+            eval=eval,
+            run=run,
+            objective=objective,
+            source=past.header["data"]["source"],
+            callback=callback,
+            **{name: settings[name] for name in options},
+        )
+        trainer._take_up(past)
+        return trainer
+
+    def fit(self) -> None:
+        """Train to the end, or until :attr:`stop_requested` is set or evaluations stop improving.
+
+        Raises
+        ------
+        TrainingError
+            Too many losses in a row were not finite.
+        JournalError
+            The run folder holds a run already.
+        """
+        if self.run is not None and self._journal is None:
+            self._begin()
+        try:
+            self._loop()
+        finally:
+            self.optimizer.journal = None
+            if self._journal is not None:
+                self._journal.sync()
+                self._journal.close()
+                self._journal = None
+
+    def _loop(self) -> None:
+        optimizer = self.optimizer
+        synced = time.monotonic()
+        while True:
+            step = optimizer.step_number
+            # What a killed run owed after its last step.
+            if step and self._eval_due(step) and step not in self._evaluations:
+                self._evaluate(step)
+            if step >= self.steps or self.stop_requested or self._out_of_patience():
+                return
+            started = time.perf_counter()
+            indices = batch_indices(step, seed=optimizer.seed, size=len(self.train), batch_size=self.batch_size)
+            batch = self.train.batch(indices)
+            info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
+            seconds = time.perf_counter() - started
+            self._log({"step": step + 1, "loss": _finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
+            self._skipped = self._skipped + 1 if info.skipped else 0
+            if self._journal is not None and time.monotonic() - synced > 30:
+                self._journal.sync()
+                synced = time.monotonic()
+            evaluation = self._evaluate(step + 1) if self._eval_due(step + 1) else None
+            if self.snapshot_every and (step + 1) % self.snapshot_every == 0 and self.run is not None:
+                self._snapshot(step + 1)
+            if self.callback is not None:
+                self.callback(Progress(info, self.steps, seconds, evaluation))
+            if self._skipped >= self.max_skipped:
+                raise TrainingError(
+                    f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights are "
+                    f"as before them. Try a smaller lr or eps"
+                )
+
+    def _loss(self, model: Model, batch: Batch) -> float:
+        if self.objective is None:
+            return model.loss(batch)
+        return float(self.objective(model.run(batch), batch))
+
+    def _begin(self) -> None:
+        assert self.run is not None
+        if self.optimizer.step_number:
+            raise ValueError("the optimizer has taken steps already, which a new record would not hold")
+        bundle = self.model.bundle
+        settings = {
+            "draws": self.optimizer.draws,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "eval_every": self.eval_every,
+            "metric": self.metric,
+            "patience": self.patience,
+            "snapshot_every": self.snapshot_every,
+            "max_skipped": self.max_skipped,
+            "threads": self.model.threads,
+            "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
+        }
+        header = {
+            "model": {
+                "bundle": os.fspath(bundle.path.resolve()),
+                "graph_sha256": bundle.graph_sha256,
+                "weights_sha256": file_sha256(bundle.weights_path),
+            },
+            "method": self.optimizer.settings(),
+            "trainer": settings,
+            "data": {
+                "train": self.train.fingerprint,
+                "eval": None if self.eval is None else self.eval.fingerprint,
+                "source": self.source,
+            },
+        }
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal.create(self.run / "journal.pzj", header)
+        self.optimizer.journal = self._journal
+        (self.run / "metrics.jsonl").unlink(missing_ok=True)
+
+    def _take_up(self, past: Run) -> None:
+        journal = Journal.open(past.path / "journal.pzj")
+        if journal.notice:
+            warnings.warn(journal.notice, stacklevel=3)
+        steps = self.optimizer.step_number
+        journal.truncate(steps * self.optimizer.draws)
+        self._journal = self.optimizer.journal = journal
+        lines = [line for line in past.metrics() if line["step"] <= steps]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        beside = past.path / ".metrics.jsonl.part"
+        beside.write_text(text)
+        beside.replace(past.path / "metrics.jsonl")
+        self._evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
+        whole = journal.records["lr"].reshape(steps, self.optimizer.draws)[:, 0]
+        coefficients = journal.records["coefficient"].reshape(steps, self.optimizer.draws)
+        while self._skipped < steps and not whole[-1 - self._skipped] and not coefficients[-1 - self._skipped].any():
+            self._skipped += 1
+
+    def _eval_due(self, step: int) -> bool:
+        if self.eval is None:
+            return False
+        return step == self.steps or (self.eval_every is not None and step % self.eval_every == 0)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        assert self.eval is not None
+        result = evaluate(self.model, self.eval, batch_size=self.batch_size)
+        self._evaluations[step] = result
+        self._log({"step": step, "eval": {name: _finite(value) for name, value in result.items()}})
+        return result
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or not self._evaluations:
+            return False
+        steps = sorted(self._evaluations)
+        best = max(steps, key=lambda step: _score(self._evaluations[step], self.metric))
+        return len(steps) - 1 - steps.index(best) >= self.patience
+
+    def _snapshot(self, step: int) -> None:
+        assert self.run is not None
+        folder = self.run / "snapshots"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.safetensors"
+        self.model.weights.save(path)
+        for other in folder.glob("step-*.safetensors"):
+            if other != path:
+                other.unlink()
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            with (self.run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _score(evaluation: Mapping[str, float | None], metric: str) -> float:
+    """Return a number that is larger the better the evaluation is."""
+    value = evaluation.get(metric)
+    if value is None or not math.isfinite(value):
+        return -math.inf
+    return -value if metric == "loss" else value
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

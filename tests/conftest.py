@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper, save
+
+import pocketzo as pz
+
+VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 24, 40, 3
+
+
+def write_tiny_onnx(path: Path) -> None:
+    """A bag-of-words classifier with a hidden layer: small, but with every kind of weight that a transformer has."""
+    rng = np.random.default_rng(7)
+
+    def weight(name: str, *shape: int) -> TensorProto:
+        scale = 1 / np.sqrt(shape[0]) if len(shape) > 1 else 0.1
+        return numpy_helper.from_array((scale * rng.standard_normal(shape)).astype(np.float32), name)
+
+    nodes = [
+        helper.make_node("Gather", ["embedding.weight", "input_ids"], ["tokens"]),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["mask", "last"], ["mask3"]),
+        helper.make_node("Mul", ["tokens", "mask3"], ["masked"]),
+        helper.make_node("ReduceSum", ["masked", "one"], ["sum"], keepdims=0),
+        helper.make_node("ReduceSum", ["mask", "one"], ["count"], keepdims=1),
+        helper.make_node("Div", ["sum", "count"], ["mean"]),
+        helper.make_node("LayerNormalization", ["mean", "norm.weight", "norm.bias"], ["normed"], epsilon=1e-5),
+        helper.make_node("MatMul", ["normed", "dense.weight"], ["dense_0"]),
+        helper.make_node("Add", ["dense_0", "dense.bias"], ["dense_1"]),
+        helper.make_node("Tanh", ["dense_1"], ["hidden"]),
+        helper.make_node("Gemm", ["hidden", "classifier.weight", "classifier.bias"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "attention_mask")],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [
+            weight("embedding.weight", VOCABULARY, WIDTH),
+            numpy_helper.from_array(np.ones(WIDTH, np.float32), "norm.weight"),
+            numpy_helper.from_array(np.zeros(WIDTH, np.float32), "norm.bias"),
+            weight("dense.weight", WIDTH, HIDDEN),
+            weight("dense.bias", HIDDEN),
+            weight("classifier.weight", HIDDEN, CLASSES),
+            weight("classifier.bias", CLASSES),
+            numpy_helper.from_array(np.array([-1]), "last"),
+            numpy_helper.from_array(np.array([1]), "one"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    save(model, path)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared model of about 3,000 parameters with 3 classes; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_onnx(folder / "tiny.onnx")
+    pz.prepare(folder / "tiny.onnx", folder / "bundle", labels=["red", "green", "blue"], max_length=16)
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 examples (.npz of token ids) whose class a linear model can find."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(1, VOCABULARY, (120, 8))
+    labels = (ids[:, 0] * 7 + ids[:, 1]) % CLASSES
+    ids[np.arange(120), 2] = labels + 1
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, input_ids=ids, labels=labels)
+    return path
