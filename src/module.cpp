@@ -142,7 +142,7 @@ void use(const std::string& name) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "PocketZO's kernels. Use pocketzo.kernels.";
   m.attr("SPEC_VERSION") = pz::kSpecVersion;
-  m.attr("VERSION") = POCKETZO_VERSION;
+  m.attr("__version__") = POCKETZO_VERSION;
   PYBIND11_NUMPY_DTYPE(pz::Term, seed, draw, scale, decay, count, direction, unused);
   m.attr("TERM") = py::dtype::of<pz::Term>();
 

@@ -29,7 +29,6 @@ def write(path: Path, records: list[Record]) -> bytes:
 
 def read(path: Path) -> list[Record]:
     journal = Journal.open(path, write=False)
-    journal.close()
     return [(int(r["draw"]), float(r["coefficient"]), float(r["lr"])) for r in journal.records]
 
 
@@ -96,7 +95,9 @@ def test_damaged_last_record_is_dropped(path: Path) -> None:
 
 
 @given(data=st.data())
-def test_any_flipped_bit_before_the_last_record_is_an_error(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_flipped_bit_before_the_last_record_is_an_error(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.pzj"
     content = bytearray(write(path, SOME))
     bit = data.draw(st.integers(0, 8 * (len(content) - RECORD.itemsize) - 1))
@@ -144,7 +145,7 @@ def test_another_spec_version_is_an_error(path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("content", [b"", b"PZOJ", b"hello there, no journal", b"PZOJ" + struct.pack("<I", 99) + b"{}"])
 def test_what_is_no_journal_is_an_error(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(JournalError, match="not a PocketZO journal|header is incomplete"):
+    with pytest.raises(JournalError, match=r"not a PocketZO journal|header is incomplete"):
         read(path)
 
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pocketzo import kernels
-from pocketzo._core import VERSION as __version__
+from pocketzo._core import __version__
 from pocketzo.bundle import Bundle
 from pocketzo.data import Dataset, encode_texts, load_dataset
-from pocketzo.errors import BundleError, DataError, DeadWeightError, Error, JournalError, MissingExtraError, TrainingError
+from pocketzo.errors import (
+    BundleError,
+    DataError,
+    DeadWeightError,
+    Error,
+    JournalError,
+    MissingExtraError,
+    TrainingError,
+)
 from pocketzo.model import Model, load
 from pocketzo.optim import FZOO, Group, MeZO, Optimizer, Schedule, StepInfo
 from pocketzo.prepare import prepare

@@ -2,7 +2,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPEC_VERSION: int
-VERSION: str
+__version__: str
 TERM: np.dtype[np.void]
 
 class Segments:

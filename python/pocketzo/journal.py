@@ -1,8 +1,8 @@
 """The record of a run: what it started from, and one line of 20 bytes for every direction that was drawn.
 
-A journal is the magic ``PZOJ``, the length of the header (u32), the header (JSON), its CRC-32 (u32), and then records of
-draw (u64), coefficient (f32), learning rate (f32) and CRC-32 (u32); all little-endian. The CRC of a record covers the
-header's CRC, the record's number and its content, so that no record passes for another one.
+A journal is the magic ``PZOJ``, the length of the header (u32), the header (JSON), its CRC-32 (u32), and then records
+of draw (u64), coefficient (f32), learning rate (f32) and CRC-32 (u32); all little-endian. The CRC of a record covers
+the header's CRC, the record's number and its content, so that no record passes for another one.
 
 A step that moved nothing (a loss that was not finite) has coefficient and learning rate 0.
 """
@@ -53,7 +53,13 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path, file: BinaryIO, header: dict[str, Any], crc: int, records: NDArray[np.void], notice: str | None
+        self,
+        path: Path,
+        file: BinaryIO,
+        header: dict[str, Any],
+        crc: int,
+        records: NDArray[np.void],
+        notice: str | None,
     ) -> None:
         self.path = path
         self.header = header
@@ -77,8 +83,8 @@ class Journal:
     def open(cls, path: Path, *, write: bool = True) -> Journal:
         """Open a journal and check every byte of it.
 
-        A damaged or incomplete end, as a power cut leaves it, is dropped with a notice; with ``write`` also from the
-        file, which is then locked against other processes.
+        A damaged or incomplete end, as a power cut leaves it, is dropped with a notice. With ``write`` it is dropped
+        from the file, too, which stays open and locked against other processes; without, the file is closed again.
 
         Raises
         ------
@@ -100,7 +106,9 @@ class Journal:
             records, notice = _read_records(path, data, start, crc)
             if write and notice:
                 file.truncate(start + records.nbytes)
-            file.seek(0, os.SEEK_END)
+                file.seek(0, os.SEEK_END)
+            if not write:
+                file.close()
             return cls(path, file, header, crc, records, notice)
         except BaseException:
             file.close()
@@ -173,11 +181,13 @@ def _read_records(path: Path, data: bytes, start: int, header_crc: int) -> tuple
     if not all(good[:whole]):
         bad = good.index(False)
         raise JournalError(
-            f"{path}: record {bad} (of {count}, at byte {start + bad * RECORD.itemsize}) is damaged, and there are good "
-            f"ones after it: its checksum does not match its content"
+            f"{path}: record {bad} (of {count}, at byte {start + bad * RECORD.itemsize}) is damaged, and there are "
+            f"good ones after it: its checksum does not match its content"
         )
     notice = None
     if whole < count or rest:
         dropped = len(data) - start - whole * RECORD.itemsize
-        notice = f"{path}: the last {dropped} bytes are an incomplete record and have been dropped; {whole} records are good"
+        notice = (
+            f"{path}: the last {dropped} bytes are an incomplete record and have been dropped; {whole} records are good"
+        )
     return records[:whole].copy(), notice

@@ -15,20 +15,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo import _core
-from pocketzo.bundle import TensorSpec
+from pocketzo.bundle import Bundle, TensorSpec
 from pocketzo.journal import Journal
 from pocketzo.kernels import Direction
 from pocketzo.model import Model
+from pocketzo.weights import Weights
 
 __all__ = ["FZOO", "METHODS", "Group", "MeZO", "Optimizer", "Schedule", "StepInfo"]
 
 Objective = Callable[[Model], float]
+
+
+class Tunable(Protocol):
+    """What can be replayed onto; a :class:`Model` can also be stepped."""
+
+    @property
+    def bundle(self) -> Bundle:
+        """What it is."""
+
+    @property
+    def weights(self) -> Weights:
+        """What is moved."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,22 @@ class _Part:
 _Use = tuple[int, Sequence[float], float]
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[-1])
+
+
 class Optimizer(ABC):
     """What all methods share: which weights move and how, the draw numbers, the journal.
 
@@ -167,7 +196,7 @@ class Optimizer(ABC):
 
     def __init__(
         self,
-        model: Model,
+        model: Tunable,
         *,
         lr: float,
         eps: float = 1e-3,
@@ -211,6 +240,7 @@ class Optimizer(ABC):
     def forwards(self) -> int:
         """Evaluations of the objective a step."""
 
+    @abstractmethod
     def step(self, objective: Objective) -> StepInfo:
         """Take one step; an interrupt (Ctrl-C) waits for its end.
 
@@ -221,12 +251,6 @@ class Optimizer(ABC):
         objective : callable
             Gets the model, whose weights are shifted at that moment, and returns the loss as a float.
         """
-        with _uninterrupted():
-            return self._step(objective)
-
-    @abstractmethod
-    def _step(self, objective: Objective) -> StepInfo:
-        """Take one step: shift, evaluate, record, update."""
 
     @abstractmethod
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
@@ -292,9 +316,15 @@ class Optimizer(ABC):
         for part in self._parts:
             part.segments.apply(self._terms(uses(part)))
 
+    def _evaluate(self, objective: Objective) -> float:
+        return float(objective(cast(Model, self.model)))
+
     def _shift(self, *shifts: tuple[int, float]) -> None:
         """Shift the weights along directions, by multiples of eps."""
-        self._apply(lambda part: [(draw, [factor * self._eps(part)], 0.0) for draw, factor in shifts])
+        self._apply(lambda part: self._shifts(shifts, part))
+
+    def _shifts(self, shifts: Sequence[tuple[int, float]], part: _Part) -> list[_Use]:
+        return [(draw, [factor * self._eps(part)], 0.0) for draw, factor in shifts]
 
     def _eps(self, part: _Part) -> float:
         return float(np.float32(self.eps * part.eps))
@@ -329,16 +359,18 @@ class MeZO(Optimizer):
     draws = 1
     forwards = 2
 
-    def _step(self, objective: Objective) -> MeZOInfo:
+    @_uninterrupted()
+    def step(self, objective: Objective) -> MeZOInfo:
+        """Take one step; see :meth:`Optimizer.step`."""
         number = draw = self.step_number
         lr = self._lr()
         losses: list[float] = []
         coefficient = 0.0
         try:
             self._shift((draw, 1.0))
-            losses.append(float(objective(self.model)))
+            losses.append(self._evaluate(objective))
             self._shift((draw, -2.0))
-            losses.append(float(objective(self.model)))
+            losses.append(self._evaluate(objective))
             coefficient = _float32(lr * (losses[0] - losses[1]) / (2 * self.eps))
         finally:
             # An objective that raised leaves the weights shifted up or down; both ways end as a step that is undone.
@@ -377,7 +409,7 @@ class FZOO(Optimizer):
     method = "fzoo"
     default_direction = "rademacher"
 
-    def __init__(self, model: Model, *, lr: float, directions: int = 8, **settings: Any) -> None:
+    def __init__(self, model: Tunable, *, lr: float, directions: int = 8, **settings: Any) -> None:
         if directions < 2:
             raise ValueError(f"directions must be at least 2, got {directions}")
         self._directions = directions
@@ -397,34 +429,36 @@ class FZOO(Optimizer):
         """See :meth:`Optimizer.settings`."""
         return {**super().settings(), "directions": self._directions}
 
-    def _step(self, objective: Objective) -> StepInfo:
+    @_uninterrupted()
+    def step(self, objective: Objective) -> StepInfo:
+        """Take one step; see :meth:`Optimizer.step`."""
         number = self.step_number
         draws = range(number * self.draws, (number + 1) * self.draws)
         lr = self._lr()
         losses: list[float] = []
-        coefficients = [0.0] * self.draws
+        coefficients: list[float] = []
         done = 0  # directions whose shift has been taken back
         shifted = False
         try:
-            losses.append(float(objective(self.model)))
+            losses.append(self._evaluate(objective))
             self._shift((draws[0], 1.0))
             shifted = True
             for draw in draws:
-                losses.append(float(objective(self.model)))
+                losses.append(self._evaluate(objective))
                 if draw != draws[-1]:
                     self._shift((draw, -1.0), (draw + 1, 1.0))
                     done += 1
-            coefficients = self._coefficients(losses, lr)
+            if all(map(math.isfinite, losses)):
+                coefficients = self._coefficients(losses, lr)
         finally:
             # If the objective raised, the directions that are left still leave their roundings: a step that is undone
             # has the same bits wherever it stopped.
-            rest = [(draw, factor) for draw in draws[done:] for factor in (1.0, -1.0)]
-            self._shift(*rest[1 if shifted else 0 :])
-            skipped = not (len(losses) == self.forwards and self._applicable(coefficients) and math.isfinite(sum(losses)))
+            rest = [(draw, factor) for draw in draws[done:] for factor in (1.0, -1.0)][shifted:]
+            skipped = not coefficients or not self._applicable(coefficients)
             if skipped:
                 coefficients, lr = [0.0] * self.draws, 0.0
             self._record(draws, coefficients, lr)
-            self._apply(lambda part: self._update(draws, coefficients, lr, part))
+            self._apply(lambda part: [*self._shifts(rest, part), *self._update(draws, coefficients, lr, part)])
         return StepInfo(number, losses[0], tuple(losses), lr, skipped)
 
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
@@ -448,7 +482,7 @@ class FZOO(Optimizer):
 METHODS: Mapping[str, type[Optimizer]] = {cls.method: cls for cls in (MeZO, FZOO)}
 
 
-def restore(model: Model, settings: Mapping[str, Any]) -> Optimizer:
+def restore(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
     """Make the optimizer whose :meth:`Optimizer.settings` were recorded."""
     arguments = dict(settings)
     trained = set(arguments.pop("trained"))
@@ -457,7 +491,7 @@ def restore(model: Model, settings: Mapping[str, Any]) -> Optimizer:
     return METHODS[arguments.pop("method")](model, trainable=trained.__contains__, **arguments)
 
 
-def _select(model: Model, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
+def _select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
     tensors = [tensor for tensor in model.bundle.tensors if tensor.trainable]
     if trainable is None:
         chosen = tensors
@@ -469,22 +503,6 @@ def _select(model: Model, trainable: str | Callable[[str], bool] | None) -> list
     if not chosen:
         raise ValueError(f"trainable={trainable!r} matches none of the {len(tensors)} weights that could be trained")
     return chosen
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[-1])
 
 
 def _float32(value: float) -> float:

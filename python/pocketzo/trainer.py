@@ -21,7 +21,7 @@ from pocketzo.errors import JournalError, TrainingError
 from pocketzo.journal import Journal
 from pocketzo.kernels import normal
 from pocketzo.model import Batch, Model
-from pocketzo.optim import Optimizer, StepInfo, restore
+from pocketzo.optim import Optimizer, StepInfo, Tunable, restore
 from pocketzo.safetensors import file_sha256
 from pocketzo.weights import Weights
 
@@ -137,7 +137,6 @@ class Run:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         journal = Journal.open(self.path / "journal.pzj", write=False)
-        journal.close()
         self.header = journal.header
         self.records = journal.records
         self.notice = journal.notice
@@ -185,7 +184,7 @@ class Run:
                 )
         return base
 
-    def rebuild(self, model: Model | _Unloaded, *, step: int | None = None) -> Optimizer:
+    def rebuild(self, model: Tunable, *, step: int | None = None) -> Optimizer:
         """Bring the weights of the base bundle to where they were after ``step`` steps, in one pass over them.
 
         Begins from the last snapshot that is not past ``step``.
@@ -341,7 +340,7 @@ class Trainer:
         objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Trainer:
-        """Take a run up where its record ends; on the same machine the final weights are those of one that went through.
+        """Take a run up where its record ends; on the same machine the final weights are the same as without a break.
 
         Parameters
         ----------
@@ -430,8 +429,8 @@ class Trainer:
                 self.callback(Progress(info, self.steps, seconds, evaluation))
             if self._skipped >= self.max_skipped:
                 raise TrainingError(
-                    f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights are "
-                    f"as before them. Try a smaller lr or eps"
+                    f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
+                    f"are as before them. Try a smaller lr or eps"
                 )
 
     def _loss(self, model: Model, batch: Batch) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,10 +38,8 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         # gets no huge pages.
         memory = mmap.mmap(-1, size, **flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without them
         self._image = np.frombuffer(memory, np.uint8)
         self._views = {}
         for name, entry in read_header(bundle.weights_path).items():
@@ -55,7 +54,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
             with path.open("rb", buffering=0) as file:
                 at = 0
                 while at < self._image.size:
-                    got = file.readinto(memoryview(self._image)[at : at + (1 << 28)])
+                    got = file.readinto(self._image.data[at : at + (1 << 28)])
                     if not got:
                         break
                     at += got
@@ -68,7 +67,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         """Write the weights to a file, beside it first and then renamed."""
         with atomic_file(path) as file:
             for at in range(0, self._image.size, 1 << 28):
-                file.write(memoryview(self._image)[at : at + (1 << 28)])
+                file.write(self._image.data[at : at + (1 << 28)])
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self._views[name]
@@ -83,5 +82,3 @@ class Weights(Mapping[str, NDArray[np.float32]]):
     def nbytes(self) -> int:
         """Size of the buffer in bytes."""
         return int(self._image.size)
-
-

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper
+
+import pocketzo as pz
+from pocketzo.safetensors import file_sha256
+
+BATCH: dict[str, np.ndarray[Any, Any]] = {
+    "input_ids": np.array([[3, 4, 5, 6], [7, 8, 9, 0]]),
+    "attention_mask": np.array([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    "labels": np.array([0, 2]),
+}
+
+
+@pytest.fixture
+def model(tiny_bundle: Path) -> pz.Model:
+    return pz.load(tiny_bundle, threads=1)
+
+
+def test_weights_are_those_of_the_file(model: pz.Model, tiny_bundle: Path) -> None:
+    from safetensors.numpy import load_file
+
+    stored = {
+        name: array for name, array in load_file(tiny_bundle / "weights.safetensors").items() if name in model.weights
+    }
+    assert set(stored) == {tensor.name for tensor in model.bundle.tensors}
+    for name, array in stored.items():
+        np.testing.assert_array_equal(model.weights[name], array)
+
+
+def test_outputs_are_those_of_plain_onnxruntime(model: pz.Model, tiny_bundle: Path) -> None:
+    session = ort.InferenceSession(tiny_bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    expected = session.run(["logits", "loss"], BATCH)
+    got = model.run(BATCH)
+    np.testing.assert_allclose(got["logits"], expected[0], rtol=1e-5, atol=1e-6)
+    assert model.loss(BATCH) == pytest.approx(float(expected[1]), rel=1e-5)
+
+
+def test_every_weight_is_live(model: pz.Model) -> None:
+    for name, view in model.weights.items():
+        before, kept = model.run(BATCH)["logits"], view.copy()
+        view += np.random.default_rng(0).standard_normal(view.shape, np.float32)
+        assert not np.array_equal(before, model.run(BATCH)["logits"]), name
+        view[...] = kept
+        np.testing.assert_array_equal(before, model.run(BATCH)["logits"])
+
+
+def test_extra_arrays_of_a_batch_are_passed_over(model: pz.Model) -> None:
+    assert model.loss({**BATCH, "weights of the moon": np.zeros(3)}) == model.loss(BATCH)
+
+
+def test_without_labels_there_are_logits_and_no_loss(model: pz.Model) -> None:
+    unlabelled = {name: array for name, array in BATCH.items() if name != "labels"}
+    got = model.run(unlabelled)
+    assert set(got) == {"logits"}
+    np.testing.assert_array_equal(got["logits"], model.run(BATCH)["logits"])
+    with pytest.raises(ValueError, match="labels"):
+        model.loss(unlabelled)
+
+
+def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: Path) -> None:
+    model.weights["dense.bias"][:] += 1
+    model.save(tmp_path / "tuned")
+    again = pz.load(tmp_path / "tuned", threads=1)
+    assert again.loss(BATCH) == model.loss(BATCH)
+    assert again.bundle.base_sha256 == model.bundle.base_sha256
+    session = ort.InferenceSession(tmp_path / "tuned" / "model.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(["logits"], BATCH)[0], model.run(BATCH)["logits"], rtol=1e-5, atol=1e-6)
+
+
+def with_graph(bundle: Path, out: Path, nodes: list[onnx.NodeProto]) -> Path:
+    """A copy of the tiny bundle with another graph behind ``mean``, in disregard of what preparing would have done."""
+    shutil.copytree(bundle, out)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    kept = [node for node in model.graph.node if not {"dense_0", "normed"} & set(node.output)]
+    at = next(i for i, node in enumerate(kept) if "mean" in node.output) + 1
+    del model.graph.node[:]
+    model.graph.node.extend(kept[:at] + nodes + kept[at:])
+    onnx.save(model, out / "model.onnx")
+    description = json.loads((out / "bundle.json").read_text())
+    description["graph_sha256"] = file_sha256(out / "model.onnx")
+    (out / "bundle.json").write_text(json.dumps(description))
+    return out
+
+
+NORM = helper.make_node("LayerNormalization", ["mean", "norm.weight", "norm.bias"], ["normed"], epsilon=1e-5)
+
+
+def test_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    # Level ALL folds W + W into a constant, after which a write to W is not seen.
+    nodes = [
+        NORM,
+        helper.make_node("Add", ["dense.weight", "dense.weight"], ["double"]),
+        helper.make_node("MatMul", ["normed", "double"], ["dense_0"]),
+    ]
+    bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+        pz.load(bundle, threads=1)
+
+
+def test_partly_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    nodes = [
+        NORM,
+        helper.make_node("Add", ["dense.weight", "dense.weight"], ["double"]),
+        helper.make_node("MatMul", ["normed", "double"], ["dense_a"]),
+        helper.make_node("MatMul", ["normed", "dense.weight"], ["dense_b"]),
+        helper.make_node("Add", ["dense_a", "dense_b"], ["dense_0"]),
+    ]
+    bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+        pz.load(bundle, threads=1)
+
+
+def test_unused_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Add", ["mean", "norm.bias"], ["normed"]),
+        helper.make_node("MatMul", ["normed", "dense.weight"], ["dense_0"]),
+    ]
+    bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to norm\.weight\."):
+        pz.load(bundle, threads=1)
+
+
+@pytest.mark.parametrize("verify", ["fast", "full"])
+def test_each_proof_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, verify: Literal["fast", "full"]) -> None:
+    nodes = [
+        NORM,
+        helper.make_node("Neg", ["dense.weight"], ["negative"]),
+        helper.make_node("MatMul", ["normed", "negative"], ["dense_0"]),
+    ]
+    bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+        pz.load(bundle, threads=1, verify=verify)
+
+
+def test_the_proof_leaves_the_weights_as_they_are(tiny_bundle: Path) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    assert model.weights._image.tobytes() == (tiny_bundle / "weights.safetensors").read_bytes()
+
+
+def test_all_layers_of_a_zero_head_are_proved(tiny_bundle: Path, tmp_path: Path) -> None:
+    # With a zero head no other weight moves the output; the proof must not depend on the stored values.
+    model = pz.load(tiny_bundle, threads=1)
+    model.weights["classifier.weight"][:] = 0
+    model.save(tmp_path / "zero")
+    pz.load(tmp_path / "zero", threads=1, verify="full")
+
+
+def test_graph_that_does_not_run_is_a_bundle_error(tiny_bundle: Path, tmp_path: Path) -> None:
+    nodes = [NORM, helper.make_node("MatMul", ["dense.weight", "normed"], ["dense_0"])]
+    bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
+    with pytest.raises(pz.BundleError, match=r"model\.onnx"):
+        pz.load(bundle, threads=1)
+
+
+def test_truncated_weights_are_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(pz.BundleError, match=r"weights\.safetensors"):
+        pz.load(tmp_path / "bundle")
+
+
+def test_threads_must_be_positive(tiny_bundle: Path) -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        pz.load(tiny_bundle, threads=0)

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pocketzo as pz
+from pocketzo.journal import Journal
+from pocketzo.optim import restore
+
+BATCH = {
+    "input_ids": np.array([[3, 4, 5, 6], [7, 8, 9, 10]]),
+    "attention_mask": np.ones((2, 4), np.int64),
+    "labels": np.array([0, 2]),
+}
+Make = Callable[[pz.Model], pz.Optimizer]
+METHODS: dict[str, Make] = {
+    "mezo": lambda m: pz.MeZO(m, lr=0.01, seed=5),
+    "mezo-rademacher": lambda m: pz.MeZO(m, lr=0.01, seed=5, direction="rademacher"),
+    "mezo-everything": lambda m: pz.MeZO(
+        m,
+        lr=0.01,
+        eps=3e-3,
+        seed=2**64 - 1,
+        weight_decay=0.1,
+        groups=[pz.Group("classifier", lr=10, eps=3), pz.Group("norm", lr=0)],
+        schedule=pz.Schedule("cosine", steps=50, warmup=3),
+    ),
+    "fzoo": lambda m: pz.FZOO(m, lr=0.01, seed=5),
+    "fzoo-everything": lambda m: pz.FZOO(
+        m,
+        lr=0.01,
+        seed=6,
+        directions=3,
+        direction="gaussian",
+        weight_decay=0.1,
+        groups=[pz.Group("classifier", lr=10, eps=3)],
+        schedule=pz.Schedule("linear", steps=50),
+    ),
+}
+methods = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+
+
+def loss(model: pz.Model) -> float:
+    return model.loss(BATCH)
+
+
+def watching(seen: list[dict[str, Any]]) -> Callable[[pz.Model], float]:
+    def objective(model: pz.Model) -> float:
+        seen.append({name: view.copy() for name, view in model.weights.items()})
+        return 1.0
+
+    return objective
+
+
+def image(model: pz.Model) -> dict[str, bytes]:
+    return {name: view.tobytes() for name, view in model.weights.items()}
+
+
+@pytest.fixture
+def model(tiny_bundle: Path) -> pz.Model:
+    return pz.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture
+def fresh(tiny_bundle: Path) -> pz.Model:
+    return pz.load(tiny_bundle, threads=1)
+
+
+def tensor_id(model: pz.Model, name: str) -> int:
+    return next(tensor.id for tensor in model.bundle.tensors if tensor.name == name)
+
+
+def test_mezo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> None:
+    # Four passes of the algorithm as its authors write it, in numpy, on the same noise.
+    lr, eps = 0.005, 1e-3
+    opt = pz.MeZO(model, lr=lr, eps=eps, seed=11)
+    for draw in range(3):
+        z = {
+            name: pz.kernels.normal(view.size, seed=11, tensor=tensor_id(fresh, name), draw=draw).reshape(view.shape)
+            for name, view in fresh.weights.items()
+        }
+        start = {name: view.copy() for name, view in fresh.weights.items()}
+        losses = []
+        for sign in (1, -1):
+            for name, view in fresh.weights.items():
+                view[...] = start[name] + np.float32(sign * eps) * z[name]
+            losses.append(loss(fresh))
+        g = (losses[0] - losses[1]) / (2 * eps)
+        for name, view in fresh.weights.items():
+            view[...] = start[name] - np.float32(lr * g) * z[name]
+        info = opt.step(loss)
+        assert info.loss_plus == pytest.approx(losses[0], rel=1e-5)
+        assert info.loss_minus == pytest.approx(losses[1], rel=1e-5)
+        assert info.projected_gradient == pytest.approx(g, abs=2e-3)
+    for name, view in model.weights.items():
+        np.testing.assert_allclose(view, fresh.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_fzoo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> None:
+    lr, eps, n = 0.01, 1e-2, 4
+    info = pz.FZOO(model, lr=lr, eps=eps, seed=3, directions=n).step(loss)
+    start = {name: view.copy() for name, view in fresh.weights.items()}
+    u = [
+        {
+            name: pz.kernels.normal(
+                view.size, seed=3, tensor=tensor_id(fresh, name), draw=i, direction="rademacher"
+            ).reshape(view.shape)
+            for name, view in fresh.weights.items()
+        }
+        for i in range(n)
+    ]
+    losses = [loss(fresh)]
+    for i in range(n):
+        for name, view in fresh.weights.items():
+            view[...] = start[name] + np.float32(eps) * u[i][name]
+        losses.append(loss(fresh))
+    np.testing.assert_allclose(info.losses, losses, rtol=1e-5)
+    spread = np.std(losses[1:], ddof=1)
+    for name, view in model.weights.items():
+        expected = start[name].astype(np.float64)
+        for i in range(n):
+            expected -= lr * (losses[1 + i] - losses[0]) / (n * spread) * u[i][name]
+        np.testing.assert_allclose(view, expected, rtol=1e-3, atol=1e-4)
+
+
+@methods
+def test_the_loss_goes_down(model: pz.Model, make: Make) -> None:
+    opt = make(model)
+    before = loss(model)
+    for _ in range(40):
+        opt.step(loss)
+    assert loss(model) < 0.7 * before
+
+
+@methods
+def test_what_the_objective_sees_is_live_and_between_steps_the_weights_are_back(model: pz.Model, make: Make) -> None:
+    opt = make(model)
+    opt.lr = 0.0
+    opt.weight_decay = 0.0
+    start = {name: view.copy() for name, view in model.weights.items()}
+    seen: list[dict[str, Any]] = []
+    opt.step(watching(seen))
+    assert len(seen) == opt.forwards
+    shifted = seen[1:] if opt.method == "fzoo" else seen
+    for weights in shifted:
+        assert all(not np.array_equal(weights[name], start[name]) for name in weights)
+    for name, view in model.weights.items():
+        np.testing.assert_allclose(view, start[name], atol=1e-6)
+
+
+@methods
+def test_replay_gives_the_same_bits(model: pz.Model, fresh: pz.Model, make: Make, tmp_path: Path) -> None:
+    opt = make(model)
+    opt.journal = Journal.create(tmp_path / "j", {})
+    for i in range(25):
+        opt.step(loss if i != 9 else lambda m: math.nan)
+    opt.journal.close()
+    for isa in pz.kernels.available():
+        fresh.weights.read()
+        again = restore(fresh, opt.settings())
+        try:
+            pz.kernels.use(isa)
+            again.replay(Journal.open(tmp_path / "j", write=False).records)
+        finally:
+            pz.kernels.use(pz.kernels.available()[0])
+        assert image(fresh) == image(model), isa
+        assert again.step_number == 25
+
+
+@methods
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, -1])
+def test_a_loss_that_is_not_finite_is_a_zero_gradient(
+    model: pz.Model, fresh: pz.Model, make: Make, value: float, at: int, tmp_path: Path
+) -> None:
+    opt = make(model)
+    opt.journal = journal = Journal.create(tmp_path / "j", {})
+    values = [1.0 + i for i in range(opt.forwards)]
+    values[at] = value
+    info = opt.step(lambda m: values.pop(0))
+    journal.close()
+    assert info.skipped
+    assert info.lr == 0
+    flat = restore(fresh, {**opt.settings(), "lr": 0.0, "weight_decay": 0.0})
+    flat.step(lambda m: 1.0)
+    assert image(model) == image(fresh)
+    records = Journal.open(tmp_path / "j", write=False).records
+    assert not records["coefficient"].any()
+    assert not records["lr"].any()
+
+
+@methods
+def test_an_objective_that_raises_leaves_a_zero_gradient(model: pz.Model, fresh: pz.Model, make: Make) -> None:
+    opt = make(model)
+    for at in range(opt.forwards):
+        calls = 0
+
+        def objective(model: pz.Model, at: int = at) -> float:
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                raise RuntimeError("out of luck")
+            return 1.0
+
+        with pytest.raises(RuntimeError, match="out of luck"):
+            opt.step(objective)
+    flat = restore(fresh, {**opt.settings(), "lr": 0.0, "weight_decay": 0.0})
+    for _ in range(opt.forwards):
+        flat.step(lambda m: 1.0)
+    assert image(model) == image(fresh)
+    assert opt.step_number == opt.forwards
+
+
+def test_an_update_that_would_overflow_is_undone(model: pz.Model) -> None:
+    opt = pz.MeZO(model, lr=1e30, groups=[pz.Group("classifier", lr=1e20)])
+    values = [2.0, 1.0]
+    assert opt.step(lambda m: values.pop(0)).skipped
+    assert all(np.isfinite(view).all() for view in model.weights.values())
+
+
+def test_interrupt_waits_for_the_end_of_the_step(model: pz.Model, fresh: pz.Model) -> None:
+    def interrupted(model: pz.Model) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(model)
+
+    handler = signal.getsignal(signal.SIGINT)
+    opt = pz.MeZO(model, lr=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(interrupted)
+    assert signal.getsignal(signal.SIGINT) is handler
+    pz.MeZO(fresh, lr=0.01).step(loss)
+    assert image(model) == image(fresh)
+
+
+def test_steps_in_another_thread(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.MeZO(model, lr=0.01)
+    thread = threading.Thread(target=opt.step, args=(loss,))
+    thread.start()
+    thread.join()
+    pz.MeZO(fresh, lr=0.01).step(loss)
+    assert image(model) == image(fresh)
+
+
+def test_any_scalar_will_do(model: pz.Model) -> None:
+    opt = pz.FZOO(model, lr=0.02, eps=0.05, seed=1)
+    target = np.array([1, 1])
+
+    def errors(model: pz.Model) -> float:
+        logits = model.run(BATCH, ["logits"])["logits"]
+        return float((logits.argmax(-1) != target).mean()) + float(np.abs(logits).max() > 1e3)
+
+    opt_loss = [errors(model)]
+    for _ in range(60):
+        opt_loss.append(opt.step(errors).loss)
+    assert min(opt_loss[1:]) < opt_loss[0]
+
+
+@pytest.mark.parametrize(
+    "trainable", [r"^classifier\.", lambda name: name.startswith("classifier.")], ids=["regex", "callable"]
+)
+def test_trainable_narrows(model: pz.Model, fresh: pz.Model, trainable: Any) -> None:
+    opt = pz.MeZO(model, lr=0.1, trainable=trainable)
+    assert set(opt.names) == {"classifier.bias", "classifier.weight"}
+    opt.step(loss)
+    moved = {name for name in model.weights if image(model)[name] != image(fresh)[name]}
+    assert moved == set(opt.names)
+
+
+def test_weight_decay_spares_vectors(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.MeZO(model, lr=0.1, eps=1e-6, weight_decay=1.0)
+    opt.step(lambda m: 1.0)
+    for name, view in model.weights.items():
+        factor = 0.9 if view.ndim > 1 else 1.0
+        np.testing.assert_allclose(view, factor * fresh.weights[name], atol=1e-5)
+
+
+def test_groups_scale_lr_and_eps(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.MeZO(model, lr=0.0, eps=1e-3, seed=1, groups=[pz.Group("classifier", eps=10.0)])
+    seen: list[dict[str, Any]] = []
+    opt.step(watching(seen))
+    for name, view in fresh.weights.items():
+        eps = 1e-2 if "classifier" in name else 1e-3
+        z = pz.kernels.normal(view.size, seed=1, tensor=tensor_id(fresh, name), draw=0).reshape(view.shape)
+        np.testing.assert_allclose(seen[0][name] - view, eps * z, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant", 1, [0.5, 1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25, 0]),
+        ("cosine", 0, [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0]),
+        ("linear", 2, [1 / 3, 2 / 3, 1, 0.5, 0]),
+    ],
+)
+def test_schedules(kind: Any, warmup: int, expected: list[float]) -> None:
+    schedule = pz.Schedule(kind, steps=4, warmup=warmup)
+    assert [schedule(step) for step in range(5)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": math.nan}, "lr must be finite and at least 0, got nan"),
+        ({"lr": -1.0}, "lr must be finite"),
+        ({"lr": 1.0, "eps": 0.0}, "eps must be finite and greater than 0"),
+        ({"lr": 1.0, "seed": -1}, "seed must be in 0"),
+        ({"lr": 1.0, "seed": 2**64}, "seed must be in 0"),
+        ({"lr": 1.0, "weight_decay": -0.1}, "weight_decay must be"),
+        ({"lr": 1.0, "direction": "uniform"}, "direction must be"),
+        ({"lr": 1.0, "trainable": "nowhere"}, "'nowhere' matches none of the 7 weights"),
+        ({"lr": 1.0, "groups": [pz.Group("nowhere")]}, "group 'nowhere' matches none"),
+    ],
+)
+def test_bad_settings(model: pz.Model, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pz.MeZO(model, **arguments)
+
+
+def test_bad_parts() -> None:
+    with pytest.raises(ValueError, match="lr must be >= 0 and eps > 0"):
+        pz.Group("x", eps=0)
+    with pytest.raises(ValueError, match="schedule must be"):
+        pz.Schedule("exponential")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs 0 <= warmup < steps"):
+        pz.Schedule("linear", steps=5, warmup=5)
+
+
+def test_directions_must_be_two(model: pz.Model) -> None:
+    with pytest.raises(ValueError, match="directions must be at least 2, got 1"):
+        pz.FZOO(model, lr=1.0, directions=1)
