@@ -1,0 +1,332 @@
+"""A bundle: the folder that holds a prepared model.
+
+====================  ==================================================================================================
+``model.onnx``        the graph; its weights are external data that point into the next file
+``weights.safetensors``  all weights; tuning changes this file only
+``bundle.json``       what is in them: tensors and their ids, inputs, outputs, the loss, labels, checksums
+``tokenizer.json``    optional
+====================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from pocketzo.errors import BundleError
+from pocketzo.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+
+FORMAT: Final = "pocketzo-bundle"
+VERSION: Final = 1
+MODEL: Final = "model.onnx"
+WEIGHTS: Final = "weights.safetensors"
+DESCRIPTION: Final = "bundle.json"
+TOKENIZER: Final = "tokenizer.json"
+
+_RESERVED_ID = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One stored weight.
+
+    Attributes
+    ----------
+    name : str
+    id : int
+        32 bits, made from the names alone by :func:`tensor_ids`; it selects the tensor's noise.
+    dtype : str
+        ``"float32"`` for every trainable tensor; large constants of the graph may have another type.
+    shape : tuple of int
+    trainable : bool
+        Whether training may change it.
+    """
+
+    name: str
+    id: int
+    dtype: str
+    shape: tuple[int, ...]
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """One input or output of the graph; a size known only at run time is a name, or ``"?"`` where it has none."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What ``bundle.json`` says, checked against the other files.
+
+    Attributes
+    ----------
+    path : Path
+        The folder.
+    tensors : tuple of TensorSpec
+        In the order of their bytes in the weights' file.
+    inputs, outputs : tuple of ValueSpec
+    loss : str or None
+        The output that holds the scalar loss, if the graph has one.
+    logits : str or None
+        The output that holds the class scores, if the graph has one.
+    labels : tuple of str or None
+        Names of the classes.
+    max_length : int or None
+        Number of tokens at which texts are cut.
+    tokenizer : str or None
+        Name of the tokenizer's file in the folder.
+    graph_sha256 : str
+        Of ``model.onnx``.
+    base_sha256 : str
+        Of ``weights.safetensors`` as prepared; a tuned copy keeps it, and so names the base it came from.
+    header_sha256 : str
+        Of the part of ``weights.safetensors`` before the data, which never changes: the graph points past it.
+    """
+
+    path: Path
+    tensors: tuple[TensorSpec, ...]
+    inputs: tuple[ValueSpec, ...]
+    outputs: tuple[ValueSpec, ...]
+    loss: str | None
+    logits: str | None
+    labels: tuple[str, ...] | None
+    max_length: int | None
+    tokenizer: str | None
+    graph_sha256: str
+    base_sha256: str
+    header_sha256: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a bundle and check that its files are whole and belong together.
+
+        The bytes of the weights are not read, so this takes the same time for any size.
+
+        Raises
+        ------
+        BundleError
+            If a file is missing, damaged, of another version, or does not belong to the others.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise BundleError(f"{path}: no such bundle")
+        for name in (DESCRIPTION, MODEL, WEIGHTS):
+            if not (path / name).is_file():
+                raise BundleError(f"{path}: not a bundle: there is no {name} in it; make one with 'pocketzo prepare'")
+        bundle = cls._parse(path)
+
+        if file_sha256(bundle.model_path) != bundle.graph_sha256:
+            raise BundleError(
+                f"{bundle.model_path}: not the graph that {DESCRIPTION} describes; prepare the model again"
+            )
+        if hashlib.sha256(header_bytes(bundle.weights_path)).hexdigest() != bundle.header_sha256:
+            raise BundleError(
+                f"{bundle.weights_path}: its header is not the one that {MODEL} points into; "
+                "the file was changed by other means than PocketZO"
+            )
+        entries = read_header(bundle.weights_path)
+        described = [(spec.name, spec.dtype, spec.shape) for spec in bundle.tensors]
+        if described != [(name, DTYPES[entry.dtype], entry.shape) for name, entry in entries.items()]:
+            raise BundleError(f"{bundle.weights_path}: its tensors are not those that {DESCRIPTION} describes")
+        for name, entry in entries.items():
+            if entry.start % ALIGNMENT:
+                raise BundleError(f"{bundle.weights_path}: {name!r} does not start at a multiple of {ALIGNMENT} bytes")
+        if {spec.name: spec.id for spec in bundle.tensors} != tensor_ids(entries):
+            raise BundleError(f"{path / DESCRIPTION}: tensor ids are not those of the tensors' names")
+        if bundle.tokenizer_path is not None and not bundle.tokenizer_path.is_file():
+            raise BundleError(f"{bundle.tokenizer_path}: the bundle's tokenizer is missing")
+        return bundle
+
+    @property
+    def model_path(self) -> Path:
+        """The graph's file."""
+        return self.path / MODEL
+
+    @property
+    def weights_path(self) -> Path:
+        """The weights' file."""
+        return self.path / WEIGHTS
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer's file, if the bundle has one."""
+        return None if self.tokenizer is None else self.path / self.tokenizer
+
+    def copy_to(self, out: str | os.PathLike[str], write_weights: Callable[[Path], None]) -> None:
+        """Make a bundle that differs from this one in its weights only.
+
+        Parameters
+        ----------
+        out : path-like
+            The new folder; a bundle already there, this one too, is replaced when the new one is complete.
+        write_weights : callable
+            Called with the path at which it must write the new ``weights.safetensors``, with this bundle's header.
+
+        Raises
+        ------
+        BundleError
+            If ``out`` exists and is not a bundle, or the written file does not belong to this bundle.
+        """
+        with staged_folder(out) as folder:
+            for name in (DESCRIPTION, MODEL, *([self.tokenizer] if self.tokenizer else [])):
+                shutil.copyfile(self.path / name, folder / name)
+            write_weights(folder / WEIGHTS)
+            self.read(folder)
+
+    def write_description(self) -> None:
+        """Write ``bundle.json`` into the folder."""
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "graph_sha256": self.graph_sha256,
+            "base_sha256": self.base_sha256,
+            "header_sha256": self.header_sha256,
+            "loss": self.loss,
+            "logits": self.logits,
+            "labels": self.labels,
+            "max_length": self.max_length,
+            "tokenizer": self.tokenizer,
+            "inputs": [vars(value) for value in self.inputs],
+            "outputs": [vars(value) for value in self.outputs],
+            "tensors": [vars(tensor) for tensor in self.tensors],
+        }
+        (self.path / DESCRIPTION).write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _parse(cls, path: Path) -> Self:
+        file = path / DESCRIPTION
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{file}: not JSON: {error}") from None
+        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+            raise BundleError(f"{file}: not the description of a bundle")
+        if fields.get("version") != VERSION:
+            raise BundleError(f"{file}: version {fields.get('version')!r} of the format; this PocketZO reads {VERSION}")
+        try:
+            return cls(
+                path=path,
+                tensors=tuple(
+                    TensorSpec(
+                        _typed(item, "name", str),
+                        _typed(item, "id", int),
+                        _typed(item, "dtype", str),
+                        _shape(item, int),
+                        _typed(item, "trainable", bool),
+                    )
+                    for item in _typed(fields, "tensors", list)
+                ),
+                inputs=_values(fields, "inputs"),
+                outputs=_values(fields, "outputs"),
+                loss=_typed(fields, "loss", str, optional=True),
+                logits=_typed(fields, "logits", str, optional=True),
+                labels=_labels(fields),
+                max_length=_typed(fields, "max_length", int, optional=True),
+                tokenizer=_tokenizer(fields),
+                graph_sha256=_typed(fields, "graph_sha256", str),
+                base_sha256=_typed(fields, "base_sha256", str),
+                header_sha256=_typed(fields, "header_sha256", str),
+            )
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{file}: damaged: {error}") from None
+
+
+def tensor_ids(names: Iterable[str]) -> dict[str, int]:
+    """Give each name its 32-bit id, a function of the set of names alone.
+
+    It is the first 4 bytes, little endian, of the name's SHA-256. Where two names meet, the later one in sorted order
+    takes the hash of its name with a zero byte appended, and so on; 0xFFFFFFFF is given to none.
+
+    Returns
+    -------
+    dict of str to int
+        In sorted order of the names.
+    """
+    ids: dict[str, int] = {}
+    used = {_RESERVED_ID}
+    for name in sorted(names):
+        text = name.encode()
+        while (number := int.from_bytes(hashlib.sha256(text).digest()[:4], "little")) in used:
+            text += b"\0"
+        used.add(number)
+        ids[name] = number
+    return ids
+
+
+@contextmanager
+def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Build a bundle in a folder beside ``out`` and rename it when the block ends without an error.
+
+    Raises
+    ------
+    BundleError
+        If ``out`` exists and is not a bundle. Nothing is left behind then, nor when the block fails.
+    """
+    out = Path(out)
+    if os.path.lexists(out) and not (out / DESCRIPTION).is_file():
+        raise BundleError(f"{out}: already exists and is not a bundle; choose another place")
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    folder = out.with_name(f".{out.name}.{token}.new")
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            old = out.with_name(f".{out.name}.{token}.old")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _typed(fields: Any, key: str, kind: type, *, optional: bool = False) -> Any:
+    value = fields[key]
+    if (value is None and optional) or type(value) is kind:
+        return value
+    raise TypeError(f"{key!r} is {value!r}, expected {kind.__name__}")
+
+
+def _shape(fields: Any, *kinds: type) -> tuple[Any, ...]:
+    shape = _typed(fields, "shape", list)
+    if not all(type(size) in kinds for size in shape):
+        raise TypeError(f"'shape' is {shape!r}")
+    return tuple(shape)
+
+
+def _values(fields: Any, key: str) -> tuple[ValueSpec, ...]:
+    return tuple(
+        ValueSpec(_typed(item, "name", str), _typed(item, "dtype", str), _shape(item, int, str))
+        for item in _typed(fields, key, list)
+    )
+
+
+def _labels(fields: Any) -> tuple[str, ...] | None:
+    labels = _typed(fields, "labels", list, optional=True)
+    if labels is None:
+        return None
+    if not all(type(label) is str for label in labels):
+        raise TypeError(f"'labels' is {labels!r}")
+    return tuple(labels)
+
+
+def _tokenizer(fields: Any) -> str | None:
+    name = _typed(fields, "tokenizer", str, optional=True)
+    if name not in (None, TOKENIZER):
+        raise TypeError(f"'tokenizer' is {name!r}, expected {TOKENIZER!r}")
+    return TOKENIZER if name else None

@@ -1,0 +1,1 @@
+"""The built-in example: a small pretrained encoder learns to sort phone messages."""

@@ -1,0 +1,291 @@
+"""The built-in example: all-MiniLM-L6-v2 learns to sort phone messages into eight intents, on this machine.
+
+The whole of it, from the checkpoint's file to a tuned model that plain onnxruntime opens, by the functions that any
+program may use. It prints nothing itself: ``pocketzo demo`` does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pocketzo import kernels
+from pocketzo.data import Dataset, load_dataset
+from pocketzo.demo.minilm import build_onnx, find_checkpoint, linear_probe
+from pocketzo.doctor import process_memory, reset_peak
+from pocketzo.errors import Error
+from pocketzo.files import atomic_file
+from pocketzo.model import Model, load
+from pocketzo.optim import FZOO, Group, Schedule
+from pocketzo.prepare import prepare
+from pocketzo.trainer import Trainer, evaluate
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["BATCH_SIZE", "LABELS", "STEPS", "Example", "Outcome", "messages", "run_demo"]
+
+LABELS: Final = ("appointment", "health", "money", "reminder", "repair", "shopping", "social", "travel")
+FOLDERS: Final = ("base", "run", "tuned")
+
+STEPS: Final = 400
+BATCH_SIZE: Final = 32
+DIRECTIONS: Final = 8
+AXES: Final = 24
+LR: Final = 5e-4
+EPS: Final = 1e-3
+HEAD: Final = Group("classifier", lr=20.0, eps=10.0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out message, its label, and what the model took it for."""
+
+    text: str
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found.
+
+    Attributes
+    ----------
+    before, after : dict
+        Results of :func:`pocketzo.evaluate` on the held-out messages.
+    probe : float
+        Their accuracy by logistic regression on the frozen encoder's features, with exact gradients.
+    count, agreeing : int
+        Held-out messages, and how many of them the saved model classifies in plain onnxruntime as training left it.
+    examples : tuple of Example
+        The first held-out message of each label.
+    seconds, training_seconds : float
+        Wall time of everything, and of training alone.
+    forwards : int
+        Forward passes that training took.
+    peak : int or None
+        Peak of the process's memory while it trained, in bytes.
+    journal : int
+        Size of the journal in bytes.
+    weights : int
+        Size of the weights in bytes.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    probe: float
+    count: int
+    agreeing: int
+    examples: tuple[Example, ...]
+    seconds: float
+    training_seconds: float
+    forwards: int
+    peak: int | None
+    journal: int
+    weights: int
+
+
+def messages(part: str) -> Path:
+    """Return the file of the messages' part ``"train"`` or ``"test"``: text, tab, label."""
+    return Path(__file__).with_name(f"messages_{part}.tsv")
+
+
+def run_demo(
+    output: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    steps: int = STEPS,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    fit: Callable[[Trainer], object] = Trainer.fit,
+) -> Outcome | None:
+    """Run the demo.
+
+    Parameters
+    ----------
+    output : path-like
+        Folder for the bundles ``base`` and ``tuned`` and the run ``run``; those of an earlier demo are replaced.
+    checkpoint : path-like, optional
+        Folder with ``model.safetensors`` and ``tokenizer.json``, see :func:`pocketzo.demo.minilm.find_checkpoint`.
+    steps : int
+        Training steps, of 9 forward passes each.
+    seed : int
+        Of training.
+    say : callable
+        Gets a line at the beginning of each stage.
+    fit : callable
+        Trains, in place of ``Trainer.fit``, such as to show how it goes.
+
+    Returns
+    -------
+    Outcome or None
+        None if ``fit`` ended before the last step.
+
+    Raises
+    ------
+    Error
+        ``output`` holds something else, or the checkpoint cannot be had.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    _refuse_foreign(output)
+    files = find_checkpoint(checkpoint)
+    say(f"weights: {files.weights}")
+    output.mkdir(parents=True, exist_ok=True)
+    for folder in FOLDERS:
+        shutil.rmtree(output / folder, ignore_errors=True)
+
+    graph = output / "minilm.onnx"
+    try:
+        build_onnx(files, graph, len(LABELS))
+        bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
+        train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
+        features, test_features = (_features(bundle.model_path, data) for data in (train, test))
+        assert train.label_ids is not None
+        assert test.label_ids is not None
+        _narrow_head(graph, features)
+        bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
+    finally:
+        graph.unlink(missing_ok=True)
+    probe = linear_probe(features, train.label_ids, test_features, test.label_ids)
+
+    model = load(bundle)
+    parameters = sum(model.weights[tensor.name].size for tensor in bundle.tensors if tensor.trainable)
+    say(
+        f"prepared: {output / 'base'}, {parameters:,} parameters, all of them trained; {kernels.isa()} kernels, "
+        f"{model.threads} thread{'s' if model.threads > 1 else ''}"
+    )
+    train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
+    before = evaluate(model, test)
+    guesses = _guesses(model, test)
+    say(f"data: {len(train)} messages to learn from, {len(test)} held out; accuracy before: {before['accuracy']:.1%}")
+
+    optimizer = FZOO(
+        model,
+        lr=LR,
+        eps=EPS,
+        directions=DIRECTIONS,
+        seed=seed,
+        groups=[HEAD],
+        schedule=Schedule("cosine", steps),
+    )
+    trainer = Trainer(
+        model,
+        optimizer,
+        train,
+        eval=test,
+        batch_size=BATCH_SIZE,
+        steps=steps,
+        run=output / "run",
+        eval_every=max(1, steps // 8),
+        source={
+            "train": os.fspath(messages("train")),
+            "eval": os.fspath(messages("test")),
+            "before": before,
+        },
+    )
+    say(f"training: {steps} steps of {optimizer.forwards} forward passes and no backward pass")
+    reset_peak()
+    training = time.perf_counter()
+    fit(trainer)
+    training_seconds = time.perf_counter() - training
+    peak = process_memory()[1]
+    if optimizer.step_number < steps:
+        return None
+
+    after = evaluate(model, test)
+    tuned = _guesses(model, test)
+    model.save(output / "tuned")
+    plain = _plain_guesses(output / "tuned" / "model.onnx", test)
+    return Outcome(
+        before=before,
+        after=after,
+        probe=probe,
+        count=len(test),
+        agreeing=int((plain == tuned).sum()),
+        examples=_examples(test, guesses, tuned),
+        seconds=time.perf_counter() - started,
+        training_seconds=training_seconds,
+        forwards=steps * optimizer.forwards,
+        peak=peak,
+        journal=(output / "run" / "journal.pzj").stat().st_size,
+        weights=model.weights.nbytes,
+    )
+
+
+def _refuse_foreign(output: Path) -> None:
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir() or {path.name for path in output.iterdir()} - set(FOLDERS):
+        raise Error(f"{output}: holds something else than an earlier demo; choose another folder with --output")
+
+
+def _narrow_head(path: Path, features: NDArray[np.float32]) -> None:
+    """Let the head see the embedding's main directions only.
+
+    Without gradients a layer is learnt the faster the fewer weights it has. The axes along which the training messages'
+    embeddings differ most (their labels are not looked at) keep most of what tells them apart.
+    They become the weights of a linear layer of their own, which is trained like all others.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    mean = features.mean(0)
+    axes = np.linalg.svd(features - mean, full_matrices=False)[2][:AXES].T  # [384, AXES], orthonormal
+    model: ModelProto = onnx.load(path)
+    graph = model.graph
+    (use,) = (node for node in graph.node if "classifier.weight" in node.input)
+    (weight,) = (tensor for tensor in graph.initializer if tensor.name == "classifier.weight")
+    weight.CopyFrom(numpy_helper.from_array(np.zeros((AXES, weight.dims[1]), np.float32), weight.name))
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.ascontiguousarray(axes, np.float32), "projection.weight"),
+            numpy_helper.from_array((-mean @ axes).astype(np.float32), "projection.bias"),
+        ]
+    )
+    at = list(graph.node).index(use)
+    graph.node.insert(at, helper.make_node("MatMul", ["embedding", "projection.weight"], ["projected"]))
+    graph.node.insert(at + 1, helper.make_node("Add", ["projected", "projection.bias"], ["main_axes"]))
+    use.input[0] = "main_axes"
+    with atomic_file(path) as file:
+        file.write(model.SerializeToString())
+
+
+def _batches(data: Dataset) -> list[dict[str, NDArray[Any]]]:
+    return [data.batch(np.arange(at, min(at + 32, len(data)))) for at in range(0, len(data), 32)]
+
+
+def _features(path: Path, data: Dataset) -> NDArray[np.float32]:
+    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["embedding"], batch)[0] for batch in _batches(data)])
+
+
+def _guesses(model: Model, data: Dataset) -> NDArray[np.int64]:
+    return np.concatenate([model.run(batch, ["logits"])["logits"].argmax(-1) for batch in _batches(data)])
+
+
+def _plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
+    """Classify with nothing but onnxruntime and the saved file."""
+    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], batch)[0].argmax(-1) for batch in _batches(data)])
+
+
+def _examples(test: Dataset, before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[Example, ...]:
+    """Take the first of each label, as they come: not chosen by how they were classified."""
+    texts = [line.partition("\t")[0] for line in messages("test").read_text(encoding="utf-8").splitlines()]
+    assert test.label_ids is not None
+    first = [int(np.flatnonzero(test.label_ids == label)[0]) for label in range(len(LABELS))]
+    return tuple(Example(texts[i], LABELS[test.label_ids[i]], LABELS[before[i]], LABELS[after[i]]) for i in first)

@@ -1,0 +1,198 @@
+"""Read and write safetensors files whose every tensor starts at a multiple of 64 bytes.
+
+The format allows no holes between tensors, so the padding is explicit: ``U8`` entries named ``pocketzo.padding.N``,
+which any reader can open and :func:`read_header` leaves out. The header is padded with spaces, as the format allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pocketzo.errors import BundleError
+from pocketzo.files import atomic_file
+
+ALIGNMENT: Final = 64
+PADDING: Final = "pocketzo.padding."
+
+_MAX_HEADER = 100_000_000  # the limit of the reference implementation
+DTYPES: Final[Mapping[str, str]] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
+"""The format's names of the element types, and NumPy's."""
+
+_CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a file.
+
+    Attributes
+    ----------
+    dtype : str
+        The format's name of the element type, such as ``"F32"``.
+    shape : tuple of int
+    start, stop : int
+        Half-open range of bytes, counted from the beginning of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def header_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return everything before the tensors' bytes: the length field and the padded JSON header, verbatim.
+
+    Raises
+    ------
+    BundleError
+        If the file is too short for the header it announces.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise BundleError(f"{path}: not a safetensors file, or cut off: {size} bytes cannot hold its header")
+        return prefix + file.read(length)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """Read where each tensor lies, and check that the file is exactly as long as its header says.
+
+    Parameters
+    ----------
+    path : path-like
+        A safetensors file, of this module or of any other writer.
+
+    Returns
+    -------
+    dict of str to Entry
+        In the order of the bytes; padding entries are left out.
+
+    Raises
+    ------
+    BundleError
+        If the header is damaged, tensors overlap or leave holes, or the file is too short or too long.
+    """
+    path = Path(path)
+    head = header_bytes(path)
+    try:
+        header = json.loads(head[8:], object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: the safetensors header is damaged: {error}") from None
+    if not isinstance(header, dict):
+        raise BundleError(f"{path}: the safetensors header is damaged: not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, fields, len(head)) for name, fields in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+
+    position = len(head)
+    for name, entry in entries.items():
+        if entry.start != position:
+            fault = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
+            raise BundleError(f"{path}: the safetensors header is damaged: {name!r} {fault}")
+        position = entry.stop
+    size = path.stat().st_size
+    if size != position:
+        fault = "cut off" if size < position else "too long"
+        raise BundleError(f"{path}: the file is {fault}: {size} bytes, its header describes {position}")
+    return {name: entry for name, entry in entries.items() if not name.startswith(PADDING)}
+
+
+def write(path: str | os.PathLike[str], tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+    """Write tensors in the given order, each at a multiple of 64 bytes.
+
+    One tensor at a time is made contiguous, so views of memory-mapped files, transposed ones too, cost no more memory
+    than the largest. The file is written beside and renamed: a reader sees the old file or the whole new one.
+
+    Parameters
+    ----------
+    path : path-like
+    tensors : iterable of (str, ndarray)
+        Unique names, and arrays of a type that the format knows.
+
+    Raises
+    ------
+    TypeError
+        If an array's element type has no name in the format.
+    ValueError
+        If a name occurs twice, or is one that the format or the padding reserves.
+    """
+    path = Path(path)
+    tensors = list(tensors)
+    header: dict[str, dict[str, object]] = {}
+    offset = 0
+    for count, (name, array) in enumerate(tensors):
+        if name in header or name == "__metadata__" or name.startswith(PADDING):
+            raise ValueError(f"tensor name {name!r}: expected a unique one that is not reserved")
+        if array.dtype.name not in _CODES:
+            raise TypeError(
+                f"tensor {name!r}: dtype {array.dtype} cannot be stored; expected one of {', '.join(_CODES)}"
+            )
+        if hole := -offset % ALIGNMENT:
+            header[f"{PADDING}{count}"] = _fields("U8", (hole,), offset, hole)
+            offset += hole
+        header[name] = _fields(_CODES[array.dtype.name], array.shape, offset, array.nbytes)
+        offset += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in tensors:
+            file.write(bytes(-file.tell() % ALIGNMENT))
+            file.write(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fields(code: str, shape: tuple[int, ...], offset: int, nbytes: int) -> dict[str, object]:
+    return {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
+
+
+def _entry(path: Path, name: str, fields: object, base: int) -> Entry:
+    match fields:
+        case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+            code in DTYPES
+            and all(type(size) is int and size >= 0 for size in shape)
+            and start >= 0
+            and stop - start == prod(shape) * np.dtype(DTYPES[code]).itemsize
+        ):
+            return Entry(code, tuple(shape), base + start, base + stop)
+    raise BundleError(f"{path}: the safetensors header is damaged, or of a type not known here, at {name!r}: {fields}")

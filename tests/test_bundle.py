@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocketzo import BundleError
+from pocketzo.bundle import Bundle, staged_folder, tensor_ids
+from pocketzo.prepare import prepare
+from pocketzo.safetensors import write
+
+MODELS = Path(__file__).parent / "models"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    prepare(
+        MODELS / "bert-old.onnx",
+        folder / "bundle",
+        tokenizer=folder / "tokenizer.json",
+        labels=["a", "b", "c"],
+        max_length=32,
+        trainable="layer",
+    )
+    return folder / "bundle"
+
+
+@pytest.fixture
+def bundle(prepared: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "bundle"))
+
+
+def test_what_was_prepared_is_read(prepared: Path) -> None:
+    bundle = Bundle.read(prepared)
+    assert bundle.labels == ("a", "b", "c")
+    assert bundle.max_length == 32
+    assert (bundle.loss, bundle.logits) == ("loss", "logits")
+    assert bundle.tokenizer_path == prepared / "tokenizer.json"
+    assert [value.name for value in bundle.inputs] == ["input_ids", "attention_mask", "token_type_ids", "labels"]
+    assert bundle.inputs[0].shape == ("batch", "sequence")
+    assert {value.dtype for value in bundle.inputs} == {"int64"}
+    assert [(value.name, value.shape) for value in bundle.outputs] == [("logits", ("batch", 3)), ("loss", ())]
+    assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
+    assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
+    assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
+
+
+def test_ids_are_the_hashes_of_the_names() -> None:
+    expected = int.from_bytes(hashlib.sha256(b"encoder.weight").digest()[:4], "little")
+    assert tensor_ids(["encoder.weight"]) == {"encoder.weight": expected}
+
+
+def test_an_id_that_is_taken_moves_the_later_name() -> None:
+    # Two names found by search whose hashes begin with the same four bytes.
+    first, second = "t.53242", "t.89305"
+    ids = tensor_ids([second, first])
+    hashes = [hashlib.sha256(name.encode()).digest()[:4] for name in (first, second)]
+    assert hashes[0] == hashes[1]
+    assert ids[first] == int.from_bytes(hashes[0], "little")
+    assert ids[second] == int.from_bytes(hashlib.sha256(second.encode() + b"\0").digest()[:4], "little")
+
+
+@given(st.sets(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_ids_do_not_depend_on_the_order(names: set[str]) -> None:
+    ids = tensor_ids(sorted(names, reverse=True))
+    assert ids == tensor_ids(sorted(names))
+    assert len(set(ids.values())) == len(names)
+    assert all(0 <= number < 0xFFFFFFFF for number in ids.values())
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        Bundle.read(bundle)
+
+
+def test_no_folder_at_all(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such bundle"):
+        Bundle.read(tmp_path / "nothing")
+
+
+def edited(**fields: object) -> Callable[[dict[str, Any]], object]:
+    return lambda description: description.update(fields)
+
+
+def first_tensor(**fields: object) -> Callable[[dict[str, Any]], object]:
+    return lambda description: description["tensors"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("edit", "fault"),
+    [
+        (edited(format="other"), "not the description of a bundle"),
+        (edited(version=2), "version 2"),
+        (edited(graph_sha256="0" * 64), "not the graph"),
+        (edited(header_sha256="0" * 64), "header"),
+        (edited(labels=[1]), "'labels'"),
+        (edited(max_length="128"), "'max_length'"),
+        (edited(tokenizer="../secret"), "'tokenizer'"),
+        (edited(inputs=[{"name": "x"}]), "'dtype'"),
+        (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [None]}]), "'shape'"),
+        (lambda description: description.pop("loss"), "'loss'"),
+        (lambda description: description["tensors"].pop(), "tensors are not those"),
+        (first_tensor(shape=[1]), "tensors are not those"),
+        (first_tensor(trainable=1), "'trainable'"),
+        (first_tensor(id=5), "ids"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(
+    bundle: Path, edit: Callable[[dict[str, Any]], object], fault: str
+) -> None:
+    description = json.loads((bundle / "bundle.json").read_text())
+    edit(description)
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=fault):
+        Bundle.read(bundle)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff"])
+def test_a_description_that_is_none_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "bundle.json").write_text(text)
+    with pytest.raises(BundleError, match=r"bundle\.json"):
+        Bundle.read(bundle)
+
+
+def test_a_changed_graph_is_refused(bundle: Path) -> None:
+    with (bundle / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match="not the graph"):
+        Bundle.read(bundle)
+
+
+def test_cut_off_weights_are_refused(bundle: Path) -> None:
+    path = bundle / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="cut off"):
+        Bundle.read(bundle)
+
+
+def test_weights_that_another_library_wrote_are_refused(bundle: Path) -> None:
+    """They may be right, but the graph points to other offsets."""
+    path = bundle / "weights.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({name: tensors[name] for name in tensors if "padding" not in name}, path)
+    with pytest.raises(BundleError, match="points into"):
+        Bundle.read(bundle)
+
+
+def tuned(bundle: Bundle) -> Callable[[Path], None]:
+    tensors = safetensors.numpy.load_file(bundle.weights_path)
+    return lambda path: write(path, ((tensor.name, tensors[tensor.name] + np.float32(1)) for tensor in bundle.tensors))
+
+
+def test_a_copy_differs_in_its_weights_only(prepared: Path, tmp_path: Path) -> None:
+    base = Bundle.read(prepared)
+    base.copy_to(tmp_path / "deep" / "copy", tuned(base))
+    copy = Bundle.read(tmp_path / "deep" / "copy")
+    assert copy.base_sha256 == base.base_sha256
+    before, after = (safetensors.numpy.load_file(bundle.weights_path) for bundle in (base, copy))
+    for tensor in base.tensors:
+        np.testing.assert_array_equal(after[tensor.name], before[tensor.name] + np.float32(1))
+    for name in "model.onnx", "bundle.json", "tokenizer.json":
+        assert (copy.path / name).read_bytes() == (base.path / name).read_bytes()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["copy"]
+
+
+def test_a_bundle_can_replace_itself(bundle: Path) -> None:
+    base = Bundle.read(bundle)
+    before = base.weights_path.read_bytes()
+    base.copy_to(bundle, tuned(base))
+    assert Bundle.read(bundle).weights_path.read_bytes() != before
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_a_copy_with_other_tensors_is_refused(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="header"):
+        Bundle.read(prepared).copy_to(tmp_path / "copy", lambda path: write(path, [("a", np.ones(3, np.float32))]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_a_bundle_is_not_replaced(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("...")
+    bundle = Bundle.read(prepared)
+    with pytest.raises(BundleError, match="already exists"):
+        bundle.copy_to(tmp_path / "taken", tuned(bundle))
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.tex"]
+
+
+def test_a_failure_keeps_the_old_bundle(bundle: Path) -> None:
+    before = (bundle / "weights.safetensors").read_bytes()
+
+    def fail() -> None:
+        with staged_folder(bundle) as folder:
+            (folder / "half").write_text("written")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (bundle / "weights.safetensors").read_bytes() == before
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
