@@ -15,10 +15,10 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kBlock = 64;          // elements
-constexpr std::uint64_t kTile = 1u << 12;     // 16 KiB: fits the L1 of an in-order core beside the stack
-constexpr std::uint64_t kUnit = 1u << 16;     // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
-constexpr std::size_t kKeptKeys = 8;          // a unit keeps the subkeys of so many terms instead of making them a tile
+constexpr std::uint64_t kBlock = 64;       // elements
+constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 of an in-order core beside the stack
+constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
+constexpr std::size_t kKeptKeys = 8;       // a unit keeps the subkeys of so many terms instead of making them a tile
 constexpr std::uint64_t kMaxElement = ~std::uint64_t{0};
 
 // A subkey serves 2^34 elements of normals and 2^39 of signs; units are cut at multiples of kUnit and straddle neither.
@@ -75,7 +75,8 @@ void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w
     e += count;
     n -= count;
   }
-  if (n >= kBlock) kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale, term.count);
+  if (n >= kBlock)
+    kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale, term.count);
   if (n % kBlock != 0) ragged(w + n - n % kBlock, e + n - n % kBlock, n % kBlock);
   if (term.decay != 0.0f) set.shrink(start, size, term.decay);
 }

@@ -1,4 +1,5 @@
-// AVX-512F alone, sixteen lanes: a block is four registers. Compiled with -mavx512f, run only where dispatch.cpp saw it.
+// AVX-512F alone, sixteen lanes: a block is four registers. Compiled with -mavx512f, run only where dispatch.cpp saw
+// it.
 #include <immintrin.h>
 
 #include <cmath>

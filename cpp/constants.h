@@ -10,17 +10,17 @@ namespace pocketzo {
 // Philox4x32: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 inline constexpr std::uint32_t kMul0 = 0xD2511F53u, kMul1 = 0xCD9E8D57u;
 inline constexpr std::uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
-inline constexpr int kRounds = 7;     // words
+inline constexpr int kRounds = 7;      // words
 inline constexpr int kKeyRounds = 10;  // subkey
 
 // -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], and sin and cos of (pi/2) X as X S(X^2) and C(X^2) on [-1, 1].
 // Highest degree first, as Horner takes them.
-inline constexpr float kLog[7] = {-0x1.e743b2p-3f, 0x1.7e5152p-2f,  -0x1.a3c3ccp-2f, 0x1.fe26ccp-2f,
+inline constexpr float kLog[7] = {-0x1.e743b2p-3f, 0x1.7e5152p-2f, -0x1.a3c3ccp-2f, 0x1.fe26ccp-2f,
                                   -0x1.5523fcp-1f, 0x1.000176p+0f, -0x1.00001p+1f};
 inline constexpr float kSin[5] = {0x1.3c4b2cp-13f, -0x1.3232fap-8f, 0x1.46676ep-4f, -0x1.4abbb6p-1f, 0x1.921fb4p+0f};
 inline constexpr float kCos[5] = {0x1.c1f066p-11f, -0x1.54f61ap-6f, 0x1.03bd06p-2f, -0x1.3bd3a6p+0f, 0x1.fffffep-1f};
 inline constexpr float kMinusTwoLn2 = -1.38629436f;
-inline constexpr std::int32_t kSqrtHalf = 0x3F3504F3;       // bits of sqrt(1/2)
+inline constexpr std::int32_t kSqrtHalf = 0x3F3504F3;      // bits of sqrt(1/2)
 inline constexpr std::int32_t kSqrtHalf2p31 = 0x4EB504F3;  // bits of sqrt(1/2) * 2^31
 inline constexpr std::int32_t kMantissa = 0x007FFFFF;
 inline constexpr std::uint32_t kSign = 0x80000000u;

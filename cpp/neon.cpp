@@ -120,7 +120,8 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Scales<Count> scales(scale);
   float* block = walk.base;
   auto q = static_cast<std::uint32_t>(walk.first * 16);
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += static_cast<std::uint32_t>(walk.step * 16))
+  for (std::size_t i = 0; i < walk.count;
+       ++i, block += walk.block_stride, q += static_cast<std::uint32_t>(walk.step * 16))
     for (unsigned half = 0; half < 16; half += 8) {
       const Words k = philox.words(q + half);
       for (unsigned pair = 0; pair < 2; ++pair)

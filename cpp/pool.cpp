@@ -128,8 +128,12 @@ Pool& pool() noexcept {
 #if !defined(_WIN32)
   static pid_t owner = 0;
   static unsigned size = 0;
-  static const bool registered = pthread_atfork([] { mutex.lock(); if (instance) size = instance->count(); },
-                                                [] { mutex.unlock(); }, [] { mutex.unlock(); }) == 0;
+  static const bool registered = pthread_atfork(
+                                     [] {
+                                       mutex.lock();
+                                       if (instance) size = instance->count();
+                                     },
+                                     [] { mutex.unlock(); }, [] { mutex.unlock(); }) == 0;
   static_cast<void>(registered);
 #endif
   const std::lock_guard<std::mutex> lock(mutex);
@@ -145,9 +149,7 @@ Pool& pool() noexcept {
 
 void run(std::uint64_t units, Work work, const void* context) noexcept { pool().run(units, work, context); }
 
-bool set_threads(unsigned count) noexcept {
-  return count >= 1 && count <= kMaxThreads && pool().resize(count);
-}
+bool set_threads(unsigned count) noexcept { return count >= 1 && count <= kMaxThreads && pool().resize(count); }
 
 unsigned threads() noexcept { return pool().count(); }
 

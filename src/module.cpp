@@ -120,7 +120,8 @@ void step(py::handle w, py::handle seed, py::handle tensor, const std::vector<st
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
   std::vector<pz::Term> terms;
   for (const auto& [draw, scale] : passes)
-    terms.push_back({s, unsigned_integer<std::uint64_t>(draw, "draw"), {scale, 0, 0}, 0, 1, direction_of(direction), {}});
+    terms.push_back(
+        {s, unsigned_integer<std::uint64_t>(draw, "draw"), {scale, 0, 0}, 0, 1, direction_of(direction), {}});
   terms.front().decay = decay;
   const py::gil_scoped_release release;  // a long pass must not stop other Python threads
   pz::apply(&segment, 1, terms.data(), terms.size());
@@ -131,8 +132,10 @@ void use(const std::string& name) {
   if (set == nullptr) {
     std::string known;
     const pz::KernelSet* sets[4];
-    for (std::size_t i = 0, n = pz::available(sets, 4); i < n; ++i) known += (i == 0 ? "" : ", ") + std::string(sets[i]->name);
-    throw py::value_error("instruction set '" + name + "' is unknown, or this build or processor lacks it; there is: " + known);
+    for (std::size_t i = 0, n = pz::available(sets, 4); i < n; ++i)
+      known += (i == 0 ? "" : ", ") + std::string(sets[i]->name);
+    throw py::value_error("instruction set '" + name +
+                          "' is unknown, or this build or processor lacks it; there is: " + known);
   }
   pz::use(*set);
 }

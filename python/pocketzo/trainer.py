@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pocketzo.bundle import Bundle
 from pocketzo.errors import JournalError, TrainingError
+from pocketzo.files import atomic_file
 from pocketzo.journal import Journal
 from pocketzo.kernels import normal
 from pocketzo.model import Batch, Model
@@ -482,10 +483,8 @@ class Trainer:
         journal.truncate(steps * self.optimizer.draws)
         self._journal = self.optimizer.journal = journal
         lines = [line for line in past.metrics() if line["step"] <= steps]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        beside = past.path / ".metrics.jsonl.part"
-        beside.write_text(text)
-        beside.replace(past.path / "metrics.jsonl")
+        with atomic_file(past.path / "metrics.jsonl") as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         self._evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
         whole = journal.records["lr"].reshape(steps, self.optimizer.draws)[:, 0]
         coefficients = journal.records["coefficient"].reshape(steps, self.optimizer.draws)

@@ -1,8 +1,9 @@
 // PocketZO kernels: regenerate zeroth-order directions from a counter and apply them to fp32 weights in place.
 //
-// What z is, bit by bit, stands in cpp/SPEC.md; this header says how to call it. Every function is a pure function of
-// its arguments: the instruction set, the number of threads and the way a tensor is cut never change a bit.
-// Nothing here throws, prints or allocates, except `set_threads`, which starts threads.
+// What z is, bit by bit, stands in cpp/SPEC.md; this header says how to call it. The results of `apply` and `generate`
+// depend on their arguments alone: the instruction set, the number of threads, the way a tensor is cut and the caller's
+// floating-point modes never change a bit. Nothing here throws, prints or allocates, but that threads are started by
+// `set_threads`, by the first call, and by the first call in a child of fork().
 #pragma once
 
 #include <cstddef>
@@ -46,7 +47,7 @@ void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Di
 
 // ---- threads: a pool shared by the process, the caller being one of its threads ----------------------------------
 
-// 1 .. kMaxThreads; returns false, changing nothing, where the system refuses to start them.
+// Returns false, changing nothing, where `count` is not in 1 .. kMaxThreads or the system refuses to start so many.
 inline constexpr unsigned kMaxThreads = 256;
 bool set_threads(unsigned count) noexcept;
 unsigned threads() noexcept;
@@ -72,8 +73,8 @@ struct Walk {
   std::size_t count;
 };
 
-// One implementation of the operations on whole blocks. All blocks of a walk share the subkey (the caller cuts at its
-// windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
+// One implementation of the operations on whole blocks, in the caller's floating-point modes. All blocks of a walk
+// share the subkey (the caller cuts at its windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
 struct KernelSet {
   const char* name;
   // Raw words: out[64 i + 16 j + lane] = x[j] of quad 16 (first + i) + lane.

@@ -1,0 +1,241 @@
+"""Write answers.txt, which every instruction set must match bit for bit, from reference.py.
+
+Run it in tests/ as ``python -m vectors.generate -o vectors/answers.txt``; it takes about ten seconds. Each line is a
+request, `` = `` and the answer; :func:`answer` computes the one from the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vectors import reference as ref
+
+CRC_BLOCK = 1 << 16
+APPLY_VALUES = 64
+
+HEADER = f"""\
+# Answers of the noise specification, version {ref.SPEC_VERSION}: requests and what every instruction set must answer.
+# Written by: cd tests && python -m vectors.generate -o vectors/answers.txt   (numpy {np.__version__}; do not edit)
+# Integers are decimal or 0x; words, fp32 bit patterns and CRCs are 8 hex digits.
+# CRC: CRC-32 as in zlib, of little-endian fp32, one for each {CRC_BLOCK} elements (the last may have fewer).
+#   philox ROUNDS COUNTER*4 KEY*2 = WORD*4                  (Random123 1.14.0, tests/kat_vectors, copied)
+#   subkey SEED TENSOR DRAW WINDOW = WORD*4
+#   words SEED TENSOR DRAW BLOCK = WORD*64                  (x[j] of lane l is word 16 j + l)
+#   normal SEED TENSOR DRAW OFFSET COUNT = FP32*COUNT
+#   rademacher SEED TENSOR DRAW OFFSET COUNT = SIGNS        (a string of + and -)
+#   normal_crc SEED TENSOR DRAW OFFSET BLOCKS = CRC*BLOCKS  (rademacher_crc likewise)
+#   shrink DECAY COUNT = FP32*{APPLY_VALUES} CRC...                  (the first results, then CRCs of all)
+#   apply TENSOR OFFSET COUNT TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES)*TERMS = FP32*{APPLY_VALUES} CRC...
+# DECAY and SCALE are fp32 bit patterns. The weights before, for i = 0 .. COUNT-1, with h = i * 2654435761 mod 2^32:
+#   i mod 61 = 7: bit pattern h & 807fffff (subnormal); 13: +0; 14: -0; else fp32(h - 2^31) * 2^-33
+"""
+
+
+# ---- computing an answer ---------------------------------------------------------------------------------------------
+
+
+def weights(n: int) -> ref.F32:
+    """Return the weight pattern that HEADER describes."""
+    i = np.arange(n, dtype=np.uint64)
+    h = (i * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)
+    w = (h.astype(np.int64) - 2**31).astype(np.float32) * np.float32(2.0**-33)
+    kind = i % np.uint64(61)
+    w = np.where(kind == 7, ref.from_bits(h & np.uint64(0x807FFFFF)), w)
+    w = np.where(kind == 13, np.float32(0.0), w)
+    return np.where(kind == 14, np.float32(-0.0), w)
+
+
+def _hex(values: ref.U32) -> str:
+    return " ".join(f"{value:08x}" for value in values.reshape(-1).tolist())
+
+
+def _crc(values: ref.F32) -> str:
+    return f"{zlib.crc32(values.astype('<f4').tobytes()):08x}"
+
+
+def _fp32(value: float) -> str:
+    return _hex(ref.bits(np.array(value, np.float32)))
+
+
+def _values_and_crcs(w: ref.F32) -> str:
+    crcs = (_crc(w[start : start + CRC_BLOCK]) for start in range(0, len(w), CRC_BLOCK))
+    return " ".join([_hex(ref.bits(w[:APPLY_VALUES])), *crcs])
+
+
+def _float(pattern: str) -> float:
+    return float(ref.from_bits(np.array(int(pattern, 16))))
+
+
+def _kind(name: str) -> ref.Direction:
+    if name == "normal":
+        return "gaussian"
+    if name == "rademacher":
+        return "rademacher"
+    raise ValueError(f"unknown direction {name!r}")
+
+
+def _terms(fields: list[str]) -> list[ref.Term]:
+    terms = []
+    while fields:
+        kind, seed, draw, decay, count, *fields = fields
+        scales = tuple(_float(scale) for scale in fields[: int(count)])
+        fields = fields[int(count) :]
+        terms.append(ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _kind(kind)))
+    return terms
+
+
+def answer(request: str) -> str:
+    """Return what stands right of `` = `` for what stands left of it."""
+    kind, *fields = request.split()
+    if kind == "philox":
+        numbers = [int(field, 16) for field in fields[1:]]
+        return _hex(np.stack(ref.philox4x32(int(fields[0]), numbers[:4], numbers[4:])))
+    if kind == "shrink":
+        w = weights(int(fields[1]))
+        return _values_and_crcs(ref.fma32(np.float32(-_float(fields[0])), w, w))
+    if kind == "apply":
+        tensor, offset, n, count = (int(field, 0) for field in fields[:4])
+        terms = _terms(fields[4:])
+        if len(terms) != count:
+            raise ValueError(f"{count} terms announced, {len(terms)} given: {request}")
+        return _values_and_crcs(ref.apply(weights(n), terms, tensor=tensor, offset=offset))
+    seed, tensor, draw, offset, *rest = (int(field, 0) for field in fields)
+    if kind == "subkey":
+        return _hex(np.stack(ref.subkey(seed, tensor, draw, offset)))
+    if kind == "words":
+        return _hex(ref.words(seed, tensor, draw, offset, 1))
+    (count,) = rest
+    if kind == "normal":
+        return _hex(ref.bits(ref.normal(seed, tensor, draw, offset, count)))
+    if kind == "rademacher":
+        return "".join("+" if u > 0 else "-" for u in ref.rademacher(seed, tensor, draw, offset, count))
+    if kind in ("normal_crc", "rademacher_crc"):
+        of = _kind(kind.removesuffix("_crc"))
+        starts = (offset + block * CRC_BLOCK for block in range(count))
+        return " ".join(_crc(ref.direction(of, seed, tensor, draw, start, CRC_BLOCK)) for start in starts)
+    raise ValueError(f"unknown request: {request}")
+
+
+# ---- what is asked ---------------------------------------------------------------------------------------------------
+
+PHILOX = """\
+philox 7 00000000 00000000 00000000 00000000 00000000 00000000 = 5f6fb709 0d893f64 4f121f81 4f730a48
+philox 7 ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff = 5207ddc2 45165e59 4d8ee751 8c52f662
+philox 7 243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 = 4dfccaba 190a87f0 c47362ba b6b5242a
+philox 10 00000000 00000000 00000000 00000000 00000000 00000000 = 6627e8d5 e169c58d bc57ac4c 9b00dbd8
+philox 10 ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff = 408f276d 41c83b0e a20bc7c6 6d5451fd
+philox 10 243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 = d16cfe09 94fdcceb 5001e420 24126ea1"""
+
+# SEED TENSOR DRAW
+STREAMS = [
+    "0 0 0",
+    "1 0 0",
+    "0 1 0",
+    "0 0 1",
+    "0xffffffffffffffff 0xffffffff 0xffffffffffffffff",
+    "0x0123456789abcdef 0xdeadbeef 0x100000000",
+]
+MAIN = "20250101 0x5eed 41"
+# Around lanes, slots, blocks, Rademacher groups, and where a counter carries: q at 2^34 (normal) and 2^39 (Rademacher).
+OFFSETS = [*range(9), 15, 16, 17, 63, 64, 65, 2047, 2048, 2049]
+FAR = [2**32 - 9, 2**34 - 8, 2**38 - 8, 2**39 - 5, 2**40 + 3, 2**58 + 2**34 - 3, 2**63 - 7, 2**64 - 18]
+
+# Where SEED TENSOR DRAW = 7 11 13 meets rare words, found by going through 2^33 elements. Each run holds the cosine
+# (its first element) and the sine (its last).
+EDGES = {
+    64983693: "x0 = 7fffffd7: v = 2^31, r = 0",
+    164094020: "x0 = 8000003b: v = 2^31, r = 0, signed",
+    25870433: "x2 = 7fffffde: v = 2^31, r = 0",
+    657992430: "x2 = 80000031: v = 2^31, r = 0, signed",
+    2324579048: "x2 = 00000000: v = 1, the largest r",
+    1102492039: "x0 = ffffffff: v = 1, the largest r, signed",
+    38631491: "x0 = 5a82795a: least mantissa of an interval",
+    181874563: "x0 = d2bec35d: least mantissa, signed",
+    61220037: "x0 = 16a09e3d: greatest mantissa of an interval",
+    118461223: "x2 = e95f61cf: greatest mantissa, signed",
+}
+
+
+def _term(kind: str, seed: int, draw: int, decay: float, *scales: float) -> str:
+    return " ".join([kind, str(seed), str(draw), _fp32(decay), str(len(scales)), *map(_fp32, scales)])
+
+
+def _apply(tensor: int, offset: int, n: int, *terms: str) -> str:
+    return " ".join(["apply", str(tensor), str(offset), str(n), str(len(terms)), *terms])
+
+
+def lines() -> Iterator[str]:
+    """Yield answers.txt, line by line."""
+
+    def ask(request: str) -> str:
+        return f"{request} = {answer(request)}"
+
+    yield from HEADER.splitlines()
+    yield "\n# Philox"
+    yield from PHILOX.splitlines()
+    for stream in STREAMS:
+        for window in ("0", "1", "0x80000000", "0xffffffff"):
+            yield ask(f"subkey {stream} {window}")
+    yield ask("subkey 0x299f31d0a4093822 0x13198a2e 0x85a308d3243f6a88 0x03707344")  # the digits of pi again
+    for stream, block in [(MAIN, 0), (MAIN, 2**28 - 1), (MAIN, 2**28), (MAIN, 2**57 + 12345), (STREAMS[4], 77)]:
+        yield ask(f"words {stream} {block}")
+
+    yield "\n# Normals"
+    for stream in STREAMS:
+        yield ask(f"normal {stream} 0 64")
+    for offset in [*OFFSETS, *FAR]:
+        yield ask(f"normal {MAIN} {offset} 17")
+    for offset, what in EDGES.items():
+        yield f"# {what}"
+        yield ask(f"normal 7 11 13 {offset} 17")
+    yield ask(f"normal_crc {MAIN} 0 256")
+    yield ask(f"normal_crc {STREAMS[5]} {2**34 - 2**19 - 21} 16")
+
+    yield "\n# Rademacher"
+    for stream in STREAMS:
+        yield ask(f"rademacher {stream} 0 2100")
+    for offset in [*OFFSETS, *FAR]:
+        yield ask(f"rademacher {MAIN} {offset} 17")
+    yield ask(f"rademacher_crc {MAIN} 0 64")
+    yield ask(f"rademacher_crc {STREAMS[5]} {2**39 - 2**17 - 21} 4")
+
+    yield "\n# What is done with them"
+    yield ask(f"shrink {_fp32(1e-3)} 70001")
+    n = 150_001
+    yield ask(_apply(3, 0, n, _term("normal", 42, 7, 0, 1e-3)))
+    yield ask(_apply(3, 5, n, _term("normal", 42, 7, 1e-5, -2.5e-4), _term("normal", 42, 8, 0, 1e-3)))
+    yield ask(_apply(4, 100_003, n, _term("normal", 42, 9, 1e-4, 1e-3, -2e-3, 1.1e-3)))
+    yield ask(_apply(4, 33, n, _term("rademacher", 42, 9, 1e-4, 1e-3, -2e-3, 1.1e-3)))
+    yield ask(_apply(5, 0, n, _term("rademacher", 2**40 + 1, 2**33 + 5, 0, 0.125)))
+    yield ask(_apply(6, 77, n, _term("normal", 0, 0, 0.25)))
+    yield ask(
+        _apply(6, 1, n, _term("normal", 5, 1, 2.0**-20, 2.0**-133, -(2.0**-149)), _term("normal", 5, 2, 0, 3e-40))
+    )
+    yield ask(_apply(7, 2**34 - 70_001, n, _term("normal", 9, 3, 0, 0.5, -0.5), _term("normal", 10, 3, 0, 1e-2)))
+    far = [_term("rademacher", 9, 4, 0, 1e-3, 1e-3), _term("normal", 9, 5, 1e-3, 1e-3), _term("rademacher", 9, 6, 0, 7)]
+    yield ask(_apply(0xFFFFFFFF, 2**39 - 70_001, n, *far))
+    yield ask(_apply(8, 2**63 - 70_001, n, *far))
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(prog="python -m vectors.generate", description="Write the answer file.")
+    parser.add_argument("-o", "--output", type=Path, help="the file to write; standard output if not given")
+    output: Path | None = parser.parse_args().output
+    text = "\n".join(lines()) + "\n"
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        beside = output.with_name(output.name + ".new")
+        beside.write_text(text, encoding="ascii")
+        beside.replace(output)
+
+
+if __name__ == "__main__":
+    main()

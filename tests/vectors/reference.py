@@ -1,0 +1,202 @@
+"""The noise specification, version 1, once more: in numpy, from the text, sharing no line with the kernels.
+
+It is slow and meant to be read beside cpp/SPEC.md. Philox works in uint64, all fp32 work is done with operations that
+are correctly rounded: numpy's own ``+ - *`` and ``sqrt``, and :func:`fma32`, which test_reference.py proves against
+exact fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Direction = Literal["gaussian", "rademacher"]
+U32: TypeAlias = NDArray[np.uint32]
+F32: TypeAlias = NDArray[np.float32]
+Words: TypeAlias = int | NDArray[np.uint64]
+
+SPEC_VERSION = 1
+LANES = 16
+SLOTS = 4
+BLOCK = LANES * SLOTS  # elements that share 16 quads
+ROWS = 128  # Rademacher: sign bits in the four words of a quad
+
+_MASK = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+# ---- Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) ---------------------------------
+
+
+def philox4x32(rounds: int, counter: Sequence[Words], key: Sequence[Words]) -> tuple[U32, U32, U32, U32]:
+    """Return the four output words; counter words and key words broadcast against each other."""
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    k0, k1 = (np.asarray(word, np.uint64) for word in key)
+    for _ in range(rounds):
+        p0 = c0 * np.uint64(0xD2511F53)
+        p1 = c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _32) ^ c3 ^ k1, p0 & _MASK
+        k0 = (k0 + np.uint64(0x9E3779B9)) & _MASK
+        k1 = (k1 + np.uint64(0xBB67AE85)) & _MASK
+    x0, x1, x2, x3 = (np.asarray(c).astype(np.uint32) for c in np.broadcast_arrays(c0, c1, c2, c3))
+    return x0, x1, x2, x3
+
+
+def subkey(seed: int, tensor: int, draw: int, window: Words) -> tuple[U32, U32, U32, U32]:
+    """Item 1: the words K[0..3], where ``window`` is the fourth counter word."""
+    low = 0xFFFFFFFF
+    return philox4x32(10, (draw & low, draw >> 32, tensor, window), (seed & low, seed >> 32))
+
+
+def _words(seed: int, tensor: int, draw: int, first: int, count: int, window_bits: int) -> U32:
+    group = (np.uint64(first) + np.arange(count, dtype=np.uint64))[:, None]
+    lane = np.arange(LANES, dtype=np.uint64)[None, :]
+    q = (group * np.uint64(LANES) + lane) & _MASK
+    k0, k1, k2, k3 = (
+        k.astype(np.uint64) for k in subkey(seed, tensor, draw, (group >> np.uint64(28)) | np.uint64(window_bits))
+    )
+    return np.stack(philox4x32(7, (q, k2, k3, 0), (k0, k1)), axis=1)
+
+
+def words(seed: int, tensor: int, draw: int, first: int, count: int) -> U32:
+    """Items 2 and 3: the words behind blocks ``first`` to ``first + count`` of 64 elements.
+
+    Returns
+    -------
+    ndarray
+        Shape (count, 4, 16): x[j] of the quad in each lane.
+    """
+    return _words(seed, tensor, draw, first, count, 0)
+
+
+# ---- fp32 ------------------------------------------------------------------------------------------------------------
+
+
+def bits(x: F32) -> U32:
+    """Bit patterns of ``x``."""
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def from_bits(x: NDArray[Any]) -> F32:
+    """Floats of the 32-bit patterns ``x``."""
+    return np.asarray(x).astype(np.uint32).view(np.float32)
+
+
+def fma32(a: F32 | np.float32, b: F32 | np.float32, c: F32 | np.float32) -> F32:
+    """Fp32 ``a * b + c``, rounded once, to nearest even; subnormals included.
+
+    In float64 the product is exact (48 bits of 53, exponents far from its limits). The sum is rounded to odd: where it
+    is not exact, of its two neighbours the one whose last bit is set. As float64 has more than two bits above fp32,
+    rounding that to fp32 equals rounding the exact sum (Boldo and Melquiond, 2008).
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        product = np.multiply(a, b, dtype=np.float64)
+        addend = np.asarray(c, np.float64)
+        total = np.atleast_1d(product + addend)
+        # Knuth's TwoSum: total + error is the exact sum.
+        back = total - product
+        error = (product - (total - back)) + (addend - back)
+        pattern = total.view(np.int64)
+        to_odd = np.isfinite(total) & (error != 0) & (pattern & 1 == 0)
+        outward = (error > 0) == (total > 0)
+        odd = np.where(to_odd, np.where(outward, pattern + 1, pattern - 1), pattern).view(np.float64)
+        return odd.astype(np.float32).reshape(np.shape(product + addend))
+
+
+def _horner(coefficients: F32, x: F32) -> F32:
+    """Evaluate a polynomial whose constant coefficient comes first, by fma, highest first."""
+    value = np.full_like(x, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = fma32(value, x, coefficient)
+    return value
+
+
+def _table(text: str) -> F32:
+    values = [float.fromhex(number) for number in text.split()]
+    table = np.array(values, np.float32)
+    assert table.astype(np.float64).tolist() == values, "a coefficient is not an fp32 number"
+    return table
+
+
+_L = _table(
+    "-0x1.00001p+1 0x1.000176p+0 -0x1.5523fcp-1 0x1.fe26ccp-2 -0x1.a3c3ccp-2 0x1.7e5152p-2 -0x1.e743b2p-3",
+)
+_S = _table("0x1.921fb4p+0 -0x1.4abbb6p-1 0x1.46676ep-4 -0x1.3232fap-8 0x1.3c4b2cp-13")
+_C = _table("0x1.fffffep-1 -0x1.3bd3a6p+0 0x1.03bd06p-2 -0x1.54f61ap-6 0x1.c1f066p-11")
+
+
+def box_muller(x: U32, y: U32) -> tuple[F32, F32]:
+    """Item 4: cosine and sine."""
+    v = np.abs((x | np.uint32(1)).view(np.int32).astype(np.float32))
+    d = bits(v).view(np.int32) - np.int32(0x4EB504F3)
+    ex = (d >> 23).astype(np.float32)
+    f = from_bits((d & 0x7FFFFF) + np.int32(0x3F3504F3)) - np.float32(1)
+    p = _horner(_L, f)
+    r = np.sqrt(fma32(p, f, ex * np.float32(-1.38629436)))
+    # "with the sign bit of x put on r": r is -0 where v = 2^31, so that this differs from a mere OR or XOR.
+    r = from_bits((bits(r) & np.uint32(0x7FFFFFFF)) | (x & np.uint32(0x80000000)))
+
+    angle = y.view(np.int32).astype(np.float32) * np.float32(2.0**-31)
+    t = angle * angle
+    return r * _horner(_C, t), r * (angle * _horner(_S, t))
+
+
+# ---- directions ------------------------------------------------------------------------------------------------------
+
+
+def normal(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
+    """Elements ``offset`` to ``offset + n`` of z(seed, tensor, draw)."""
+    first = offset // BLOCK
+    count = -(-(offset + n) // BLOCK) - first
+    x = words(seed, tensor, draw, first, count)
+    slots = [*box_muller(x[:, 0], x[:, 1]), *box_muller(x[:, 2], x[:, 3])]
+    z = np.stack(slots, axis=1).reshape(-1)  # element 64 block + 16 slot + lane
+    start = offset - first * BLOCK
+    return z[start : start + n]
+
+
+def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
+    """Item 7: elements ``offset`` to ``offset + n`` of the +-1 direction u(seed, tensor, draw)."""
+    group_size = LANES * ROWS
+    first = offset // group_size
+    count = -(-(offset + n) // group_size) - first
+    x = _words(seed, tensor, draw, first, count, 1 << 31)
+    shift = 31 - np.arange(32, dtype=np.uint32)
+    bit = (x[:, :, None, :] >> shift[None, None, :, None]) & np.uint32(1)  # group, word, row of that word, lane
+    u = np.where(bit == 1, np.float32(-1), np.float32(1)).reshape(-1)
+    start = offset - first * group_size
+    return u[start : start + n]
+
+
+def direction(kind: Direction, seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
+    """Elements of a direction of either kind."""
+    return (normal if kind == "gaussian" else rademacher)(seed, tensor, draw, offset, n)
+
+
+# ---- what is done with them ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Term:
+    """One direction, the scales it is applied with in turn, and the decay after them."""
+
+    seed: int
+    draw: int
+    scales: tuple[float, ...]
+    decay: float = 0.0
+    kind: Direction = "gaussian"
+
+
+def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32:
+    """Item 5: a new array, every line of every term rounded to fp32."""
+    for term in terms:
+        z = direction(term.kind, term.seed, tensor, term.draw, offset, len(w))
+        for scale in term.scales:
+            w = fma32(np.float32(scale), z, w)
+        if term.decay != 0:
+            w = fma32(np.float32(-term.decay), w, w)
+    return w
