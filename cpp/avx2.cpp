@@ -40,16 +40,37 @@ class Philox {
     }
   }
 
-  // Quads q .. q + 7.
-  Words words(std::uint64_t q) const noexcept {
+  // The first three rounds of quads q .. q + 7; then `round` 1, 2 and 3, and `finish`.
+  void start(std::uint64_t q, State& even, State& odd) const noexcept {
     const __m256i base = _mm256_set1_epi64x(static_cast<long long>(q));
-    State e = rounds(_mm256_add_epi64(base, _mm256_setr_epi64x(0, 2, 4, 6)));
-    State o = rounds(_mm256_add_epi64(base, _mm256_setr_epi64x(1, 3, 5, 7)));
+    even = begin(_mm256_add_epi64(base, _mm256_setr_epi64x(0, 2, 4, 6)));
+    odd = begin(_mm256_add_epi64(base, _mm256_setr_epi64x(1, 3, 5, 7)));
+  }
+
+  void round(int r, State& s) const noexcept {
+    const __m256i p0 = _mm256_mul_epu32(m0_, s.x0), p1 = _mm256_mul_epu32(m1_, s.x2);
+    s.x0 = _mm256_xor_si256(high(p1), _mm256_xor_si256(s.x1, k0_[r]));
+    s.x2 = _mm256_xor_si256(high(p0), _mm256_xor_si256(s.x3, k1_[r]));
+    s.x1 = p1;
+    s.x3 = p0;
+  }
+
+  Words finish(const State& e, const State& o) const noexcept {
     const __m256i p0e = _mm256_mul_epu32(m0_, e.x0), p1e = _mm256_mul_epu32(m1_, e.x2);
     const __m256i p0o = _mm256_mul_epu32(m0_, o.x0), p1o = _mm256_mul_epu32(m1_, o.x2);
     return {{_mm256_xor_si256(_mm256_xor_si256(join_high(p1e, p1o), join_low(e.x1, o.x1)), k0_[4]), join_low(p1e, p1o),
              _mm256_xor_si256(_mm256_xor_si256(join_high(p0e, p0o), join_low(e.x3, o.x3)), k1_[4]),
              join_low(p0e, p0o)}};
+  }
+
+  Words words(std::uint64_t q) const noexcept {
+    State even, odd;
+    start(q, even, odd);
+    for (int r = 1; r < 4; ++r) {
+      round(r, even);
+      round(r, odd);
+    }
+    return finish(even, odd);
   }
 
  private:
@@ -58,53 +79,57 @@ class Philox {
   }
   static __m256i join_high(__m256i even, __m256i odd) noexcept { return _mm256_blend_epi32(high(even), odd, 0xAA); }
 
-  State rounds(__m256i q) const noexcept {  // the first six
-    State s;
+  State begin(__m256i q) const noexcept {
     const __m256i pq = _mm256_mul_epu32(m0_, q);
     const __m256i p = _mm256_mul_epu32(m1_, _mm256_xor_si256(high(pq), a1_));
-    s.x0 = _mm256_xor_si256(high(p), b0_);
-    s.x2 = _mm256_xor_si256(pq, b2_);
-    const __m256i p0 = _mm256_mul_epu32(m0_, s.x0), p1 = _mm256_mul_epu32(m1_, s.x2);
-    s.x0 = _mm256_xor_si256(high(p1), _mm256_xor_si256(p, k0_[0]));
-    s.x2 = _mm256_xor_si256(high(p0), c2_);
-    s.x1 = p1;
-    s.x3 = p0;
-    for (int r = 1; r < 4; ++r) {
-      const __m256i r0 = _mm256_mul_epu32(m0_, s.x0), r1 = _mm256_mul_epu32(m1_, s.x2);
-      s.x0 = _mm256_xor_si256(high(r1), _mm256_xor_si256(s.x1, k0_[r]));
-      s.x2 = _mm256_xor_si256(high(r0), _mm256_xor_si256(s.x3, k1_[r]));
-      s.x1 = r1;
-      s.x3 = r0;
-    }
-    return s;
+    const __m256i x0 = _mm256_xor_si256(high(p), b0_), x2 = _mm256_xor_si256(pq, b2_);
+    const __m256i p0 = _mm256_mul_epu32(m0_, x0), p1 = _mm256_mul_epu32(m1_, x2);
+    return {_mm256_xor_si256(high(p1), _mm256_xor_si256(p, k0_[0])), p1, _mm256_xor_si256(high(p0), c2_), p0};
   }
 
   __m256i m0_ = _mm256_set1_epi64x(kMul0), m1_ = _mm256_set1_epi64x(kMul1);
   __m256i a1_, b0_, b2_, c2_, k0_[5], k1_[5];
 };
 
-template <int N>
-inline __m256 horner(const float (&coefficient)[N], __m256 t) noexcept {
-  __m256 p = _mm256_set1_ps(coefficient[0]);
-  for (int i = 1; i < N; ++i) p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(coefficient[i]));
+// Horner's rule over coefficients `From` .. `To` - 1, going on from p.
+template <int From, int To, int N>
+inline __m256 horner(__m256 p, const float (&coefficient)[N], __m256 t) noexcept {
+  for (int i = From; i < To; ++i) p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(coefficient[i]));
   return p;
 }
 
-inline void box_muller(__m256i x, __m256i y, __m256& cosine, __m256& sine) noexcept {
-  const __m256 sign = _mm256_castsi256_ps(broadcast(kSign));
-  const __m256 v = _mm256_andnot_ps(sign, _mm256_cvtepi32_ps(_mm256_or_si256(x, _mm256_set1_epi32(1))));
-  const __m256i d = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(kSqrtHalf2p31));
-  const __m256 ex = _mm256_cvtepi32_ps(_mm256_srai_epi32(d, 23));
-  const __m256i m = _mm256_add_epi32(_mm256_and_si256(d, _mm256_set1_epi32(kMantissa)), _mm256_set1_epi32(kSqrtHalf));
-  const __m256 f = _mm256_sub_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(1.0f));
-  const __m256 square = _mm256_fmadd_ps(horner(kLog, f), f, _mm256_mul_ps(ex, _mm256_set1_ps(kMinusTwoLn2)));
-  const __m256 r =
-      _mm256_or_ps(_mm256_andnot_ps(sign, _mm256_sqrt_ps(square)), _mm256_and_ps(sign, _mm256_castsi256_ps(x)));
-  const __m256 angle = _mm256_mul_ps(_mm256_cvtepi32_ps(y), _mm256_set1_ps(0x1p-31f));
-  const __m256 t = _mm256_mul_ps(angle, angle);
-  cosine = _mm256_mul_ps(r, horner(kCos, t));
-  sine = _mm256_mul_ps(r, _mm256_mul_ps(angle, horner(kSin, t)));
-}
+// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
+class Transform {
+ public:
+  Transform(__m256i x, __m256i y) noexcept : x_(x), y_(y) {}
+
+  void split() noexcept {  // 2 ^ ex (1 + f)
+    const __m256 v = _mm256_andnot_ps(sign(), _mm256_cvtepi32_ps(_mm256_or_si256(x_, _mm256_set1_epi32(1))));
+    const __m256i d = _mm256_sub_epi32(_mm256_castps_si256(v), _mm256_set1_epi32(kSqrtHalf2p31));
+    const __m256i m = _mm256_add_epi32(_mm256_and_si256(d, _mm256_set1_epi32(kMantissa)), _mm256_set1_epi32(kSqrtHalf));
+    r_ = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srai_epi32(d, 23)), _mm256_set1_ps(kMinusTwoLn2));
+    f_ = _mm256_sub_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(1.0f));
+    p_ = _mm256_set1_ps(kLog[0]);
+  }
+  void log_half() noexcept { p_ = horner<1, 4>(p_, kLog, f_); }
+  void root() noexcept { r_ = _mm256_sqrt_ps(_mm256_fmadd_ps(horner<4, 7>(p_, kLog, f_), f_, r_)); }
+  void angle() noexcept {
+    f_ = _mm256_mul_ps(_mm256_cvtepi32_ps(y_), _mm256_set1_ps(0x1p-31f));
+    p_ = _mm256_mul_ps(f_, f_);
+    c_ = horner<1, 5>(_mm256_set1_ps(kCos[0]), kCos, p_);
+  }
+  void finish(__m256& cosine, __m256& sine) noexcept {
+    const __m256 s = _mm256_mul_ps(f_, horner<1, 5>(_mm256_set1_ps(kSin[0]), kSin, p_));
+    const __m256 r = _mm256_or_ps(_mm256_andnot_ps(sign(), r_), _mm256_and_ps(sign(), _mm256_castsi256_ps(x_)));
+    cosine = _mm256_mul_ps(r, c_);
+    sine = _mm256_mul_ps(r, s);
+  }
+
+ private:
+  static __m256 sign() noexcept { return _mm256_castsi256_ps(broadcast(kSign)); }
+  __m256i x_, y_;
+  __m256 r_, f_, p_, c_;
+};
 
 template <unsigned Count>
 struct Scales {
@@ -134,21 +159,41 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
+// Software-pipelined: between the rounds of the next eight quads, which wait for multiplications, stand the parts of
+// the transform of these eight, which wait for fused multiply-adds and the root.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   float* block = walk.base;
   std::uint64_t q = walk.first * 16;
+  Words k = philox.words(q);
   for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += walk.step * 16)
     for (unsigned half = 0; half < 16; half += 8) {
-      const Words k = philox.words(q + half);
       float* w = block + half;
+      Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
+      State even, odd;
+      philox.start(half == 0 ? q + 8 : q + walk.step * 16, even, odd);
+      a.split();
+      b.split();
+      philox.round(1, even);
+      philox.round(1, odd);
+      a.log_half();
+      b.log_half();
+      philox.round(2, even);
+      philox.round(2, odd);
+      a.root();
+      b.root();
+      philox.round(3, even);
+      philox.round(3, odd);
+      a.angle();
+      b.angle();
+      k = philox.finish(even, odd);
       __m256 cosine, sine;
-      box_muller(k.x[0], k.x[1], cosine, sine);
+      a.finish(cosine, sine);
       update(w, cosine, scales);
       update(w + walk.run_stride, sine, scales);
-      box_muller(k.x[2], k.x[3], cosine, sine);
+      b.finish(cosine, sine);
       update(w + 2 * walk.run_stride, cosine, scales);
       update(w + 3 * walk.run_stride, sine, scales);
     }

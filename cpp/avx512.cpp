@@ -44,15 +44,36 @@ class Philox {
     }
   }
 
-  // Quads q .. q + 15.
-  Words words(std::uint64_t q) const noexcept {
+  // The first three rounds of quads q .. q + 15; then `round` 1, 2 and 3, and `finish`.
+  void start(std::uint64_t q, State& even, State& odd) const noexcept {
     const __m512i base = _mm512_set1_epi64(static_cast<long long>(q));
-    const State e = rounds(_mm512_add_epi64(base, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14)));
-    const State o = rounds(_mm512_add_epi64(base, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15)));
+    even = begin(_mm512_add_epi64(base, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14)));
+    odd = begin(_mm512_add_epi64(base, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15)));
+  }
+
+  void round(int r, State& s) const noexcept {
+    const __m512i p0 = _mm512_mul_epu32(m0_, s.x0), p1 = _mm512_mul_epu32(m1_, s.x2);
+    s.x0 = xor3(high(p1), s.x1, k0_[r]);
+    s.x2 = xor3(high(p0), s.x3, k1_[r]);
+    s.x1 = p1;
+    s.x3 = p0;
+  }
+
+  Words finish(const State& e, const State& o) const noexcept {
     const __m512i p0e = _mm512_mul_epu32(m0_, e.x0), p1e = _mm512_mul_epu32(m1_, e.x2);
     const __m512i p0o = _mm512_mul_epu32(m0_, o.x0), p1o = _mm512_mul_epu32(m1_, o.x2);
     return {{xor3(join_high(p1e, p1o), join_low(e.x1, o.x1), k0_[4]), join_low(p1e, p1o),
              xor3(join_high(p0e, p0o), join_low(e.x3, o.x3), k1_[4]), join_low(p0e, p0o)}};
+  }
+
+  Words words(std::uint64_t q) const noexcept {
+    State even, odd;
+    start(q, even, odd);
+    for (int r = 1; r < 4; ++r) {
+      round(r, even);
+      round(r, odd);
+    }
+    return finish(even, odd);
   }
 
  private:
@@ -63,54 +84,58 @@ class Philox {
     return _mm512_mask_blend_epi32(kOdd, high(even), odd);
   }
 
-  State rounds(__m512i q) const noexcept {  // the first six
-    State s;
+  State begin(__m512i q) const noexcept {
     const __m512i pq = _mm512_mul_epu32(m0_, q);
     const __m512i p = _mm512_mul_epu32(m1_, _mm512_xor_si512(high(pq), a1_));
-    s.x0 = _mm512_xor_si512(high(p), b0_);
-    s.x2 = _mm512_xor_si512(pq, b2_);
-    const __m512i p0 = _mm512_mul_epu32(m0_, s.x0), p1 = _mm512_mul_epu32(m1_, s.x2);
-    s.x0 = xor3(high(p1), p, k0_[0]);
-    s.x2 = _mm512_xor_si512(high(p0), c2_);
-    s.x1 = p1;
-    s.x3 = p0;
-    for (int r = 1; r < 4; ++r) {
-      const __m512i r0 = _mm512_mul_epu32(m0_, s.x0), r1 = _mm512_mul_epu32(m1_, s.x2);
-      s.x0 = xor3(high(r1), s.x1, k0_[r]);
-      s.x2 = xor3(high(r0), s.x3, k1_[r]);
-      s.x1 = r1;
-      s.x3 = r0;
-    }
-    return s;
+    const __m512i x0 = _mm512_xor_si512(high(p), b0_), x2 = _mm512_xor_si512(pq, b2_);
+    const __m512i p0 = _mm512_mul_epu32(m0_, x0), p1 = _mm512_mul_epu32(m1_, x2);
+    return {xor3(high(p1), p, k0_[0]), p1, _mm512_xor_si512(high(p0), c2_), p0};
   }
 
   __m512i m0_ = _mm512_set1_epi64(kMul0), m1_ = _mm512_set1_epi64(kMul1);
   __m512i a1_, b0_, b2_, c2_, k0_[5], k1_[5];
 };
 
-template <int N>
-inline __m512 horner(const float (&coefficient)[N], __m512 t) noexcept {
-  __m512 p = _mm512_set1_ps(coefficient[0]);
-  for (int i = 1; i < N; ++i) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(coefficient[i]));
+// Horner's rule over coefficients `From` .. `To` - 1, going on from p.
+template <int From, int To, int N>
+inline __m512 horner(__m512 p, const float (&coefficient)[N], __m512 t) noexcept {
+  for (int i = From; i < To; ++i) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(coefficient[i]));
   return p;
 }
 
-inline void box_muller(__m512i x, __m512i y, __m512& cosine, __m512& sine) noexcept {
-  const __m512i sign = broadcast(kSign);
-  const __m512 n = _mm512_cvtepi32_ps(_mm512_or_si512(x, _mm512_set1_epi32(1)));
-  const __m512i v = _mm512_andnot_si512(sign, _mm512_castps_si512(n));
-  const __m512i d = _mm512_sub_epi32(v, _mm512_set1_epi32(kSqrtHalf2p31));
-  const __m512 ex = _mm512_cvtepi32_ps(_mm512_srai_epi32(d, 23));
-  const __m512i m = _mm512_add_epi32(_mm512_and_si512(d, _mm512_set1_epi32(kMantissa)), _mm512_set1_epi32(kSqrtHalf));
-  const __m512 f = _mm512_sub_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(1.0f));
-  const __m512 square = _mm512_fmadd_ps(horner(kLog, f), f, _mm512_mul_ps(ex, _mm512_set1_ps(kMinusTwoLn2)));
-  const __m512i root = _mm512_castps_si512(_mm512_sqrt_ps(square));
-  const __m512 r = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(sign, x, root, kSelect));
-  const __m512 angle = _mm512_mul_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(0x1p-31f));
-  const __m512 t = _mm512_mul_ps(angle, angle);
-  cosine = _mm512_mul_ps(r, horner(kCos, t));
-  sine = _mm512_mul_ps(r, _mm512_mul_ps(angle, horner(kSin, t)));
-}
+// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
+class Transform {
+ public:
+  Transform(__m512i x, __m512i y) noexcept : x_(x), y_(y) {}
+
+  void split() noexcept {  // 2 ^ ex (1 + f)
+    const __m512 n = _mm512_cvtepi32_ps(_mm512_or_si512(x_, _mm512_set1_epi32(1)));
+    const __m512i v = _mm512_andnot_si512(broadcast(kSign), _mm512_castps_si512(n));
+    const __m512i d = _mm512_sub_epi32(v, _mm512_set1_epi32(kSqrtHalf2p31));
+    const __m512i m = _mm512_add_epi32(_mm512_and_si512(d, _mm512_set1_epi32(kMantissa)), _mm512_set1_epi32(kSqrtHalf));
+    r_ = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(d, 23)), _mm512_set1_ps(kMinusTwoLn2));
+    f_ = _mm512_sub_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(1.0f));
+    p_ = _mm512_set1_ps(kLog[0]);
+  }
+  void log_half() noexcept { p_ = horner<1, 4>(p_, kLog, f_); }
+  void root() noexcept { r_ = _mm512_sqrt_ps(_mm512_fmadd_ps(horner<4, 7>(p_, kLog, f_), f_, r_)); }
+  void angle() noexcept {
+    f_ = _mm512_mul_ps(_mm512_cvtepi32_ps(y_), _mm512_set1_ps(0x1p-31f));
+    p_ = _mm512_mul_ps(f_, f_);
+    c_ = horner<1, 5>(_mm512_set1_ps(kCos[0]), kCos, p_);
+  }
+  void finish(__m512& cosine, __m512& sine) noexcept {
+    const __m512 s = _mm512_mul_ps(f_, horner<1, 5>(_mm512_set1_ps(kSin[0]), kSin, p_));
+    const __m512 r =
+        _mm512_castsi512_ps(_mm512_ternarylogic_epi32(broadcast(kSign), x_, _mm512_castps_si512(r_), kSelect));
+    cosine = _mm512_mul_ps(r, c_);
+    sine = _mm512_mul_ps(r, s);
+  }
+
+ private:
+  __m512i x_, y_;
+  __m512 r_, f_, p_, c_;
+};
 
 template <unsigned Count>
 struct Scales {
@@ -138,19 +163,40 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
   }
 }
 
+// Software-pipelined: between the rounds of the next block's words, which wait for multiplications, stand the parts of
+// this block's transform, which wait for fused multiply-adds and the root.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   float* w = walk.base;
   std::uint64_t q = walk.first * 16;
-  for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride, q += walk.step * 16) {
-    const Words k = philox.words(q);
+  Words k = philox.words(q);
+  for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
+    Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
+    State even, odd;
+    q += walk.step * 16;
+    philox.start(q, even, odd);
+    a.split();
+    b.split();
+    philox.round(1, even);
+    philox.round(1, odd);
+    a.log_half();
+    b.log_half();
+    philox.round(2, even);
+    philox.round(2, odd);
+    a.root();
+    b.root();
+    philox.round(3, even);
+    philox.round(3, odd);
+    a.angle();
+    b.angle();
+    k = philox.finish(even, odd);
     __m512 cosine, sine;
-    box_muller(k.x[0], k.x[1], cosine, sine);
+    a.finish(cosine, sine);
     update(w, cosine, scales);
     update(w + walk.run_stride, sine, scales);
-    box_muller(k.x[2], k.x[3], cosine, sine);
+    b.finish(cosine, sine);
     update(w + 2 * walk.run_stride, cosine, scales);
     update(w + 3 * walk.run_stride, sine, scales);
   }

@@ -29,38 +29,48 @@ inline Product multiply(uint32x4_t a, uint32x2_t m) noexcept {
   return {vuzp2q_u32(p, q), vuzp1q_u32(p, q)};
 }
 
+// Eight quads between their rounds.
 class Philox {
  public:
   explicit Philox(const Key& key) noexcept : s_(key) {}
 
-  // Quads q .. q + 7.
-  Words words(std::uint32_t q) const noexcept {
+  // The first three rounds of quads q .. q + 7; then `round` 1, 2, 3 and 4.
+  void start(std::uint32_t q, Words& k) const noexcept {
     static constexpr std::uint32_t kLane[4] = {0, 1, 2, 3};
-    const uint32x2_t m0 = vdup_n_u32(kMul0), m1 = vdup_n_u32(kMul1);
-    Words k;
     for (unsigned g = 0; g < 2; ++g) {
       const uint32x4_t counter = vaddq_u32(vdupq_n_u32(q + 4 * g), vld1q_u32(kLane));
-      const Product pq = multiply(counter, m0);
-      const Product p = multiply(veorq_u32(pq.high, vdupq_n_u32(s_.a1)), m1);
-      const Product p0 = multiply(veorq_u32(p.high, vdupq_n_u32(s_.b0)), m0);
-      const Product p1 = multiply(veorq_u32(pq.low, vdupq_n_u32(s_.b2)), m1);
+      const Product pq = multiply(counter, m0());
+      const Product p = multiply(veorq_u32(pq.high, vdupq_n_u32(s_.a1)), m1());
+      const Product p0 = multiply(veorq_u32(p.high, vdupq_n_u32(s_.b0)), m0());
+      const Product p1 = multiply(veorq_u32(pq.low, vdupq_n_u32(s_.b2)), m1());
       k.x[0][g] = veorq_u32(p1.high, veorq_u32(p.low, vdupq_n_u32(s_.k0[0])));
       k.x[1][g] = p1.low;
       k.x[2][g] = veorq_u32(p0.high, vdupq_n_u32(s_.c2));
       k.x[3][g] = p0.low;
     }
-    for (unsigned r = 1; r < 5; ++r)
-      for (unsigned g = 0; g < 2; ++g) {
-        const Product p0 = multiply(k.x[0][g], m0), p1 = multiply(k.x[2][g], m1);
-        k.x[0][g] = veorq_u32(p1.high, veorq_u32(k.x[1][g], vdupq_n_u32(s_.k0[r])));
-        k.x[2][g] = veorq_u32(p0.high, veorq_u32(k.x[3][g], vdupq_n_u32(s_.k1[r])));
-        k.x[1][g] = p1.low;
-        k.x[3][g] = p0.low;
-      }
+  }
+
+  void round(unsigned r, Words& k) const noexcept {
+    for (unsigned g = 0; g < 2; ++g) {
+      const Product p0 = multiply(k.x[0][g], m0()), p1 = multiply(k.x[2][g], m1());
+      k.x[0][g] = veorq_u32(p1.high, veorq_u32(k.x[1][g], vdupq_n_u32(s_.k0[r])));
+      k.x[2][g] = veorq_u32(p0.high, veorq_u32(k.x[3][g], vdupq_n_u32(s_.k1[r])));
+      k.x[1][g] = p1.low;
+      k.x[3][g] = p0.low;
+    }
+  }
+
+  Words words(std::uint32_t q) const noexcept {
+    Words k;
+    start(q, k);
+    for (unsigned r = 1; r < 5; ++r) round(r, k);
     return k;
   }
 
  private:
+  static uint32x2_t m0() noexcept { return vdup_n_u32(kMul0); }
+  static uint32x2_t m1() noexcept { return vdup_n_u32(kMul1); }
+
   Schedule s_;
 };
 
@@ -71,20 +81,36 @@ inline float32x4_t horner(const float (&coefficient)[N], float32x4_t t) noexcept
   return p;
 }
 
-inline void box_muller(uint32x4_t x, uint32x4_t y, float32x4_t& cosine, float32x4_t& sine) noexcept {
-  const int32x4_t odd = vreinterpretq_s32_u32(vorrq_u32(x, vdupq_n_u32(1)));
-  const int32x4_t v = vreinterpretq_s32_f32(vabsq_f32(vcvtq_f32_s32(odd)));
-  const int32x4_t d = vsubq_s32(v, vdupq_n_s32(kSqrtHalf2p31));
-  const float32x4_t ex = vcvtq_f32_s32(vshrq_n_s32(d, 23));
-  const int32x4_t m = vaddq_s32(vandq_s32(d, vdupq_n_s32(kMantissa)), vdupq_n_s32(kSqrtHalf));
-  const float32x4_t f = vsubq_f32(vreinterpretq_f32_s32(m), vdupq_n_f32(1.0f));
-  const float32x4_t square = vfmaq_f32(vmulq_f32(ex, vdupq_n_f32(kMinusTwoLn2)), horner(kLog, f), f);
-  const float32x4_t r = vbslq_f32(vdupq_n_u32(kSign), vreinterpretq_f32_u32(x), vsqrtq_f32(square));
-  const float32x4_t angle = vmulq_f32(vcvtq_f32_s32(vreinterpretq_s32_u32(y)), vdupq_n_f32(0x1p-31f));
-  const float32x4_t t = vmulq_f32(angle, angle);
-  cosine = vmulq_f32(r, horner(kCos, t));
-  sine = vmulq_f32(r, vmulq_f32(angle, horner(kSin, t)));
-}
+// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
+class Transform {
+ public:
+  Transform(uint32x4_t x, uint32x4_t y) noexcept : x_(x), y_(y) {}
+
+  void root() noexcept {
+    const int32x4_t odd = vreinterpretq_s32_u32(vorrq_u32(x_, vdupq_n_u32(1)));
+    const int32x4_t v = vreinterpretq_s32_f32(vabsq_f32(vcvtq_f32_s32(odd)));
+    const int32x4_t d = vsubq_s32(v, vdupq_n_s32(kSqrtHalf2p31));
+    const float32x4_t ex = vcvtq_f32_s32(vshrq_n_s32(d, 23));
+    const int32x4_t m = vaddq_s32(vandq_s32(d, vdupq_n_s32(kMantissa)), vdupq_n_s32(kSqrtHalf));
+    const float32x4_t f = vsubq_f32(vreinterpretq_f32_s32(m), vdupq_n_f32(1.0f));
+    r_ = vsqrtq_f32(vfmaq_f32(vmulq_f32(ex, vdupq_n_f32(kMinusTwoLn2)), horner(kLog, f), f));
+  }
+  void angle() noexcept {
+    const float32x4_t angle = vmulq_f32(vcvtq_f32_s32(vreinterpretq_s32_u32(y_)), vdupq_n_f32(0x1p-31f));
+    const float32x4_t t = vmulq_f32(angle, angle);
+    c_ = horner(kCos, t);
+    s_ = vmulq_f32(angle, horner(kSin, t));
+  }
+  void finish(float32x4_t& cosine, float32x4_t& sine) const noexcept {
+    const float32x4_t r = vbslq_f32(vdupq_n_u32(kSign), vreinterpretq_f32_u32(x_), r_);
+    cosine = vmulq_f32(r, c_);
+    sine = vmulq_f32(r, s_);
+  }
+
+ private:
+  uint32x4_t x_, y_;
+  float32x4_t r_, c_, s_;
+};
 
 template <unsigned Count>
 struct Scales {
@@ -114,24 +140,37 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
+// Software-pipelined: between the rounds of the next eight quads stand the parts of the transform of these eight.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   float* block = walk.base;
   auto q = static_cast<std::uint32_t>(walk.first * 16);
-  for (std::size_t i = 0; i < walk.count;
-       ++i, block += walk.block_stride, q += static_cast<std::uint32_t>(walk.step * 16))
+  const auto next = static_cast<std::uint32_t>(walk.step * 16);
+  Words k = philox.words(q);
+  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += next)
     for (unsigned half = 0; half < 16; half += 8) {
-      const Words k = philox.words(q + half);
-      for (unsigned pair = 0; pair < 2; ++pair)
-        for (unsigned g = 0; g < 2; ++g) {
-          float* w = block + 2 * pair * walk.run_stride + half + 4 * g;
-          float32x4_t cosine, sine;
-          box_muller(k.x[2 * pair][g], k.x[2 * pair + 1][g], cosine, sine);
-          update(w, cosine, scales);
-          update(w + walk.run_stride, sine, scales);
-        }
+      Words n;
+      philox.start(half == 0 ? q + 8 : q + next, n);
+      for (unsigned pair = 0; pair < 2; ++pair) {
+        float* w = block + 2 * pair * walk.run_stride + half;
+        Transform a(k.x[2 * pair][0], k.x[2 * pair + 1][0]), b(k.x[2 * pair][1], k.x[2 * pair + 1][1]);
+        a.root();
+        b.root();
+        philox.round(2 * pair + 1, n);
+        a.angle();
+        b.angle();
+        philox.round(2 * pair + 2, n);
+        float32x4_t cosine, sine;
+        a.finish(cosine, sine);
+        update(w, cosine, scales);
+        update(w + walk.run_stride, sine, scales);
+        b.finish(cosine, sine);
+        update(w + 4, cosine, scales);
+        update(w + walk.run_stride + 4, sine, scales);
+      }
+      k = n;
     }
 }
 
