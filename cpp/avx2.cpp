@@ -112,17 +112,20 @@ class Transform {
     p_ = _mm256_set1_ps(kLog[0]);
   }
   void log_half() noexcept { p_ = horner<1, 4>(p_, kLog, f_); }
-  void root() noexcept { r_ = _mm256_sqrt_ps(_mm256_fmadd_ps(horner<4, 7>(p_, kLog, f_), f_, r_)); }
+  void root() noexcept {
+    p_ = horner<4, 7>(p_, kLog, f_);
+    r_ = _mm256_sqrt_ps(_mm256_fmadd_ps(p_, f_, r_));
+  }
   void angle() noexcept {
     f_ = _mm256_mul_ps(_mm256_cvtepi32_ps(y_), _mm256_set1_ps(0x1p-31f));
     p_ = _mm256_mul_ps(f_, f_);
     c_ = horner<1, 5>(_mm256_set1_ps(kCos[0]), kCos, p_);
   }
   void finish(__m256& cosine, __m256& sine) noexcept {
-    const __m256 s = _mm256_mul_ps(f_, horner<1, 5>(_mm256_set1_ps(kSin[0]), kSin, p_));
+    const __m256 s = horner<1, 5>(_mm256_set1_ps(kSin[0]), kSin, p_);
     const __m256 r = _mm256_or_ps(_mm256_andnot_ps(sign(), r_), _mm256_and_ps(sign(), _mm256_castsi256_ps(x_)));
     cosine = _mm256_mul_ps(r, c_);
-    sine = _mm256_mul_ps(r, s);
+    sine = _mm256_mul_ps(r, _mm256_mul_ps(f_, s));
   }
 
  private:

@@ -118,18 +118,21 @@ class Transform {
     p_ = _mm512_set1_ps(kLog[0]);
   }
   void log_half() noexcept { p_ = horner<1, 4>(p_, kLog, f_); }
-  void root() noexcept { r_ = _mm512_sqrt_ps(_mm512_fmadd_ps(horner<4, 7>(p_, kLog, f_), f_, r_)); }
+  void root() noexcept {
+    p_ = horner<4, 7>(p_, kLog, f_);
+    r_ = _mm512_sqrt_ps(_mm512_fmadd_ps(p_, f_, r_));
+  }
   void angle() noexcept {
     f_ = _mm512_mul_ps(_mm512_cvtepi32_ps(y_), _mm512_set1_ps(0x1p-31f));
     p_ = _mm512_mul_ps(f_, f_);
     c_ = horner<1, 5>(_mm512_set1_ps(kCos[0]), kCos, p_);
   }
   void finish(__m512& cosine, __m512& sine) noexcept {
-    const __m512 s = _mm512_mul_ps(f_, horner<1, 5>(_mm512_set1_ps(kSin[0]), kSin, p_));
+    const __m512 s = horner<1, 5>(_mm512_set1_ps(kSin[0]), kSin, p_);
     const __m512 r =
         _mm512_castsi512_ps(_mm512_ternarylogic_epi32(broadcast(kSign), x_, _mm512_castps_si512(r_), kSelect));
     cosine = _mm512_mul_ps(r, c_);
-    sine = _mm512_mul_ps(r, s);
+    sine = _mm512_mul_ps(r, _mm512_mul_ps(f_, s));
   }
 
  private:
