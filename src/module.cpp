@@ -19,13 +19,18 @@ namespace {
 
 std::string shown(py::handle value) { return py::repr(value).cast<std::string>(); }
 
-template <typename T>
-T unsigned_integer(py::handle value, const char* name) {
-  const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+py::object integer(py::handle value, const char* name) {
+  auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (!index) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + " must be an integer, got " + shown(value));
   }
+  return index;
+}
+
+template <typename T>
+T unsigned_integer(py::handle value, const char* name) {
+  const auto index = integer(value, name);
   const unsigned long long n = PyLong_AsUnsignedLongLong(index.ptr());
   if (PyErr_Occurred() != nullptr || n > std::numeric_limits<T>::max()) {
     PyErr_Clear();
@@ -35,10 +40,23 @@ T unsigned_integer(py::handle value, const char* name) {
   return static_cast<T>(n);
 }
 
-pz::Direction direction_of(const std::string& name) {
-  if (name == "gaussian") return pz::Direction::gaussian;
-  if (name == "rademacher") return pz::Direction::rademacher;
-  throw py::value_error("direction must be 'gaussian' or 'rademacher', got '" + name + "'");
+float finite_float(py::handle value, const char* name) {
+  const double v = PyFloat_AsDouble(value.ptr());
+  if (PyErr_Occurred() != nullptr) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + " must be a number, got " + shown(value));
+  }
+  if (!(std::fabs(v) <= std::numeric_limits<float>::max()))
+    throw py::value_error(std::string(name) + " must be finite in float32, got " + shown(value));
+  return static_cast<float>(v);
+}
+
+pz::Direction direction_of(py::handle name) {
+  if (py::isinstance<py::str>(name)) {
+    if (name.equal(py::str("gaussian"))) return pz::Direction::gaussian;
+    if (name.equal(py::str("rademacher"))) return pz::Direction::rademacher;
+  }
+  throw py::value_error("direction must be 'gaussian' or 'rademacher', got " + shown(name));
 }
 
 // The array itself: float32, C-contiguous, aligned, writable.
@@ -103,7 +121,7 @@ class Segments {
 };
 
 void generate(py::handle out, py::handle seed, py::handle tensor, py::handle draw, py::handle offset,
-              const std::string& direction) {
+              py::handle direction) {
   auto array = checked(out, "out");
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
@@ -113,16 +131,22 @@ void generate(py::handle out, py::handle seed, py::handle tensor, py::handle dra
   pz::generate(segment, s, d, kind);
 }
 
-void step(py::handle w, py::handle seed, py::handle tensor, const std::vector<std::pair<py::object, float>>& passes,
-          float decay, py::handle offset, const std::string& direction) {
+void step(py::handle w, py::handle seed, py::handle tensor,
+          const std::vector<std::pair<py::object, py::object>>& passes, py::handle decay, py::handle offset,
+          py::handle direction) {
   auto array = checked(w, "w");
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
   std::vector<pz::Term> terms;
   for (const auto& [draw, scale] : passes)
-    terms.push_back(
-        {s, unsigned_integer<std::uint64_t>(draw, "draw"), {scale, 0, 0}, 0, 1, direction_of(direction), {}});
-  terms.front().decay = decay;
+    terms.push_back({s,
+                     unsigned_integer<std::uint64_t>(draw, "draw"),
+                     {finite_float(scale, "scale"), 0, 0},
+                     0,
+                     1,
+                     direction_of(direction),
+                     {}});
+  terms.front().decay = finite_float(decay, "decay");
   const py::gil_scoped_release release;  // a long pass must not stop other Python threads
   pz::apply(&segment, 1, terms.data(), terms.size());
 }
@@ -169,13 +193,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("use", &use, py::arg("name"));
   m.def("threads", &pz::threads);
   m.def("set_threads", [](py::handle count) {
-    const auto n = unsigned_integer<std::uint32_t>(count, "threads");
-    if (n < 1 || n > pz::kMaxThreads)
+    const long n = PyLong_AsLong(integer(count, "threads").ptr());
+    PyErr_Clear();  // where it is too large for a long, n is -1
+    if (n < 1 || n > static_cast<long>(pz::kMaxThreads))
       throw py::value_error("threads must be in 1 .. " + std::to_string(pz::kMaxThreads) + ", got " + shown(count));
     bool done = false;
     {
       const py::gil_scoped_release release;  // joining threads must not hold up Python
-      done = pz::set_threads(n);
+      done = pz::set_threads(static_cast<unsigned>(n));
     }
     if (!done) throw std::runtime_error("the system refuses to start " + std::to_string(n - 1) + " threads");
   });

@@ -6,6 +6,7 @@ The environment variable ``POCKETZO_ISA`` (``scalar``, ``neon``, ``avx2`` or ``a
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Literal
 
@@ -75,6 +76,7 @@ def normal(
     ValueError
         A number is out of its range.
     """
+    n = operator.index(n)
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
     out = np.empty(n, np.float32)
@@ -101,7 +103,7 @@ def perturb(
     seed, tensor, draw, offset, direction
         As for :func:`normal`.
     scale : float
-        Rounded to float32.
+        Finite; rounded to float32.
 
     Raises
     ------

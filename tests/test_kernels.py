@@ -1,0 +1,487 @@
+"""pocketzo.kernels as Python sees it: what it refuses, and that the bits depend on nothing but the arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from vectors import reference
+
+import pocketzo as pz
+from pocketzo import _core
+
+F32 = NDArray[np.float32]
+Direction = Literal["gaussian", "rademacher"]
+
+DIRECTIONS: tuple[Direction, ...] = ("gaussian", "rademacher")
+SETS = pz.kernels.available()
+UNIT = 1 << 16  # elements that a thread takes at a time
+LAST = 2**64 - 1
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    name, threads = pz.kernels.isa(), pz.kernels.threads()
+    yield
+    pz.kernels.use(name)
+    pz.kernels.set_threads(threads)
+
+
+def weights(n: int, seed: int = 0) -> F32:
+    return np.random.default_rng(seed).standard_normal(n, np.float32)
+
+
+def assert_same_bits(actual: F32, expected: F32) -> None:
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32), strict=True)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+KEY: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3}
+PERTURB: dict[str, Any] = {**KEY, "scale": 0.5}
+STEP: dict[str, Any] = {**PERTURB, "next_draw": 4, "next_scale": 0.25}
+
+IN_PLACE: dict[str, Callable[[Any], None]] = {
+    "perturb": lambda w: pz.kernels.perturb(w, **PERTURB),
+    "step": lambda w: pz.kernels.step(w, **STEP),
+}
+
+
+def _misaligned() -> F32:
+    return np.frombuffer(bytearray(4 * 8 + 1), np.uint8)[1:].view(np.float32)
+
+
+@pytest.mark.parametrize("function", IN_PLACE)
+@pytest.mark.parametrize(
+    ("array", "error", "got"),
+    [
+        pytest.param([1.0, 2.0], TypeError, "<class 'list'>", id="list"),
+        pytest.param(None, TypeError, "NoneType", id="none"),
+        pytest.param(np.float32(1), TypeError, "numpy.float32", id="scalar"),
+        pytest.param(memoryview(bytearray(16)), TypeError, "memoryview", id="buffer"),
+        pytest.param(np.zeros(8), TypeError, "dtype 'float64'", id="float64"),
+        pytest.param(np.zeros(8, np.float16), TypeError, "dtype 'float16'", id="float16"),
+        pytest.param(np.zeros(8, np.int32), TypeError, "dtype 'int32'", id="int32"),
+        pytest.param(np.zeros(8, ">f4"), TypeError, "dtype '>f4'", id="big-endian"),
+        pytest.param(np.zeros(8, np.float32)[::2], ValueError, "not contiguous", id="every-second"),
+        pytest.param(np.zeros(8, np.float32)[::-1], ValueError, "not contiguous", id="reversed"),
+        pytest.param(np.zeros((3, 4), np.float32).T, ValueError, "not contiguous", id="transposed"),
+        pytest.param(np.zeros((4, 4), np.float32)[:, :3], ValueError, "not contiguous", id="columns"),
+        pytest.param(np.broadcast_to(np.float32(1), 8), ValueError, "not contiguous", id="broadcast"),
+        pytest.param(np.frombuffer(bytes(16), np.float32), ValueError, "read-only", id="read-only"),
+        pytest.param(_misaligned(), ValueError, "multiple of 4", id="misaligned"),
+    ],
+)
+def test_an_array_that_cannot_be_worked_on_is_refused(
+    function: str, array: Any, error: type[Exception], got: str
+) -> None:
+    before = np.array(array)
+    with pytest.raises(error, match="w must be a writable, C-contiguous float32 array, got") as raised:
+        IN_PLACE[function](array)
+    assert got in str(raised.value)
+    np.testing.assert_array_equal(np.array(array), before)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("seed", 64), ("tensor", 32), ("draw", 64), ("offset", 64)])
+@pytest.mark.parametrize("function", ["normal", "perturb", "step"])
+def test_numbers_out_of_range_are_refused(function: str, name: str, bits: int) -> None:
+    def call(value: Any) -> None:
+        if function == "normal":
+            pz.kernels.normal(0, **{**KEY, name: value})
+        elif function == "perturb":
+            pz.kernels.perturb(w, **{**PERTURB, name: value})
+        else:
+            pz.kernels.step(w, **{**STEP, name: value})
+
+    w = np.zeros(0, np.float32)
+    largest = 2**bits - 1
+    for fine in (0, largest, np.uint64(largest), np.int16(7), True):
+        call(fine)
+    for value in (-1, 2**bits, 2**200, np.int64(-5)):
+        with pytest.raises(ValueError, match=rf"{name} must be in 0 \.\. 2\*\*{bits} - 1, got ") as raised:
+            call(value)
+        assert repr(value) in str(raised.value)
+    for other in (1.0, np.float32(1), "1", None, [1]):
+        with pytest.raises(TypeError, match=f"{name} must be an integer, got "):
+            call(other)
+
+
+def test_the_second_draw_of_a_step_is_checked_too() -> None:
+    w = weights(100)
+    before = w.copy()
+    for value, error in ((-1, ValueError), (2**64, ValueError), (0.5, TypeError)):
+        with pytest.raises(error, match="draw must be"):
+            pz.kernels.step(w, **{**STEP, "next_draw": value})
+    assert_same_bits(w, before)
+
+
+@pytest.mark.parametrize("n", [0, 1, 64, 1000])
+def test_a_tensor_ends_before_element_2_64(n: int) -> None:
+    last = LAST - n
+    w = np.zeros(n, np.float32)
+    pz.kernels.perturb(w, **PERTURB, offset=last)
+    assert_same_bits(w, np.float32(0.5) * pz.kernels.normal(n, **KEY, offset=last))
+    if n > 0:
+        for call in (
+            lambda: pz.kernels.normal(n, **KEY, offset=last + 1),
+            lambda: pz.kernels.perturb(w, **PERTURB, offset=last + 1),
+            lambda: pz.kernels.step(w, **STEP, offset=last + 1),
+        ):
+            with pytest.raises(ValueError, match=rf"offset \+ size must not exceed 2\*\*64 - 1, got offset {last + 1}"):
+                call()
+
+
+def test_other_arguments_are_refused() -> None:
+    w = weights(4)
+    before = w.copy()
+    with pytest.raises(ValueError, match="n must not be negative, got -1"):
+        pz.kernels.normal(-1, **KEY)
+    with pytest.raises(TypeError):
+        pz.kernels.normal(2.5, **KEY)  # type: ignore[arg-type]
+    uniform: Any = "uniform"
+    for call in (
+        lambda: pz.kernels.normal(1, **KEY, direction=uniform),
+        lambda: pz.kernels.perturb(w, **PERTURB, direction=uniform),
+        lambda: pz.kernels.step(w, **STEP, direction=uniform),
+    ):
+        with pytest.raises(ValueError, match="direction must be 'gaussian' or 'rademacher', got 'uniform'"):
+            call()
+    for name in ("scale", "next_scale", "decay"):
+        for value in ("0.1", None, 1j):
+            with pytest.raises(TypeError):
+                pz.kernels.step(w, **{**STEP, name: value})
+    with pytest.raises(TypeError, match="positional"):
+        pz.kernels.perturb(w, 1, 2, 3, 0.5)  # type: ignore[call-arg]
+    assert_same_bits(w, before)
+
+
+# ---- in place, any shape ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 5), (1,), (7,), (64,), (3, 5, 7), (2, 1, 130), (257, 255)])
+def test_any_shape_is_worked_on_in_place(shape: tuple[int, ...], direction: Direction) -> None:
+    size = int(np.prod(shape))
+    room = weights(size + 40)
+    untouched = room.copy()
+    w = room[20 : 20 + size].reshape(shape)
+    assert np.shares_memory(w, room) or size == 0
+    flat = w.copy().reshape(-1)
+    assert pz.kernels.perturb(w, **PERTURB, direction=direction) is None  # type: ignore[func-returns-value]
+    pz.kernels.perturb(flat, **PERTURB, direction=direction)
+    assert_same_bits(room[20 : 20 + size], flat)
+    assert size == 0 or not np.array_equal(flat, untouched[20 : 20 + size])
+    assert_same_bits(room[:20], untouched[:20])
+    assert_same_bits(room[20 + size :], untouched[20 + size :])
+
+
+def test_subclasses_and_views_of_foreign_memory_are_worked_on() -> None:
+    buffer = bytearray(4 * 100)
+    w = np.frombuffer(buffer, np.float32)
+    pz.kernels.perturb(w, **PERTURB)
+    assert_same_bits(np.frombuffer(bytes(buffer), np.float32), np.float32(0.5) * pz.kernels.normal(100, **KEY))
+
+    class Sub(np.ndarray[Any, Any]):
+        pass
+
+    again = np.zeros(100, np.float32)
+    pz.kernels.perturb(again.view(Sub), **PERTURB)
+    assert_same_bits(again, w)
+
+
+def test_normal_returns_a_new_float32_vector() -> None:
+    z = pz.kernels.normal(5, **KEY)
+    assert z.dtype == np.float32
+    assert z.shape == (5,)
+    assert z.flags.writeable
+    assert pz.kernels.normal(0, **KEY).shape == (0,)
+    assert set(pz.kernels.normal(1000, **KEY, direction="rademacher").tolist()) == {-1.0, 1.0}
+
+
+# ---- the bits are a function of the arguments ------------------------------------------------------------------------
+
+edges = st.sampled_from([0, 64, 2048, UNIT, 2**32, 2**34, 2**39, 2**63, LAST - 4000])
+offsets = st.one_of(
+    st.tuples(edges, st.integers(-300, 300)).map(lambda pair: min(max(sum(pair), 0), LAST - 4000)),
+    st.integers(0, LAST - 4000),
+)
+keys = st.fixed_dictionaries(
+    {"seed": st.integers(0, LAST), "tensor": st.integers(0, 2**32 - 1), "draw": st.integers(0, LAST)}
+)
+directions = st.sampled_from(DIRECTIONS)
+scales = st.floats(-1e3, 1e3, width=32)
+# Zeros of both signs, subnormals, the largest and infinities too, as weights may be anything.
+arrays = st.builds(
+    lambda n, seed, special, at: _with_special(weights(n, seed), special, at),
+    st.integers(0, 400),
+    st.integers(0, 2**32),
+    st.lists(st.floats(width=32, allow_nan=False), max_size=8),
+    st.integers(0, 400),
+)
+
+
+def _with_special(w: F32, special: list[float], at: int) -> F32:
+    w[at : at + len(special)] = special[: max(len(w) - at, 0)]
+    return w
+
+
+@given(keys, directions, offsets, st.lists(st.integers(0, 3000), max_size=6))
+def test_a_tensor_may_be_cut_anywhere(key: dict[str, int], direction: Direction, offset: int, cuts: list[int]) -> None:
+    whole = pz.kernels.normal(3000, **key, offset=offset, direction=direction)
+    w = weights(3000)
+    parts = w.copy()
+    pz.kernels.step(w, **key, scale=0.3, next_draw=7, next_scale=-0.2, decay=0.1, offset=offset, direction=direction)
+    bounds = [0, *sorted(cuts), 3000]
+    for start, stop in pairwise(bounds):
+        piece = pz.kernels.normal(stop - start, **key, offset=offset + start, direction=direction)
+        assert_same_bits(piece, whole[start:stop])
+        pz.kernels.step(
+            parts[start:stop],
+            **key,
+            scale=0.3,
+            next_draw=7,
+            next_scale=-0.2,
+            decay=0.1,
+            offset=offset + start,
+            direction=direction,
+        )
+    assert_same_bits(parts, w)
+
+
+@given(keys, directions, offsets, arrays, scales)
+def test_perturb_is_one_fma(key: dict[str, int], direction: Direction, offset: int, w: F32, scale: float) -> None:
+    z = pz.kernels.normal(len(w), **key, offset=offset, direction=direction)
+    expected = reference.fma32(np.float32(scale), z, w)
+    pz.kernels.perturb(w, **key, scale=scale, offset=offset, direction=direction)
+    assert_same_bits(w, expected)
+
+
+@given(keys, directions, offsets, st.integers(0, 300))
+def test_z_is_that_of_the_specification(key: dict[str, int], direction: Direction, offset: int, n: int) -> None:
+    expected = reference.direction(direction, key["seed"], key["tensor"], key["draw"], offset, n)
+    assert_same_bits(pz.kernels.normal(n, **key, offset=offset, direction=direction), expected)
+
+
+@given(keys, directions, offsets, arrays, scales, st.integers(0, LAST), scales, st.sampled_from([0.0, 1e-4, 0.3]))
+def test_step_is_its_separate_passes(
+    key: dict[str, Any],
+    direction: Direction,
+    offset: int,
+    w: F32,
+    scale: float,
+    next_draw: int,
+    next_scale: float,
+    decay: float,
+) -> None:
+    apart = w.copy()
+    place: dict[str, Any] = {"offset": offset, "direction": direction}
+    pz.kernels.perturb(apart, **key, scale=scale, **place)
+    if decay:
+        apart = reference.fma32(np.float32(-decay), apart, apart)
+    pz.kernels.perturb(apart, **{**key, "draw": next_draw}, scale=next_scale, **place)
+    pz.kernels.step(w, **key, scale=scale, next_draw=next_draw, next_scale=next_scale, decay=decay, **place)
+    assert_same_bits(w, apart)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_gives_the_bits_of_the_scalar_one(name: str, direction: Direction) -> None:
+    n = UNIT + 77
+    results = []
+    for each in ("scalar", name):
+        pz.kernels.use(each)
+        assert pz.kernels.isa() == each
+        for offset in (0, 2**34 - 1000, 2**39 - UNIT // 2, LAST - n):
+            w = weights(n)
+            w[:6] = [0.0, -0.0, 1e-45, np.inf, np.nan, 3.4e38]
+            pz.kernels.step(w, **STEP, decay=0.01, offset=offset, direction=direction)
+            results += [w, pz.kernels.normal(n, **KEY, offset=offset, direction=direction)]
+    half = len(results) // 2
+    for scalar, other in zip(results[:half], results[half:], strict=True):
+        assert_same_bits(other, scalar)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_number_of_threads_changes_no_bit(direction: Direction) -> None:
+    n = 5 * UNIT + 333
+    results = []
+    for threads in (1, 2, 3, 4):
+        pz.kernels.set_threads(threads)
+        assert pz.kernels.threads() == threads
+        w = weights(n)
+        pz.kernels.step(w, **STEP, decay=0.01, offset=UNIT - 5, direction=direction)
+        results.append(w)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+def test_the_number_of_threads_has_bounds() -> None:
+    before = pz.kernels.threads()
+    for count, error, message in (
+        (0, ValueError, r"threads must be in 1 \.\. 256, got 0"),
+        (257, ValueError, r"threads must be in 1 \.\. 256, got 257"),
+        (-1, ValueError, "threads must be in .*, got -1"),
+        (1.0, TypeError, "threads must be an integer, got 1.0"),
+        ("2", TypeError, "threads must be an integer, got '2'"),
+    ):
+        with pytest.raises(error, match=message):
+            pz.kernels.set_threads(count)  # type: ignore[arg-type]
+    assert pz.kernels.threads() == before
+    for count in (256, 1):
+        pz.kernels.set_threads(count)
+        assert pz.kernels.threads() == count
+
+
+def test_an_unknown_set_is_refused_and_the_known_ones_are_named() -> None:
+    before = pz.kernels.isa()
+    with pytest.raises(ValueError, match="instruction set 'mmx' is unknown") as raised:
+        pz.kernels.use("mmx")
+    assert str(raised.value).endswith("there is: " + ", ".join(SETS))
+    assert pz.kernels.isa() == before
+    assert SETS[-1] == "scalar"
+
+
+def test_python_threads_go_on_during_a_call() -> None:
+    w = np.zeros(1 << 22, np.float32)
+    started = threading.Lock()
+    started.acquire()
+    ran: list[bool] = []
+
+    def other() -> None:
+        with started:
+            ran.append(True)
+
+    thread = threading.Thread(target=other)
+    interval = sys.getswitchinterval()
+    try:
+        thread.start()
+        sys.setswitchinterval(1000)  # so that this thread loses the interpreter only where it lets go of it
+        started.release()
+        deadline = time.monotonic() + 10
+        while not ran and time.monotonic() < deadline:
+            pz.kernels.perturb(w, **PERTURB)
+        during = bool(ran)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert during
+
+
+def test_calls_from_several_python_threads_do_not_disturb_each_other() -> None:
+    pz.kernels.set_threads(2)
+    n = 2 * UNIT + 9
+
+    def work(seed: int) -> F32:
+        w = weights(n)
+        for draw in range(5):
+            pz.kernels.perturb(w, seed=seed, tensor=1, draw=draw, scale=0.1)
+        return w
+
+    expected = [work(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for actual, alone in zip(pool.map(work, range(4)), expected, strict=True):
+            assert_same_bits(actual, alone)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_working_threads() -> None:
+    script = """
+import os, pocketzo as pz
+pz.kernels.set_threads(3)
+key = dict(seed=1, tensor=2, draw=3)
+expected = pz.kernels.normal(1 << 18, **key).tobytes()
+child = os.fork()
+if child == 0:
+    same = pz.kernels.normal(1 << 18, **key).tobytes() == expected
+    os._exit(0 if same and pz.kernels.threads() == 3 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert pz.kernels.normal(1 << 18, **key).tobytes() == expected
+"""
+    # Python warns of forking a process with threads; what it warns of is tested here.
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
+
+
+# ---- a whole model's tensors at once, as the optimizers do it --------------------------------------------------------
+
+
+def test_segments_apply_terms_in_order_to_every_tensor() -> None:
+    sizes = (0, 1, 63, UNIT + 3)
+    arrays = [weights(n, n) for n in sizes]
+    expected = [w.copy() for w in arrays]
+    segments = _core.Segments([(w, tensor) for tensor, w in enumerate(arrays)])
+    assert segments.size == sum(sizes)
+    terms = np.zeros(12, _core.TERM)  # more than the kernels keep subkeys for
+    for i in range(len(terms)):
+        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, (0,) * 6)
+    segments.apply(terms)
+    for tensor, w in enumerate(expected):
+        program = [
+            reference.Term(5, i, (0.5, -1.0, 0.25)[: i % 4], float(np.float32(0.01 * (i % 2))), DIRECTIONS[i % 2])
+            for i in range(len(terms))
+        ]
+        assert_same_bits(arrays[tensor], reference.apply(w, program, tensor=tensor))
+    _core.Segments([]).apply(terms)
+    before = arrays[3].copy()
+    segments.apply(terms[:0])
+    assert_same_bits(arrays[3], before)
+
+
+def test_segments_refuse_what_they_cannot_work_on() -> None:
+    w = weights(10)
+    for item, error, message in (
+        ((np.zeros(3), 1), TypeError, "weight must be a writable, C-contiguous float32 array, got dtype 'float64'"),
+        ((w[::2], 1), ValueError, "weight must be .* got one that is not contiguous"),
+        ((w, 2**32), ValueError, r"tensor must be in 0 \.\. 2\*\*32 - 1"),
+        ((w, "name"), TypeError, "tensor must be an integer, got 'name'"),
+        ((w,), ValueError, "each item must be"),
+    ):
+        with pytest.raises(error, match=message):
+            _core.Segments([item])  # type: ignore[list-item]
+    segments = _core.Segments([(w, 1)])
+    with pytest.raises(TypeError):
+        segments.apply(np.zeros(3, np.float64))
+    with pytest.raises(ValueError, match="one-dimensional"):
+        segments.apply(np.zeros((1, 1), _core.TERM))
+    terms = np.zeros(2, _core.TERM)
+    terms["count"][1] = 4
+    before = w.copy()
+    with pytest.raises(ValueError, match="term 1 has 4 scales"):
+        segments.apply(terms)
+    assert_same_bits(w, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("name", ["scale", "next_scale", "decay"])
+def test_factors_must_be_finite_in_float32(name: str, value: float) -> None:
+    w = np.ones(8, np.float32)
+    arguments = {"scale": 1.0, "next_scale": 1.0, "decay": 0.0, name: value}
+    expected = "decay" if name == "decay" else "scale"
+    with pytest.raises(ValueError, match=f"{expected} must be finite in float32, got {value!r}".replace("+", r"\+")):
+        pz.kernels.step(w, seed=1, tensor=2, draw=3, next_draw=4, **arguments)
+    assert (w == 1).all()
+
+
+def test_factors_must_be_numbers() -> None:
+    with pytest.raises(TypeError, match="scale must be a number, got 'much'"):
+        pz.kernels.perturb(np.ones(8, np.float32), seed=1, tensor=2, draw=3, scale="much")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", ["uniform", None, 1])
+def test_direction_must_be_known(direction: object) -> None:
+    with pytest.raises(ValueError, match=f"direction must be 'gaussian' or 'rademacher', got {direction!r}"):
+        pz.kernels.normal(8, seed=1, tensor=2, draw=3, direction=direction)  # type: ignore[arg-type]
