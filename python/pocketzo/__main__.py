@@ -1,0 +1,21 @@
+"""``python -m pocketzo``, and the console program ``pocketzo``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install for it."""
+    try:
+        from pocketzo import cli
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("click", "rich"):
+            raise
+        sys.exit(f"pocketzo: the command line needs {package}, which is not installed: pip install 'pocketzo[cli]'")
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""What this installation can do here: the instruction sets and their self-test, cores, memory, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pocketzo
+from pocketzo import kernels
+
+__all__ = ["examine", "process_memory", "reset_peak", "self_test", "speed", "system_memory"]
+
+EXTRAS: Final = {
+    "cli": ("click", "rich"),
+    "text": ("tokenizers",),
+    "prepare": ("onnx",),
+    "plot": ("matplotlib",),
+}
+
+_SEED, _TENSOR, _DRAW = 20250101, 0x5EED, 41
+_NEAR: Final[dict[str, Any]] = {"seed": _SEED, "tensor": _TENSOR, "draw": _DRAW}
+_FAR: Final[dict[str, Any]] = {"seed": 0x0123456789ABCDEF, "tensor": 0xDEADBEEF, "draw": 1 << 32}
+_COUNT = 1 << 16
+
+# CRC-32 of 65,536 little-endian float32. The first four are the first CRCs of the lines normal_crc and rademacher_crc
+# in tests/vectors/answers.txt; the last two apply two directions, with weight decay between, to the first stream. All
+# come from tests/vectors/reference.py, which does in numpy what cpp/SPEC.md says; tests/test_cli.py does so again.
+ANSWERS: Final = {
+    "normal": 0x33DBAC66,
+    "normal, far": 0xAC30A971,
+    "rademacher": 0x256D82B1,
+    "rademacher, far": 0x26670CE0,
+    "step, normal": 0xB56D5BA6,
+    "step, rademacher": 0x14D593A5,
+}
+
+
+def self_test() -> dict[str, list[str]]:
+    """Compare every available instruction set with the known answers.
+
+    Returns
+    -------
+    dict of str to list of str
+        By instruction set, which of :data:`ANSWERS` it failed to give; all empty where all is well.
+    """
+    before = kernels.isa()
+    try:
+        return {name: _failed(name) for name in kernels.available()}
+    finally:
+        kernels.use(before)
+
+
+def _failed(isa: str) -> list[str]:
+    kernels.use(isa)
+
+    def stepped(direction: kernels.Direction) -> NDArray[np.float32]:
+        w = kernels.normal(_COUNT, **_NEAR)
+        kernels.step(
+            w,
+            seed=_SEED,
+            tensor=_TENSOR,
+            draw=42,
+            scale=1e-3,
+            decay=1e-2,
+            next_draw=43,
+            next_scale=-2e-3,
+            direction=direction,
+        )
+        return w
+
+    streams: dict[str, Callable[[], NDArray[np.float32]]] = {
+        "normal": lambda: kernels.normal(_COUNT, **_NEAR),
+        "normal, far": lambda: kernels.normal(_COUNT, **_FAR, offset=17179344875),
+        "rademacher": lambda: kernels.normal(_COUNT, **_NEAR, direction="rademacher"),
+        "rademacher, far": lambda: kernels.normal(_COUNT, **_FAR, offset=549755682795, direction="rademacher"),
+        "step, normal": lambda: stepped("gaussian"),
+        "step, rademacher": lambda: stepped("rademacher"),
+    }
+    return [name for name, stream in streams.items() if zlib.crc32(stream().astype("<f4").data) != ANSWERS[name]]
+
+
+def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]:
+    """Time the perturbation of ``count`` weights, in nanoseconds a weight, the best of ``repeats``.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        By direction and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
+    """
+    w = np.zeros(count, np.float32)
+    threads = kernels.threads()
+    result: dict[str, dict[str, float]] = {"gaussian": {}, "rademacher": {}}
+    directions: tuple[kernels.Direction, ...] = ("gaussian", "rademacher")
+    try:
+        for number in sorted({1, threads}):
+            kernels.set_threads(number)
+            for direction in directions:
+                times = []
+                for draw in range(repeats):
+                    started = time.perf_counter()
+                    kernels.perturb(w, seed=0, tensor=0, draw=draw, scale=1e-3, direction=direction)
+                    times.append(time.perf_counter() - started)
+                name = f"{number} thread" + ("s" if number > 1 else "")
+                result[direction][name] = round(min(times) / count * 1e9, 3)
+    finally:
+        kernels.set_threads(threads)
+    return result
+
+
+def system_memory() -> tuple[int | None, int | None]:
+    """Return the machine's memory and what of it is available, in bytes; None where the system does not tell."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
+        except (AttributeError, OSError, ValueError):
+            return None, None
+    return total, available
+
+
+def process_memory() -> tuple[int | None, int | None]:
+    """Return the memory of this process in bytes, resident now and at its peak; None where the system is silent."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        # Not ru_maxrss: it outlives exec, and so may be that of the program that started this one.
+        return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            import resource
+        except ImportError:  # no such module on Windows
+            return None, None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return None, peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> None:
+    """Let the peak of :func:`process_memory` begin anew from what is resident now, where the system allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def examine() -> dict[str, Any]:
+    """Find out everything that ``pocketzo doctor`` tells; takes about a second.
+
+    Returns
+    -------
+    dict
+        Of plain values, for JSON. ``ok`` is whether the self-test was passed; sizes are in bytes, ``speed`` is in
+        nanoseconds a weight.
+    """
+    failed = self_test()
+    total, available = system_memory()
+    return {
+        "ok": not any(failed.values()),
+        "pocketzo": pocketzo.__version__,
+        "spec": kernels.SPEC_VERSION,
+        "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "onnxruntime": _version("onnxruntime"),
+        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "android": hasattr(sys, "getandroidapilevel"),
+        "termux": "com.termux" in os.environ.get("PREFIX", ""),
+        "isa": kernels.isa(),
+        "available": kernels.available(),
+        "cores": {"present": os.cpu_count(), "usable": _usable_cores()},
+        "threads": kernels.threads(),
+        "memory": {"total": total, "available": available},
+        "self_test": {name: {"ok": not names, "failed": names} for name, names in failed.items()},
+        "speed": speed(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int | None:
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on every system, and a phone may refuse it
+        return None

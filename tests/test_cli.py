@@ -1,0 +1,612 @@
+"""The real console program, in processes of its own, on a tiny real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CLASSES, VOCABULARY, write_tiny_onnx
+from vectors import reference
+
+import pocketzo as pz
+from pocketzo import doctor, plot
+from pocketzo.safetensors import file_sha256
+
+pytest.importorskip("click", reason="the command line needs it")
+pytest.importorskip("rich", reason="the command line needs it")
+pytest.importorskip("tokenizers", reason="the data is text")
+
+COMMANDS = ("prepare", "train", "eval", "replay", "info", "doctor", "demo")
+LABELS = ("red", "green", "blue")
+Process = subprocess.CompletedProcess[str]
+
+
+def program(before: str = "") -> list[str]:
+    """Return the words that start the program; ``before`` is Python that runs first in its process."""
+    if before:
+        return [sys.executable, "-c", f"import sys\n{before}\nfrom pocketzo.__main__ import main\nmain()"]
+    return [sys.executable, "-m", "pocketzo"]
+
+
+def pocketzo(*arguments: object, cwd: Path | None = None, before: str = "", shell: str = "") -> Process:
+    """Run the program; ``shell`` is what the shell does first."""
+    command = [*program(before), *(str(argument) for argument in arguments)]
+    if shell:
+        command = ["bash", "-c", f"{shell}\nexec {shlex.join(command)}"]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONWARNINGS": "default"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def good(*arguments: object, **options: Any) -> str:
+    """Run the program, which must succeed, and return its standard output."""
+    process = pocketzo(*arguments, **options)
+    assert process.returncode == 0, process.stderr
+    assert "Warning" not in process.stderr
+    return process.stdout
+
+
+def refused(*arguments: object, **options: Any) -> str:
+    """Run the program, which must refuse the input in one line, and return the line."""
+    process = pocketzo(*arguments, **options)
+    assert process.returncode == 1, (process.stdout, process.stderr)
+    assert process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("pocketzo: error: ")
+    return line
+
+
+class Workspace:
+    """A model, its bundle, and data, all made by the program's own means; nothing in it is to be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {"[PAD]": 0, **{f"w{i}": i for i in range(1, VOCABULARY)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[PAD]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        self.tokenizer = folder / "tokenizer.json"
+        tokenizer.save(str(self.tokenizer))
+        self.model = folder / "tiny.onnx"
+        write_tiny_onnx(self.model)
+        self.base = folder / "base"
+        good("prepare", self.model, "-o", self.base, "--tokenizer", self.tokenizer, "--labels", ", ".join(LABELS))
+        rng = np.random.default_rng(5)
+        self.train, self.dev = folder / "train.tsv", folder / "dev.tsv"
+        for path, count in ((self.train, 90), (self.dev, 45)):
+            lines = []
+            for label in rng.integers(0, CLASSES, count).tolist():
+                others = rng.integers(CLASSES + 1, VOCABULARY, rng.integers(2, 6)).tolist()
+                lines.append(" ".join(f"w{i}" for i in [label + 1, *others]) + f"\t{LABELS[label]}\n")
+            path.write_text("".join(lines))
+        self.options = (
+            "--data", self.train, "--eval", self.dev, "--threads", 1, "--lr", 1e-3, "--group", "classifier:lr=5,eps=2"
+        )  # fmt: skip
+        self.run = folder / "run"
+        self.output = good("train", self.base, *self.options, "-o", self.run, "--steps", 60, "--eval-every", 20)
+
+    def words(self, *more: object) -> list[str]:
+        """Return the arguments of a training."""
+        return [str(word) for word in (self.base, *self.options, *more)]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("cli"))
+
+
+def weights_after(run: Path, out: Path, *options: object) -> str:
+    good("replay", run, "-o", out, *options)
+    return file_sha256(out / "weights.safetensors")
+
+
+# ---- usage -----------------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command() -> None:
+    text = good("--help")
+    listed = re.findall(r"^  (\w+) ", text[text.index("Commands:") :], re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str) -> None:
+    text = good(command, "--help")
+    assert f"pocketzo {command}" in text
+    assert "Example" in text
+    assert "\b" not in text
+    for option in re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE):
+        described = text[text.index(f"{option}") :]
+        assert re.search(r"[a-z]{2,}", described.split("\n  -", 1)[0].removeprefix(option)), option
+
+
+def test_version() -> None:
+    assert good("--version") == f"pocketzo {pz.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["train", "--nonsense"], "No such option"),
+        (["train"], "BUNDLE is missing"),
+        (["train", "base"], "--data is missing"),
+        (["train", "base", "--data", "train.tsv"], "-o is missing"),
+        (["train", "base", "--steps", "many"], "'many' is not a valid integer"),
+        (["train", "base", "--method", "adam"], "'adam' is not one of"),
+        (["train", "base", "--trainable", "("], "'(' is not a regular expression"),
+        (["train", "base", "--group", "classifier"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
+        (["train", "base", "--group", "classifier:lr=much"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
+        (["train", "base", "--group", "(:lr=1"], "'(' is not a regular expression"),
+        (["train", "--resume", "run", "--steps", "9"], "--steps cannot be changed by --resume"),
+        (["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--directions", "4"], "belongs to --method fzoo"),
+        (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
+        (["eval", "base"], "Missing option '--data'"),
+        (["replay", "run"], "Missing option '-o'"),
+        (["prepare", "model.onnx"], "Missing option '-o'"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], said: str, tmp_path: Path) -> None:
+    process = pocketzo(*arguments, cwd=tmp_path)
+    assert process.returncode == 2
+    assert said in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["click", "rich"])
+def test_says_how_to_get_what_the_command_line_needs(package: str) -> None:
+    process = pocketzo("--help", before=f"sys.modules[{package!r}] = None")
+    assert process.returncode == 1
+    assert process.stderr == (
+        f"pocketzo: the command line needs {package}, which is not installed: pip install 'pocketzo[cli]'\n"
+    )
+
+
+# ---- errors in the input ---------------------------------------------------------------------------------------------
+
+NEW = ("train", "{base}", "--data", "{train}", "-o", "new")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "nowhere", "--data", "{train}", "-o", "new"], "nowhere: no such bundle"),
+        (["train", "cut", "--data", "{train}", "-o", "new"], "cut/weights.safetensors"),
+        (["train", "{base}", "--data", "missing.tsv", "-o", "new"], "missing.tsv: No such file"),
+        (["train", "{base}", "--data", "data.txt", "-o", "new"], "expected .jsonl, .tsv, .csv or .npz"),
+        (["train", "{base}", "--data", "bad.jsonl", "-o", "new"], "bad.jsonl, line 2"),
+        (["train", "{base}", "--data", "empty.tsv", "-o", "new"], "empty.tsv: no examples"),
+        (["train", "{base}", "--data", "range.tsv", "-o", "new"], "range.tsv, line 1"),
+        ([*NEW, "--eval", "bad.jsonl"], "bad.jsonl, line 2"),
+        ([*NEW, "--steps", "0"], "steps must be at least 1, got 0"),
+        ([*NEW, "--lr", "-1"], "lr must be finite and at least 0, got -1"),
+        ([*NEW, "--eps", "0"], "eps must be finite and greater than 0"),
+        ([*NEW, "--batch-size", "0"], "batch_size must be at least 1"),
+        ([*NEW, "--threads", "0"], "threads must be"),
+        ([*NEW, "--seed", "-1"], "seed must be in"),
+        ([*NEW, "--warmup", "5", "--steps", "5", "--schedule", "cosine"], "a cosine schedule needs"),
+        ([*NEW, "--trainable", "nothing"], "matches none of the"),
+        ([*NEW, "--group", "nothing:lr=2"], "matches none of the"),
+        ([*NEW, "--text-column", "message"], "no 'message' among the columns"),
+        (["train", "{base}", "--data", "{train}", "-o", "{run}"], "pocketzo train --resume"),
+        (["train", "{base}", "--data", "{train}", "-o", "cut"], "already exists"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--resume", "{run}", "--data", "{dev}"], "the train data is not that of the run"),
+        (["train", "--resume", "{run}", "cut"], "cut/weights.safetensors"),
+        (["eval", "nowhere", "--data", "{dev}"], "nowhere: no such bundle or run"),
+        (["eval", "folder", "--data", "{dev}"], "folder: neither a bundle"),
+        (["eval", "{run}", "--data", "{dev}", "--step", "61"], "--step must be 0 to 60"),
+        (["eval", "{base}", "--data", "bad.jsonl"], "bad.jsonl, line 2"),
+        (["eval", "{base}", "--data", "{dev}", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["replay", "{run}", "-o", "new", "--step", "-1"], "--step must be 0 to 60"),
+        (["replay", "{run}", "-o", "folder"], "folder: already exists"),
+        (["replay", "{run}", "-o", "folder", "--force"], "folder: already exists: it is not a bundle"),
+        (["replay", "{run}", "-o", "{base}", "--force"], "is the base of"),
+        (["replay", "{run}", "-o", "new", "--base", "cut"], "cut/weights.safetensors"),
+        (["info", "nowhere"], "nowhere: no such bundle or run"),
+        (["prepare", "missing.onnx", "-o", "new"], "missing.onnx"),
+        (["prepare", "data.txt", "-o", "new"], "data.txt"),
+        (["prepare", "{model}", "-o", "new", "--labels", "one,two"], "labels"),
+        (["prepare", "{model}", "-o", "new", "--labels", "one,,two"], "labels"),
+        (["prepare", "{model}", "-o", "new", "--tokenizer", "missing.json"], "missing.json"),
+        (["prepare", "{model}", "-o", "new", "--max-length", "0"], "max_length"),
+        (["prepare", "{model}", "-o", "cut"], "cut: already exists"),
+        (["demo", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
+        (["demo", "--output", "folder"], "folder: holds something else than an earlier demo"),
+        (["demo", "--steps", "0"], "steps must be at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_in_the_input(workspace: Workspace, tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    (tmp_path / "data.txt").write_text("neither data nor a model")
+    (tmp_path / "bad.jsonl").write_text('{"text": "w1", "label": "red"}\n{"text": "w1", "label": \n')
+    (tmp_path / "empty.tsv").touch()
+    (tmp_path / "range.tsv").write_text("w1 w2\t3\n")
+    (tmp_path / "cut").mkdir()
+    for file in workspace.base.iterdir():
+        data = file.read_bytes()
+        (tmp_path / "cut" / file.name).write_bytes(data[:-1] if file.suffix == ".safetensors" else data)
+    before = contents(tmp_path), contents(workspace.base.parent)
+
+    line = refused(*(argument.format(**vars(workspace)) for argument in arguments), cwd=tmp_path)
+
+    assert said in line
+    assert (contents(tmp_path), contents(workspace.base.parent)) == before, "something was written"
+
+
+def contents(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_debug_shows_the_traceback() -> None:
+    process = pocketzo("info", "nowhere", "--debug")
+    assert process.returncode == 1
+    assert "Traceback" in process.stderr
+    assert "BundleError: nowhere: no such bundle or run" in process.stderr
+    assert "Traceback" in pocketzo("--debug", "info", "nowhere").stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    # bash counts in blocks of 1,024 bytes; the weights take about 10.
+    line = refused("replay", workspace.run, "-o", tmp_path / "tuned", shell="trap '' XFSZ; ulimit -f 4")
+    assert "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+# ---- a session -------------------------------------------------------------------------------------------------------
+
+
+def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
+    table, journal, evaluate, replay = workspace.output.rsplit("\n", 4)[:-1]
+    header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table.splitlines())
+    assert header[:2] == ["before", "after step 60"]
+    assert header[2].startswith("best, step ")
+    assert accuracy[0] == "accuracy"
+    assert loss[0] == "loss"
+    assert float(accuracy[3].split()[0]) > float(accuracy[1].split()[0]) + 10, "it did not learn"
+    assert float(loss[3]) < float(loss[1])
+    size = (workspace.run / "journal.pzj").stat().st_size
+    assert journal == f"{workspace.run}: 60 steps, journal of {size / 1000:.1f} kB"
+    assert evaluate.startswith(f"evaluate:  pocketzo eval {workspace.run} --data {workspace.dev}")
+    assert replay.startswith(f"get the tuned bundle:  pocketzo replay {workspace.run} -o tuned")
+    lines = [json.loads(line) for line in (workspace.run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval" in line] == [20, 40, 60]
+
+
+def test_the_commands_that_training_prints_work_as_they_stand(workspace: Workspace, tmp_path: Path) -> None:
+    for command in workspace.output.splitlines()[-2:]:
+        words = shlex.split(command.partition(":  ")[2])
+        assert words[0] == "pocketzo"
+        good(*words[1:], cwd=tmp_path)
+    assert pz.Bundle.read(tmp_path / "tuned").labels == LABELS
+
+
+def test_train_eval_replay_eval_agree(workspace: Workspace, tmp_path: Path) -> None:
+    def evaluation(path: Path, *options: object) -> dict[str, float]:
+        result: dict[str, float] = json.loads(good("eval", path, "--data", workspace.dev, "--json", *options))
+        assert list(result) == ["accuracy", "loss", "count"]
+        return result
+
+    of_run = evaluation(workspace.run)
+    weights_after(workspace.run, tmp_path / "tuned")
+    assert evaluation(tmp_path / "tuned") == of_run
+    recorded = [line["eval"] for line in pz.Run(workspace.run).metrics() if "eval" in line]
+    assert of_run["count"] == recorded[-1]["count"] == 45
+    assert of_run["accuracy"] == recorded[-1]["accuracy"]
+    assert of_run["loss"] == pytest.approx(recorded[-1]["loss"], rel=1e-6)
+
+    assert evaluation(workspace.run, "--step", 0) == evaluation(workspace.base)
+    assert evaluation(workspace.run, "--best")["accuracy"] == max(result["accuracy"] for result in recorded)
+    assert weights_after(workspace.run, tmp_path / "start", "--step", 0) == pz.Bundle.read(workspace.base).base_sha256
+    before = file_sha256(tmp_path / "tuned" / "weights.safetensors")
+    assert weights_after(workspace.run, tmp_path / "tuned", "--step", 30, "--force") != before
+
+
+def test_eval_for_people(workspace: Workspace) -> None:
+    pattern = r"accuracy \d+\.\d % · loss \d\.\d{4} · 45 examples · after step 60\n"
+    assert re.fullmatch(pattern, good("eval", workspace.run, "--data", workspace.dev))
+
+
+def test_eval_of_a_bundle_takes_no_step(workspace: Workspace) -> None:
+    process = pocketzo("eval", workspace.base, "--data", workspace.dev, "--best")
+    assert process.returncode == 2
+    assert "belong to a run" in process.stderr
+    assert pocketzo("replay", workspace.run, "-o", "x", "--best", "--step", 1).returncode == 2
+
+
+def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
+    good(
+        "train", workspace.base, "--data", workspace.train, "--eval", workspace.dev, "-o", tmp_path / "run",
+        "--method", "mezo", "--lr", 1e-3, "--eps", 1e-2, "--batch-size", 7, "--seed", 2**63, "--weight-decay", 0.1,
+        "--trainable", "classifier|dense", "--group", "classifier:lr=2", "--group", "dense:eps=0.5",
+        "--direction", "rademacher", "--schedule", "linear", "--warmup", 2, "--steps", 12, "--eval-every", 2,
+        "--metric", "loss", "--patience", 6, "--snapshot-every", 5, "--threads", 1,
+    )  # fmt: skip
+    header = pz.Run(tmp_path / "run").header
+    assert header["method"] == {
+        "method": "mezo", "lr": 1e-3, "eps": 1e-2, "seed": 2**63, "weight_decay": 0.1, "direction": "rademacher",
+        "groups": [{"pattern": "classifier", "lr": 2.0, "eps": 1.0}, {"pattern": "dense", "lr": 1.0, "eps": 0.5}],
+        "schedule": {"kind": "linear", "steps": 12, "warmup": 2},
+        "trained": header["method"]["trained"],
+    }  # fmt: skip
+    assert sorted(header["method"]["trained"]) == ["classifier.bias", "classifier.weight", "dense.bias", "dense.weight"]
+    settings = header["trainer"]
+    expected = {"batch_size": 7, "steps": 12, "eval_every": 2, "metric": "loss", "patience": 6, "snapshot_every": 5}
+    assert {name: settings[name] for name in expected} == expected
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000010.safetensors"]
+
+
+def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -> None:
+    output = good(
+        "train",
+        workspace.base,
+        *workspace.options,
+        "-o",
+        tmp_path / "run",
+        "--lr",
+        0,
+        "--eval-every",
+        1,
+        "--patience",
+        3,
+    )
+    assert "ended after step 4 of 1000: 3 evaluations without a better one" in output
+
+
+def test_info(workspace: Workspace) -> None:
+    bundle = json.loads(good("info", workspace.base, "--json"))
+    assert bundle["kind"] == "bundle"
+    assert bundle["labels"] == list(LABELS)
+    assert bundle["tuned"] is False
+    assert bundle["parameters"] >= bundle["trainable"] > 1000
+    assert {tensor["name"] for tensor in bundle["tensors"]} >= {"classifier.weight", "embedding.weight"}
+    run = json.loads(good("info", workspace.run, "--json"))
+    assert run["kind"] == "run"
+    assert run["steps_done"] == run["steps"] == 60
+    assert run["method"]["method"] == "fzoo"
+    assert run["last"]["count"] == 45
+    assert "red, green, blue" in good("info", workspace.base)
+    assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
+    assert str(workspace.base) in good("info", workspace.run)
+
+
+# ---- interrupted and resumed -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """SHA-256 of the weights of a run of 1,000 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    good("train", workspace.base, *workspace.options, "-o", folder / "run", "--eval-every", 400)
+    return weights_after(folder / "run", folder / "tuned")
+
+
+def interrupt(workspace: Workspace, run: Path, *numbers: signal.Signals, before: str = "") -> tuple[int, str, str]:
+    """Train until there are some steps, send the signals 0.1 s apart, and return the exit code and what was said."""
+    process = subprocess.Popen(
+        [*program(before), "train", *workspace.words("-o", run, "--eval-every", 400)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    journal = run / "journal.pzj"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and pz.Run(run).steps > 1):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_that_can_be_resumed(
+    workspace: Workspace, uninterrupted: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    returned, output, errors = interrupt(workspace, run, number)
+    assert returned == code, errors
+    assert "Traceback" not in errors
+    assert "stopping after this step" in errors
+    steps = pz.Run(run).steps
+    assert f"stopped after step {steps} of 1000; to go on: pocketzo train --resume {run}" in output
+    assert 1 < steps < 1000
+
+    process = pocketzo("train", "--resume", run)
+    assert process.returncode == 0, process.stderr
+    assert f"{run}: going on after step {steps} of 1000" in process.stderr
+    assert weights_after(run, tmp_path / "tuned") == uninterrupted
+    assert "all 1000 steps are done" in pocketzo("train", "--resume", run).stderr
+
+
+def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
+    workspace: Workspace, uninterrupted: str, tmp_path: Path
+) -> None:
+    slow = "import time, pocketzo\nloss = pocketzo.Model.loss\n"
+    slow += "pocketzo.Model.loss = lambda model, batch: (time.sleep(0.05), loss(model, batch))[1]"
+    returned, output, errors = interrupt(workspace, tmp_path / "run", signal.SIGTERM, signal.SIGTERM, before=slow)
+    assert returned == 143
+    assert "ended at once; to go on: pocketzo train --resume" in errors
+    assert output == ""
+    assert "Traceback" not in errors
+    good("train", "--resume", tmp_path / "run")
+    assert weights_after(tmp_path / "run", tmp_path / "tuned") == uninterrupted
+
+
+def test_resume_tells_of_a_torn_record_and_finds_moved_files(workspace: Workspace, tmp_path: Path) -> None:
+    for name in ("base", "train.tsv", "dev.tsv"):
+        (tmp_path / name).symlink_to(workspace.base.parent / name)
+    options = ("--data", "train.tsv", "--eval", "dev.tsv", "--threads", 1, "--steps", 30, "--lr", 1e-3)
+    (tmp_path / "old").mkdir()
+    copy = tmp_path / "old" / "train.tsv"
+    copy.write_bytes(workspace.train.read_bytes())
+    good("train", "base", "-o", "run", *options, "--data", copy, cwd=tmp_path)
+    expected = weights_after(tmp_path / "run", tmp_path / "first")
+    journal = tmp_path / "run" / "journal.pzj"
+    data = journal.read_bytes()
+    journal.write_bytes(data[: -20 * 8 * 10 - 7])  # ten steps of eight records, and a part of one
+    copy.unlink()
+
+    assert "No such file" in refused("train", "--resume", "run", cwd=tmp_path)
+    process = pocketzo("train", "--resume", "run", "--data", "train.tsv", "base", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("are an incomplete record and have been dropped") == 1
+    assert "going on after step 19 of 30" in process.stderr
+    assert weights_after(tmp_path / "run", tmp_path / "second") == expected
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+LINE = r"step \d+/60 · loss \d+\.\d{4} · [\d.]+ (steps/s|s/step) · \d[\d.]* MB, peak \d[\d.]* MB · \d+:\d\d left"
+
+
+def test_plain_lines_where_there_is_no_terminal(workspace: Workspace, tmp_path: Path) -> None:
+    arguments = ("train", workspace.base, *workspace.options, "-o", tmp_path / "run", "--steps", 60, "--eval-every", 30)
+    process = pocketzo(*arguments)
+    assert "\x1b" not in process.stderr + process.stdout
+    lines = [line for line in process.stderr.splitlines() if line.startswith("step")]
+    assert len(lines) == 2, "one for each evaluation"
+    for line in lines:
+        assert re.fullmatch(LINE + r" · evaluation at \d+: accuracy [\d.]+ %", line), line
+    assert lines[-1].startswith("step 60/60")
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_a_live_display_on_a_terminal(workspace: Workspace, tmp_path: Path, columns: int) -> None:
+    parent, child = pty.openpty()
+    process = subprocess.Popen(
+        [*program(), "train", *workspace.words("-o", tmp_path / "run", "--steps", 60)],
+        stdout=subprocess.DEVNULL,
+        stderr=child,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns)},
+    )
+    os.close(child)
+    shown = b""
+    while select.select([parent], [], [], 120)[0]:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:  # the end, on Linux
+            break
+        if not data:
+            break
+        shown += data
+    os.close(parent)
+    assert process.wait(120) == 0
+    text = shown.decode()
+    assert "\x1b[?25l" in text, "the cursor is hidden while the display lives"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
+    plain = re.sub(r"\s+", " ", re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text))
+    assert re.search(LINE.replace(r"\d+/60", "60/60"), plain), plain[-2000:]
+    assert "━" in plain
+
+
+def test_the_picture(workspace: Workspace) -> None:
+    pytest.importorskip("matplotlib", reason="it draws the picture")
+    assert (workspace.run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_training_says_so_once(workspace: Workspace, tmp_path: Path) -> None:
+    arguments = ("train", workspace.base, *workspace.options, "-o", tmp_path / "run", "--steps", 2)
+    process = pocketzo(*arguments, before="sys.modules['matplotlib'] = None")
+    assert process.returncode == 0
+    assert process.stderr.count("pip install 'pocketzo[plot]'") == 1
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("tokenizers", "text", ["train", "{base}", "--data", "{train}", "-o", "new"]),
+        ("onnx", "prepare", ["prepare", "{model}", "-o", "new"]),
+    ],
+)
+def test_a_missing_extra(workspace: Workspace, tmp_path: Path, package: str, extra: str, arguments: list[str]) -> None:
+    words = [argument.format(**vars(workspace)) for argument in arguments]
+    line = refused(*words, cwd=tmp_path, before=f"sys.modules[{package!r}] = None")
+    assert f"pip install 'pocketzo[{extra}]'" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoothing() -> None:
+    np.testing.assert_allclose(plot.smooth(np.full(50, 3.0)), 3.0)
+    smooth = plot.smooth(np.array([np.nan, 4.0, np.nan, 2.0]), weight=0.5)
+    np.testing.assert_allclose(smooth, [np.nan, 4, 4, (0.5 * 4 + 2) / 1.5])
+
+
+# ---- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor() -> None:
+    facts = json.loads(good("doctor", "--json"))
+    assert facts["ok"] is True
+    assert facts["pocketzo"] == pz.__version__
+    assert facts["numpy"] == np.__version__
+    assert facts["isa"] in facts["available"]
+    assert set(facts["self_test"]) == set(pz.kernels.available())
+    assert 1 <= facts["cores"]["usable"] <= facts["cores"]["present"]
+    assert facts["memory"]["total"] > facts["memory"]["available"] > 0
+    assert all(0 < time < 1000 for times in facts["speed"].values() for time in times.values())
+    text = good("doctor")
+    for name in facts["available"]:
+        assert f"{name} passed" in text
+
+
+def test_doctor_finds_kernels_that_are_wrong() -> None:
+    spoil = "import pocketzo.doctor\npocketzo.doctor.ANSWERS['rademacher, far'] ^= 1"
+    process = pocketzo("doctor", before=spoil)
+    assert process.returncode == 1
+    assert "FAILED" in process.stdout
+    assert "the kernels failed their self-test: " in process.stderr
+    assert "scalar (rademacher, far)" in process.stderr
+
+
+def test_the_known_answers_are_those_of_the_reference() -> None:
+    near, far = (20250101, 0x5EED, 41), (0x0123456789ABCDEF, 0xDEADBEEF, 1 << 32)
+    count = 1 << 16
+    start = reference.normal(*near, 0, count)
+
+    def stepped(kind: reference.Direction) -> reference.F32:
+        terms = [reference.Term(near[0], 42, (1e-3,), 1e-2, kind), reference.Term(near[0], 43, (-2e-3,), 0.0, kind)]
+        return reference.apply(start, terms, tensor=near[1])
+
+    streams: dict[str, Callable[[], reference.F32]] = {
+        "normal": lambda: start,
+        "normal, far": lambda: reference.normal(*far, 17179344875, count),
+        "rademacher": lambda: reference.rademacher(*near, 0, count),
+        "rademacher, far": lambda: reference.rademacher(*far, 549755682795, count),
+        "step, normal": lambda: stepped("gaussian"),
+        "step, rademacher": lambda: stepped("rademacher"),
+    }
+    assert {name: zlib.crc32(make().astype("<f4").tobytes()) for name, make in streams.items()} == doctor.ANSWERS
+
+
+def test_process_memory_is_this_process() -> None:
+    resident, peak = doctor.process_memory()
+    assert resident is not None
+    assert peak is not None
+    ballast = np.ones(20_000_000)  # 160 MB
+    more, higher = doctor.process_memory()
+    assert more is not None
+    assert higher is not None
+    assert more > resident + 0.9 * ballast.nbytes
+    assert higher >= more
+    del ballast
