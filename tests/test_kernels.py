@@ -469,7 +469,7 @@ def test_segments_refuse_what_they_cannot_work_on() -> None:
 @pytest.mark.parametrize("name", ["scale", "next_scale", "decay"])
 def test_factors_must_be_finite_in_float32(name: str, value: float) -> None:
     w = np.ones(8, np.float32)
-    arguments = {"scale": 1.0, "next_scale": 1.0, "decay": 0.0, name: value}
+    arguments: dict[str, Any] = {"scale": 1.0, "next_scale": 1.0, "decay": 0.0, name: value}
     expected = "decay" if name == "decay" else "scale"
     with pytest.raises(ValueError, match=f"{expected} must be finite in float32, got {value!r}".replace("+", r"\+")):
         pz.kernels.step(w, seed=1, tensor=2, draw=3, next_draw=4, **arguments)

@@ -11,9 +11,7 @@ class Segments:
     @property
     def size(self) -> int: ...
 
-def generate(
-    out: NDArray[np.float32], *, seed: int, tensor: int, draw: int, offset: int, direction: str
-) -> None: ...
+def generate(out: NDArray[np.float32], *, seed: int, tensor: int, draw: int, offset: int, direction: str) -> None: ...
 def step(
     w: NDArray[np.float32],
     *,
