@@ -175,3 +175,26 @@ def test_a_second_writer_is_refused(path: Path) -> None:
     assert "another process is writing to this run" in second.stderr
     journal.close()
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes on Windows")
+def test_a_full_disk_leaves_whole_records(path: Path) -> None:
+    code = f"""
+import resource, signal
+from pathlib import Path
+from pocketzo.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+journal = Journal.create(Path({os.fspath(path)!r}), {{}})
+size = Path({os.fspath(path)!r}).stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
+journal.append([(1, 1.0, 1.0), (2, 2.0, 1.0)])
+try:
+    journal.append([(3, 3.0, 1.0)])
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append([(4, 4.0, 1.0)])
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    journal = Journal.open(path, write=False)
+    assert journal.notice is None
+    assert journal.records["draw"].tolist() == [1, 2, 4]

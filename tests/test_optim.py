@@ -219,6 +219,22 @@ def test_an_objective_that_raises_leaves_a_zero_gradient(model: pz.Model, fresh:
     assert opt.step_number == opt.forwards
 
 
+@methods
+def test_a_journal_that_cannot_be_written_moves_nothing(model: pz.Model, fresh: pz.Model, make: Make) -> None:
+    class Full:
+        def append(self, records: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+    opt = make(model)
+    opt.journal = Full()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        opt.step(loss)
+    flat = restore(fresh, {**opt.settings(), "lr": 0.0, "weight_decay": 0.0})
+    flat.step(lambda m: 1.0)
+    assert image(model) == image(fresh)
+    assert opt.step_number == 0
+
+
 def test_an_update_that_would_overflow_is_undone(model: pz.Model) -> None:
     opt = pz.MeZO(model, lr=1e30, groups=[pz.Group("classifier", lr=1e20)])
     values = [2.0, 1.0]
@@ -313,6 +329,7 @@ def test_schedules(kind: Any, warmup: int, expected: list[float]) -> None:
         ({"lr": math.nan}, "lr must be finite and at least 0, got nan"),
         ({"lr": -1.0}, "lr must be finite"),
         ({"lr": 1.0, "eps": 0.0}, "eps must be finite and greater than 0"),
+        ({"lr": 1.0, "eps": 1e-50}, "eps must be a positive float32, got 1e-50"),
         ({"lr": 1.0, "seed": -1}, "seed must be in 0"),
         ({"lr": 1.0, "seed": 2**64}, "seed must be in 0"),
         ({"lr": 1.0, "weight_decay": -0.1}, "weight_decay must be"),

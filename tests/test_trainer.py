@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -150,7 +151,8 @@ def test_replay_of_any_step_with_and_without_snapshot(
     images = [image(model.weights)]
     train(model, data, tmp_path / "run", snapshot_every=7, callback=lambda _: images.append(image(model.weights)))
     run = pz.Run(tmp_path / "run")
-    assert [path.name for path in (run.path / "snapshots").iterdir()] == ["step-00000028.safetensors"]
+    names = sorted(path.name for path in (run.path / "snapshots").iterdir())
+    assert names == ["step-00000028.json", "step-00000028.safetensors"]
     for step in (0, 1, 27, 28, 29, 30):
         run.replay(tmp_path / "out", step=step)
         assert (tmp_path / "out" / "weights.safetensors").read_bytes() == images[step], step
@@ -179,12 +181,100 @@ def test_other_data_is_refused(model: pz.Model, data: pz.Dataset, tiny_bundle: P
         pz.Trainer.resume(tmp_path / "run", data, eval=data)
 
 
-def test_a_run_is_not_overwritten(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+def test_a_run_is_not_overwritten(tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
     train(model, data, tmp_path / "run", steps=2)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(pz.JournalError, match="is there already: resume that run"):
-        train(model, data, tmp_path / "run", steps=2, optimizer=pz.MeZO(model, lr=0.1))
+        train(pz.load(tiny_bundle, threads=1), data, tmp_path / "run", steps=2)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_damaged_snapshot_is_passed_over(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    train(model, data, tmp_path / "run", snapshot_every=7)
+    snapshot = tmp_path / "run" / "snapshots" / "step-00000028.safetensors"
+    content = bytearray(snapshot.read_bytes())
+    content[-9] ^= 1
+    snapshot.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged or of another run"):
+        pz.Run(tmp_path / "run").replay(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
+
+
+def test_snapshots_of_another_run_are_not_used(tiny_bundle: Path, data: pz.Dataset, tmp_path: Path) -> None:
+    for lr in (0.1, 0.02):
+        model = pz.load(tiny_bundle, threads=1)
+        (tmp_path / "run" / "journal.pzj").unlink(missing_ok=True)
+        snapshots = 7 if lr == 0.1 else None
+        train(model, data, tmp_path / "run", optimizer=pz.MeZO(model, lr=lr), snapshot_every=snapshots)
+    pz.Run(tmp_path / "run").replay(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
+
+
+def test_weights_that_are_not_the_bundles_are_refused(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    model.weights["classifier.weight"][...] = 0.25
+    with pytest.raises(ValueError, match="the weights in memory are not those of"):
+        train(model, data, tmp_path / "run", steps=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_does_not_build_on_weights_that_were_moved(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    train(model, data, tmp_path / "run")
+    resumed = pz.Trainer.resume(tmp_path / "run", data, model=model)
+    resumed.fit()
+    pz.Run(tmp_path / "run").replay(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
+
+
+def test_the_metric_is_one_that_the_graph_gives(model: pz.Model, data: pz.Dataset) -> None:
+    model.bundle = dataclasses.replace(model.bundle, logits=None)
+    optimizer = pz.MeZO(model, lr=0.02, seed=3)
+    trainer = pz.Trainer(model, optimizer, data, eval=data, steps=90, batch_size=32, eval_every=10, patience=8)
+    trainer.fit()
+    assert trainer.metric == "loss"
+    assert optimizer.step_number == 90
+    with pytest.raises(ValueError, match="no output that gives the metric 'accuracy'"):
+        pz.Trainer(model, optimizer, data, eval=data, eval_every=1, patience=1, metric="accuracy")
+
+
+def test_tokens_without_a_label_do_not_count(tmp_path: Path) -> None:
+    bundle = pz.prepare(Path(__file__).parent / "models" / "gpt2-old.onnx", tmp_path / "bundle")
+    model = pz.load(bundle, threads=1)
+    ids = np.random.default_rng(0).integers(1, 20, (5, 6))
+    arrays: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    arrays = {value.name: arrays[value.name] for value in bundle.inputs if value.name in arrays}
+    assert bundle.logits is not None
+    labels = model.run(arrays, [bundle.logits])[bundle.logits].argmax(-1)
+    labels[0, 1:] = labels[3, 2:] = -100
+    labels[4, 0] = (labels[4, 0] + 1) % 20
+    np.savez(tmp_path / "data.npz", labels=labels, **arrays)
+    data = pz.load_dataset(tmp_path / "data.npz", bundle)
+    found = [pz.evaluate(model, data, batch_size=size) for size in (1, 2, 5)]
+    counted = int((labels != -100).sum())
+    for result in found:
+        assert result["accuracy"] == pytest.approx((counted - 1) / counted)
+        assert result["loss"] == pytest.approx(found[-1]["loss"], rel=1e-5)
+
+
+def test_after_an_objective_that_raised_the_step_is_taken_again(
+    tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path
+) -> None:
+    whole = pz.load(tiny_bundle, threads=1)
+    train(whole, data, None)
+    calls = 0
+
+    def objective(outputs: Any, batch: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise MemoryError("for once")
+        return float(outputs["loss"])
+
+    with pytest.raises(MemoryError, match="for once"):
+        train(model, data, tmp_path / "run", objective=objective)
+    assert pz.Run(tmp_path / "run").steps == 9
+    resumed = pz.Trainer.resume(tmp_path / "run", data, objective=objective)
+    resumed.fit()
+    assert image(resumed.model.weights) == image(whole.weights)
 
 
 # ---- ends that come early --------------------------------------------------------------------------------------------

@@ -279,7 +279,9 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
 @click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: 10 times a run]")
 @click.option(
-    "--metric", type=click.Choice(["accuracy", "loss"]), default="accuracy", help="What the best is judged by."
+    "--metric",
+    type=click.Choice(["accuracy", "loss"]),
+    help="What the best is judged by.  [default: accuracy; loss for a graph without logits]",
 )
 @click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without a better one.")
 @click.option(
@@ -309,7 +311,7 @@ def train(
     schedule: str,
     warmup: int,
     eval_every: int | None,
-    metric: str,
+    metric: str | None,
     patience: int | None,
     snapshot_every: int | None,
     threads: int | None,

@@ -117,11 +117,19 @@ class Journal:
     def append(self, records: Sequence[tuple[int, float, float]]) -> None:
         """Append the (draw, coefficient, lr) of one step, in one write: a killed process leaves whole records."""
         data = bytearray()
-        for draw, coefficient, lr in records:
+        for number, (draw, coefficient, lr) in enumerate(records, self._count):
             body = _BODY.pack(draw, coefficient, lr)
-            data += body + struct.pack("<I", _checksum(self._crc, self._count, body))
-            self._count += 1
-        self._file.write(data)
+            data += body + struct.pack("<I", _checksum(self._crc, number, body))
+        start = self._file.tell()
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) :]
+        except BaseException:  # a full disk takes a part
+            self._file.truncate(start)
+            self._file.seek(start)
+            raise
+        self._count += len(records)
 
     def truncate(self, count: int) -> None:
         """Drop the records after the first ``count``."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pocketzo import _core
 from pocketzo.bundle import Bundle, TensorSpec
-from pocketzo.errors import BundleError, DeadWeightError
+from pocketzo.errors import BundleError, DeadWeightError, Error
 from pocketzo.weights import Weights
 
 __all__ = ["Batch", "Model", "load"]
@@ -89,7 +89,15 @@ class Model:
             names = [name for name in names if name != self.bundle.loss]
             first = next(iter(feed.values()))
             feed["labels"] = np.zeros(first.shape[: len(labels.shape)], labels.dtype)
-        return dict(zip(names, self._session.run(names, feed), strict=True))
+        try:
+            return dict(zip(names, self._session.run(names, feed), strict=True))
+        except ValueError:
+            raise  # an input is missing or of another type, which the runtime's message says
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise Error(
+                f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
+                f"tokenizer that of another model?): {error}"
+            ) from error
 
     def loss(self, batch: Batch) -> float:
         """Run the graph and return its loss."""
@@ -155,7 +163,7 @@ def _session(
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     # A packed copy of a weight would be used in place of the weight.
     options.add_session_config_entry("session.disable_prepacking", "1")
     # A thread that spins between runs takes its core from the kernels.

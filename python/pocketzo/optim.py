@@ -155,8 +155,9 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if held and callable(before):
-        before(*held[-1])
+    if callable(before):
+        for number, frame in held:
+            before(number, frame)
 
 
 class Optimizer(ABC):
@@ -299,7 +300,11 @@ class Optimizer(ABC):
         for group in self.groups:
             if not any(re.search(group.pattern, tensor.name) for tensor in tensors):
                 raise ValueError(f"group {group.pattern!r} matches none of the {len(tensors)} trained weights")
-        return [_Part(_core.Segments(weights), *key) for key, weights in members.items()]
+        parts = [_Part(_core.Segments(weights), *key) for key, weights in members.items()]
+        for part in parts:
+            if not 0 < self._eps(part) < math.inf:
+                raise ValueError(f"eps must be a positive float32, got {self.eps * part.eps}")
+        return parts
 
     def _terms(self, uses: Sequence[_Use]) -> NDArray[np.void]:
         terms = np.zeros(len(uses), _core.TERM)
@@ -327,10 +332,10 @@ class Optimizer(ABC):
         return [(draw, [factor * self._eps(part)], 0.0) for draw, factor in shifts]
 
     def _eps(self, part: _Part) -> float:
-        return float(np.float32(self.eps * part.eps))
+        return _float32(self.eps * part.eps)
 
     def _decay(self, lr: float, part: _Part) -> float:
-        return float(np.float32(lr * self.weight_decay)) if part.decay else 0.0
+        return float(np.float32(lr * part.lr * self.weight_decay)) if part.decay else 0.0
 
     def _record(self, draws: Sequence[int], coefficients: Sequence[float], lr: float) -> None:
         if self.journal is not None:
@@ -379,8 +384,13 @@ class MeZO(Optimizer):
             skipped = len(losses) < 2 or not self._applicable([coefficient])
             if skipped:
                 coefficient = lr = 0.0
-            self._record([draw], [coefficient], lr)
-            self._apply(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
+            try:
+                self._record([draw], [coefficient], lr)
+            except BaseException:  # what is not on record must not move anything
+                coefficient = lr = 0.0
+                raise
+            finally:
+                self._apply(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
         gradient = (losses[0] - losses[1]) / (2 * self.eps)
         return MeZOInfo(number, sum(losses) / 2, tuple(losses), lr, skipped, losses[0], losses[1], gradient)
 
@@ -457,8 +467,13 @@ class FZOO(Optimizer):
             skipped = not coefficients or not self._applicable(coefficients)
             if skipped:
                 coefficients, lr = [0.0] * self.draws, 0.0
-            self._record(draws, coefficients, lr)
-            self._apply(lambda part: [*self._shifts(rest, part), *self._update(draws, coefficients, lr, part)])
+            try:
+                self._record(draws, coefficients, lr)
+            except BaseException:  # what is not on record must not move anything
+                coefficients, lr = [0.0] * self.draws, 0.0
+                raise
+            finally:
+                self._apply(lambda part: [*self._shifts(rest, part), *self._update(draws, coefficients, lr, part)])
         return StepInfo(number, losses[0], tuple(losses), lr, skipped)
 
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -60,19 +63,23 @@ def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, flo
     if not len(data):
         raise TrainingError("there are no examples to evaluate")
     loss = 0.0
-    right = labelled = 0
+    right = labelled = counted = 0
     for at in range(0, len(data), batch_size):
         indices = np.arange(at, min(at + batch_size, len(data)))
         batch = data.batch(indices)
         got = model.run(batch, wanted)
-        if bundle.loss is not None:
-            loss += float(got[bundle.loss]) * len(indices)
-        if bundle.logits is not None and "labels" in batch:
-            right += int((got[bundle.logits].argmax(-1) == batch["labels"]).sum())
-            labelled += batch["labels"].size
+        labels = batch.get("labels")
+        # The loss of a batch is a mean over what counts in it: examples, or tokens that have a label.
+        weight = int((labels != -100).sum()) if labels is not None and labels.ndim > 1 else len(indices)
+        if bundle.loss is not None and weight:
+            loss += float(got[bundle.loss]) * weight
+            counted += weight
+        if bundle.logits is not None and labels is not None:
+            right += int((got[bundle.logits].argmax(-1) == labels).sum())
+            labelled += weight
     result: dict[str, float] = {"count": len(data)}
     if bundle.loss is not None:
-        result["loss"] = loss / len(data)
+        result["loss"] = loss / counted if counted else math.nan
     if labelled:
         result["accuracy"] = right / labelled
     return result
@@ -200,10 +207,12 @@ class Run:
             raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
         optimizer = restore(model, self.header["method"])
         for number, path in self._snapshots():
-            if number <= step:
+            if number <= step and self._is_whole(path):
                 model.weights.read(path)
                 optimizer.step_number = number
                 break
+        else:
+            model.weights.read()
         optimizer.replay(self.records[optimizer.step_number * optimizer.draws : step * optimizer.draws])
         return optimizer
 
@@ -218,6 +227,16 @@ class Run:
         model = _Unloaded(self.base(bundle))
         self.rebuild(model, step=step)
         model.bundle.copy_to(Path(out), model.weights.save)
+
+    def _is_whole(self, snapshot: Path) -> bool:
+        """Whether a snapshot is what this run has saved; if not, the record alone has to do."""
+        whole = False
+        with contextlib.suppress(OSError, ValueError):
+            seal = json.loads(snapshot.with_suffix(".json").read_text())
+            whole = bool(seal == _seal(self.header, file_sha256(snapshot)))
+        if not whole:
+            warnings.warn(f"{snapshot}: damaged or of another run, and passed over", stacklevel=4)
+        return whole
 
     def _snapshots(self) -> list[tuple[int, Path]]:
         """Return the snapshots by number of steps, the latest first."""
@@ -259,8 +278,8 @@ class Trainer:
         arrays; it needs no gradient. By default the graph's loss. A resumed run needs it again.
     eval_every : int, optional
         Evaluate after so many steps, and at the end; by default at the end only.
-    metric : str
-        Which result of :func:`evaluate` counts: "accuracy" or "loss".
+    metric : str, optional
+        Which result of :func:`evaluate` counts: "accuracy" or "loss"; by default accuracy, if the graph has logits.
     patience : int, optional
         Stop after so many evaluations in a row without a better one.
     snapshot_every : int, optional
@@ -285,7 +304,7 @@ class Trainer:
         run: str | os.PathLike[str] | None = None,
         objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
         eval_every: int | None = None,
-        metric: str = "accuracy",
+        metric: str | None = None,
         patience: int | None = None,
         snapshot_every: int | None = None,
         max_skipped: int = 10,
@@ -302,8 +321,12 @@ class Trainer:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if metric is None:
+            metric = "loss" if model.bundle.logits is None else "accuracy"
         if metric not in ("accuracy", "loss"):
             raise ValueError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
+        if {"accuracy": model.bundle.logits, "loss": model.bundle.loss}[metric] is None and patience is not None:
+            raise ValueError(f"{model.bundle.path}: the graph has no output that gives the metric {metric!r}")
         if not len(train):
             raise ValueError("train has no examples")
         if patience is not None and (eval is None or eval_every is None):
@@ -385,6 +408,8 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end, or until :attr:`stop_requested` is set or evaluations stop improving.
 
+        An exception of the objective ends the run; the record ends before that step, and :meth:`resume` takes it again.
+
         Raises
         ------
         TrainingError
@@ -416,7 +441,13 @@ class Trainer:
             started = time.perf_counter()
             indices = batch_indices(step, seed=optimizer.seed, size=len(self.train), batch_size=self.batch_size)
             batch = self.train.batch(indices)
-            info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
+            try:
+                info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
+            except Exception:
+                # The step was undone but for roundings. Without it on record, a resume takes it again.
+                if self._journal is not None:
+                    self._journal.truncate(step * optimizer.draws)
+                raise
             seconds = time.perf_counter() - started
             self._log({"step": step + 1, "loss": _finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
@@ -444,6 +475,12 @@ class Trainer:
         if self.optimizer.step_number:
             raise ValueError("the optimizer has taken steps already, which a new record would not hold")
         bundle = self.model.bundle
+        base_sha256 = file_sha256(bundle.weights_path)
+        if self.model.weights.sha256() != base_sha256:
+            raise ValueError(
+                f"the weights in memory are not those of {bundle.path}, from which the record would be replayed: save "
+                f"the model, load what was saved, and train that"
+            )
         settings = {
             "draws": self.optimizer.draws,
             "batch_size": self.batch_size,
@@ -460,7 +497,7 @@ class Trainer:
             "model": {
                 "bundle": os.fspath(bundle.path.resolve()),
                 "graph_sha256": bundle.graph_sha256,
-                "weights_sha256": file_sha256(bundle.weights_path),
+                "weights_sha256": base_sha256,
             },
             "method": self.optimizer.settings(),
             "trainer": settings,
@@ -474,6 +511,7 @@ class Trainer:
         self._journal = Journal.create(self.run / "journal.pzj", header)
         self.optimizer.journal = self._journal
         (self.run / "metrics.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(self.run / "snapshots", ignore_errors=True)
 
     def _take_up(self, past: Run) -> None:
         journal = Journal.open(past.path / "journal.pzj")
@@ -514,16 +552,24 @@ class Trainer:
         assert self.run is not None
         folder = self.run / "snapshots"
         folder.mkdir(exist_ok=True)
+        assert self._journal is not None
         path = folder / f"step-{step:08d}.safetensors"
         self.model.weights.save(path)
-        for other in folder.glob("step-*.safetensors"):
-            if other != path:
+        with atomic_file(path.with_suffix(".json")) as file:
+            file.write(json.dumps(_seal(self._journal.header, self.model.weights.sha256())).encode())
+        for other in folder.glob("step-*"):
+            if other.stem != path.stem:
                 other.unlink()
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self.run is not None:
             with (self.run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _seal(header: Mapping[str, Any], sha256: str) -> dict[str, Any]:
+    """Return what stands beside a snapshot: what it is, and of which run."""
+    return {"sha256": sha256, "run": hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()}
 
 
 def _score(evaluation: Mapping[str, float | None], metric: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -62,6 +63,10 @@ class Weights(Mapping[str, NDArray[np.float32]]):
                     raise BundleError(f"{path}: expected {self._image.size} bytes, the size of the bundle's weights")
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the file that :meth:`save` would write now."""
+        return hashlib.sha256(self._image.data).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the weights to a file, beside it first and then renamed."""
