@@ -349,7 +349,8 @@ def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
     settings = header["trainer"]
     expected = {"batch_size": 7, "steps": 12, "eval_every": 2, "metric": "loss", "patience": 6, "snapshot_every": 5}
     assert {name: settings[name] for name in expected} == expected
-    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000010.safetensors"]
+    snapshots = {path.name for path in (tmp_path / "run" / "snapshots").iterdir()}
+    assert snapshots == {"step-00000010.json", "step-00000010.safetensors"}
 
 
 def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -> None:
