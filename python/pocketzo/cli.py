@@ -916,9 +916,7 @@ def _print_outcome(outcome: Outcome, output: Path) -> None:
     table.add_row(f"after {outcome.forwards} forward passes", f"{100 * outcome.after['accuracy']:.1f} %")
     table.add_row("a linear probe on the frozen features, for comparison", f"{100 * outcome.probe:.1f} %")
     _out.print(table)
-    _say(
-        "The demo's settings were chosen by looking at the held-out messages, so the accuracy after is a little too kind."
-    )
+    _say("The settings were chosen by looking at the held-out messages: the accuracy after is a little too kind.")
     _say()
     peak = "unknown" if outcome.peak is None else _size(outcome.peak)
     _say(f"time {outcome.seconds:.0f} s, {outcome.training_seconds:.0f} s of it training")
