@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "packing.h"
 #include "pocketzo/kernels.h"
 #include "pool.h"
 #include "sets.h"
@@ -55,10 +56,14 @@ class FloatMode {
   FloatMode& operator=(const FloatMode&) = delete;
 };
 
+auto kernel_of(const KernelSet& set, const Term& term) noexcept {
+  return term.direction == Direction::gaussian ? set.gaussian : set.rademacher;
+}
+
 // n elements from logical element e. A block that is cut is worked on in a copy of the whole.
 void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w, std::uint64_t e,
                 std::uint64_t n) noexcept {
-  const auto kernel = term.direction == Direction::gaussian ? set.gaussian : set.rademacher;
+  const auto kernel = kernel_of(set, term);
   const auto ragged = [&](float* at, std::uint64_t from, std::uint64_t count) {
     alignas(64) float block[kBlock] = {};
     const std::uint64_t lead = from % kBlock;
@@ -88,33 +93,122 @@ struct Job {
   const Term* terms;
   std::size_t term_count;
   bool write;  // the single term's z is stored
+
+  bool moves(const Term& term) const noexcept { return write || term.count != 0; }
 };
 
+// The subkeys of a job's terms for one unit.
+class Keys {
+ public:
+  Keys(const Job& job, std::uint32_t tensor, std::uint64_t element) noexcept
+      : job_(job), tensor_(tensor), element_(element), keep_(job.term_count <= kKeptKeys) {
+    for (std::size_t t = 0; keep_ && t < job.term_count; ++t) kept_[t] = key_at(job.terms[t], tensor, element);
+  }
+  Key operator[](std::size_t t) const noexcept { return keep_ ? kept_[t] : key_at(job_.terms[t], tensor_, element_); }
+
+ private:
+  const Job& job_;
+  std::uint32_t tensor_;
+  std::uint64_t element_;
+  bool keep_;
+  Key kept_[kKeptKeys];
+};
+
+// Whole blocks of a packed matrix are worked on where they lie if each is four panels of one row, or, of a transposed
+// one, in a tile that is turned round. Else elements are gathered: small matrices, and a vocabulary of odd size.
+bool in_rows(const Packing& p) noexcept { return !p.transposed && p.columns % kBlock == 0; }
+bool in_turned_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
+
+constexpr std::uint64_t kGroup = 256;  // columns of a unit: with blocks of 256 rows, as many elements as kUnit
+
 std::uint64_t units_of(const Segment& s) noexcept {
-  return s.size == 0 ? 0 : (s.offset + s.size - 1) / kUnit - s.offset / kUnit + 1;
+  if (s.size == 0) return 0;
+  if (s.packing != nullptr && in_rows(*s.packing)) {
+    const Packing& p = *s.packing;
+    return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kGroup - 1) / kGroup);
+  }
+  if (s.packing != nullptr && in_turned_rows(*s.packing)) return (s.packing->columns + kPanel - 1) / kPanel;
+  return (s.offset + s.size - 1) / kUnit - s.offset / kUnit + 1;
 }
 
-void apply_unit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+// Up to 256 columns of one block of rows.
+void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  const Packing& p = *s.packing;
+  const std::uint64_t across = (p.columns + kGroup - 1) / kGroup;
+  const std::uint64_t top = number / across * p.depth, left = number % across * kGroup;
+  const std::uint64_t height = std::min(p.depth, p.rows - top);
+  const Keys keys(job, s.tensor, 0);
+  const std::uint64_t tile = job.term_count == 1 ? p.depth : kTile / kBlock;
+  for (std::uint64_t n = left; n < std::min(left + kGroup, p.columns); n += kBlock)
+    for (std::uint64_t k = 0; k < height; k += tile) {
+      const auto count = static_cast<std::size_t>(std::min(tile, height - k));
+      const auto apart = static_cast<std::ptrdiff_t>(kPanel * height);
+      const Walk walk = {s.data + place(p, top + k, n),
+                         apart,
+                         static_cast<std::ptrdiff_t>(kPanel),
+                         ((top + k) * p.columns + n) / kBlock,
+                         p.columns / kBlock,
+                         count};
+      for (std::size_t t = 0; t < job.term_count; ++t) {
+        const Term& term = job.terms[t];
+        if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale, term.count);
+        for (std::ptrdiff_t run = 0; run < 4 && term.decay != 0.0f; ++run)
+          job.set->shrink(walk.base + run * apart, count * kPanel, term.decay);
+      }
+    }
+}
+
+// One panel: 16 rows of the transposed tensor, in tiles of 64 elements each.
+void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  const Packing& p = *s.packing;
+  const std::uint64_t first = number * kPanel, lanes = std::min(kPanel, p.columns - first);
+  const Keys keys(job, s.tensor, 0);
+  alignas(64) float tile[kPanel * kBlock];
+  for (std::uint64_t k = 0; k < p.rows; k += kBlock) {
+    float* const w = s.data + place(p, k, first);
+    for (std::uint64_t n = 0; n < kPanel; ++n)
+      for (std::uint64_t i = 0; i < kBlock; ++i) tile[n * kBlock + i] = w[i * kPanel + n];
+    const Walk walk = {
+        tile, kPanel, kBlock, (first * p.rows + k) / kBlock, p.rows / kBlock, static_cast<std::size_t>(lanes)};
+    for (std::size_t t = 0; t < job.term_count; ++t) {
+      const Term& term = job.terms[t];
+      if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale, term.count);
+      if (term.decay != 0.0f) job.set->shrink(tile, lanes * kBlock, term.decay);
+    }
+    for (std::uint64_t i = 0; i < kBlock; ++i)
+      for (std::uint64_t n = 0; n < kPanel; ++n) w[i * kPanel + n] = tile[n * kBlock + i];
+  }
+}
+
+// Elements that are neighbours in memory, or are made so.
+void apply_run(const Job& job, const Segment& s, std::uint64_t number) noexcept {
   const std::uint64_t grid = (s.offset / kUnit + number) * kUnit;
   const std::uint64_t begin = std::max(s.offset, grid);
   const std::uint64_t last = s.offset + s.size;
   const std::uint64_t end = grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit);
-  Key kept[kKeptKeys];
-  const bool keep = job.term_count <= kKeptKeys;
-  for (std::size_t t = 0; keep && t < job.term_count; ++t) kept[t] = key_at(job.terms[t], s.tensor, begin);
-  const std::uint64_t tile = job.term_count == 1 ? kUnit : kTile;
+  const Keys keys(job, s.tensor, begin);
+  const std::uint64_t tile = job.term_count == 1 && s.packing == nullptr ? kUnit : kTile;
+  alignas(64) float gathered[kTile];
   for (std::uint64_t e = begin; e < end;) {
     const std::uint64_t n = std::min(end - e, tile - e % tile);
-    float* w = s.data + (e - s.offset);
+    float* w = s.packing == nullptr ? s.data + (e - s.offset) : gathered;
+    if (s.packing != nullptr) gather(s.data, *s.packing, gathered, e, n);
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
-      if (job.write || term.count != 0)
-        apply_term(*job.set, term, keep ? kept[t] : key_at(term, s.tensor, begin), w, e, n);
+      if (job.moves(term))
+        apply_term(*job.set, term, keys[t], w, e, n);
       else if (term.decay != 0.0f)
         job.set->shrink(w, n, term.decay);
     }
+    if (s.packing != nullptr) scatter(s.data, *s.packing, gathered, e, n);
     e += n;
   }
+}
+
+void apply_unit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  if (s.packing != nullptr && in_rows(*s.packing)) return apply_rows(job, s, number);
+  if (s.packing != nullptr && in_turned_rows(*s.packing)) return apply_turned_rows(job, s, number);
+  apply_run(job, s, number);
 }
 
 void work(Units& units, const void* context) noexcept {

@@ -12,6 +12,11 @@
 
 #include "pocketzo/kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace py = pybind11;
 namespace pz = pocketzo;
 
@@ -81,15 +86,66 @@ pz::Segment segment_of(py::array& array, py::handle tensor, py::handle offset) {
   return s;
 }
 
-// The tensors that one program of terms moves. Holds the arrays, so that their memory stays.
+std::uint64_t packed_size(const pz::Packing& p) { return p.rows * p.stride; }
+
+pz::Packing packing_of(py::handle rows, py::handle columns, py::handle stride, py::handle depth, bool transposed) {
+  const pz::Packing p{
+      unsigned_integer<std::uint64_t>(rows, "rows"), unsigned_integer<std::uint64_t>(columns, "columns"),
+      unsigned_integer<std::uint64_t>(stride, "stride"), unsigned_integer<std::uint64_t>(depth, "depth"), transposed};
+  constexpr std::uint64_t kMost = std::uint64_t{1} << 34;
+  if (p.rows == 0 || p.columns == 0 || p.rows > kMost / p.columns)
+    throw py::value_error("rows * columns must be in 1 .. 2**34, got " + shown(rows) + " * " + shown(columns));
+  if (p.stride < p.columns || p.stride % 16 != 0 || p.stride - p.columns >= kMost)
+    throw py::value_error("stride must be a multiple of 16 and at least the columns, got " + shown(stride));
+  if (p.depth == 0 || p.depth % 64 != 0 || p.depth >= kMost)
+    throw py::value_error("depth must be a multiple of 64, got " + shown(depth));
+  return p;
+}
+
+py::array checked_packed(py::handle value, const pz::Packing& p) {
+  auto array = checked(value, "packed");
+  if (static_cast<std::uint64_t>(array.size()) != packed_size(p))
+    throw py::value_error("packed must have " + std::to_string(packed_size(p)) + " elements, got " +
+                          std::to_string(array.size()));
+  return array;
+}
+
+// Copies between packed memory and elements `offset` and following of the tensor.
+template <bool In>
+void copy(const pz::Packing& p, py::handle packed, py::handle values, py::handle offset) {
+  auto memory = checked_packed(packed, p);
+  auto array = checked(values, "values");
+  const auto n = static_cast<std::uint64_t>(array.size());
+  const auto from = unsigned_integer<std::uint64_t>(offset, "offset");
+  if (from > p.rows * p.columns || n > p.rows * p.columns - from)
+    throw py::value_error("offset + size must not exceed rows * columns, got offset " + shown(offset));
+  auto* const inside = static_cast<float*>(memory.mutable_data());
+  auto* const outside = static_cast<float*>(array.mutable_data());
+  const py::gil_scoped_release release;  // a long copy must not stop other Python threads
+  if (In)
+    pz::pack(inside, p, outside, from, n);
+  else
+    pz::unpack(inside, p, outside, from, n);
+}
+
+// The tensors that one program of terms moves. Holds the arrays and packings, so that their memory stays.
 class Segments {
  public:
-  explicit Segments(const py::list& tensors) {
+  explicit Segments(const py::sequence& tensors) {
     for (const py::handle item : tensors) {
-      const auto pair = item.cast<py::tuple>();
-      if (pair.size() != 2) throw py::value_error("each item must be (array, tensor id), got " + shown(item));
-      auto array = checked(pair[0], "weight");
-      segments_.push_back(segment_of(array, pair[1], py::int_(0)));
+      const auto parts = item.cast<py::tuple>();
+      if (parts.size() != 2 && parts.size() != 3)
+        throw py::value_error("each item must be (array, tensor id) or (array, tensor id, packing), got " +
+                              shown(item));
+      auto array = checked(parts[0], "weight");
+      segments_.push_back(segment_of(array, parts[1], py::int_(0)));
+      if (parts.size() == 3 && !parts[2].is_none()) {
+        const auto& packing = parts[2].cast<const pz::Packing&>();
+        checked_packed(array, packing);
+        segments_.back().size = packing.rows * packing.columns;
+        segments_.back().packing = &packing;
+        packings_.push_back(py::reinterpret_borrow<py::object>(parts[2]));
+      }
       arrays_.push_back(std::move(array));
     }
   }
@@ -117,8 +173,32 @@ class Segments {
 
  private:
   std::vector<py::array> arrays_;
+  std::vector<py::object> packings_;
   std::vector<pz::Segment> segments_;
 };
+
+// Puts fresh memory, in huge pages where the system has them, in the place of a private mapping of a file, and returns
+// it. Whoever made the mapping goes on using the addresses, and unmaps them; `owner` keeps it from that.
+py::array remap(py::handle address, py::handle size, const py::object& owner) {
+#if defined(__linux__)
+  const auto bytes = unsigned_integer<std::uint64_t>(size, "size") * sizeof(float);
+  const auto at = unsigned_integer<std::uint64_t>(address, "address");
+  const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  const auto place = reinterpret_cast<void*>(at);  // NOLINT: an address that /proc/self/maps told
+  if (at % page != 0) throw py::value_error("address must be that of a page, got " + shown(address));
+  const std::uint64_t length = (bytes + page - 1) / page * page;
+  if (mmap(place, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != place) {
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+#if defined(MADV_HUGEPAGE)
+  madvise(place, length, MADV_HUGEPAGE);  // a kernel without them goes on with small pages
+#endif
+  return py::array_t<float>({static_cast<py::ssize_t>(bytes / sizeof(float))}, static_cast<float*>(place), owner);
+#else
+  throw std::runtime_error("this system has no such mapping");
+#endif
+}
 
 void generate(py::handle out, py::handle seed, py::handle tensor, py::handle draw, py::handle offset,
               py::handle direction) {
@@ -173,8 +253,25 @@ PYBIND11_MODULE(_core, m) {
   PYBIND11_NUMPY_DTYPE(pz::Term, seed, draw, scale, decay, count, direction, unused);
   m.attr("TERM") = py::dtype::of<pz::Term>();
 
+  py::class_<pz::Packing>(m, "Packing")
+      .def(py::init(&packing_of), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("stride"),
+           py::arg("depth"), py::arg("transposed"))
+      .def_readonly("rows", &pz::Packing::rows)
+      .def_readonly("columns", &pz::Packing::columns)
+      .def_readonly("transposed", &pz::Packing::transposed)
+      .def_property_readonly("size", &packed_size)
+      .def("pack", &copy<true>, py::arg("packed"), py::arg("values"), py::arg("offset"))
+      .def("unpack", &copy<false>, py::arg("packed"), py::arg("values"), py::arg("offset"));
+  m.def(
+      "packed_hash",
+      [](const py::array_t<float, py::array::c_style>& data) {
+        return pz::packed_hash(data.data(), static_cast<std::size_t>(data.nbytes()));
+      },
+      py::arg("data").noconvert());
+  m.def("remap", &remap, py::arg("address"), py::arg("size"), py::arg("owner"));
+
   py::class_<Segments>(m, "Segments")
-      .def(py::init<const py::list&>(), py::arg("tensors"))
+      .def(py::init<const py::sequence&>(), py::arg("tensors"))
       .def("apply", &Segments::apply, py::arg("terms").noconvert())
       .def_property_readonly("size", &Segments::size);
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo import _core
+from pocketzo import packed as packing
 from pocketzo.bundle import Bundle, TensorSpec
 from pocketzo.errors import BundleError, DeadWeightError, Error
 from pocketzo.weights import Weights
@@ -44,9 +46,13 @@ class Model:
     bundle : Bundle
         What was loaded.
     weights : Weights
-        Writable float32 views by name; what is written is seen by the next run.
+        float32 arrays by name; what is written is seen by the next run.
     threads : int
         Threads of the session.
+    packed : bool
+        Whether the session multiplies by packed weights.
+    unpacked_because : str or None
+        Why it does not.
     """
 
     def __init__(
@@ -56,10 +62,14 @@ class Model:
         session: ort.InferenceSession,
         threads: int,
         values: Mapping[str, ort.OrtValue],
+        *,
+        unpacked_because: str | None,
     ) -> None:
         self.bundle = bundle
         self.weights = weights
         self.threads = threads
+        self.packed = unpacked_because is None
+        self.unpacked_because = unpacked_because
         self._session = session
         self._values = values  # the session uses their memory
         self._inputs = {value.name: value for value in bundle.inputs}
@@ -81,6 +91,7 @@ class Model:
         dict of str to ndarray
             The outputs by name.
         """
+        self.weights.settle()
         names = self._outputs if outputs is None else list(outputs)
         feed = {name: array for name, array in batch.items() if name in self._inputs}
         if "labels" in self._inputs and "labels" not in feed and (outputs is None or self.bundle.loss not in names):
@@ -114,6 +125,7 @@ def load(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     threads: int | None = None,
+    packed: bool | Literal["auto"] = "auto",
     verify: Literal["auto", "fast", "full"] = "auto",
 ) -> Model:
     """Load a bundle so that session and weights share one memory, and prove that they do.
@@ -124,6 +136,10 @@ def load(
         A folder written by ``pocketzo prepare``, or what :meth:`Bundle.read` made of it.
     threads : int, optional
         Threads of the session; by default as many as the kernels use.
+    packed : bool or "auto"
+        Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
+        twice as fast, or as they are stored. "auto" packs where it can and otherwise warns and works; True insists.
+        The weights that training makes are the same for the same record; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
         How it is proved that each trainable weight is live. "fast" fills all of them with noise and compares the
         outputs with those of a second session that optimises nothing, and so reads every weight where it stands; this
@@ -137,56 +153,138 @@ def load(
         The bundle is incomplete or damaged.
     DeadWeightError
         The session does not see what is written to a trainable weight; names it.
+    Error
+        ``packed`` is True, and the weights cannot be packed here; says why.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
     threads = _core.threads() if threads is None else threads
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if packed not in (True, False, "auto"):
+        raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
     if verify not in ("auto", "fast", "full"):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
-    weights = Weights(bundle)
-    values = {name: ort.OrtValue.ortvalue_from_numpy(view) for name, view in weights.items()}
-    trainable = [tensor for tensor in bundle.tensors if tensor.trainable]
-    _fill_with_noise(weights, trainable)
-    session = _session(bundle, values, threads, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    model = Model(bundle, weights, session, threads, values)
-    try:
-        _prove_live(model, trainable, verify)
-    finally:
-        weights.read()
+    reason = "as asked for"
+    if packed:
+        try:
+            return _load_packed(bundle, threads, verify)
+        except packing.UnpackableError as error:
+            if packed is True:
+                raise Error(f"{bundle.path}: the weights cannot be packed: {error}") from None
+            reason = str(error)
+    model = _load_unpacked(bundle, threads, verify, reason)
+    if packed:
+        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=2)
     return model
 
 
+def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
+    weights = Weights(bundle)
+    weights.read()
+    _fill_with_noise(weights, _trainable(bundle))
+    values = _values(weights)
+    session = _session(bundle.model_path, values, threads, packed=False)
+    model = Model(bundle, weights, session, threads, values, unpacked_because=reason)
+
+    def agree() -> bool:
+        return _agree(_outputs(model), _reference(bundle, values))
+
+    try:
+        as_one = agree()
+        dead = _dead(model, verify, as_one=as_one)
+        if not as_one and not dead:
+            # Each is seen somewhere, but a use of one was folded into a copy. On the stored weights all copies are
+            # right, so that changing one weight at a time shows which.
+            weights.read()
+            for tensor in _trainable(bundle):
+                _fill_with_noise(weights, [tensor])
+                if not agree():
+                    dead.append(tensor.name)
+                weights.read()
+    finally:
+        weights.read()
+    if dead:
+        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+        raise DeadWeightError(
+            f"{bundle.path}: the session does not see what is written to {names}. Prepare the model again with "
+            f"`pocketzo prepare`, or leave these out of what is trainable"
+        )
+    if not as_one:
+        raise DeadWeightError(
+            f"{bundle.path}: the session's outputs differ from those of a session without optimisations, though "
+            f"every single weight is seen"
+        )
+    return model
+
+
+def _load_packed(bundle: Bundle, threads: int, verify: str) -> Model:
+    matrices = packing.matrices(bundle)
+    # The reference comes and goes before there is a packed weight: there is never more than one copy.
+    weights = Weights(bundle)
+    weights.read()
+    _fill_with_noise(weights, _trainable(bundle))
+    expected = _reference(bundle, _values(weights))
+    weights = Weights(bundle, {matrix.name for matrix in matrices if matrix.alone})
+    values = _values(weights)
+    session, places = packing.open_session(bundle, lambda path: _session(path, values, threads, packed=True))
+    weights.attach(places)
+    weights.read()
+    _fill_with_noise(weights, _trainable(bundle))
+    model = Model(bundle, weights, session, threads, values, unpacked_because=None)
+    try:
+        as_one = _agree(_outputs(model), expected)
+        dead = _dead(model, verify, as_one=as_one)
+    finally:
+        weights.read()
+    if dead or not as_one:
+        names = ", ".join(dead[:5]) or "packed weights"
+        raise packing.UnpackableError(f"the session does not see all that is written to {names}")
+    return model
+
+
+def _trainable(bundle: Bundle) -> list[TensorSpec]:
+    return [tensor for tensor in bundle.tensors if tensor.trainable]
+
+
+def _values(weights: Weights) -> dict[str, ort.OrtValue]:
+    return {name: ort.OrtValue.ortvalue_from_numpy(view) for name, view in weights.plain.items()}
+
+
 def _session(
-    bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel
+    graph: Path,
+    values: Mapping[str, ort.OrtValue],
+    threads: int,
+    *,
+    packed: bool,
+    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # A packed copy of a weight would be used in place of the weight.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    disabled = _COPYING_OPTIMIZERS
+    if packed:
+        disabled = disabled + packing.OTHER_OPERATORS
+    else:
+        # A packed copy of a weight would be used in place of the weight.
+        options.add_session_config_entry("session.disable_prepacking", "1")
     # A thread that spins between runs takes its core from the kernels.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for name, value in values.items():
         options.add_initializer(name, value)
     try:
         return ort.InferenceSession(
-            os.fspath(bundle.model_path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=_COPYING_OPTIMIZERS,
+            os.fspath(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{bundle.model_path}: onnxruntime refuses the graph: {error}") from error
+        if packed:
+            raise packing.UnpackableError(f"onnxruntime {ort.__version__} refuses packed weights: {error}") from None
+        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error}") from error
 
 
 def _fill_with_noise(weights: Weights, tensors: Iterable[TensorSpec], draw: int = 0) -> None:
-    """Write noise in sizes that keep activations moderate, so that every weight matters: a fresh head is all zeros."""
     for tensor in tensors:
-        view = weights[tensor.name]
-        _core.generate(view, seed=0, tensor=tensor.id, draw=draw, offset=0, direction="gaussian")
-        view *= np.float32(0.5 if view.ndim < 2 else 1 / np.sqrt(view.shape[0] if view.ndim == 2 else view[0].size))
+        weights.fill_with_noise(tensor, draw)
 
 
 def _probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
@@ -208,66 +306,50 @@ def _probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
     return batch
 
 
-def _prove_live(model: Model, trainable: list[TensorSpec], verify: str) -> None:
-    """Prove, on weights that are noise, that the session reads every trainable weight where it stands.
+# The proof is made on weights that are noise. A session at level DISABLE_ALL folds and packs nothing, so it is the
+# reference: with any weight stale, the outputs of the two would differ by far more than their roundings do.
 
-    A session at level DISABLE_ALL folds and packs nothing, so it is the reference: with any weight stale, the outputs
-    of the two would differ by far more than their roundings do.
-    """
-    batch = _probe_batch(model.bundle)
-    outputs = [value.name for value in model.bundle.outputs if np.dtype(value.dtype).kind == "f"]
 
-    def results(session: ort.InferenceSession) -> NDArray[np.float64]:
-        try:
-            values = session.run(outputs, batch)
-        except Exception as error:  # onnxruntime's own exceptions share no public base
-            raise BundleError(f"{model.bundle.model_path}: a run on a probing batch failed: {error}") from error
-        return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
+def _results(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float64]:
+    outputs = [value.name for value in bundle.outputs if np.dtype(value.dtype).kind == "f"]
+    try:
+        values = session.run(outputs, _probe_batch(bundle))
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise BundleError(f"{bundle.model_path}: a run on a probing batch failed: {error}") from error
+    return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
 
-    session = model._session
-    plain = _session(model.bundle, model._values, 1, ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
 
-    def agree() -> bool:
-        expected, got = results(plain), results(session)
-        return bool(np.isfinite(expected).all() and np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max())
+def _reference(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> NDArray[np.float64]:
+    level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return _results(bundle, _session(bundle.model_path, values, 1, packed=False, level=level))
 
-    as_one = agree()
+
+def _outputs(model: Model) -> NDArray[np.float64]:
+    return _results(model.bundle, model._session)
+
+
+def _agree(got: NDArray[np.float64], expected: NDArray[np.float64]) -> bool:
+    return bool(np.isfinite(expected).all() and np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max())
+
+
+def _dead(model: Model, verify: str, *, as_one: bool) -> list[str]:
+    """Change one trainable weight after the other, as far as ``verify`` asks for it, and return those not seen."""
+    trainable = _trainable(model.bundle)
     started = time.perf_counter()
-    before = results(session)
+    before = _outputs(model)
     seconds = (time.perf_counter() - started) * len(trainable)
     if as_one and (verify == "fast" or (verify == "auto" and seconds > 2)):
-        return
-
+        return []
     dead = []
     for tensor in trainable:
-        view = model.weights[tensor.name]
         _fill_with_noise(model.weights, [tensor], draw=1)
-        after = results(session)
+        after = _outputs(model)
         if np.array_equal(before, after, equal_nan=True):
             # It may be live and without effect, as the bias of attention keys is: the softmax takes it out again. A
             # weight that is not a number shows wherever it is read.
-            view[...] = np.nan
-            if np.isnan(results(session)).sum() <= np.isnan(before).sum():
+            model.weights.fill(tensor.name, np.nan)
+            if np.isnan(_outputs(model)).sum() <= np.isnan(before).sum():
                 dead.append(tensor.name)
             _fill_with_noise(model.weights, [tensor], draw=1)
         before = after
-    if not as_one and not dead:
-        # Each is seen somewhere, but a use of one was folded into a copy. On the stored weights all copies are right,
-        # so that changing one weight at a time shows which.
-        model.weights.read()
-        for tensor in trainable:
-            _fill_with_noise(model.weights, [tensor])
-            if not agree():
-                dead.append(tensor.name)
-            model.weights.read()
-    if dead:
-        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
-        raise DeadWeightError(
-            f"{model.bundle.path}: the session does not see what is written to {names}. Prepare the model again with "
-            f"`pocketzo prepare`, or leave these out of what is trainable"
-        )
-    if not as_one:
-        raise DeadWeightError(
-            f"{model.bundle.path}: the session's outputs differ from those of a session without optimisations, though "
-            f"every single weight is seen"
-        )
+    return dead

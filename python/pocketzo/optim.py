@@ -292,11 +292,11 @@ class Optimizer(ABC):
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[_Part]:
         plain = Group("")
-        members: dict[tuple[float, float, bool], list[tuple[NDArray[np.float32], int]]] = {}
+        members: dict[tuple[float, float, bool], list[Any]] = {}
         for tensor in tensors:
             group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
             decay = self.weight_decay > 0 and len(tensor.shape) > 1
-            members.setdefault((group.lr, group.eps, decay), []).append((self.model.weights[tensor.name], tensor.id))
+            members.setdefault((group.lr, group.eps, decay), []).extend(self.model.weights.segments(tensor.name))
         for group in self.groups:
             if not any(re.search(group.pattern, tensor.name) for tensor in tensors):
                 raise ValueError(f"group {group.pattern!r} matches none of the {len(tensors)} trained weights")

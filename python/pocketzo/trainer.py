@@ -252,6 +252,7 @@ class _Unloaded:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.weights = Weights(bundle)
+        self.weights.read()
 
 
 class Trainer:

@@ -31,12 +31,25 @@ struct Term {
 };
 static_assert(sizeof(Term) == 40);
 
-// A run of a tensor that is contiguous in memory: data[i] is logical element offset + i of tensor `tensor`.
+// Where onnxruntime's matrix product keeps element (k, n) of its second factor, which has `rows` and `columns`: in
+// blocks of `depth` rows; within a block, which is `height` rows high (the last may be lower), panels of 16 columns;
+// within a panel, row after row:
+//   block * depth * stride + (n / 16) * 16 * height + (k % depth) * 16 + n % 16,   block = k / depth
+// Columns from `columns` to `stride` are padding, which nothing reads or writes here.
+struct Packing {
+  std::uint64_t rows, columns;  // rows * columns must not exceed 2^34
+  std::uint64_t stride;         // a multiple of 16
+  std::uint64_t depth;          // a multiple of 64
+  bool transposed;              // the tensor, whose elements are counted row by row, is the factor's transpose
+};
+
+// A run of a tensor: data[i] is logical element offset + i of tensor `tensor`; with a packing, a whole tensor.
 struct Segment {
   float* data;
   std::uint64_t size;    // elements
   std::uint64_t offset;  // elements; offset + size must not exceed 2^64 - 1
   std::uint32_t tensor;
+  const Packing* packing = nullptr;  // nullptr: contiguous. Otherwise `offset` is 0 and `size` is rows * columns
 };
 
 // Applies all terms, in order, to every segment, in one pass over the memory. Threaded.
@@ -44,6 +57,14 @@ void apply(const Segment* segments, std::size_t segment_count, const Term* terms
 
 // Writes z(seed, segment.tensor, draw, e) to the segment. Threaded.
 void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept;
+
+// Copies logical elements offset .. offset + n - 1 of a tensor into packed memory, or out of it. Threaded.
+void pack(float* packed, const Packing& packing, const float* values, std::uint64_t offset, std::uint64_t n) noexcept;
+void unpack(const float* packed, const Packing& packing, float* values, std::uint64_t offset, std::uint64_t n) noexcept;
+
+// The number by which onnxruntime knows a packed buffer: of its 128-bit MurmurHash3 (x86 variant, seed 0) the first 64
+// bits, less the lowest three.
+std::uint64_t packed_hash(const void* data, std::size_t bytes) noexcept;
 
 // ---- threads: a pool shared by the process, the caller being one of its threads ----------------------------------
 
