@@ -34,6 +34,7 @@ def model(tiny_bundle: Path) -> pz.Model:
 
 
 def image(weights: Weights) -> bytes:
+    weights.settle()
     return weights._image.tobytes()
 
 

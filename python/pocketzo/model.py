@@ -81,6 +81,7 @@ class Model:
         dict of str to ndarray
             The outputs by name.
         """
+        self.weights.settle()
         names = self._outputs if outputs is None else list(outputs)
         feed = {name: array for name, array in batch.items() if name in self._inputs}
         if "labels" in self._inputs and "labels" not in feed and (outputs is None or self.bundle.loss not in names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +43,27 @@ class Weights(Mapping[str, NDArray[np.float32]]):
                 memory.madvise(mmap.MADV_HUGEPAGE)
         self._image = np.frombuffer(memory, np.uint8)
         self._views = {}
+        self._finish: Callable[[], None] = lambda: None
         for name, entry in read_header(bundle.weights_path).items():
             if entry.dtype == "F32":
                 self._views[name] = self._image[entry.start : entry.stop].view(np.float32).reshape(entry.shape)
         self.read(path)
 
+    def defer(self, finish: Callable[[], None]) -> None:
+        """Have ``finish`` do what is owed to the weights as soon as anyone looks at them.
+
+        It is called at every look, until another one takes its place, and does nothing when nothing is owed.
+        """
+        self.settle()
+        self._finish = finish
+
+    def settle(self) -> None:
+        """Do what is owed; whatever reads or writes the weights does so first."""
+        self._finish()
+
     def read(self, path: Path | None = None) -> None:
         """Read all bytes again, from the bundle or from a file of the same layout."""
+        self.settle()
         path = self._bundle.weights_path if path is None else path
         try:
             with path.open("rb", buffering=0) as file:
@@ -66,15 +80,18 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file that :meth:`save` would write now."""
+        self.settle()
         return hashlib.sha256(self._image.data).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the weights to a file, beside it first and then renamed."""
+        self.settle()
         with atomic_file(path) as file:
             for at in range(0, self._image.size, 1 << 28):
                 file.write(self._image.data[at : at + (1 << 28)])
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
+        self.settle()
         return self._views[name]
 
     def __iter__(self) -> Iterator[str]:
