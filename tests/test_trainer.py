@@ -402,6 +402,63 @@ class Watched:
         return self._data.batch(indices)
 
 
+def test_the_next_batch_is_made_while_a_step_runs(model: pz.Model, data: pz.Dataset) -> None:
+    watched = Watched(data)
+    order = Order(seed=3, size=len(data), batch_size=8)
+    calls = 0
+
+    def objective(outputs: Any, batch: Any) -> float:
+        nonlocal calls
+        step, calls = calls // 2, calls + 1
+        deadline = time.monotonic() + 20
+        while len(watched.asked) < min(step + 2, 5):
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+        np.testing.assert_array_equal(batch["input_ids"], data.batch(order(step))["input_ids"])
+        return float(outputs["loss"])
+
+    before = threading.enumerate()
+    train(model, watched, None, steps=5, objective=objective)
+    assert calls == 10
+    assert watched.asked == [order(step).tolist() for step in range(5)]
+    assert threading.enumerate() == before
+    assert len(watched.threads) == 1
+
+
+def test_data_is_asked_by_one_at_a_time(model: pz.Model, data: pz.Dataset) -> None:
+    watched = Watched(data)
+    train(
+        model, watched, None, steps=5, eval=watched, eval_every=1, objective=lambda outputs, batch: 1.0, batch_size=120
+    )
+    assert len(watched.asked) == 10
+
+
+def test_a_batch_that_fails_ends_the_run_at_its_step(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    before = threading.enumerate()
+    done: list[int] = []
+    with pytest.raises(OSError, match="the card has gone"):
+        train(
+            model, Watched(data, fails=6), tmp_path / "run", callback=lambda progress: done.append(progress.info.step)
+        )
+    assert done == list(range(5))
+    assert pz.Run(tmp_path / "run").steps == 5
+    assert len(list(pz.Run(tmp_path / "run").metrics())) == 5
+    assert threading.enumerate() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_no_thread_outlives_a_run_that_is_broken_off(
+    model: pz.Model, data: pz.Dataset, error: type[BaseException]
+) -> None:
+    def objective(outputs: Any, batch: Any) -> float:
+        raise error
+
+    before = threading.enumerate()
+    with pytest.raises(error):
+        train(model, data, None, objective=objective)
+    assert threading.enumerate() == before
+
+
 # ---- ends that come early --------------------------------------------------------------------------------------------
 
 

@@ -12,9 +12,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,10 @@ class Data(Protocol):
         """Changes with the content."""
 
     def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-        """Return the numbered examples as the graph's inputs."""
+        """Return the numbered examples as the graph's inputs.
+
+        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond.
+        """
 
 
 def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, float]:
@@ -386,6 +390,7 @@ class Trainer:
         self._evaluations: dict[int, dict[str, float]] = {}
         self._skipped = 0
         self._journal: Journal | None = None
+        self._metrics: TextIO | None = None
 
     @classmethod
     def resume(
@@ -455,16 +460,21 @@ class Trainer:
         if self.run is not None and self._journal is None:
             self._begin()
         try:
-            self._loop()
+            with ThreadPoolExecutor(1) as helper, contextlib.ExitStack() as stack:
+                if self.run is not None:
+                    self._metrics = stack.enter_context((self.run / "metrics.jsonl").open("a", buffering=1))
+                self._loop(helper)
         finally:
+            self._metrics = None
             self.optimizer.journal = None
             if self._journal is not None:
                 self._journal.sync()
                 self._journal.close()
                 self._journal = None
 
-    def _loop(self) -> None:
+    def _loop(self, helper: ThreadPoolExecutor) -> None:
         optimizer = self.optimizer
+        ahead: Future[Batch] | None = None
         synced = time.monotonic()
         while True:
             step = optimizer.step_number
@@ -474,7 +484,8 @@ class Trainer:
             if step >= self.steps or self.stop_requested or self._out_of_patience():
                 return
             started = time.perf_counter()
-            batch = self.train.batch(self._order(step))
+            batch = (ahead or helper.submit(self._batch, step)).result()
+            ahead = helper.submit(self._batch, step + 1) if step + 1 < self.steps else None
             try:
                 info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
             except Exception:
@@ -482,6 +493,8 @@ class Trainer:
                 if self._journal is not None:
                     self._journal.truncate(step * optimizer.draws)
                 raise
+            if ahead is not None:
+                ahead.exception()  # waits, and leaves what was raised to the step that needs the batch
             seconds = time.perf_counter() - started
             self._log({"step": step + 1, "loss": _finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
@@ -498,6 +511,9 @@ class Trainer:
                     f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
                     f"are as before them. Try a smaller lr or eps"
                 )
+
+    def _batch(self, step: int) -> Batch:
+        return self.train.batch(self._order(step))
 
     def _loss(self, model: Model, batch: Batch) -> float:
         if self.objective is None:
@@ -597,9 +613,8 @@ class Trainer:
                 other.unlink()
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            with (self.run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(line) + "\n")
 
 
 def _seal(header: Mapping[str, Any], sha256: str) -> dict[str, Any]:
