@@ -336,7 +336,7 @@ def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
         "--method", "mezo", "--lr", 1e-3, "--eps", 1e-2, "--batch-size", 7, "--seed", 2**63, "--weight-decay", 0.1,
         "--trainable", "classifier|dense", "--group", "classifier:lr=2", "--group", "dense:eps=0.5",
         "--direction", "rademacher", "--schedule", "linear", "--warmup", 2, "--steps", 12, "--eval-every", 2,
-        "--metric", "loss", "--patience", 6, "--snapshot-every", 5, "--threads", 1,
+        "--metric", "loss", "--patience", 6, "--snapshot-every", 5, "--group-by-length", "--threads", 1,
     )  # fmt: skip
     header = pz.Run(tmp_path / "run").header
     assert header["method"] == {
@@ -349,6 +349,7 @@ def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
     settings = header["trainer"]
     expected = {"batch_size": 7, "steps": 12, "eval_every": 2, "metric": "loss", "patience": 6, "snapshot_every": 5}
     assert {name: settings[name] for name in expected} == expected
+    assert settings["group_by_length"] is True
     snapshots = {path.name for path in (tmp_path / "run" / "snapshots").iterdir()}
     assert snapshots == {"step-00000010.json", "step-00000010.safetensors"}
 

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import signal
 import threading
+import time
+import weakref
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 
 import pocketzo as pz
+from pocketzo import _core
 from pocketzo.journal import Journal
 from pocketzo.optim import restore
 
@@ -267,6 +272,231 @@ def test_steps_in_another_thread(model: pz.Model, fresh: pz.Model) -> None:
     thread.join()
     pz.MeZO(fresh, lr=0.01).step(loss)
     assert image(model) == image(fresh)
+
+
+# ---- what is owed to the weights between steps -----------------------------------------------------------------------
+
+
+def content(model: pz.Model) -> bytes:
+    return b"".join(model.weights[name].tobytes() for name in sorted(model.weights))
+
+
+def checksum(model: pz.Model) -> float:
+    """A loss that is the same on every machine, and another one for every bit."""
+    return zlib.crc32(content(model)) / 2**32
+
+
+# SHA-256 of weights and records, made with every pass done on its own, before there were deferred ones.
+PINNED: dict[str, tuple[Make, str, str]] = {
+    "mezo": (
+        lambda m: pz.MeZO(m, lr=1e-5, seed=5, weight_decay=0.1, groups=[pz.Group("classifier", lr=10, eps=3)]),
+        "bafd4fc74b37ad199671053896956bdd84308368466a7020787db08d728bd900",
+        "49d00f37dea32091c7faf39b4ee2a0e6747335ba857db2b8473a69123909e7de",
+    ),
+    "fzoo": (
+        lambda m: pz.FZOO(
+            m, lr=1e-3, seed=5, directions=3, weight_decay=0.1, groups=[pz.Group("classifier", lr=10, eps=3)]
+        ),
+        "656fcdfa93d287aed71b5fb5c73eebeb5f33bedc78382afc50fee18e4efbf59c",
+        "acbfa2f0f9d9100b23303ee5d296a17522ee53deb3365a4bface34d7d25da264",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "weights", "records"), PINNED.values(), ids=PINNED.keys())
+def test_bits_are_those_of_separate_passes(make: Make, weights: str, records: str, tmp_path: Path) -> None:
+    bundle = pz.prepare(Path(__file__).parent / "models" / "bert-new.onnx", tmp_path / "bundle")
+    for settle in (False, True):
+        model = pz.load(bundle, threads=1)
+        opt = make(model)
+        opt.journal = Journal.create(tmp_path / f"{settle}", {})
+        for _ in range(10):
+            opt.step(checksum)
+            if settle:
+                model.weights.settle()
+        opt.journal.close()
+        assert hashlib.sha256(content(model)).hexdigest() == weights
+        found = Journal.open(tmp_path / f"{settle}", write=False).records
+        assert hashlib.sha256(found.tobytes()).hexdigest() == records
+    replayed = pz.load(bundle, threads=1)
+    restore(replayed, opt.settings()).replay(found)
+    assert hashlib.sha256(content(replayed)).hexdigest() == weights
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of terms of each pass over a part, as they come."""
+    seen: list[int] = []
+    apply = _core.Segments.apply
+
+    def counted(self: _core.Segments, terms: Any) -> None:
+        seen.append(len(terms))
+        apply(self, terms)
+
+    monkeypatch.setattr(_core.Segments, "apply", counted)
+    return seen
+
+
+def test_mezo_takes_two_passes_a_step(model: pz.Model, passes: list[int]) -> None:
+    opt = pz.MeZO(model, lr=0.01)
+    for _ in range(3):
+        opt.step(loss)
+    assert passes == [1, 1, 2, 1, 2, 1]
+    loss(model)
+    loss(model)
+    assert passes == [1, 1, 2, 1, 2, 1, 1]
+
+
+def test_fzoo_takes_as_many_passes_as_forwards(model: pz.Model, passes: list[int]) -> None:
+    opt = pz.FZOO(model, lr=0.01, directions=3)
+    for _ in range(2):
+        opt.step(loss)
+    assert passes == [1, 2, 2, 4] * 2
+
+
+def saved(save: Callable[[Path], None], path: Path) -> bytes:
+    save(path)
+    return (path / "weights.safetensors" if path.is_dir() else path).read_bytes()
+
+
+LOOKS: dict[str, Callable[[pz.Model, Path], Any]] = {
+    "one weight": lambda m, _: m.weights["dense.weight"].tobytes(),
+    "all weights": lambda m, _: image(m),
+    "sha256": lambda m, _: m.weights.sha256(),
+    "weights.save": lambda m, out: saved(m.weights.save, out / "w"),
+    "model.save": lambda m, out: saved(m.save, out / "b"),
+    "run": lambda m, _: m.run(BATCH)["logits"].tobytes(),
+    "loss": lambda m, _: m.loss(BATCH),
+    "another optimizer": lambda m, _: pz.FZOO(m, lr=0.0, eps=1e-30).step(loss).loss,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_whoever_looks_sees_weights_that_are_not_shifted(
+    model: pz.Model, fresh: pz.Model, look: Callable[[pz.Model, Path], Any], tmp_path: Path
+) -> None:
+    seen, opts = [], [pz.MeZO(m, lr=0.01, weight_decay=0.1) for m in (model, fresh)]
+    for opt in opts:
+        assert isinstance(opt.model, pz.Model)
+        for _ in range(2):
+            opt.step(loss)
+            if opt.model is fresh:
+                fresh.weights.settle()
+        seen.append(look(opt.model, tmp_path))
+        opt.step(loss)
+    assert seen[0] == seen[1]
+    assert image(model) == image(fresh)
+
+
+def test_reading_the_weights_again_leaves_nothing_owed(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.MeZO(model, lr=0.01)
+    opt.step(loss)
+    model.weights.read()
+    assert image(model) == image(fresh)
+
+
+def test_settings_that_change_between_steps_do_not_change_what_is_owed(model: pz.Model, fresh: pz.Model) -> None:
+    for m in (model, fresh):
+        opt = pz.MeZO(m, lr=0.01, weight_decay=0.1)
+        opt.step(loss)
+        if m is fresh:
+            m.weights.settle()
+        opt.lr, opt.eps, opt.weight_decay, opt.seed = 0.02, 2e-3, 0.3, 7
+        opt.step(loss)
+    assert image(model) == image(fresh)
+
+
+def test_two_optimizers_on_one_model(model: pz.Model, fresh: pz.Model) -> None:
+    for m in (model, fresh):
+        opts = [pz.MeZO(m, lr=0.01), pz.MeZO(m, lr=0.02, seed=1, trainable="dense"), pz.FZOO(m, lr=0.01, seed=2)]
+        for i in (0, 1, 0, 0, 2, 1, 1, 2, 0, 1):
+            opts[i].step(loss)
+            if m is fresh:
+                m.weights.settle()
+    assert image(model) == image(fresh)
+
+
+def test_an_optimizer_that_steps_within_the_step_of_another(model: pz.Model, fresh: pz.Model) -> None:
+    for m in (model, fresh):
+        outer, inner = pz.MeZO(m, lr=0.01), pz.MeZO(m, lr=0.02, seed=1)
+
+        def objective(m: pz.Model, inner: pz.MeZO = inner) -> float:
+            info = inner.step(loss)
+            if m is fresh:
+                m.weights.settle()
+            return info.loss
+
+        for _ in range(3):
+            outer.step(objective)
+            if m is fresh:
+                m.weights.settle()
+    assert image(model) == image(fresh)
+
+
+def test_interrupt_waits_until_nothing_is_owed(
+    model: pz.Model, fresh: pz.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for m in (model, fresh):
+        pz.MeZO(m, lr=0.01, groups=[pz.Group("norm", lr=2)]).step(loss)
+    fresh.weights.settle()
+    apply = _core.Segments.apply
+
+    def interrupted(self: _core.Segments, terms: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        apply(self, terms)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(_core.Segments, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.weights.settle()
+        monkeypatch.undo()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert image(model) == image(fresh)
+
+
+def test_another_thread_may_look(model: pz.Model, fresh: pz.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = _core.Segments.apply
+    inside = most = 0
+
+    def slow(self: _core.Segments, terms: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(1e-3)
+        apply(self, terms)
+        inside -= 1
+
+    def look() -> None:
+        while not done.is_set():
+            model.weights.settle()
+
+    done = threading.Event()
+    thread = threading.Thread(target=look)
+    monkeypatch.setattr(_core.Segments, "apply", slow)
+    thread.start()
+    try:
+        opt = pz.MeZO(model, lr=0.01)
+        for _ in range(50):
+            opt.step(lambda m: 1.0)
+            time.sleep(5e-4)  # so that the next step begins in the middle of what the look has done
+    finally:
+        done.set()
+        thread.join()
+    opt = pz.MeZO(fresh, lr=0.01)
+    for _ in range(50):
+        opt.step(lambda m: 1.0)
+    assert most == 1
+    assert image(model) == image(fresh)
+
+
+def test_what_is_owed_does_not_keep_the_model(tiny_bundle: Path) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    pz.MeZO(model, lr=0.01).step(loss)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
 
 
 def test_any_scalar_will_do(model: pz.Model) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pocketzo as pz
-from pocketzo.trainer import batch_indices
+from pocketzo.journal import Journal
+from pocketzo.trainer import Data, Order
 from pocketzo.weights import Weights
 
 
@@ -37,7 +39,7 @@ def image(weights: Weights) -> bytes:
     return b"".join(weights._bytes())
 
 
-def train(model: pz.Model, data: pz.Dataset, run: Path | None, **options: Any) -> pz.Trainer:
+def train(model: pz.Model, data: Data, run: Path | None, **options: Any) -> pz.Trainer:
     settings: dict[str, Any] = {"steps": 30, "batch_size": 8, **options}
     optimizer = settings.pop("optimizer", None) or pz.MeZO(model, lr=0.02, seed=3)
     trainer = pz.Trainer(model, optimizer, data, run=run, **settings)
@@ -48,32 +50,67 @@ def train(model: pz.Model, data: pz.Dataset, run: Path | None, **options: Any) -
 # ---- the order of the data -------------------------------------------------------------------------------------------
 
 
-@given(
-    seed=st.integers(0, 2**64 - 1), size=st.integers(1, 50), batch_size=st.integers(1, 70), step=st.integers(0, 10**9)
-)
-def test_a_batch_is_a_function_of_its_arguments(seed: int, size: int, batch_size: int, step: int) -> None:
-    indices = batch_indices(step, seed=seed, size=size, batch_size=batch_size)
-    assert indices.shape == (batch_size,)
-    assert indices.min() >= 0
-    assert indices.max() < size
-    np.testing.assert_array_equal(indices, batch_indices(step, seed=seed, size=size, batch_size=batch_size))
+@st.composite
+def orders(draw: st.DrawFn) -> dict[str, Any]:
+    size = draw(st.integers(1, 50))
+    lengths = draw(st.none() | st.lists(st.integers(1, 9), min_size=size, max_size=size))
+    return {
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "size": size,
+        "batch_size": draw(st.integers(1, 70)),
+        "lengths": None if lengths is None else np.array(lengths, np.int32),
+    }
 
 
-@given(seed=st.integers(0, 2**64 - 1), size=st.integers(1, 50), batch_size=st.integers(1, 70))
-def test_every_example_comes_once_an_epoch(seed: int, size: int, batch_size: int) -> None:
-    steps = math.lcm(size, batch_size) // batch_size
-    seen = np.concatenate([batch_indices(i, seed=seed, size=size, batch_size=batch_size) for i in range(steps)])
+@given(orders(), st.lists(st.integers(0, 10**9), min_size=1, max_size=9))
+def test_a_batch_is_a_function_of_its_arguments(arguments: dict[str, Any], steps: list[int]) -> None:
+    order = Order(**arguments)
+    for step in steps:
+        indices = order(step)
+        assert indices.shape == (arguments["batch_size"],)
+        assert indices.min() >= 0
+        assert indices.max() < arguments["size"]
+        np.testing.assert_array_equal(indices, Order(**arguments)(step))
+
+
+@given(orders())
+def test_every_example_comes_once_an_epoch(arguments: dict[str, Any]) -> None:
+    size, batch_size = arguments["size"], arguments["batch_size"]
+    order = Order(**arguments)
+    seen = np.concatenate([order(i) for i in range(math.lcm(size, batch_size) // batch_size)])
     for epoch in seen.reshape(-1, size):
         assert sorted(epoch) == list(range(size))
 
 
 def test_epochs_and_seeds_differ_and_the_order_is_pinned() -> None:
-    first, second = (batch_indices(i, seed=1, size=100, batch_size=100).tolist() for i in (0, 1))
+    first, second = (Order(seed=1, size=100, batch_size=100)(i).tolist() for i in (0, 1))
     assert first != second
-    assert first != batch_indices(0, seed=2, size=100, batch_size=100).tolist()
+    assert first != Order(seed=2, size=100, batch_size=100)(0).tolist()
     # A journal does not hold the order, so it may never change; the noise below it is pinned by the answer file.
     z = pz.kernels.normal(100, seed=1, tensor=0xFFFFFFFF, draw=0)
     assert first == np.argsort(z, kind="stable").tolist()
+
+
+def test_batches_of_similar_length_are_pinned() -> None:
+    order = Order(seed=1, size=21, batch_size=2, lengths=np.arange(21) % 5)
+    pairs = [order(step).tolist() for step in range(21)]
+    # fmt: off
+    assert pairs == [
+        [13, 8], [9, 19], [5, 11], [17, 12], [10, 6], [7, 2], [0, 15], [20, 16], [18, 4], [3, 14], [1, 9],
+        [18, 14], [6, 2], [0, 7], [5, 16], [3, 8], [10, 4], [12, 17], [13, 19], [1, 11], [20, 15],
+    ]
+    # fmt: on
+
+
+def test_batches_of_similar_length_come_in_another_order_each_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 4000)
+    order = Order(seed=1, size=4000, batch_size=10, lengths=lengths)
+    longest = np.array([lengths[order(step)].max() for step in range(800)]).reshape(2, 400)
+    assert abs(np.corrcoef(longest)[0, 1]) < 0.2
+    for epoch in longest:
+        assert abs(np.corrcoef(epoch[1:], epoch[:-1])[0, 1]) < 0.2
+    members = [{frozenset(order(step).tolist()) for step in range(at, at + 400)} for at in (0, 400)]
+    assert not members[0] & members[1]
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -277,6 +314,150 @@ def test_after_an_objective_that_raised_the_step_is_taken_again(
     assert image(resumed.model.weights) == image(whole.weights)
 
 
+def test_grouping_by_length_takes_padding_away_and_resumes_to_the_same_bits(tiny_bundle: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    mask = np.arange(16) < rng.integers(2, 17, 500)[:, None]
+    ids = rng.integers(1, 50, mask.shape)
+    np.savez(tmp_path / "d.npz", input_ids=ids, attention_mask=mask.astype(int), labels=rng.integers(0, 3, 500))
+    data = pz.load_dataset(tmp_path / "d.npz", pz.Bundle.read(tiny_bundle))
+
+    def train_grouped(run: str, callback: Callable[[pz.Progress], None] | None = None) -> tuple[pz.Trainer, int]:
+        model = pz.load(tiny_bundle, threads=1)
+        tokens = 0
+
+        def objective(outputs: Any, batch: Any) -> float:
+            nonlocal tokens
+            tokens += batch["input_ids"].size
+            return float(outputs["loss"])
+
+        settings: dict[str, Any] = {"steps": 125, "batch_size": 8, "run": tmp_path / run, "objective": objective}
+        optimizer = pz.MeZO(model, lr=0.02)
+        trainer = pz.Trainer(model, optimizer, data, group_by_length=run != "plain", callback=callback, **settings)
+        trainer.fit()
+        return trainer, tokens // 2
+
+    whole, grouped = train_grouped("whole")
+    _, plain = train_grouped("plain")
+    least = 2 * int(mask.sum())  # two epochs without any padding
+    assert grouped - least < 0.25 * (plain - least)
+
+    def stop(progress: pz.Progress) -> None:
+        if progress.info.step == 70:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train_grouped("stopped", stop)
+    resumed = pz.Trainer.resume(tmp_path / "stopped", data)
+    assert resumed.group_by_length
+    resumed.fit()
+    assert image(resumed.model.weights) == image(whole.model.weights)
+
+
+def test_records_that_say_nothing_of_grouping_resume_without(
+    tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path
+) -> None:
+    train(model, data, tmp_path / "whole")
+    stopped = pz.load(tiny_bundle, threads=1)
+    trainer = pz.Trainer(stopped, pz.MeZO(stopped, lr=0.02, seed=3), data, run=tmp_path / "new", steps=30, batch_size=8)
+    trainer.callback = lambda progress: setattr(trainer, "stop_requested", progress.info.step == 4)
+    trainer.fit()
+    past = pz.Run(tmp_path / "new")
+    assert past.header["trainer"].pop("group_by_length") is False
+    (tmp_path / "old").mkdir()
+    journal = Journal.create(tmp_path / "old" / "journal.pzj", past.header)
+    journal.append([(int(record["draw"]), record["coefficient"], record["lr"]) for record in past.records])
+    journal.close()
+    resumed = pz.Trainer.resume(tmp_path / "old", data)
+    resumed.fit()
+    assert image(resumed.model.weights) == image(model.weights)
+
+
+# ---- the next batch --------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """Data that notes how it is asked, and that nobody asks twice at once."""
+
+    fingerprint = "watched"
+
+    def __init__(self, data: pz.Dataset, fails: int | None = None) -> None:
+        self.asked: list[list[int]] = []
+        self.threads: set[threading.Thread] = set()
+        self._data = data
+        self._fails = fails
+        self._alone = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, indices: Any) -> Any:
+        assert self._alone.acquire(blocking=False)
+        time.sleep(1e-3)
+        self.asked.append(indices.tolist())
+        self.threads.add(threading.current_thread())
+        self._alone.release()
+        if len(self.asked) == self._fails:
+            raise OSError(5, "the card has gone")
+        return self._data.batch(indices)
+
+
+def test_the_next_batch_is_made_while_a_step_runs(model: pz.Model, data: pz.Dataset) -> None:
+    watched = Watched(data)
+    order = Order(seed=3, size=len(data), batch_size=8)
+    calls = 0
+
+    def objective(outputs: Any, batch: Any) -> float:
+        nonlocal calls
+        step, calls = calls // 2, calls + 1
+        deadline = time.monotonic() + 20
+        while len(watched.asked) < min(step + 2, 5):
+            assert time.monotonic() < deadline
+            time.sleep(1e-3)
+        np.testing.assert_array_equal(batch["input_ids"], data.batch(order(step))["input_ids"])
+        return float(outputs["loss"])
+
+    before = threading.enumerate()
+    train(model, watched, None, steps=5, objective=objective)
+    assert calls == 10
+    assert watched.asked == [order(step).tolist() for step in range(5)]
+    assert threading.enumerate() == before
+    assert len(watched.threads) == 1
+
+
+def test_data_is_asked_by_one_at_a_time(model: pz.Model, data: pz.Dataset) -> None:
+    watched = Watched(data)
+    train(
+        model, watched, None, steps=5, eval=watched, eval_every=1, objective=lambda outputs, batch: 1.0, batch_size=120
+    )
+    assert len(watched.asked) == 10
+
+
+def test_a_batch_that_fails_ends_the_run_at_its_step(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    before = threading.enumerate()
+    done: list[int] = []
+    with pytest.raises(OSError, match="the card has gone"):
+        train(
+            model, Watched(data, fails=6), tmp_path / "run", callback=lambda progress: done.append(progress.info.step)
+        )
+    assert done == list(range(5))
+    assert pz.Run(tmp_path / "run").steps == 5
+    assert len(list(pz.Run(tmp_path / "run").metrics())) == 5
+    assert threading.enumerate() == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_no_thread_outlives_a_run_that_is_broken_off(
+    model: pz.Model, data: pz.Dataset, error: type[BaseException]
+) -> None:
+    def objective(outputs: Any, batch: Any) -> float:
+        raise error
+
+    before = threading.enumerate()
+    with pytest.raises(error):
+        train(model, data, None, objective=objective)
+    assert threading.enumerate() == before
+
+
 # ---- ends that come early --------------------------------------------------------------------------------------------
 
 
@@ -378,11 +559,12 @@ def test_an_objective_without_gradient(model: pz.Model, data: pz.Dataset, tmp_pa
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"metric": "f1"}, "metric must be 'accuracy' or 'loss', got 'f1'"),
         ({"patience": 2}, "patience needs eval and eval_every"),
+        ({"group_by_length": True}, "group_by_length needs train.lengths"),
     ],
 )
 def test_bad_settings(model: pz.Model, data: pz.Dataset, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train(model, data, tmp_path / "run", **options)
+        train(model, Watched(data), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -390,8 +572,9 @@ def test_bad_settings(model: pz.Model, data: pz.Dataset, tmp_path: Path, options
 
 WORKER = """
 import sys
+import time
 import pocketzo as pz
-bundle, data, run, steps = sys.argv[1:]
+bundle, data, run, steps, last = sys.argv[1:]
 from pathlib import Path
 train = pz.load_dataset(data, pz.Bundle.read(bundle))
 if (Path(run) / "journal.pzj").exists():
@@ -402,6 +585,10 @@ else:
     trainer = pz.Trainer(
         model, optimizer, train, eval=train, run=run, steps=int(steps), batch_size=8, eval_every=50, snapshot_every=70
     )
+def wait_to_be_killed(progress):
+    while progress.info.step + 1 == int(last) < int(steps):
+        time.sleep(1)
+trainer.callback = wait_to_be_killed
 print("training", flush=True)
 trainer.fit()
 trainer.model.save(Path(run) / "tuned")
@@ -413,26 +600,29 @@ def test_killed_twenty_times_and_resumed_the_bits_are_the_same(
 ) -> None:
     steps = 3000
 
-    def command(run: str) -> list[str]:
+    def command(run: str, last: int = steps) -> list[str]:
         arguments = map(os.fspath, (tiny_bundle, tiny_data, tmp_path / run))
-        return [sys.executable, "-W", "ignore", "-c", WORKER, *arguments, str(steps)]
+        return [sys.executable, "-W", "ignore", "-c", WORKER, *arguments, str(steps), str(last)]
 
     subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL)
     journal = tmp_path / "run" / "journal.pzj"
+    header = (tmp_path / "whole" / "journal.pzj").stat().st_size - 60 * steps
     rng = np.random.default_rng()
 
     def recorded() -> int:
-        return journal.stat().st_size if journal.exists() else 0
+        return (journal.stat().st_size - header) // 60 if journal.exists() else 0
 
     for kill in range(20):
-        with subprocess.Popen(command("run"), stdout=subprocess.PIPE) as process:
+        last = (
+            (kill + 1) * steps // 21
+        )  # where this life waits for its end, so that there is something left to the next
+        enough = rng.integers(recorded(), last + 1)
+        with subprocess.Popen(command("run", last), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             if kill % 5 == 4:  # now and then it dies while it loads or replays
                 time.sleep(rng.uniform(0, 0.5))
             else:
                 process.stdout.readline()
-                # A life lasts some part of a twentieth of the run, so that there is something left to the last.
-                enough = recorded() + 60 * rng.integers(0, steps // 25)
                 while recorded() < enough:
                     time.sleep(rng.uniform(0, 0.002))
             process.send_signal(signal.SIGKILL)

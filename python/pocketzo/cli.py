@@ -287,6 +287,9 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
 @click.option(
     "--snapshot-every", type=int, metavar="STEPS", help="Save the weights so often: a resume is quicker then."
 )
+@click.option(
+    "--group-by-length", is_flag=True, help="Batches of texts of similar length: less padding to compute with."
+)
 @_threads
 @_column_options
 @click.pass_context
@@ -314,6 +317,7 @@ def train(
     metric: str | None,
     patience: int | None,
     snapshot_every: int | None,
+    group_by_length: bool,
     threads: int | None,
     text_column: str | None,
     text_pair_column: str | None,
@@ -391,6 +395,7 @@ def train(
         metric=metric,
         patience=patience,
         snapshot_every=snapshot_every,
+        group_by_length=group_by_length,
     )
     before = None if held_out is None else _for_json(pz.evaluate(model, held_out, batch_size=batch_size))
     source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}

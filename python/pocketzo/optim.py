@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 import signal
+import struct
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import c_float
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar, Literal, Protocol, cast
 
@@ -129,7 +132,13 @@ class MeZOInfo(StepInfo):
     projected_gradient: float
 
 
-@dataclass(frozen=True)
+# What is done with one direction: its draw, the factors that multiply it in turn, and the decay after them.
+_Use = tuple[int, Sequence[float], float]
+
+_TERM = struct.Struct("=QQ3ffBB6x")  # _core.TERM; writing the fields of a structured array takes four times as long
+
+
+@dataclass
 class _Part:
     """Weights that share their settings, and what moves them."""
 
@@ -137,10 +146,12 @@ class _Part:
     lr: float
     eps: float
     decay: bool
+    owed: bytes = b""  # terms that the next pass begins with
 
-
-# What is done with one direction: its draw, the factors that multiply it in turn, and the decay after them.
-_Use = tuple[int, Sequence[float], float]
+    def apply(self, terms: bytes = b"") -> None:
+        terms, self.owed = self.owed + terms, b""
+        if terms:
+            self.segments.apply(np.frombuffer(terms, _core.TERM))
 
 
 @contextmanager
@@ -158,6 +169,13 @@ def _uninterrupted() -> Iterator[None]:
     if callable(before):
         for number, frame in held:
             before(number, frame)
+
+
+def _pay(parts: Sequence[_Part], lock: threading.RLock) -> None:
+    if any(part.owed for part in parts):
+        with _uninterrupted(), lock:
+            for part in parts:
+                part.apply()
 
 
 class Optimizer(ABC):
@@ -230,6 +248,7 @@ class Optimizer(ABC):
         tensors = _select(model, trainable)
         self.names = tuple(tensor.name for tensor in tensors)
         self._parts = self._make_parts(tensors)
+        self._lock = threading.RLock()  # another thread may look at the weights just when a step begins
 
     @property
     @abstractmethod
@@ -244,6 +263,10 @@ class Optimizer(ABC):
     @abstractmethod
     def step(self, objective: Objective) -> StepInfo:
         """Take one step; an interrupt (Ctrl-C) waits for its end.
+
+        The last pass over the weights may be left to the next step, which does it and its own first shift in one.
+        Whatever looks at the weights before that (reading, saving, running the model) has it done, and sees them
+        unshifted.
 
         If the objective raises, or a loss is not finite, the step is undone as one with a gradient of zero.
 
@@ -281,13 +304,16 @@ class Optimizer(ABC):
         """
         if len(records) % self.draws:
             raise ValueError(f"whole steps have a multiple of {self.draws} records, got {len(records)}")
-        for part in self._parts:
+
+        def uses(part: _Part) -> list[_Use]:
             uses = []
             for at in range(0, len(records), self.draws):
                 step = records[at : at + self.draws]
                 lr = float(step["lr"][0])
                 uses += self.uses(step["draw"].tolist(), step["coefficient"].tolist(), lr, part)
-            part.segments.apply(self._terms(uses))
+            return uses
+
+        self._apply(uses)
         self.step_number += len(records) // self.draws
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[_Part]:
@@ -306,20 +332,30 @@ class Optimizer(ABC):
                 raise ValueError(f"eps must be a positive float32, got {self.eps * part.eps}")
         return parts
 
-    def _terms(self, uses: Sequence[_Use]) -> NDArray[np.void]:
-        terms = np.zeros(len(uses), _core.TERM)
-        terms["seed"] = self.seed
-        terms["direction"] = self.direction == "rademacher"
-        for i, (draw, scales, decay) in enumerate(uses):
-            terms[i]["draw"] = draw
-            terms[i]["count"] = len(scales)
-            terms[i]["scale"][: len(scales)] = scales
-            terms[i]["decay"] = decay
-        return terms
+    def _terms(self, uses: Sequence[_Use]) -> bytes:
+        rademacher = self.direction == "rademacher"
+        return b"".join(
+            _TERM.pack(self.seed, draw, *scales, *(0.0,) * (3 - len(scales)), decay, len(scales), rademacher)
+            for draw, scales, decay in uses
+        )
 
     def _apply(self, uses: Callable[[_Part], Sequence[_Use]]) -> None:
+        """Pay what is owed and do this, in one pass over the weights."""
+        with self._lock:
+            if not any(part.owed for part in self._parts):
+                self.model.weights.settle()  # what another optimizer owes
+            for part in self._parts:
+                part.apply(self._terms(uses(part)))
+
+    def _owe(self, uses: Callable[[_Part], Sequence[_Use]]) -> None:
+        """Leave this to the next pass, or to whoever looks at the weights before it.
+
+        A term rounds as in a pass of its own, so that looking does not change a bit of what follows.
+        """
+        # Nothing here refers back to the model, which would then be kept until the garbage collector came by.
+        self.model.weights.defer(partial(_pay, self._parts, self._lock))
         for part in self._parts:
-            part.segments.apply(self._terms(uses(part)))
+            part.owed = self._terms(uses(part))
 
     def _evaluate(self, objective: Objective) -> float:
         return float(objective(cast(Model, self.model)))
@@ -335,7 +371,7 @@ class Optimizer(ABC):
         return _float32(self.eps * part.eps)
 
     def _decay(self, lr: float, part: _Part) -> float:
-        return float(np.float32(lr * part.lr * self.weight_decay)) if part.decay else 0.0
+        return _float32(lr * part.lr * self.weight_decay) if part.decay else 0.0
 
     def _record(self, draws: Sequence[int], coefficients: Sequence[float], lr: float) -> None:
         if self.journal is not None:
@@ -348,7 +384,7 @@ class Optimizer(ABC):
         return all(math.isfinite(_float32(largest * coefficient)) for coefficient in coefficients)
 
     def _lr(self) -> float:
-        return float(np.float32(self.lr * self.schedule(self.step_number)))
+        return _float32(self.lr * self.schedule(self.step_number))
 
 
 class MeZO(Optimizer):
@@ -390,7 +426,7 @@ class MeZO(Optimizer):
                 coefficient = lr = 0.0
                 raise
             finally:
-                self._apply(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
+                self._owe(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
         gradient = (losses[0] - losses[1]) / (2 * self.eps)
         return MeZOInfo(number, sum(losses) / 2, tuple(losses), lr, skipped, losses[0], losses[1], gradient)
 
@@ -401,7 +437,7 @@ class MeZO(Optimizer):
 
     def _last(self, coefficient: float, part: _Part) -> float:
         """Return the factor that restores and updates at once."""
-        return float(np.float32(self._eps(part) - part.lr * coefficient))
+        return _float32(self._eps(part) - part.lr * coefficient)
 
 
 class FZOO(Optimizer):
@@ -473,6 +509,7 @@ class FZOO(Optimizer):
                 coefficients, lr = [0.0] * self.draws, 0.0
                 raise
             finally:
+                # Nothing is left to the next step, which begins with a look at the weights.
                 self._apply(lambda part: [*self._shifts(rest, part), *self._update(draws, coefficients, lr, part)])
         return StepInfo(number, losses[0], tuple(losses), lr, skipped)
 
@@ -489,7 +526,7 @@ class FZOO(Optimizer):
         return [_float32(lr * (loss - base) / (self.draws * spread)) for loss in along.tolist()]
 
     def _update(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
-        factors = [float(np.float32(-part.lr * coefficient)) for coefficient in coefficients]
+        factors = [_float32(-part.lr * coefficient) for coefficient in coefficients]
         decays = [0.0] * (self.draws - 1) + [self._decay(lr, part)]
         return [(d, [f], decay) for d, f, decay in zip(draws, factors, decays, strict=True)]
 
@@ -521,5 +558,5 @@ def _select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> li
 
 
 def _float32(value: float) -> float:
-    with np.errstate(over="ignore"):  # infinity means a step to be undone
-        return float(np.float32(value))
+    """Round; what is too large becomes infinity, which means a step to be undone."""
+    return c_float(value).value

@@ -12,9 +12,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,10 @@ class Data(Protocol):
         """Changes with the content."""
 
     def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-        """Return the numbered examples as the graph's inputs."""
+        """Return the numbered examples as the graph's inputs.
+
+        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond.
+        """
 
 
 def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, float]:
@@ -85,30 +89,55 @@ def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, flo
     return result
 
 
-def batch_indices(step: int, *, seed: int, size: int, batch_size: int) -> NDArray[np.int64]:
-    """Return the numbers of the examples of one step, a function of the arguments alone.
+class Order:
+    """Which examples each step takes, a function of the arguments alone.
 
-    The data is gone through again and again, each time in another order; a batch may straddle two of them.
+    The data is gone through again and again, each time in another order; a batch may straddle two of them. With
+    ``lengths``, shape [size], all other batches are of examples of similar length.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    indices = np.empty(batch_size, np.int64)
-    for epoch in range(int(positions[0]) // size, int(positions[-1]) // size + 1):
-        here = positions // size == epoch
-        indices[here] = _order(seed, epoch, size)[positions[here] % size]
-    return indices
 
+    def __init__(
+        self, *, seed: int, size: int, batch_size: int, lengths: NDArray[np.integer[Any]] | None = None
+    ) -> None:
+        self._seed = seed
+        self._size = size
+        self._batch_size = batch_size
+        self._lengths = lengths
+        self._epochs: dict[int, NDArray[np.int64]] = {}
 
-_orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+    def __call__(self, step: int) -> NDArray[np.int64]:
+        """Return the numbers of the examples of one step."""
+        at, end = step * self._batch_size, (step + 1) * self._batch_size
+        pieces = []
+        while at < end:
+            epoch, start = divmod(at, self._size)
+            pieces.append(self._epoch(epoch)[start : start + end - at])
+            at += pieces[-1].size
+        return np.concatenate(pieces)
 
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._epochs:
+            if len(self._epochs) > 1:  # a batch needs two at most, unless it is larger than the data
+                self._epochs.clear()
+            # Our own noise: numpy does not promise its permutations from one version to the next.
+            order = np.argsort(self._noise(self._size, epoch), kind="stable")
+            if self._lengths is not None:
+                self._group(order, epoch, self._lengths)
+            self._epochs[epoch] = order
+        return self._epochs[epoch]
 
-def _order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    key = (seed, epoch, size)
-    if key not in _orders:
-        if len(_orders) > 1:  # a batch needs two at most
-            _orders.clear()
-        # Our own noise: numpy does not promise its permutations from one version to the next.
-        _orders[key] = np.argsort(normal(size, seed=seed, tensor=_ORDER_TENSOR, draw=epoch), kind="stable")
-    return _orders[key]
+    def _group(self, order: NDArray[np.int64], epoch: int, lengths: NDArray[np.integer[Any]]) -> None:
+        """Sort by length within stretches of many batches, then shuffle the batches."""
+        first = -epoch * self._size % self._batch_size  # those before it end a batch of the epoch before
+        count = max(0, self._size - first) // self._batch_size
+        whole = order[first : first + count * self._batch_size]
+        stretch = max(1, min(50, count // 4)) * self._batch_size
+        whole[:] = whole[np.lexsort((lengths[whole], np.arange(whole.size) // stretch))]
+        shuffled = np.argsort(self._noise(count, epoch, self._size), kind="stable")
+        whole[:] = whole.reshape(count, self._batch_size)[shuffled].ravel()
+
+    def _noise(self, n: int, epoch: int, offset: int = 0) -> NDArray[np.float32]:
+        return normal(n, seed=self._seed, tensor=_ORDER_TENSOR, draw=epoch, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -285,6 +314,9 @@ class Trainer:
         Stop after so many evaluations in a row without a better one.
     snapshot_every : int, optional
         Save the weights after so many steps, which makes a resume quick; only the last is kept.
+    group_by_length : bool
+        Put examples of similar length into a batch, so that less of it is padding. ``train.lengths`` must hold the
+        lengths, an array of shape [n].
     max_skipped : int
         So many steps in a row with a loss that is not finite end the run with an error.
     source : dict, optional
@@ -308,6 +340,7 @@ class Trainer:
         metric: str | None = None,
         patience: int | None = None,
         snapshot_every: int | None = None,
+        group_by_length: bool = False,
         max_skipped: int = 10,
         source: Mapping[str, Any] | None = None,
         callback: Callable[[Progress], None] | None = None,
@@ -334,6 +367,9 @@ class Trainer:
             raise ValueError("patience needs eval and eval_every")
         if objective is None and model.bundle.loss is None:
             raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
+        lengths = getattr(train, "lengths", None) if group_by_length else None
+        if group_by_length and (lengths is None or len(lengths) != len(train)):
+            raise ValueError("group_by_length needs train.lengths, the number of tokens of each example")
         self.model = model
         self.optimizer = optimizer
         self.train = train
@@ -346,13 +382,16 @@ class Trainer:
         self.metric = metric
         self.patience = patience
         self.snapshot_every = snapshot_every
+        self.group_by_length = group_by_length
         self.max_skipped = max_skipped
         self.source = dict(source or {})
         self.callback = callback
         self.stop_requested = False
+        self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self._evaluations: dict[int, dict[str, float]] = {}
         self._skipped = 0
         self._journal: Journal | None = None
+        self._metrics: TextIO | None = None
 
     @classmethod
     def resume(
@@ -401,6 +440,7 @@ class Trainer:
             objective=objective,
             source=past.header["data"]["source"],
             callback=callback,
+            group_by_length=settings.get("group_by_length", False),  # older records do not have it
             **{name: settings[name] for name in options},
         )
         trainer._take_up(past)
@@ -421,16 +461,21 @@ class Trainer:
         if self.run is not None and self._journal is None:
             self._begin()
         try:
-            self._loop()
+            with ThreadPoolExecutor(1) as helper, contextlib.ExitStack() as stack:
+                if self.run is not None:
+                    self._metrics = stack.enter_context((self.run / "metrics.jsonl").open("a", buffering=1))
+                self._loop(helper)
         finally:
+            self._metrics = None
             self.optimizer.journal = None
             if self._journal is not None:
                 self._journal.sync()
                 self._journal.close()
                 self._journal = None
 
-    def _loop(self) -> None:
+    def _loop(self, helper: ThreadPoolExecutor) -> None:
         optimizer = self.optimizer
+        ahead: Future[Batch] | None = None
         synced = time.monotonic()
         while True:
             step = optimizer.step_number
@@ -440,8 +485,8 @@ class Trainer:
             if step >= self.steps or self.stop_requested or self._out_of_patience():
                 return
             started = time.perf_counter()
-            indices = batch_indices(step, seed=optimizer.seed, size=len(self.train), batch_size=self.batch_size)
-            batch = self.train.batch(indices)
+            batch = (ahead or helper.submit(self._batch, step)).result()
+            ahead = helper.submit(self._batch, step + 1) if step + 1 < self.steps else None
             try:
                 info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
             except Exception:
@@ -449,6 +494,8 @@ class Trainer:
                 if self._journal is not None:
                     self._journal.truncate(step * optimizer.draws)
                 raise
+            if ahead is not None:
+                ahead.exception()  # waits, and leaves what was raised to the step that needs the batch
             seconds = time.perf_counter() - started
             self._log({"step": step + 1, "loss": _finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
@@ -465,6 +512,9 @@ class Trainer:
                     f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
                     f"are as before them. Try a smaller lr or eps"
                 )
+
+    def _batch(self, step: int) -> Batch:
+        return self.train.batch(self._order(step))
 
     def _loss(self, model: Model, batch: Batch) -> float:
         if self.objective is None:
@@ -490,6 +540,7 @@ class Trainer:
             "metric": self.metric,
             "patience": self.patience,
             "snapshot_every": self.snapshot_every,
+            "group_by_length": self.group_by_length,
             "max_skipped": self.max_skipped,
             "threads": self.model.threads,
             "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
@@ -563,9 +614,8 @@ class Trainer:
                 other.unlink()
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            with (self.run / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(line) + "\n")
 
 
 def _seal(header: Mapping[str, Any], sha256: str) -> dict[str, Any]:

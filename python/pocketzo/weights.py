@@ -39,7 +39,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
     def __init__(self, bundle: Bundle, packed: Collection[str] = ()) -> None:
         self._bundle = bundle
         self._places: dict[str, Place] = {}
-        self._finish: Callable[[], None] | None = None
+        self._finish: Callable[[], None] = lambda: None
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype == "float32"}
         spans = self._spans(packed)
         plain = sum(stop - start for name, start, stop in spans if name is None)
@@ -83,15 +83,17 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     # ---- whoever looks --------------------------------------------------------------------------------------------
 
-    def defer(self, finish: Callable[[], None] | None) -> None:
-        """Leave something to be done to the weights until somebody looks; None where it is done."""
+    def defer(self, finish: Callable[[], None]) -> None:
+        """Have ``finish`` do what is owed to the weights as soon as anyone looks at them.
+
+        It is called at every look, until another one takes its place, and does nothing when nothing is owed.
+        """
+        self.settle()
         self._finish = finish
 
     def settle(self) -> None:
-        """Do what was left to be done, so that the weights are what the steps so far have made them."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            finish()
+        """Do what is owed; whatever reads or writes the weights does so first."""
+        self._finish()
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         self.settle()
@@ -157,7 +159,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     def read(self, path: Path | None = None) -> None:
         """Read all bytes again, from the bundle or from a file of the same layout."""
-        self._finish = None  # what was left to be done is overwritten
+        self.settle()
         path = self._bundle.weights_path if path is None else path
         expected = self._bundle.weights_path.stat().st_size
         try:
