@@ -383,6 +383,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["steps_done"] == run["steps"] == 60
     assert run["method"]["method"] == "fzoo"
     assert run["last"]["count"] == 45
+    assert bundle["packing"] == "packed: 2 matrices, 0.0 MB"
     assert "red, green, blue" in good("info", workspace.base)
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
@@ -570,6 +571,31 @@ def test_doctor() -> None:
     text = good("doctor")
     for name in facts["available"]:
         assert f"{name} passed" in text
+    assert "packed in blocks of 256 rows" in text
+
+
+def test_where_weights_cannot_be_packed_everyone_says_why(workspace: Workspace, tmp_path: Path) -> None:
+    # As on a phone whose onnxruntime came without protobuf.
+    without = "import sys\nsys.modules['google.protobuf'] = None"
+    reason = "the Python package protobuf is not installed"
+    assert f"unpacked: {reason}" in good("doctor", before=without)
+    assert f"unpacked: {reason}" in good("info", workspace.base, before=without)
+    process = pocketzo("train", *workspace.words("--steps", 2, "-o", tmp_path / "run"), before=without)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count(reason) == 1
+    assert "unpacked weights" in process.stderr
+
+
+def test_a_run_goes_on_as_it_began_packed_or_not(workspace: Workspace, tmp_path: Path) -> None:
+    for name, options in (("packed", ["--packed"]), ("unpacked", ["--unpacked"])):
+        run = tmp_path / name
+        good("train", *workspace.words("--steps", 4, "-o", run), *options)
+        assert json.loads(good("info", run, "--json"))["trainer"]["packed"] is (name == "packed")
+    past = pz.Run(tmp_path / "unpacked")
+    data = [pz.load_dataset(path, past.base()) for path in (workspace.train, workspace.dev)]
+    trainer = pz.Trainer.resume(past.path, data[0], eval=data[1])
+    assert not trainer.model.packed
+    trainer.fit()  # ends at once, and closes the record
 
 
 def test_doctor_finds_kernels_that_are_wrong() -> None:

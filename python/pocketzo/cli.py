@@ -26,9 +26,10 @@ from rich.text import Text  # noqa: TID253
 
 import pocketzo as pz
 from pocketzo.demo.run import STEPS, Outcome, run_demo
-from pocketzo.doctor import examine, process_memory
+from pocketzo.doctor import examine, packing, process_memory
 from pocketzo.plot import plot_run
 from pocketzo.safetensors import file_sha256
+from pocketzo.trainer import recorded_packing
 
 __all__ = ["main"]
 
@@ -290,6 +291,11 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
 @click.option(
     "--group-by-length", is_flag=True, help="Batches of texts of similar length: less padding to compute with."
 )
+@click.option(
+    "--packed/--unpacked",
+    default=None,
+    help="Whether weights lie as the runtime multiplies fastest.  [default: packed where it can be]",
+)
 @_threads
 @_column_options
 @click.pass_context
@@ -318,6 +324,7 @@ def train(
     patience: int | None,
     snapshot_every: int | None,
     group_by_length: bool,
+    packed: bool | None,
     threads: int | None,
     text_column: str | None,
     text_pair_column: str | None,
@@ -369,7 +376,7 @@ def train(
     held_out = None if eval_data is None else pz.load_dataset(eval_data, read, **columns)
     if threads is not None:
         pz.kernels.set_threads(threads)
-    model = pz.load(read, threads=threads)
+    model = pz.load(read, threads=threads, packed="auto" if packed is None else packed)
     settings: dict[str, Any] = {"directions": directions} if method == "fzoo" else {}
     optimizer = _METHODS[method](
         model,
@@ -402,8 +409,8 @@ def train(
     trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
     trainer.source |= {**columns, "before": before}
     _note(
-        f"{len(examples)} examples, {sum(model.weights[name].size for name in optimizer.names):,} parameters to train, "
-        f"{pz.kernels.isa()} kernels, {model.threads} thread{'s' if model.threads > 1 else ''}"
+        f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {pz.kernels.isa()} kernels, "
+        f"{'packed' if model.packed else 'unpacked'} weights, {model.threads} thread{'s' if model.threads > 1 else ''}"
     )
     _train(trainer, output)
 
@@ -420,7 +427,8 @@ def _resumed(run: Path, bundle: Path | None, data: Path | None, eval_data: Path 
     held_out = None if held_out_path is None else pz.load_dataset(held_out_path, read, **columns)
     threads = int(past.header["trainer"]["threads"])
     pz.kernels.set_threads(threads)
-    model = None if bundle is None else pz.load(read, threads=threads)
+    packed = recorded_packing(past.header["trainer"])
+    model = None if bundle is None else pz.load(read, threads=threads, packed=packed)
     trainer = pz.Trainer.resume(run, examples, eval=held_out, model=model)
     step = trainer.optimizer.step_number
     if step >= trainer.steps:
@@ -734,6 +742,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         bundle = pz.Bundle.read(path)
         facts = _bundle_facts(bundle)
         facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
+        facts["packing"] = packing(bundle)
         if tensors or as_json:
             facts["tensors"] = [vars(tensor) for tensor in bundle.tensors]
     if as_json:
@@ -855,6 +864,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         **{f"extra {extra}": text for extra, text in extras.items()},
         "cores": f"{cores['usable'] or cores['present']} to use, {cores['present']} present; {facts['threads']} used",
         "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
+        "weights": facts["packing"],
         "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
         "self-test": tests,
         **{

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pocketzo
-from pocketzo import kernels
+from pocketzo import kernels, packed
+from pocketzo.bundle import Bundle
 
 __all__ = ["examine", "process_memory", "reset_peak", "self_test", "speed", "system_memory"]
 
@@ -175,6 +176,7 @@ def examine() -> dict[str, Any]:
         "machine": platform.machine(),
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
+        "packing": packing(),
         "isa": kernels.isa(),
         "available": kernels.available(),
         "cores": {"present": os.cpu_count(), "usable": _usable_cores()},
@@ -183,6 +185,19 @@ def examine() -> dict[str, Any]:
         "self_test": {name: {"ok": not names, "failed": names} for name, names in failed.items()},
         "speed": speed(),
     }
+
+
+def packing(bundle: Bundle | None = None) -> str:
+    """Tell whether weights, those of a bundle if one is given, are used packed here, and why not."""
+    try:
+        layout = packed.learn()
+        if bundle is None:
+            return f"packed in blocks of {layout.depth} rows and panels of 16 columns"
+        matrices = packed.matrices(bundle)
+    except packed.UnpackableError as error:
+        return f"unpacked: {error}"
+    size = sum(4 * matrix.packing.size for matrix in matrices)
+    return f"packed: {len(matrices)} matrices, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

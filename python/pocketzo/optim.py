@@ -208,6 +208,8 @@ class Optimizer(ABC):
         Steps taken so far.
     names : tuple of str
         The weights that are trained.
+    parameters : int
+        How many numbers these are.
     """
 
     method: ClassVar[str]
@@ -247,6 +249,7 @@ class Optimizer(ABC):
         self.journal: Journal | None = None
         tensors = _select(model, trainable)
         self.names = tuple(tensor.name for tensor in tensors)
+        self.parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         self._parts = self._make_parts(tensors)
         self._lock = threading.RLock()  # another thread may look at the weights just when a step begins
 

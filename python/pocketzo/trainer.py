@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -428,7 +428,7 @@ class Trainer:
         if model is None:
             from pocketzo.model import load
 
-            model = load(base, threads=settings["threads"])
+            model = load(base, threads=settings["threads"], packed=recorded_packing(settings))
         optimizer = past.rebuild(model)
         options = ("batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped")
         trainer = cls(
@@ -543,6 +543,7 @@ class Trainer:
             "group_by_length": self.group_by_length,
             "max_skipped": self.max_skipped,
             "threads": self.model.threads,
+            "packed": self.model.packed,
             "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
         }
         header = {
@@ -616,6 +617,11 @@ class Trainer:
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(json.dumps(line) + "\n")
+
+
+def recorded_packing(settings: Mapping[str, Any]) -> Literal["auto", False]:
+    """Return what :func:`load` needs to compute the losses that a run would have had, from its recorded settings."""
+    return "auto" if settings.get("packed") else False
 
 
 def _seal(header: Mapping[str, Any], sha256: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ program may use. It prints nothing itself: ``pocketzo demo`` does.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -168,9 +169,10 @@ def run_demo(
     probe = linear_probe(features, train.label_ids, test_features, test.label_ids)
 
     model = load(bundle)
-    parameters = sum(model.weights[tensor.name].size for tensor in bundle.tensors if tensor.trainable)
+    parameters = sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable)
     say(
         f"prepared: {output / 'base'}, {parameters:,} parameters, all of them trained; {kernels.isa()} kernels, "
+        f"{'packed' if model.packed else 'unpacked'} weights, "
         f"{model.threads} thread{'s' if model.threads > 1 else ''}"
     )
     train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
