@@ -142,6 +142,12 @@ struct Scales {
   }
 };
 
+inline void prefetch(const float* block, const Walk& walk) noexcept {
+  for (int run = 0; run < 4; ++run)
+    _mm_prefetch(reinterpret_cast<const char*>(block + kAhead * walk.block_stride + run * walk.run_stride),
+                 _MM_HINT_T0);
+}
+
 template <unsigned Count>
 inline void update(float* w, __m256 z, const Scales<Count>& scale) noexcept {
   if constexpr (Count != 0) {
@@ -171,7 +177,8 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   float* block = walk.base;
   std::uint64_t q = walk.first * 16;
   Words k = philox.words(q);
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += walk.step * 16)
+  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += walk.step * 16) {
+    prefetch(block, walk);
     for (unsigned half = 0; half < 16; half += 8) {
       float* w = block + half;
       Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
@@ -200,6 +207,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
       update(w + 2 * walk.run_stride, cosine, scales);
       update(w + 3 * walk.run_stride, sine, scales);
     }
+  }
 }
 
 template <unsigned Count>

@@ -44,11 +44,15 @@ class Philox {
     }
   }
 
-  // The first three rounds of quads q .. q + 15; then `round` 1, 2 and 3, and `finish`.
-  void start(std::uint64_t q, State& even, State& odd) const noexcept {
-    const __m512i base = _mm512_set1_epi64(static_cast<long long>(q));
-    even = begin(_mm512_add_epi64(base, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14)));
-    odd = begin(_mm512_add_epi64(base, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15)));
+  // The counters of the even ones of quads q .. q + 15.
+  static __m512i counter(std::uint64_t q) noexcept {
+    return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(q)), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+  }
+
+  // The first three rounds; then `round` 1, 2 and 3, and `finish`.
+  void start(__m512i q, State& even, State& odd) const noexcept {
+    even = begin(q);
+    odd = begin(_mm512_add_epi64(q, _mm512_set1_epi64(1)));
   }
 
   void round(int r, State& s) const noexcept {
@@ -68,7 +72,7 @@ class Philox {
 
   Words words(std::uint64_t q) const noexcept {
     State even, odd;
-    start(q, even, odd);
+    start(counter(q), even, odd);
     for (int r = 1; r < 4; ++r) {
       round(r, even);
       round(r, odd);
@@ -77,11 +81,12 @@ class Philox {
   }
 
  private:
+  // One masked shuffle each, which any port takes, in place of a shift and a blend.
   static __m512i join_low(__m512i even, __m512i odd) noexcept {
-    return _mm512_mask_blend_epi32(kOdd, even, _mm512_slli_epi64(odd, 32));
+    return _mm512_mask_shuffle_epi32(even, kOdd, odd, static_cast<_MM_PERM_ENUM>(0xA0));
   }
   static __m512i join_high(__m512i even, __m512i odd) noexcept {
-    return _mm512_mask_blend_epi32(kOdd, high(even), odd);
+    return _mm512_mask_shuffle_epi32(odd, static_cast<__mmask16>(~kOdd), even, static_cast<_MM_PERM_ENUM>(0xF5));
   }
 
   State begin(__m512i q) const noexcept {
@@ -148,6 +153,12 @@ struct Scales {
   }
 };
 
+inline void prefetch(const float* block, const Walk& walk) noexcept {
+  for (int run = 0; run < 4; ++run)
+    _mm_prefetch(reinterpret_cast<const char*>(block + kAhead * walk.block_stride + run * walk.run_stride),
+                 _MM_HINT_T0);
+}
+
 template <unsigned Count>
 inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
   if constexpr (Count != 0) {
@@ -173,12 +184,14 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   float* w = walk.base;
-  std::uint64_t q = walk.first * 16;
-  Words k = philox.words(q);
+  __m512i q = Philox::counter(walk.first * 16);
+  const __m512i step = _mm512_set1_epi64(static_cast<long long>(walk.step * 16));
+  Words k = philox.words(walk.first * 16);
   for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
+    prefetch(w, walk);
     Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
     State even, odd;
-    q += walk.step * 16;
+    q = _mm512_add_epi64(q, step);
     philox.start(q, even, odd);
     a.split();
     b.split();

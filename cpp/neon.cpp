@@ -120,6 +120,12 @@ struct Scales {
   }
 };
 
+inline void prefetch(const float* block, const Walk& walk) noexcept {
+#if defined(__GNUC__) || defined(__clang__)
+  for (int run = 0; run < 4; ++run) __builtin_prefetch(block + kAhead * walk.block_stride + run * walk.run_stride, 1);
+#endif
+}
+
 template <unsigned Count>
 inline void update(float* w, float32x4_t z, const Scales<Count>& scale) noexcept {
   if constexpr (Count != 0) {
@@ -149,7 +155,8 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   auto q = static_cast<std::uint32_t>(walk.first * 16);
   const auto next = static_cast<std::uint32_t>(walk.step * 16);
   Words k = philox.words(q);
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += next)
+  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += next) {
+    prefetch(block, walk);
     for (unsigned half = 0; half < 16; half += 8) {
       Words n;
       philox.start(half == 0 ? q + 8 : q + next, n);
@@ -172,6 +179,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
       }
       k = n;
     }
+  }
 }
 
 template <unsigned Count>

@@ -38,6 +38,15 @@ _COPYING_OPTIMIZERS = [
 ]
 
 
+# Measured by bench/session.py; the figures stand in bench/README.md.
+_OPTIONS = {"enable_cpu_mem_arena": True, "enable_mem_pattern": True}
+_ENTRIES = {
+    # Threads that spin while a run goes on are at the next operator at once; after it they would take the kernels' cores.
+    "session.intra_op.allow_spinning": "1",
+    "session.force_spinning_stop": "1",
+}
+
+
 class Model:
     """A bundle loaded by :func:`load`: an onnxruntime session and the weights that it computes with.
 
@@ -268,8 +277,10 @@ def _session(
     else:
         # A packed copy of a weight would be used in place of the weight.
         options.add_session_config_entry("session.disable_prepacking", "1")
-    # A thread that spins between runs takes its core from the kernels.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in _OPTIONS.items():
+        setattr(options, name, value)
+    for key, entry in _ENTRIES.items():
+        options.add_session_config_entry(key, entry)
     for name, value in values.items():
         options.add_initializer(name, value)
     try:
