@@ -12,7 +12,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// Two that SIMDe 0.7.4 lacks.
+// Three that SIMDe 0.7.4 lacks.
 inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
   const simde__m512i_private from = simde__m512i_to_private(a);
   simde__m512_private to;
@@ -28,3 +28,12 @@ inline simde__m512i pocketzo_srai_epi32(simde__m512i a, unsigned count) {
   return simde__m512i_from_private(to);
 }
 #define _mm512_srai_epi32(a, count) pocketzo_srai_epi32(a, count)
+
+inline simde__m512i pocketzo_mask_shuffle_epi32(simde__m512i src, unsigned mask, simde__m512i a, unsigned order) {
+  const simde__m512i_private from = simde__m512i_to_private(a);
+  simde__m512i_private to = simde__m512i_to_private(src);
+  for (unsigned i = 0; i < 16; ++i)
+    if ((mask >> i & 1) != 0) to.i32[i] = from.i32[(i & ~3u) + (order >> 2 * (i & 3) & 3)];
+  return simde__m512i_from_private(to);
+}
+#define _mm512_mask_shuffle_epi32(src, mask, a, order) pocketzo_mask_shuffle_epi32(src, mask, a, order)
