@@ -1,0 +1,168 @@
+"""The tables of README.md and bench/README.md, made from the figures in bench/results/.
+
+    python bench/tables.py            # rewrite what stands between the markers <!-- table: NAME --> and <!-- end -->
+    python bench/tables.py --check    # change nothing; fail if a table is not what the figures say
+
+The scripts that measure print their tables by the same functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+Report = dict[str, Any]
+
+WORK = {
+    "scale": "w *= s, in place",
+    "add gaussian": "w += s z, Gaussian",
+    "add rademacher": "w += s z, Rademacher",
+    "step gaussian": "two z in one pass, Gaussian",
+    "step rademacher": "two z in one pass, Rademacher",
+}
+# Fractions of the in-place scale's speed.
+NOISE_TARGETS = {
+    ("pocketzo, avx512", "add gaussian"): 0.62,
+    ("pocketzo, avx2", "add gaussian"): 0.38,
+    ("pocketzo, avx512", "add rademacher"): 0.9,
+    ("pocketzo, avx2", "add rademacher"): 0.9,
+}
+TORCH_NOISE_TARGET = 20  # times torch.normal + add, 2 threads
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def caption(*reports: Report) -> str:
+    """Machine, cores, versions, dates and commands of some results, once where they are the same."""
+    machines = [report["machine"] for report in reports]
+    places = list(
+        dict.fromkeys(f"{m['cpu']} ({m['isa']}), {m['cores']} cores, {m['memory'] / 2**30:.0f} GiB" for m in machines)
+    )
+    versions: dict[str, list[str]] = {}
+    for m in machines:
+        for name, version in m["versions"].items():
+            if version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    dates = sorted({m["date"] for m in machines})
+    commands = list(dict.fromkeys(f"`{m['command']}`" for m in machines))
+    return (
+        f"*{'; '.join(places)}; "
+        + ", ".join(f"{name} {'/'.join(each)}" for name, each in versions.items())
+        + f"; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {', '.join(commands)}*"
+    )
+
+
+def verdict(value: float, target: float, *, at_most: bool, unit: str = "") -> str:
+    """Say what the target is and whether it is met."""
+    met = value <= target if at_most else value >= target
+    return f"{'<=' if at_most else '>='} {target:g}{unit}: {'met' if met else 'not met'}"
+
+
+def of_noise(report: Report) -> tuple[dict[tuple[str, str, int], Report], dict[int, Report]]:
+    """Rows by system, work and threads; and for each number of threads the fastest in-place scale."""
+    rows = {(row["system"], row["work"], row["threads"]): row for row in report["results"]["rows"]}
+    bounds: dict[int, Report] = {}
+    for (_, work, threads), row in rows.items():
+        if work == "scale" and (threads not in bounds or row["median"] < bounds[threads]["median"]):
+            bounds[threads] = row
+    return rows, bounds
+
+
+def noise_table(report: Report) -> list[str]:
+    rows, bounds = of_noise(report)
+    elements = max(row["elements"] for row in rows.values())
+    threads = sorted(bounds)
+    header = ["", ""]
+    for n in threads:
+        header += [f"{n} thread{'s' * (n > 1)}, ns an element", "of the bound"]
+    body = []
+    for system, work in dict.fromkeys((system, work) for system, work, _ in rows):
+        target = NOISE_TARGETS.get((system, work))
+        cells = []
+        for n in threads:
+            row = rows[system, work, n]
+            low, median, high = (row[key] / row["elements"] * 1e9 for key in ("low", "median", "high"))
+            fraction = bounds[n]["median"] / bounds[n]["elements"] * 1e9 / median
+            cells += [f"{median:.3f} ({low:.3f} to {high:.3f})", f"{fraction:.2f}"]
+            if target is not None:
+                cells[-1] += ", met" if fraction >= target else ", not met"
+        body.append([system, WORK[work], *cells, "" if target is None else f">= {target}"])
+    lines = [
+        caption(report),
+        "",
+        f"{elements * 4 / 2**30:g} GiB of float32; medians (and quartiles) of at least "
+        f"{min(row['repeats'] for row in rows.values())} passes. The bound is the fastest in-place scale: "
+        + ", ".join(f"{bounds[n]['system']} with {n} thread{'s' * (n > 1)}" for n in threads)
+        + ".",
+        "",
+        *markdown([*header, "target"], body),
+    ]
+    if ("torch", "add gaussian", threads[-1]) in rows:
+        first = next(iter(rows))[0]
+        n = threads[-1]
+        times = rows["torch", "add gaussian", n]["median"] / rows[first, "add gaussian", n]["median"]
+        lines += [
+            "",
+            f"{first} is {times:.1f} times as fast as torch.normal, then add, with {n} threads; target "
+            f"{verdict(times, TORCH_NOISE_TARGET, at_most=False)}.",
+        ]
+    return lines
+
+
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
+    "noise": (("noise",), noise_table),
+}
+
+
+def rewritten(text: str, where: Path) -> str:
+    """Return a document with the tables that can be made from the figures that are there."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            sys.exit(f"{where}: no table is called {name!r}; expected one of {', '.join(TABLES)}")
+        sources, make = TABLES[name]
+        paths = [RESULTS / f"{source}.json" for source in sources]
+        if missing := [path.name for path in paths if not path.exists()]:
+            print(f"{where.relative_to(ROOT)}: table {name} is left as it is, without {', '.join(missing)}")
+            return match[0]
+        lines = make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
+        return "\n".join([match[1], *lines, "<!-- end -->"])
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table differs")
+    arguments = parser.parse_args()
+    differ = False
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text, path)
+        if new == text:
+            continue
+        differ = True
+        if arguments.check:
+            name = str(path.relative_to(ROOT))
+            sys.stdout.writelines(difflib.unified_diff(text.splitlines(True), new.splitlines(True), name, "figures"))
+        else:
+            path.write_text(new, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)}: rewritten")
+    if arguments.check and differ:
+        sys.exit("the tables are not what the figures say; run python bench/tables.py")
+
+
+if __name__ == "__main__":
+    main()
