@@ -1,78 +1,258 @@
-"""Models with random weights in the shapes of well-known encoders, made without torch."""
+"""Models with random weights in the shapes of well-known ones, made without torch."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import pocketzo as pz
 from pocketzo.demo.minilm import Checkpoint, build_onnx
-from pocketzo.safetensors import write
+from pocketzo.safetensors import read_header, write
+
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Shape:
+    """A BERT encoder with a classifier or, if ``causal``, an OPT decoder with a language model's loss."""
+
     layers: int
     heads: int
     hidden: int
     intermediate: int
     vocabulary: int
     positions: int = 512
+    causal: bool = False
 
 
 SHAPES = {
     "minilm": Shape(6, 12, 384, 1536, 30522),
     "bert-base": Shape(12, 12, 768, 3072, 30522),
     "roberta-large": Shape(24, 16, 1024, 4096, 50265),
+    "opt-1.3b": Shape(24, 32, 2048, 8192, 50272, 2050, causal=True),
 }
+OPT_OFFSET = 2  # of the positions in their table, as in the published models
+MASKED = -10_000.0
 
 
-def make_bundle(shape: Shape, folder: Path, *, classes: int = 2) -> Path:
-    """Write a bundle with random weights into ``folder`` and return its path."""
-    rng = np.random.default_rng(0)
-
-    def normal(*size: int) -> NDArray[np.float32]:
-        return rng.standard_normal(size, np.float32) * np.float32(0.02)
-
-    def tensors() -> Iterator[tuple[str, NDArray[np.float32]]]:
-        h, i = shape.hidden, shape.intermediate
-        yield "embeddings.word_embeddings.weight", normal(shape.vocabulary, h)
-        yield "embeddings.position_embeddings.weight", normal(shape.positions, h)
-        yield "embeddings.token_type_embeddings.weight", normal(2, h)
-        norms = ["embeddings.LayerNorm"]
-        for n in range(shape.layers):
-            layer = f"encoder.layer.{n}"
-            norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
-            dense = {f"attention.self.{x}": (h, h) for x in ("query", "key", "value")}
-            dense |= {"attention.output.dense": (h, h), "intermediate.dense": (i, h), "output.dense": (h, i)}
-            for name, size in dense.items():
-                yield f"{layer}.{name}.weight", normal(*size)
-                yield f"{layer}.{name}.bias", normal(size[0])
-        for name in norms:
-            yield f"{name}.weight", np.ones(h, np.float32)
-            yield f"{name}.bias", np.zeros(h, np.float32)
-
+def make_bundle(name: str, folder: Path) -> Path:
+    """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
+    bundle = folder / name
+    if bundle.exists():
+        return bundle
+    shape = SHAPES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "random.safetensors"
-    write(weights, tensors())
-    checkpoint = Checkpoint(weights, folder / "none", shape.layers, shape.heads, shape.hidden)
-    build_onnx(checkpoint, folder / "random.onnx", classes)
-    weights.unlink()
-    pz.prepare(folder / "random.onnx", folder / "bundle")
-    (folder / "random.onnx").unlink()
-    return folder / "bundle"
+    graph, weights = folder / f"{name}.onnx", folder / f"{name}.random"
+    try:
+        if shape.causal:
+            build_decoder(shape, graph, weights)
+        else:
+            write(weights, encoder_weights(shape))
+            build_onnx(Checkpoint(weights, folder / "none", shape.layers, shape.heads, shape.hidden), graph, 2)
+        prepared = folder / f"{name}.part"
+        pz.prepare(graph, prepared)
+        if not shape.causal:
+            fill_classifier(prepared / "weights.safetensors")
+        prepared.rename(bundle)
+    finally:
+        graph.unlink(missing_ok=True)
+        weights.unlink(missing_ok=True)
+    return bundle
 
 
-def make_batch(batch: int, tokens: int, *, vocabulary: int) -> dict[str, NDArray[np.int64]]:
+def normal(name: str, *size: int) -> Array:
+    """Random weights; those of a name are always the same."""
+    z = pz.kernels.normal(prod(size), seed=0, tensor=zlib.crc32(name.encode()), draw=0)
+    z *= np.float32(0.02)
+    return z.reshape(size)
+
+
+def fill_classifier(weights: Path) -> None:
+    """A new head is all zeros, and then every model of two classes has the same loss."""
+    entry = read_header(weights)["classifier.weight"]
+    with weights.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(normal("classifier.weight", *entry.shape).tobytes())
+
+
+def encoder_weights(shape: Shape) -> Iterator[tuple[str, Array]]:
+    h, i = shape.hidden, shape.intermediate
+    tables = {"word_embeddings": shape.vocabulary, "position_embeddings": shape.positions, "token_type_embeddings": 2}
+    dense = {f"attention.self.{x}": (h, h) for x in ("query", "key", "value")}
+    dense |= {"attention.output.dense": (h, h), "intermediate.dense": (i, h), "output.dense": (h, i)}
+    norms = ["embeddings.LayerNorm"]
+    for table, rows in tables.items():
+        yield f"embeddings.{table}.weight", normal(table, rows, h)
+    for n in range(shape.layers):
+        layer = f"encoder.layer.{n}"
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+        for name, size in dense.items():
+            yield f"{layer}.{name}.weight", normal(f"{layer}.{name}.weight", *size)
+            yield f"{layer}.{name}.bias", normal(f"{layer}.{name}.bias", size[0])
+    for name in norms:
+        yield f"{name}.weight", np.ones(h, np.float32)
+        yield f"{name}.bias", np.zeros(h, np.float32)
+
+
+class Decoder:
+    """Nodes of the graph, and the file of the weights, one tensor after another: all exceed protobuf's 2 GB."""
+
+    def __init__(self, shape: Shape, weights: Path) -> None:
+        self.shape = shape
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.location = weights.name
+        self.file = weights.open("wb")
+
+    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        from onnx import helper
+
+        out = out or f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [out], name=out, **attributes))
+        return out
+
+    def constant(self, value: float | list[int]) -> str:
+        from onnx import numpy_helper
+
+        array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
+        return self.op("Constant", value=numpy_helper.from_array(array))
+
+    def weight(self, name: str, array: Array) -> str:
+        from onnx import TensorProto
+
+        self.file.write(bytes(-self.file.tell() % 4096))
+        tensor = TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in ("location", self.location), ("offset", self.file.tell()), ("length", array.nbytes):
+            tensor.external_data.add(key=key, value=str(value))
+        self.file.write(array.data)
+        self.initializers.append(tensor)
+        return name
+
+    def random(self, name: str, *size: int) -> str:
+        return self.weight(name, normal(name, *size))
+
+    def dense(self, x: str, name: str, size: int, out: int) -> str:
+        product = self.op("MatMul", x, self.random(f"{name}.weight", size, out))
+        return self.op("Add", product, self.random(f"{name}.bias", out))
+
+    def layer_norm(self, x: str, name: str) -> str:
+        scale = self.weight(f"{name}.weight", np.ones(self.shape.hidden, np.float32))
+        bias = self.weight(f"{name}.bias", np.zeros(self.shape.hidden, np.float32))
+        return self.op("LayerNormalization", x, scale, bias, epsilon=1e-5)
+
+    def mask(self) -> tuple[str, str]:
+        """Return the positions, [sequence], and what is added to the scores, [batch, 1, sequence, sequence]."""
+        from onnx import TensorProto
+
+        length = self.op("Squeeze", self.op("Shape", "input_ids", start=1))
+        places = self.op("Range", self.constant(0), length, self.constant(1))
+        rows = self.op("Unsqueeze", places, self.constant([1]))
+        later = self.op("Cast", self.op("Greater", places, rows), to=TensorProto.FLOAT)
+        real = self.op("Cast", "attention_mask", to=TensorProto.FLOAT)
+        padding = self.op("Sub", self.constant(1.0), self.op("Unsqueeze", real, self.constant([1, 2])))
+        hidden = self.op("Mul", self.op("Max", later, padding), self.constant(MASKED))
+        return self.op("Add", places, self.constant([OPT_OFFSET])), hidden
+
+    def attention(self, x: str, bias: str, name: str) -> str:
+        hidden, heads = self.shape.hidden, self.shape.heads
+        split = self.constant([0, 0, heads, hidden // heads])
+        query, key, value = (
+            self.op("Transpose", self.op("Reshape", self.dense(x, f"{name}.{part}", hidden, hidden), split), perm=order)
+            for part, order in (("q_proj", [0, 2, 1, 3]), ("k_proj", [0, 2, 3, 1]), ("v_proj", [0, 2, 1, 3]))
+        )
+        scores = self.op("Mul", self.op("MatMul", query, key), self.constant(float((hidden // heads) ** -0.5)))
+        shares = self.op("Softmax", self.op("Add", scores, bias), axis=-1)
+        mixed = self.op("Transpose", self.op("MatMul", shares, value), perm=[0, 2, 1, 3])
+        mixed = self.op("Reshape", mixed, self.constant([0, 0, hidden]))
+        return self.dense(mixed, f"{name}.out_proj", hidden, hidden)
+
+    def build(self) -> None:
+        shape = self.shape
+        places, bias = self.mask()
+        words = self.random("embed_tokens.weight", shape.vocabulary, shape.hidden)
+        table = self.random("embed_positions.weight", shape.positions, shape.hidden)
+        x = self.op("Add", self.op("Gather", words, "input_ids"), self.op("Gather", table, places))
+        for n in range(shape.layers):
+            name = f"layers.{n}"
+            normed = self.layer_norm(x, f"{name}.self_attn_layer_norm")
+            x = self.op("Add", x, self.attention(normed, bias, f"{name}.self_attn"))
+            inner = self.dense(
+                self.layer_norm(x, f"{name}.final_layer_norm"), f"{name}.fc1", shape.hidden, shape.intermediate
+            )
+            x = self.op("Add", x, self.dense(self.op("Relu", inner), f"{name}.fc2", shape.intermediate, shape.hidden))
+        x = self.layer_norm(x, "final_layer_norm")
+        self.op("MatMul", x, self.op("Transpose", words, perm=[1, 0]), out="logits")
+
+
+def build_decoder(shape: Shape, graph: Path, weights: Path) -> None:
+    """Write a graph of OPT and, beside it, its random weights as external data."""
+    from onnx import TensorProto, helper
+
+    decoder = Decoder(shape, weights)
+    with decoder.file:
+        decoder.build()
+    tokens = ["batch", "sequence"]
+    model = helper.make_model(
+        helper.make_graph(
+            decoder.nodes,
+            "opt",
+            [
+                helper.make_tensor_value_info(name, TensorProto.INT64, tokens)
+                for name in ("input_ids", "attention_mask")
+            ],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*tokens, shape.vocabulary])],
+            decoder.initializers,
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    graph.write_bytes(model.SerializeToString())
+
+
+def make_batch(name: str, batch: int, tokens: int) -> dict[str, NDArray[np.int64]]:
     """Random tokens, all of them real ones, and labels."""
+    shape = SHAPES[name]
     rng = np.random.default_rng(1)
-    return {
-        "input_ids": rng.integers(0, vocabulary, (batch, tokens)),
-        "attention_mask": np.ones((batch, tokens), np.int64),
-        "token_type_ids": np.zeros((batch, tokens), np.int64),
-        "labels": rng.integers(0, 2, batch),
+    ids = rng.integers(0, shape.vocabulary, (batch, tokens))
+    inputs = {"input_ids": ids, "attention_mask": np.ones((batch, tokens), np.int64)}
+    if shape.causal:
+        return {**inputs, "labels": np.concatenate([ids[:, 1:], np.full((batch, 1), -100)], axis=1)}
+    return {**inputs, "token_type_ids": np.zeros((batch, tokens), np.int64), "labels": rng.integers(0, 2, batch)}
+
+
+def parameters(bundle: Path) -> int:
+    """Return the number of elements of all weights."""
+    return sum(prod(entry.shape) for entry in read_header(bundle / "weights.safetensors").values())
+
+
+def activations(bundle: Path, batch: int, tokens: int) -> int:
+    """Return the bytes of intermediate tensors alive at once, at most, by shape inference."""
+    import onnx
+    from onnx import shape_inference
+
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            dim.ClearField("dim_param")
+            dim.dim_value = batch if axis == 0 else tokens
+    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+    sizes = {
+        value.name: prod(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        * onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
+        for value in [*inferred.value_info, *inferred.output]
     }
+    last = {name: i for i, node in enumerate(inferred.node) for name in node.input}
+    alive = most = 0
+    for i, node in enumerate(inferred.node):
+        alive += sum(sizes.get(name, 0) for name in node.output)
+        most = max(most, alive)
+        alive -= sum(sizes.get(name, 0) for name in {*node.input, *node.output} if last.get(name, i) == i)
+    return most

@@ -120,8 +120,110 @@ def noise_table(report: Report) -> list[str]:
     return lines
 
 
+SYSTEM = {
+    "forwards": "two forwards, onnxruntime's defaults",
+    "running": "two forwards, live session",
+    "packed": "**step, packed**",
+    "unpacked": "**step, unpacked**",
+    "torch": "step, PyTorch",
+}
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
+
+
+def of_steps(report: Report) -> dict[tuple[str, str, str], Report]:
+    """Rows by shape, batch and system."""
+    return {
+        (cell["shape"], cell["batch"], row["system"]): row
+        for cell in report["results"]["cells"]
+        for row in cell["rows"]
+    }
+
+
+def step_targets(report: Report) -> list[list[str]]:
+    """Return what is compared, the value and whether the target is met, for all that was measured."""
+    rows = of_steps(report)
+    result = []
+
+    def add(what: str, value: float | None, target: float, *, at_most: bool = True, unit: str = "") -> None:
+        if value is not None:
+            result.append([what, f"{value:.2f}{unit}", verdict(value, target, at_most=at_most, unit=unit)])
+
+    def best(shape: str, batch: str) -> Report | None:
+        """Packed steps, which are the default where the runtime's layout is understood."""
+        return rows.get((shape, batch, "packed"), rows.get((shape, batch, "unpacked")))
+
+    for shape, batch, target in (
+        ("roberta-large", "1x16", 2.7),
+        ("roberta-large", "8x64", 1.15),
+        ("roberta-large", "16x128", 1.06),
+        ("opt-1.3b", "8x64", 1.15),
+    ):
+        ours = best(shape, batch)
+        ratio = ours["ratio"]["median"] if ours and "ratio" in ours else None
+        add(f"step / two default forwards, {shape}, {batch}", ratio, target)
+    large, torch = ("roberta-large", "8x64"), rows.get(("roberta-large", "8x64", "torch"))
+    ours = best(*large)
+    if ours and torch:
+        what = "MeZO in PyTorch, roberta-large, 8x64"
+        add(f"times as fast as {what}", torch["median"] / ours["median"], 4, at_most=False)
+        add(f"peak memory / {what}", ours["peak"] / torch["peak"], 0.6)
+    for shape, system, target in (
+        ("roberta-large", "packed", 1.75),
+        ("roberta-large", "unpacked", 1.55),
+        ("opt-1.3b", "packed", 6.2),
+        ("opt-1.3b", "unpacked", 5.8),
+    ):
+        row = rows.get((shape, "8x64", system))
+        add(f"peak memory, {shape}, 8x64, {system}", row["peak"] / 1e9 if row else None, target, unit=" GB")
+    return result
+
+
+def targets_table(targets: list[list[str]]) -> list[str]:
+    return ["", *markdown(["", "", "target"], targets)] if targets else []
+
+
+def step_table(report: Report) -> list[str]:
+    body = []
+    for cell in report["results"]["cells"]:
+        title = f"{cell['shape']}, {cell['batch']}"
+        for row in cell["rows"]:
+            ratio = row.get("ratio")
+            parts = [row["at_peak"][key] / 1e6 for key in ("RssAnon", "RssFile", "RssShmem")]
+            body.append(
+                [
+                    title,
+                    SYSTEM[row["system"]],
+                    f"{seconds(row['median'])} ({seconds(row['low'])} to {seconds(row['high'])})",
+                    f"{ratio['median']:.2f}" if ratio else "",
+                    f"{row['peak'] / 1e6:,.0f}",
+                    " + ".join(f"{part:,.0f}" for part in parts),
+                    f"{row['loading']:.1f} s",
+                ]
+            )
+            title = ""
+        bound = 1.10 * (cell["weights"] + cell["activations"]) + 60e6
+        body.append(["", "1.10 (weights + activations) + 60 MB", "", "", f"{bound / 1e6:,.0f}", "", ""])
+    threads = " or ".join(dict.fromkeys(str(cell["threads"]) for cell in report["results"]["cells"]))
+    return [
+        caption(report),
+        "",
+        f"{threads} threads. Medians (and quartiles); the ratio is the median of those of the rounds, in which all "
+        "systems take turns. MB are 10^6 bytes, of a fresh process, loading included; anonymous, mapped from files and "
+        "shared memory as seen by samples every 10 ms.",
+        "",
+        *markdown(
+            ["model, batch", "", "time", "/ two forwards", "peak MB", "anonymous + file + shared", "loading"], body
+        ),
+        *targets_table(step_targets(report)),
+    ]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "noise": (("noise",), noise_table),
+    "step": (("step",), step_table),
 }
 
 

@@ -1,0 +1,331 @@
+"""Seconds a step and peak memory: this, MeZO in PyTorch as its paper does it, and two plain forwards.
+
+    python bench/step.py [--models DIR] [--shapes minilm ...] [--batches 8x64 ...] [--systems packed ...] [--json FILE]
+
+    forwards   two forwards by onnxruntime with its default settings, the loss output only: what a step cannot go below
+    running    two forwards by the live session of this, without training
+    packed     a MeZO step of this, the weights in the runtime's packed layout
+    unpacked   the same, the weights in the plain layout
+    torch      a MeZO step in PyTorch (torch_mezo.py)
+
+Models have random weights in the shapes of well-known ones. Each system is a process of its own, fresh for every shape
+and batch; all of them are loaded, and then measured in turn, round after round, a few steps at a time. Where memory
+does not hold all at once, each goes beside the forwards alone. Peak memory (VmHWM) includes loading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import Run, peer, spread, status
+from models import SHAPES, activations, make_batch, make_bundle, parameters
+from tables import step_table
+
+SYSTEMS = ("forwards", "running", "packed", "unpacked", "torch")
+BATCHES = ("1x16", "8x64", "16x128")
+HELD = {"forwards": 1.4, "running": 1.3, "packed": 1.3, "unpacked": 1.3, "torch": 1.8}  # of the weights' size, about
+LR = 1e-6
+QUICK = 5  # seconds: what torch has taken less than so far takes part in every round
+
+Cell = dict[str, Any]
+
+
+# ---- in the process of one system
+
+
+def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tuple[Callable[[], object], float]:
+    """Load a system; return what takes one step, and the loss before the first."""
+    count, tokens = map(int, batch.split("x"))
+    inputs = make_batch(shape, count, tokens)
+    if system == "torch":
+        import torch
+        from torch_mezo import Peer
+
+        torch.set_num_threads(threads)
+        settings = SHAPES[shape]
+        mezo = Peer(torch, bundle, layers=settings.layers, heads=settings.heads, causal=settings.causal, lr=LR)
+        return lambda: mezo.step(lambda: mezo.loss(inputs)), mezo.loss(inputs)
+    if system == "forwards":
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(bundle / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+        def forwards() -> float:
+            session.run(["loss"], inputs)
+            return float(session.run(["loss"], inputs)[0])
+
+        return forwards, forwards()
+
+    import pocketzo as pz
+
+    pz.kernels.set_threads(threads)
+    settings_of_load: dict[str, Any] = {"threads": threads}
+    if takes_packed():
+        settings_of_load["packed"] = {"packed": True, "unpacked": False}.get(system, "auto")
+    model = pz.load(bundle, **settings_of_load)
+    loss = model.loss(inputs)
+    if system == "running":
+        return lambda: (model.loss(inputs), model.loss(inputs)), loss
+    optimizer = pz.MeZO(model, lr=LR)
+    return lambda: optimizer.step(lambda m: m.loss(inputs)), loss
+
+
+def takes_packed() -> bool:
+    import pocketzo as pz
+
+    return "packed" in inspect.signature(pz.load).parameters
+
+
+class Sampler:
+    """Looks every 10 ms what the resident memory consists of, and keeps the largest."""
+
+    def __init__(self) -> None:
+        self.largest = status()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.done.wait(0.01):
+            now = status()
+            if now["VmRSS"] > self.largest["VmRSS"]:
+                self.largest = now
+
+    def stop(self) -> dict[str, int]:
+        self.done.set()
+        self.thread.join()
+        return self.largest
+
+
+def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> None:
+    """Answer a line of JSON for each number of steps that is asked for; without any, report the memory and end."""
+    sampler = Sampler()
+    began = time.perf_counter()
+    step, loss = start(system, shape, Path(bundle), batch, int(threads))
+    loading = time.perf_counter() - began
+    step()
+    began = time.perf_counter()
+    step()
+    second = time.perf_counter() - began
+    sample = sampler.stop()
+    print(json.dumps({"loading": loading, "loss": loss, "second": second}), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps(seconds), flush=True)
+    peak = status()["VmHWM"]
+    print(json.dumps({"peak": peak, "at_peak": {key: sample[key] for key in ("RssAnon", "RssFile", "RssShmem")}}))
+
+
+# ---- in the process that asks
+
+
+class Worker:
+    """A system in a fresh process."""
+
+    def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int) -> None:
+        command = [sys.executable, __file__, "--worker", system, shape, str(bundle), batch, str(threads)]
+        self.system = system
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.started: dict[str, Any] = self._answer()
+        self.rounds: list[list[float]] = []
+
+    def measure(self, steps: int, warm: int) -> None:
+        self._ask(f"{steps + warm}\n")
+        self.rounds.append(self._answer()[warm:])
+
+    def finish(self) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        answer = self._answer()
+        self.process.wait()
+        return answer
+
+    def _ask(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"the process of {self.system} ended with {self.process.wait()}")
+        return json.loads(line)
+
+
+@contextmanager
+def ended(worker: Worker) -> Iterator[Worker]:
+    """End the process even where a measurement failed."""
+    try:
+        yield worker
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+
+
+def available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+def groups(systems: Sequence[str], weights: int) -> list[list[str]]:
+    """Which systems are in memory together."""
+    budget = 0.85 * available_memory()
+
+    def held(group: Sequence[str]) -> float:
+        return sum(HELD[system] * weights + 4e8 for system in group)
+
+    if held(systems) <= budget:
+        return [list(systems)]
+    others = [system for system in systems if system != "forwards"]
+    result = []
+    for system in others:
+        pair = [name for name in systems if name in ("forwards", system)]
+        if system != "torch" and held(pair) <= budget:
+            result.append(pair)
+        elif held([system]) <= budget:
+            result.append([system])
+        else:
+            print(f"skipped: {system} needs about {held([system]) / 1e9:.0f} GB of memory", file=sys.stderr, flush=True)
+    return result or [[system] for system in systems]
+
+
+def measure(
+    shape: str,
+    bundle: Path,
+    batch: str,
+    systems: Sequence[str],
+    *,
+    threads: int = 2,
+    rounds: int = 5,
+    torch_rounds: int = 2,
+) -> Cell:
+    """Measure systems on one batch of one model."""
+    count, tokens = map(int, batch.split("x"))
+    weights = 4 * parameters(bundle)
+    rows: dict[str, Any] = {}
+    reference: float | None = None
+    for group in groups(systems, weights):
+        with ExitStack() as stack:
+            workers = [stack.enter_context(ended(Worker(name, shape, bundle, batch, threads))) for name in group]
+            for each in workers:
+                loss = each.started["loss"]
+                reference = loss if reference is None else reference
+                if abs(loss - reference) > 1e-3 * abs(reference):
+                    sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, others at {reference}")
+            for number in range(rounds):
+                for each in workers:
+                    if each.system != "torch" or number < torch_rounds or sum(map(sum, each.rounds)) < QUICK:
+                        second = each.started["second"]
+                        each.measure(max(1, min(20, int(0.4 / second))), warm=int(second < 0.5))
+            forwards = next((each.rounds for each in workers if each.system == "forwards"), None)
+            for each in workers:
+                seconds = [value for part in each.rounds for value in part]
+                row = {"system": each.system, **spread(seconds), **each.started, **each.finish()}
+                if forwards is not None:
+                    ratios = [
+                        np.median(mine) / np.median(two) for mine, two in zip(each.rounds, forwards, strict=False)
+                    ]
+                    row["ratio"] = spread(ratios)
+                # The forwards beside other systems are measured more than once; the first figures stand.
+                rows.setdefault(each.system, row)
+    return {
+        "shape": shape,
+        "batch": batch,
+        "threads": threads,
+        "parameters": weights // 4,
+        "weights": weights,
+        "activations": activations(bundle, count, tokens),
+        "rows": [rows[system] for system in systems if system in rows],
+    }
+
+
+def usable(systems: Sequence[str]) -> list[str]:
+    """Leave out, saying so, what cannot be measured here."""
+    chosen = list(systems)
+    if "torch" in chosen and peer("torch") is None:
+        chosen.remove("torch")
+    if "packed" in chosen and not takes_packed():
+        print("skipped: packed weights, which this version of pocketzo does not have", file=sys.stderr, flush=True)
+        chosen.remove("packed")
+    return chosen
+
+
+@contextmanager
+def models_folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
+    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--batches", nargs="+", metavar="BxT", help=f"default: {' '.join(BATCHES)}; OPT without the last"
+    )
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all; OPT without running")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torch-rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")
+    arguments = parser.parse_args()
+
+    run = Run()
+    cells = []
+    systems = usable(arguments.systems or SYSTEMS)
+    with models_folder(arguments.models) as folder:
+        for shape in arguments.shapes:
+            large = SHAPES[shape].causal
+            bundle = make_bundle(shape, folder)
+            for batch in arguments.batches or (BATCHES[:2] if large else BATCHES):
+                began = time.perf_counter()
+                cells.append(
+                    measure(
+                        shape,
+                        bundle,
+                        batch,
+                        systems if arguments.systems or not large else [name for name in systems if name != "running"],
+                        threads=arguments.threads,
+                        rounds=min(arguments.rounds, 3) if large else arguments.rounds,
+                        torch_rounds=1 if large else arguments.torch_rounds,
+                    )
+                )
+                took = time.perf_counter() - began
+                print(f"{shape}, {batch}: measured in {took:.0f} s", file=sys.stderr, flush=True)
+            if arguments.models is None:
+                shutil.rmtree(bundle)
+    print("\n".join(step_table(run.finish({"cells": cells}, arguments.json))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""MeZO as its paper does it in PyTorch (arXiv 2305.17333 and its code), on the models of models.py: the peer.
+
+Four passes a step, each of which draws every z again with torch.normal from the step's seed: +eps, -2 eps, +eps and the
+update. Weights are those of a bundle, dense ones as torch keeps them, [out, in]; the forward runs eagerly, with torch's
+own fused attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from models import MASKED, OPT_OFFSET
+from numpy.typing import NDArray
+
+from pocketzo.safetensors import read_header
+
+Tensors = dict[str, Any]
+
+
+def read_weights(torch: Any, bundle: Path) -> Tensors:
+    """Read a bundle's weights, one tensor at a time."""
+    path = bundle / "weights.safetensors"
+    result = {}
+    for name, entry in read_header(path).items():
+        array = np.fromfile(path, np.float32, (entry.stop - entry.start) // 4, offset=entry.start).reshape(entry.shape)
+        dense = array.ndim == 2 and "embed" not in name
+        result[name] = torch.from_numpy(np.ascontiguousarray(array.T) if dense else array)
+    return result
+
+
+class Peer:
+    """A model and its weights.
+
+    Attributes
+    ----------
+    weights : dict of str to torch.Tensor
+        As the paper's code does it, each update puts a new tensor in the place of the old one.
+    """
+
+    def __init__(
+        self, torch: Any, bundle: Path, *, layers: int, heads: int, causal: bool, lr: float, eps: float = 1e-3
+    ) -> None:
+        self.torch = torch
+        self.layers, self.heads, self.causal = layers, heads, causal
+        self.lr, self.eps = lr, eps
+        self.weights = read_weights(torch, bundle)
+        self.random = np.random.default_rng(0)
+
+    def step(self, objective: Callable[[], float]) -> tuple[float, float]:
+        """Take one step; return the losses on both sides."""
+        seed = int(self.random.integers(1_000_000_000))
+        self._add(seed, lambda z: self.eps * z)
+        above = objective()
+        self._add(seed, lambda z: -2 * self.eps * z)
+        below = objective()
+        gradient = (above - below) / (2 * self.eps)
+        self._add(seed, lambda z: self.eps * z)
+        self._add(seed, lambda z: -self.lr * (gradient * z))
+        return above, below
+
+    def _add(self, seed: int, shift: Callable[[Any], Any]) -> None:
+        torch = self.torch
+        torch.manual_seed(seed)
+        for name, weight in self.weights.items():
+            z = torch.normal(mean=0, std=1, size=weight.size(), dtype=weight.dtype)
+            self.weights[name] = weight + shift(z)
+
+    def loss(self, batch: Mapping[str, NDArray[np.int64]]) -> float:
+        """Mean cross-entropy of a batch's labels."""
+        labels = self.torch.from_numpy(batch["labels"])
+        logits = self.logits(batch)
+        return float(self.torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)))
+
+    def logits(self, batch: Mapping[str, NDArray[np.int64]]) -> Any:
+        with self.torch.no_grad():
+            ids, mask = (self.torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+            return self._decoder(ids, mask) if self.causal else self._encoder(ids, mask, batch["token_type_ids"])
+
+    def _dense(self, x: Any, name: str) -> Any:
+        return self.torch.nn.functional.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _norm(self, x: Any, name: str) -> Any:
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return self.torch.nn.functional.layer_norm(x, weight.shape, weight, bias, 1e-5 if self.causal else 1e-12)
+
+    def _attention(self, x: Any, mask: Any, query: str, key: str, value: str) -> Any:
+        batch, tokens, hidden = x.shape
+        q, k, v = (
+            self._dense(x, name).view(batch, tokens, self.heads, hidden // self.heads).transpose(1, 2)
+            for name in (query, key, value)
+        )
+        mixed = self.torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return mixed.transpose(1, 2).reshape(batch, tokens, hidden)
+
+    def _encoder(self, ids: Any, mask: Any, types: NDArray[np.int64]) -> Any:
+        functional, weights = self.torch.nn.functional, self.weights
+        x = functional.embedding(ids, weights["embeddings.word_embeddings.weight"])
+        x = x + functional.embedding(self.torch.from_numpy(types), weights["embeddings.token_type_embeddings.weight"])
+        x = x + weights["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        x = self._norm(x, "embeddings.LayerNorm")
+        real = mask.to(x.dtype)
+        bias = ((1 - real) * MASKED)[:, None, None, :]
+        for n in range(self.layers):
+            layer = f"encoder.layer.{n}"
+            names = [f"{layer}.attention.self.{part}" for part in ("query", "key", "value")]
+            mixed = self._dense(self._attention(x, bias, *names), f"{layer}.attention.output.dense")
+            x = self._norm(mixed + x, f"{layer}.attention.output.LayerNorm")
+            inner = functional.gelu(self._dense(x, f"{layer}.intermediate.dense"))
+            x = self._norm(self._dense(inner, f"{layer}.output.dense") + x, f"{layer}.output.LayerNorm")
+        pooled = (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
+        return self._dense(pooled, "classifier")
+
+    def _decoder(self, ids: Any, mask: Any) -> Any:
+        torch, functional = self.torch, self.torch.nn.functional
+        tokens = ids.shape[1]
+        places = torch.arange(tokens)
+        x = functional.embedding(ids, self.weights["embed_tokens.weight"])
+        x = x + self.weights["embed_positions.weight"][places + OPT_OFFSET]
+        later = (places[None, :] > places[:, None]).to(x.dtype)
+        bias = torch.maximum(later[None, None], (1 - mask.to(x.dtype))[:, None, None, :]) * MASKED
+        for n in range(self.layers):
+            layer = f"layers.{n}"
+            names = [f"{layer}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")]
+            mixed = self._attention(self._norm(x, f"{layer}.self_attn_layer_norm"), bias, *names)
+            x = x + self._dense(mixed, f"{layer}.self_attn.out_proj")
+            inner = functional.relu(self._dense(self._norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1"))
+            x = x + self._dense(inner, f"{layer}.fc2")
+        return functional.linear(self._norm(x, "final_layer_norm"), self.weights["embed_tokens.weight"])
