@@ -55,8 +55,7 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
         from torch_mezo import Peer
 
         torch.set_num_threads(threads)
-        settings = SHAPES[shape]
-        mezo = Peer(torch, bundle, layers=settings.layers, heads=settings.heads, causal=settings.causal, lr=LR)
+        mezo = Peer(torch, bundle, SHAPES[shape], lr=LR)
         return lambda: mezo.step(lambda: mezo.loss(inputs)), mezo.loss(inputs)
     if system == "forwards":
         import onnxruntime as ort
@@ -320,6 +319,7 @@ def main() -> None:
                         torch_rounds=1 if large else arguments.torch_rounds,
                     )
                 )
+                run.finish({"cells": cells}, arguments.json)
                 took = time.perf_counter() - began
                 print(f"{shape}, {batch}: measured in {took:.0f} s", file=sys.stderr, flush=True)
             if arguments.models is None:

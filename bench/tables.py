@@ -221,9 +221,49 @@ def step_table(report: Report) -> list[str]:
     ]
 
 
+def of_accuracy(report: Report) -> dict[str, Report]:
+    """Seconds a step and to the target of each system, over its runs; the latter only if all reached it."""
+    result: dict[str, Report] = {}
+    for name in dict.fromkeys(run["system"] for run in report["results"]["runs"]):
+        ends = [run["curve"][-1] for run in report["results"]["runs"] if run["system"] == name]
+        reached = all(end["accuracy"] >= report["results"]["target"] for end in ends)
+        result[name] = {
+            "step": sum(end["seconds"] for end in ends) / sum(end["step"] for end in ends),
+            "steps": [end["step"] for end in ends],
+            "accuracy": [end["accuracy"] for end in ends],
+            "seconds": sum(end["seconds"] for end in ends) / len(ends) if reached else None,
+        }
+    return result
+
+
+def accuracy_table(report: Report) -> list[str]:
+    results = report["results"]
+    body = []
+    for name, row in of_accuracy(report).items():
+        body.append(
+            [
+                {"pocketzo": "PocketZO", "torch": "MeZO in PyTorch"}[name],
+                seconds(row["step"]),
+                ", ".join(map(str, row["steps"])),
+                ", ".join(f"{value:.1%}" for value in row["accuracy"]),
+                "not reached" if row["seconds"] is None else f"{row['seconds']:.0f} s",
+            ]
+        )
+    return [
+        caption(report),
+        "",
+        f"MeZO, lr {results['lr']:g} and eps {results['eps']:g} (10 times these for the head), batches of 32, "
+        f"{results['threads']} threads; a run ends at {results['target']:.0%} of dev, evaluated every "
+        f"{results['every']} steps, or after {results['steps']} steps.",
+        "",
+        *markdown(["", "a step", "steps", "dev accuracy then", f"mean time to {results['target']:.0%}"], body),
+    ]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
+    "accuracy": (("accuracy",), accuracy_table),
 }
 
 

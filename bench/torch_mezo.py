@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from models import MASKED, OPT_OFFSET
+from models import MASKED, OPT_OFFSET, Shape
 from numpy.typing import NDArray
 
 from pocketzo.safetensors import read_header
@@ -34,6 +34,14 @@ def read_weights(torch: Any, bundle: Path) -> Tensors:
 class Peer:
     """A model and its weights.
 
+    Parameters
+    ----------
+    lr, eps : float
+    groups : dict of str to float
+        Factors of lr and eps for the weights whose names begin so.
+    seed : int
+        Of the steps' seeds.
+
     Attributes
     ----------
     weights : dict of str to torch.Tensor
@@ -41,32 +49,43 @@ class Peer:
     """
 
     def __init__(
-        self, torch: Any, bundle: Path, *, layers: int, heads: int, causal: bool, lr: float, eps: float = 1e-3
+        self,
+        torch: Any,
+        bundle: Path,
+        shape: Shape,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        groups: Mapping[str, float] | None = None,
+        seed: int = 0,
     ) -> None:
         self.torch = torch
-        self.layers, self.heads, self.causal = layers, heads, causal
+        self.layers, self.heads, self.causal = shape.layers, shape.heads, shape.causal
         self.lr, self.eps = lr, eps
         self.weights = read_weights(torch, bundle)
-        self.random = np.random.default_rng(0)
+        self.factors = {
+            name: factor for start, factor in (groups or {}).items() for name in self.weights if name.startswith(start)
+        }
+        self.random = np.random.default_rng(seed)
 
     def step(self, objective: Callable[[], float]) -> tuple[float, float]:
         """Take one step; return the losses on both sides."""
         seed = int(self.random.integers(1_000_000_000))
-        self._add(seed, lambda z: self.eps * z)
+        self._add(seed, self.eps)
         above = objective()
-        self._add(seed, lambda z: -2 * self.eps * z)
+        self._add(seed, -2 * self.eps)
         below = objective()
-        gradient = (above - below) / (2 * self.eps)
-        self._add(seed, lambda z: self.eps * z)
-        self._add(seed, lambda z: -self.lr * (gradient * z))
+        self._add(seed, self.eps)
+        self._add(seed, -self.lr, (above - below) / (2 * self.eps))
         return above, below
 
-    def _add(self, seed: int, shift: Callable[[Any], Any]) -> None:
+    def _add(self, seed: int, scale: float, gradient: float | None = None) -> None:
         torch = self.torch
         torch.manual_seed(seed)
         for name, weight in self.weights.items():
             z = torch.normal(mean=0, std=1, size=weight.size(), dtype=weight.dtype)
-            self.weights[name] = weight + shift(z)
+            factor = scale * self.factors.get(name, 1)
+            self.weights[name] = weight + (factor * z if gradient is None else factor * (gradient * z))
 
     def loss(self, batch: Mapping[str, NDArray[np.int64]]) -> float:
         """Mean cross-entropy of a batch's labels."""
