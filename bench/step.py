@@ -36,7 +36,14 @@ from tables import step_table
 
 SYSTEMS = ("forwards", "running", "packed", "unpacked", "torch")
 BATCHES = ("1x16", "8x64", "16x128")
-HELD = {"forwards": 1.4, "running": 1.3, "packed": 1.3, "unpacked": 1.3, "torch": 1.8}  # of the weights' size, about
+HELD = {
+    "forwards": 1.4,
+    "running": 1.3,
+    "packed": 1.3,
+    "unpacked": 1.3,
+    "default": 1.3,
+    "torch": 1.8,
+}  # of the weights' size, about
 LR = 1e-6
 QUICK = 5  # seconds: what torch has taken less than so far takes part in every round
 

@@ -260,9 +260,41 @@ def accuracy_table(report: Report) -> list[str]:
     ]
 
 
+def scale_table(report: Report) -> list[str]:
+    body = []
+    for against, cells in report["results"].items():
+        for number, cell in enumerate(cells):
+            rows = {row["system"]: row for row in cell["rows"]}
+            ours = rows["default"]
+            value = {
+                "parameters": f"{cell['parameters'] / 1e6:,.1f} M ({cell['shape']})",
+                "tokens": cell["batch"],
+                "threads": str(cell["threads"]),
+            }[against]
+            body.append(
+                [
+                    "" if number else against,
+                    value,
+                    f"{seconds(ours['median'])} ({seconds(ours['low'])} to {seconds(ours['high'])})",
+                    seconds(rows["forwards"]["median"]),
+                    f"{ours['ratio']['median']:.2f}",
+                    f"{ours['peak'] / 1e6:,.0f}",
+                    f"{rows['forwards']['peak'] / 1e6:,.0f}",
+                ]
+            )
+    return [
+        caption(report),
+        "",
+        "Unless a row says otherwise: bert-base, 8x64, 2 threads.",
+        "",
+        *markdown(["against", "", "step", "two forwards", "ratio", "peak MB", "of the forwards, MB"], body),
+    ]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
+    "scale": (("scale",), scale_table),
     "accuracy": (("accuracy",), accuracy_table),
 }
 
