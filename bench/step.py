@@ -45,7 +45,8 @@ HELD = {
     "torch": 1.8,
 }  # of the weights' size, about
 LR = 1e-6
-QUICK = 5  # seconds: what torch has taken less than so far takes part in every round
+PATIENCE = 45  # seconds of a group's rounds after which three of them are enough
+TORCH_PATIENCE = 12  # seconds after which torch leaves out the rounds that are left
 
 Cell = dict[str, Any]
 
@@ -124,12 +125,14 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
     began = time.perf_counter()
     step, loss = start(system, shape, Path(bundle), batch, int(threads))
     loading = time.perf_counter() - began
-    step()
-    began = time.perf_counter()
-    step()
-    second = time.perf_counter() - began
+    for _ in range(2):
+        began = time.perf_counter()
+        step()
+        warm = time.perf_counter() - began
+        if warm > 1:
+            break
     sample = sampler.stop()
-    print(json.dumps({"loading": loading, "loss": loss, "second": second}), flush=True)
+    print(json.dumps({"loading": loading, "loss": loss, "warm": warm}), flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -225,7 +228,6 @@ def measure(
     *,
     threads: int = 2,
     rounds: int = 5,
-    torch_rounds: int = 2,
 ) -> Cell:
     """Measure systems on one batch of one model."""
     count, tokens = map(int, batch.split("x"))
@@ -240,11 +242,14 @@ def measure(
                 reference = loss if reference is None else reference
                 if abs(loss - reference) > 1e-3 * abs(reference):
                     sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, others at {reference}")
+            began = time.perf_counter()
             for number in range(rounds):
+                if number >= 3 and time.perf_counter() - began > PATIENCE:
+                    break
                 for each in workers:
-                    if each.system != "torch" or number < torch_rounds or sum(map(sum, each.rounds)) < QUICK:
-                        second = each.started["second"]
-                        each.measure(max(1, min(20, int(0.4 / second))), warm=int(second < 0.5))
+                    if each.system != "torch" or sum(map(sum, each.rounds)) < TORCH_PATIENCE:
+                        warm = each.started["warm"]
+                        each.measure(max(1, min(20, int(0.4 / warm))), warm=int(warm < 0.5))
             forwards = next((each.rounds for each in workers if each.system == "forwards"), None)
             for each in workers:
                 seconds = [value for part in each.rounds for value in part]
@@ -278,6 +283,16 @@ def usable(systems: Sequence[str]) -> list[str]:
     return chosen
 
 
+def planned(shape: str, batch: str) -> list[str]:
+    """Leave out what would take minutes and say little: running where not 8 x 64, torch on a few tokens of OPT."""
+    return [
+        system
+        for system in SYSTEMS
+        if not (system == "running" and (batch != "8x64" or SHAPES[shape].causal))
+        and not (system == "torch" and batch == "1x16" and SHAPES[shape].causal)
+    ]
+
+
 @contextmanager
 def models_folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
@@ -299,10 +314,9 @@ def main() -> None:
     parser.add_argument(
         "--batches", nargs="+", metavar="BxT", help=f"default: {' '.join(BATCHES)}; OPT without the last"
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all; OPT without running")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all, where that does not take too long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--torch-rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")
     arguments = parser.parse_args()
 
@@ -311,21 +325,12 @@ def main() -> None:
     systems = usable(arguments.systems or SYSTEMS)
     with models_folder(arguments.models) as folder:
         for shape in arguments.shapes:
-            large = SHAPES[shape].causal
             bundle = make_bundle(shape, folder)
-            for batch in arguments.batches or (BATCHES[:2] if large else BATCHES):
+            for batch in arguments.batches or (BATCHES[:2] if SHAPES[shape].causal else BATCHES):
                 began = time.perf_counter()
-                cells.append(
-                    measure(
-                        shape,
-                        bundle,
-                        batch,
-                        systems if arguments.systems or not large else [name for name in systems if name != "running"],
-                        threads=arguments.threads,
-                        rounds=min(arguments.rounds, 3) if large else arguments.rounds,
-                        torch_rounds=1 if large else arguments.torch_rounds,
-                    )
-                )
+                chosen = arguments.systems or planned(shape, batch)
+                chosen = [name for name in chosen if name in systems]
+                cells.append(measure(shape, bundle, batch, chosen, threads=arguments.threads, rounds=arguments.rounds))
                 run.finish({"cells": cells}, arguments.json)
                 took = time.perf_counter() - began
                 print(f"{shape}, {batch}: measured in {took:.0f} s", file=sys.stderr, flush=True)

@@ -55,7 +55,9 @@ def caption(*reports: Report) -> str:
             if version not in versions.setdefault(name, []):
                 versions[name].append(version)
     dates = sorted({m["date"] for m in machines})
-    commands = list(dict.fromkeys(f"`{m['command']}`" for m in machines))
+    # where the models were kept and the figures written changes nothing
+    commands = list(dict.fromkeys(re.sub(r" --(models|json|plot) \S+", "", f"`{m['command']} `") for m in machines))
+    commands = [command.replace(" `", "`") for command in commands]
     return (
         f"*{'; '.join(places)}; "
         + ", ".join(f"{name} {'/'.join(each)}" for name, each in versions.items())
@@ -291,7 +293,53 @@ def scale_table(report: Report) -> list[str]:
     ]
 
 
+def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
+    """The README's: some rows of the others."""
+    steps = of_steps(step)
+    body = []
+    for shape, title in (
+        ("roberta-large", "RoBERTa-large's shape (355 M parameters)"),
+        ("opt-1.3b", "OPT-1.3B's shape (1,316 M parameters)"),
+    ):
+        found = [steps.get((shape, "8x64", name)) for name in ("packed", "unpacked", "forwards", "torch")]
+        who = "step, packed weights / unpacked / two plain forwards / step of MeZO in PyTorch"
+        times = " / ".join(seconds(row["median"]) if row else "-" for row in found)
+        peaks = " / ".join(f"{row['peak'] / 1e9:.2f}" if row else "-" for row in found)
+        body.append([f"{title}, 8 x 64 tokens: {who}", times])
+        body.append(["the same, peak memory, loading included", f"{peaks} GB"])
+    rows, bounds = of_noise(noise)
+    threads = max(bounds)
+    passes = {
+        system: row["median"] / row["elements"] * 2**28
+        for (system, work, n), row in rows.items()
+        if work == "add gaussian" and n == threads
+    }
+    ours = next(iter(passes))
+    others = {name: value for name, value in passes.items() if not name.startswith(("pocketzo", "torch"))}
+    best = min(others, key=lambda name: others[name])
+    bound = bounds[threads]
+    columns = {
+        f"w += s z over 1 GiB, {threads} threads: PocketZO": passes[ours],
+        f"fastest other than torch ({best})": passes[best],
+        "torch.normal, then add": passes.get("torch"),
+        "w *= s alone": bound["median"] / bound["elements"] * 2**28,
+    }
+    columns = {name: value for name, value in columns.items() if value is not None}
+    body.append([" / ".join(columns), " / ".join(seconds(value) for value in columns.values() if value is not None)])
+    runs = of_accuracy(accuracy)
+    target = accuracy["results"]["target"]
+    body.append(
+        [
+            f"SST-2, MiniLM from a zero head, MeZO, time to {target:.0%} of dev: "
+            + " / ".join({"pocketzo": "PocketZO", "torch": "PyTorch"}[name] for name in runs),
+            " / ".join("not reached" if row["seconds"] is None else f"{row['seconds']:.0f} s" for row in runs.values()),
+        ]
+    )
+    return [caption(noise, step, accuracy), "", *markdown(["", ""], body)]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
+    "summary": (("noise", "step", "accuracy"), summary_table),
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
     "scale": (("scale",), scale_table),

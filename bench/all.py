@@ -1,0 +1,56 @@
+"""All benchmarks that the tables are made from, and then the tables; for a quiet machine, 25 minutes or less.
+
+    python bench/all.py [--models DIR] [--quick]
+
+--quick takes a few minutes, writes nothing, and shows that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from step import models_folder
+from tables import RESULTS, ROOT
+
+QUICK = {
+    "noise": ["--mib", "64", "--rounds", "2"],
+    "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
+    "scale": ["--against", "threads", "--rounds", "2"],
+    "accuracy": ["--target", "0.6", "--steps", "50", "--seeds", "0"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
+    )
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with models_folder(arguments.models) as folder:
+        for name, quick in QUICK.items():
+            command = [sys.executable, f"bench/{name}.py"]
+            if name in ("step", "scale"):
+                command += ["--models", str(folder)]
+            if arguments.quick:
+                command += quick
+            else:
+                command += ["--json", str((RESULTS / f"{name}.json").relative_to(ROOT))]
+                if name == "accuracy":
+                    command += ["--plot", "bench/results/accuracy.png"]
+            started = time.perf_counter()
+            print(f"$ python {' '.join(command[1:])}", flush=True)
+            subprocess.run(command, cwd=ROOT, check=True)
+            print(f"{name}: {time.perf_counter() - started:.0f} s\n", flush=True)
+    if not arguments.quick:
+        subprocess.run([sys.executable, "bench/tables.py"], cwd=ROOT, check=True)
+    print(f"all: {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
