@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-import pocketzo as pz
-
 
 def machine() -> dict[str, Any]:
     """Describe where this runs."""
+    import pocketzo as pz  # not above: step.py's peers must not carry it in their memory
+
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,4 +1,7 @@
-"""Models with random weights in the shapes of well-known ones, made without torch."""
+"""Models with random weights in the shapes of well-known ones, made without torch.
+
+Packages are imported where they are used: what step.py compares with must not carry them in its memory.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-import pocketzo as pz
-from pocketzo.demo.minilm import Checkpoint, build_onnx
-from pocketzo.safetensors import read_header, write
 
 Array = NDArray[np.float32]
 
@@ -44,6 +43,10 @@ MASKED = -10_000.0
 
 def make_bundle(name: str, folder: Path) -> Path:
     """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
+    import pocketzo as pz
+    from pocketzo.demo.minilm import Checkpoint, build_onnx
+    from pocketzo.safetensors import write
+
     bundle = folder / name
     if bundle.exists():
         return bundle
@@ -69,6 +72,8 @@ def make_bundle(name: str, folder: Path) -> Path:
 
 def normal(name: str, *size: int) -> Array:
     """Random weights; those of a name are always the same."""
+    import pocketzo as pz
+
     z = pz.kernels.normal(prod(size), seed=0, tensor=zlib.crc32(name.encode()), draw=0)
     z *= np.float32(0.02)
     return z.reshape(size)
@@ -76,6 +81,8 @@ def normal(name: str, *size: int) -> Array:
 
 def fill_classifier(weights: Path) -> None:
     """A new head is all zeros, and then every model of two classes has the same loss."""
+    from pocketzo.safetensors import read_header
+
     entry = read_header(weights)["classifier.weight"]
     with weights.open("r+b") as file:
         file.seek(entry.start)
@@ -230,6 +237,8 @@ def make_batch(name: str, batch: int, tokens: int) -> dict[str, NDArray[np.int64
 
 def parameters(bundle: Path) -> int:
     """Return the number of elements of all weights."""
+    from pocketzo.safetensors import read_header
+
     return sum(prod(entry.shape) for entry in read_header(bundle / "weights.safetensors").values())
 
 

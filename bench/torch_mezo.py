@@ -7,6 +7,7 @@ own fused attention.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ import numpy as np
 from models import MASKED, OPT_OFFSET, Shape
 from numpy.typing import NDArray
 
-from pocketzo.safetensors import read_header
-
 Tensors = dict[str, Any]
 
 
 def read_weights(torch: Any, bundle: Path) -> Tensors:
     """Read a bundle's weights, one tensor at a time."""
     path = bundle / "weights.safetensors"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     result = {}
-    for name, entry in read_header(path).items():
-        array = np.fromfile(path, np.float32, (entry.stop - entry.start) // 4, offset=entry.start).reshape(entry.shape)
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            continue  # padding
+        start, stop = entry["data_offsets"]
+        array = np.fromfile(path, np.float32, (stop - start) // 4, offset=8 + length + start).reshape(entry["shape"])
         dense = array.ndim == 2 and "embed" not in name
         result[name] = torch.from_numpy(np.ascontiguousarray(array.T) if dense else array)
     return result
