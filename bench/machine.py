@@ -39,10 +39,26 @@ def machine() -> dict[str, Any]:
         "isa": pz.kernels.isa(),
         "system": platform.platform(),
         "date": datetime.now(UTC).date().isoformat(),
-        "load": os.getloadavg()[0],
+        "busy": busy(),
         "versions": versions,
         "command": " ".join(["python", Path(sys.argv[0]).as_posix().removeprefix(f"{Path.cwd()}/"), *sys.argv[1:]]),
     }
+
+
+def busy() -> float:
+    """Share of the processors' time that others use while this process sleeps for a second."""
+
+    def times() -> tuple[int, int]:
+        user, nice, system, idle, waiting, *others = map(int, stat.read_text().split("\n")[0].split()[1:])
+        return user + nice + system + sum(others[:3]), idle + waiting
+
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    before = times()
+    time.sleep(1)
+    used, unused = (now - then for now, then in zip(times(), before, strict=True))
+    return used / max(1, used + unused)
 
 
 class Run:
@@ -50,6 +66,9 @@ class Run:
 
     def __init__(self) -> None:
         self.machine = machine()
+        if self.machine["busy"] > 0.05:
+            share = f"{self.machine['busy']:.0%} of its processors' time"
+            print(f"the machine has other work ({share}): figures are not to be trusted", file=sys.stderr, flush=True)
         self.began = time.perf_counter()
 
     def finish(self, results: Any, path: Path | None) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import ctypes.util
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +140,14 @@ def by_mkl_random(w: Weights, threads: int) -> list[Entry]:
 
 
 def by_mkl(w: Weights, threads: int) -> list[Entry]:
-    libraries = sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"))
+    try:
+        libraries = sorted(str(path.locate()) for path in files("mkl") or [] if path.name.startswith("libmkl_rt.so"))
+    except PackageNotFoundError:
+        libraries = []
     if not libraries:
         print("skipped: MKL's libmkl_rt is not installed (pip install '.[bench]')", file=sys.stderr, flush=True)
         return []
-    mkl = ctypes.CDLL(str(libraries[-1]))
+    mkl = ctypes.CDLL(libraries[-1])
     mkl.MKL_Set_Threading_Layer(1)  # sequential: the threads are ours
     philox, box_muller_2 = 16 << 20, 1
     mkl.cblas_saxpy.argtypes = [

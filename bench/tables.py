@@ -58,8 +58,9 @@ def caption(*reports: Report) -> str:
     # where the models were kept and the figures written changes nothing
     commands = list(dict.fromkeys(re.sub(r" --(models|json|plot) \S+", "", f"`{m['command']} `") for m in machines))
     commands = [command.replace(" `", "`") for command in commands]
+    busy = max(m["busy"] for m in machines)
     return (
-        f"*{'; '.join(places)}; "
+        f"*{'; '.join(places)}{f', {busy:.0%} busy with other work' if busy > 0.05 else ''}; "
         + ", ".join(f"{name} {'/'.join(each)}" for name, each in versions.items())
         + f"; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}. {', '.join(commands)}*"
     )
@@ -151,7 +152,7 @@ def step_targets(report: Report) -> list[list[str]]:
 
     def add(what: str, value: float | None, target: float, *, at_most: bool = True, unit: str = "") -> None:
         if value is not None:
-            result.append([what, f"{value:.2f}{unit}", verdict(value, target, at_most=at_most, unit=unit)])
+            result.append([what, f"{value:.3f}{unit}", verdict(value, target, at_most=at_most, unit=unit)])
 
     def best(shape: str, batch: str) -> Report | None:
         """Packed steps, which are the default where the runtime's layout is understood."""
@@ -298,44 +299,32 @@ def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
     steps = of_steps(step)
     body = []
     for shape, title in (
-        ("roberta-large", "RoBERTa-large's shape (355 M parameters)"),
-        ("opt-1.3b", "OPT-1.3B's shape (1,316 M parameters)"),
+        ("roberta-large", "RoBERTa-large's shape (355 M)"),
+        ("opt-1.3b", "OPT-1.3B's shape (1,316 M)"),
     ):
         found = [steps.get((shape, "8x64", name)) for name in ("packed", "unpacked", "forwards", "torch")]
-        who = "step, packed weights / unpacked / two plain forwards / step of MeZO in PyTorch"
-        times = " / ".join(seconds(row["median"]) if row else "-" for row in found)
-        peaks = " / ".join(f"{row['peak'] / 1e9:.2f}" if row else "-" for row in found)
-        body.append([f"{title}, 8 x 64 tokens: {who}", times])
-        body.append(["the same, peak memory, loading included", f"{peaks} GB"])
+        if any(found):
+            body.append([f"{title}, 8 x 64 tokens: a step", *(seconds(row["median"]) if row else "" for row in found)])
+            body.append(
+                ["its peak memory, loading included", *(f"{r['peak'] / 1e9:.2f} GB" if r else "" for r in found)]
+            )
     rows, bounds = of_noise(noise)
     threads = max(bounds)
-    passes = {
-        system: row["median"] / row["elements"] * 2**28
-        for (system, work, n), row in rows.items()
-        if work == "add gaussian" and n == threads
-    }
-    ours = next(iter(passes))
-    others = {name: value for name, value in passes.items() if not name.startswith(("pocketzo", "torch"))}
-    best = min(others, key=lambda name: others[name])
-    bound = bounds[threads]
-    columns = {
-        f"w += s z over 1 GiB, {threads} threads: PocketZO": passes[ours],
-        f"fastest other than torch ({best})": passes[best],
-        "torch.normal, then add": passes.get("torch"),
-        "w *= s alone": bound["median"] / bound["elements"] * 2**28,
-    }
-    columns = {name: value for name, value in columns.items() if value is not None}
-    body.append([" / ".join(columns), " / ".join(seconds(value) for value in columns.values() if value is not None)])
+
+    def gibibyte(row: Report | None) -> str:
+        return seconds(row["median"] / row["elements"] * 2**28) if row else ""
+
+    ours = next(row for (_, work, n), row in rows.items() if work == "add gaussian" and n == threads)
+    torch = rows.get(("torch", "add gaussian", threads))
+    scale = f"{gibibyte(bounds[threads])} (w *= s)"
+    body.append([f"w += s z over 1 GiB, {threads} threads", gibibyte(ours), "", scale, gibibyte(torch)])
     runs = of_accuracy(accuracy)
-    target = accuracy["results"]["target"]
-    body.append(
-        [
-            f"SST-2, MiniLM from a zero head, MeZO, time to {target:.0%} of dev: "
-            + " / ".join({"pocketzo": "PocketZO", "torch": "PyTorch"}[name] for name in runs),
-            " / ".join("not reached" if row["seconds"] is None else f"{row['seconds']:.0f} s" for row in runs.values()),
-        ]
-    )
-    return [caption(noise, step, accuracy), "", *markdown(["", ""], body)]
+    times = {name: "not reached" if row["seconds"] is None else f"{row['seconds']:.0f} s" for name, row in runs.items()}
+    target = f"{accuracy['results']['target']:.0%}"
+    what = f"SST-2, MiniLM from a zero head, MeZO: {target} of dev"
+    body.append([what, times.get("pocketzo", ""), "", "", times.get("torch", "")])
+    header = ["", "PocketZO", "unpacked weights", "two plain forwards", "MeZO in PyTorch"]
+    return [caption(noise, step, accuracy), "", *markdown(header, body)]
 
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
