@@ -39,7 +39,7 @@ BATCHES = ("1x16", "8x64", "16x128")
 HELD = {"forwards": 1.2, "running": 1.15, "packed": 1.15, "unpacked": 1.15, "default": 1.15, "torch": 2.0}
 LR = 1e-6
 SAME_LOSS = 1e-3  # relative: that all systems compute the same model
-PATIENCE = 45  # seconds of a group's rounds after which three of them are enough
+PATIENCE = 30  # seconds of a group's rounds after which three of them are enough
 TORCH_PATIENCE = 12  # seconds after which torch leaves out the rounds that are left
 
 Cell = dict[str, Any]

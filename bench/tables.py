@@ -1,7 +1,7 @@
 """The tables of README.md and bench/README.md, made from the figures in bench/results/.
 
     python bench/tables.py            # rewrite what stands between the markers <!-- table: NAME --> and <!-- end -->
-    python bench/tables.py --check    # change nothing; fail if a table is not what the figures say
+    python bench/tables.py --check    # change nothing; fail if a table is not what the figures say, or there are none
 
 The scripts that measure print their tables by the same functions.
 """
@@ -336,10 +336,12 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 
 
-def rewritten(text: str, where: Path) -> str:
-    """Return a document with the tables that can be made from the figures that are there."""
+def rewritten(text: str, where: Path) -> tuple[str, bool]:
+    """Return a document with the tables that the figures that are there make, and whether these are all."""
+    complete = True
 
     def table(match: re.Match[str]) -> str:
+        nonlocal complete
         name = match[2]
         if name not in TABLES:
             sys.exit(f"{where}: no table is called {name!r}; expected one of {', '.join(TABLES)}")
@@ -347,11 +349,12 @@ def rewritten(text: str, where: Path) -> str:
         paths = [RESULTS / f"{source}.json" for source in sources]
         if missing := [path.name for path in paths if not path.exists()]:
             print(f"{where.relative_to(ROOT)}: table {name} is left as it is, without {', '.join(missing)}")
+            complete = False
             return match[0]
         lines = make(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
         return "\n".join([match[1], *lines, "<!-- end -->"])
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?<!-- end -->", table, text, flags=re.DOTALL), complete
 
 
 def main() -> None:
@@ -361,7 +364,8 @@ def main() -> None:
     differ = False
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        new = rewritten(text, path)
+        new, complete = rewritten(text, path)
+        differ |= not complete
         if new == text:
             continue
         differ = True
@@ -372,7 +376,7 @@ def main() -> None:
             path.write_text(new, encoding="utf-8")
             print(f"{path.relative_to(ROOT)}: rewritten")
     if arguments.check and differ:
-        sys.exit("the tables are not what the figures say; run python bench/tables.py")
+        sys.exit("the tables are not what the figures say, or figures are missing; run python bench/tables.py")
 
 
 if __name__ == "__main__":
