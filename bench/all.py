@@ -20,6 +20,7 @@ QUICK = {
     "noise": ["--mib", "64", "--rounds", "2"],
     "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
     "scale": ["--against", "threads", "--rounds", "2"],
+    "session": ["--shapes", "minilm", "--rounds", "2"],
     "accuracy": ["--target", "0.6", "--steps", "50", "--seeds", "0"],
 }
 
@@ -35,7 +36,7 @@ def main() -> None:
     with models_folder(arguments.models) as folder:
         for name, quick in QUICK.items():
             command = [sys.executable, f"bench/{name}.py"]
-            if name in ("step", "scale"):
+            if name in ("step", "scale", "session"):
                 command += ["--models", str(folder)]
             if arguments.quick:
                 command += quick

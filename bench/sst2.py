@@ -128,10 +128,9 @@ def train_head(model: pz.Model, data: pz.Dataset, *, lr: float, decay: float, st
     assert data.label_ids is not None
     sign = np.where(data.label_ids == 1, -1, 1)
     features = embeddings(model, data)
-    weight, bias = model.weights["classifier.weight"], model.weights["classifier.bias"]
 
     def loss(model: pz.Model) -> float:
-        logits = features @ weight + bias
+        logits = features @ model.weights["classifier.weight"] + model.weights["classifier.bias"]
         return float(np.logaddexp(0, sign * (logits[:, 1] - logits[:, 0])).mean())
 
     optimizer = pz.FZOO(

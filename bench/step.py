@@ -147,8 +147,8 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
 class Worker:
     """A system in a fresh process."""
 
-    def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int) -> None:
-        command = [sys.executable, __file__, "--worker", system, shape, str(bundle), batch, str(threads)]
+    def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int, script: str) -> None:
+        command = [sys.executable, script, "--worker", system, shape, str(bundle), batch, str(threads)]
         self.system = system
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.started: dict[str, Any] = self._answer()
@@ -200,7 +200,7 @@ def groups(systems: Sequence[str], weights: int) -> list[list[str]]:
     budget = 0.85 * available_memory()
 
     def held(group: Sequence[str]) -> float:
-        return sum(HELD[system] * weights + 4e8 for system in group)
+        return sum(HELD.get(system, 1.2) * weights + 4e8 for system in group)
 
     if held(systems) <= budget:
         return [list(systems)]
@@ -225,15 +225,18 @@ def measure(
     *,
     threads: int = 2,
     rounds: int = 5,
+    script: str = __file__,
 ) -> Cell:
-    """Measure systems on one batch of one model."""
+    """Measure systems on one batch of one model; ``script`` is what each process runs."""
     count, tokens = map(int, batch.split("x"))
     weights = 4 * parameters(bundle)
     rows: dict[str, Any] = {}
     reference: float | None = None
     for group in groups(systems, weights):
         with ExitStack() as stack:
-            workers = [stack.enter_context(ended(Worker(name, shape, bundle, batch, threads))) for name in group]
+            workers = [
+                stack.enter_context(ended(Worker(name, shape, bundle, batch, threads, script))) for name in group
+            ]
             for each in list(workers):
                 if "error" in each.started:
                     print(f"skipped: {shape}, {batch}, {each.system}: {each.started['error']}", file=sys.stderr)

@@ -263,6 +263,32 @@ def accuracy_table(report: Report) -> list[str]:
     ]
 
 
+def session_table(report: Report) -> list[str]:
+    cells = report["results"]["cells"]
+    header = ["", *(f"{cell['batch']}: / two forwards, peak MB" for cell in cells)]
+    rows = [
+        [rows[0]["system"], *(f"{row['ratio']['median']:.2f}, {row['peak'] / 1e6:,.0f}" for row in rows)]
+        for rows in zip(*(cell["rows"] for cell in cells), strict=True)
+        if rows[0]["system"] != "forwards"
+    ]
+    lines = [
+        caption(report),
+        "",
+        f"A MeZO step, {cells[0]['shape']}'s shape, {cells[0]['threads']} threads, beside two forwards by onnxruntime "
+        "with its default settings, as in `step.py`; each row changes one setting.",
+        "",
+        *markdown(header, rows),
+    ]
+    for row in report["results"]["overlap"]:
+        alone = row["forward"] + row["pass"]
+        lines += [
+            "",
+            f"A forward of {row['batch']} takes {seconds(row['forward'])}, a noise pass {seconds(row['pass'])}, both "
+            f"at once {seconds(row['both'])}: {row['both'] / alone:.2f} of one after the other.",
+        ]
+    return lines
+
+
 def scale_table(report: Report) -> list[str]:
     body = []
     for against, cells in report["results"].items():
@@ -332,6 +358,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
     "scale": (("scale",), scale_table),
+    "session": (("session",), session_table),
     "accuracy": (("accuracy",), accuracy_table),
 }
 

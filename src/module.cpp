@@ -217,6 +217,7 @@ void step(py::handle w, py::handle seed, py::handle tensor,
   auto array = checked(w, "w");
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
+  if (passes.empty()) throw py::value_error("passes must hold at least one (draw, scale)");
   std::vector<pz::Term> terms;
   for (const auto& [draw, scale] : passes)
     terms.push_back({s,

@@ -476,6 +476,11 @@ def test_factors_must_be_finite_in_float32(name: str, value: float) -> None:
     assert (w == 1).all()
 
 
+def test_a_step_without_passes_is_refused() -> None:
+    with pytest.raises(ValueError, match="passes must hold at least one"):
+        _core.step(np.ones(8, np.float32), seed=1, tensor=2, passes=[], decay=0.0, offset=0, direction="gaussian")
+
+
 def test_factors_must_be_numbers() -> None:
     with pytest.raises(TypeError, match="scale must be a number, got 'much'"):
         pz.kernels.perturb(np.ones(8, np.float32), seed=1, tensor=2, draw=3, scale="much")  # type: ignore[arg-type]

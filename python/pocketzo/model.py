@@ -39,9 +39,13 @@ _COPYING_OPTIMIZERS = [
 
 
 # Measured by bench/session.py; the figures stand in bench/README.md.
-_OPTIONS = {"enable_cpu_mem_arena": True, "enable_mem_pattern": True}
+_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+_OPTIONS = {
+    "enable_cpu_mem_arena": True,
+    "enable_mem_pattern": False,  # it plans memory for one shape of batch, beside what the first run took
+}
 _ENTRIES = {
-    # Threads that spin while a run goes on are at the next operator at once; after it they would take the kernels' cores.
+    # A thread that spins during a run is at the next operator at once; after it, it would keep a core from the kernels.
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
@@ -189,8 +193,7 @@ def load(
 
 def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
     weights = Weights(bundle)
-    weights.read()
-    _fill_with_noise(weights, _trainable(bundle))
+    _read_as_noise(weights, bundle)
     values = _values(weights)
     session = _session(bundle.model_path, values, threads, packed=False)
     model = Model(bundle, weights, session, threads, values, unpacked_because=reason)
@@ -230,15 +233,13 @@ def _load_packed(bundle: Bundle, threads: int, verify: str) -> Model:
     matrices = packing.matrices(bundle)
     # The reference comes and goes before there is a packed weight: there is never more than one copy.
     weights = Weights(bundle)
-    weights.read()
-    _fill_with_noise(weights, _trainable(bundle))
+    _read_as_noise(weights, bundle)
     expected = _reference(bundle, _values(weights))
     weights = Weights(bundle, {matrix.name for matrix in matrices if matrix.alone})
     values = _values(weights)
     session, places = packing.open_session(bundle, lambda path: _session(path, values, threads, packed=True))
     weights.attach(places)
-    weights.read()
-    _fill_with_noise(weights, _trainable(bundle))
+    _read_as_noise(weights, bundle)
     model = Model(bundle, weights, session, threads, values, unpacked_because=None)
     try:
         as_one = _agree(_outputs(model), expected)
@@ -265,10 +266,10 @@ def _session(
     threads: int,
     *,
     packed: bool,
-    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    level: ort.GraphOptimizationLevel | None = None,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.graph_optimization_level = level
+    options.graph_optimization_level = _LEVEL if level is None else level
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     disabled = _COPYING_OPTIMIZERS
@@ -291,6 +292,13 @@ def _session(
         if packed:
             raise packing.UnpackableError(f"onnxruntime {ort.__version__} refuses packed weights: {error}") from None
         raise BundleError(f"{graph}: onnxruntime refuses the graph: {error}") from error
+
+
+def _read_as_noise(weights: Weights, bundle: Bundle) -> None:
+    """Read weights that are not trainable, and write noise to those that are."""
+    if not all(tensor.trainable for tensor in bundle.tensors):
+        weights.read()
+    _fill_with_noise(weights, _trainable(bundle))
 
 
 def _fill_with_noise(weights: Weights, tensors: Iterable[TensorSpec], draw: int = 0) -> None:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
@@ -114,8 +115,8 @@ def learn() -> Layout:
     UnpackableError
         It does not pack, or in a way that is not understood.
     """
-    found = {_pack_ramp("MatMul", transposed=False), _pack_ramp("Gemm", transposed=False)}
-    found.add(_pack_ramp("Gemm", transposed=True))
+    operators = ("MatMul", False), ("Gemm", False), ("Gemm", True)
+    found = {_pack_ramp(operator, transposed=transposed) for operator, transposed in operators}
     if len(found) > 1:
         raise UnpackableError(f"onnxruntime {ort.__version__} packs operators differently: {sorted(map(str, found))}")
     return found.pop()
@@ -250,8 +251,8 @@ def open_session(
         raise UnpackableError(f"no temporary file can be made or mapped: {error}") from None
     places = {}
     for matrix in found:
-        address = mapped.get(offsets[matrix.name])
-        if address is None:
+        address, length = mapped.get(offsets[matrix.name], (0, 0))
+        if length < 4 * matrix.packing.size:
             raise UnpackableError(f"onnxruntime {ort.__version__} did not map the packed weight {matrix.name}")
         memory = _core.remap(address, matrix.packing.size, session)
         places[matrix.name] = Place(memory, matrix.packing)
@@ -278,6 +279,13 @@ def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout
     for tensor in graph.initializer:  # not read from here, but it has to be somewhere
         if tensor.data_location == _EXTERNAL and tensor.data_type == _FLOAT:
             _point(tensor, 0)
+    # The runtime packs in the order of the file and sorts nodes by itself. While it packs, it holds the matrix three
+    # times; the largest comes first, when it has not yet looked at what it maps of the others.
+    products = {node.input[1]: node for node in graph.node if node.op_type in ("MatMul", "Gemm")}
+    first = products[found[0].name]
+    nodes = [first, *(node for node in graph.node if node is not first)]
+    del graph.node[:]
+    graph.node.extend(nodes)
     with path.open("wb") as file:
 
         def mark(at: int, value: float) -> None:
@@ -347,13 +355,14 @@ def _embed_constants(graph: Any, bundle: Bundle) -> None:
                 tensor.data_location = 0
 
 
-def _mappings(path: Path) -> dict[int, int]:
-    """Return the addresses of this process's mappings of a file, by offset."""
+def _mappings(path: Path) -> dict[int, tuple[int, int]]:
+    """Return the address and length of each of this process's mappings of a file, by offset."""
     found = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, offset, _, _, *name = line.split(maxsplit=5)
         if name == [os.fspath(path.resolve())]:
-            found[int(offset, 16)] = int(span.partition("-")[0], 16)
+            start, stop = (int(address, 16) for address in span.split("-"))
+            found[int(offset, 16)] = start, stop - start
     return found
 
 
@@ -402,9 +411,4 @@ def _messages() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     classes = {name: pool.FindMessageTypeByName(f"pocketzo.onnx.{name}") for name in _SCHEMA}
-    return _Messages({name: message_factory.GetMessageClass(found) for name, found in classes.items()})
-
-
-class _Messages:
-    def __init__(self, classes: Mapping[str, Any]) -> None:
-        self.__dict__.update(classes)
+    return SimpleNamespace(**{name: message_factory.GetMessageClass(found) for name, found in classes.items()})
