@@ -21,10 +21,10 @@ inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
 }
 #define _mm512_cvtepi32_ps(a) pocketzo_cvtepi32_ps(a)
 
-inline simde__m512i pocketzo_srai_epi32(simde__m512i a, unsigned count) {
-  const simde__m512i_private from = simde__m512i_to_private(a);
-  simde__m512i_private to;
-  for (int half = 0; half < 2; ++half) to.m256i[half] = _mm256_srai_epi32(from.m256i[half], static_cast<int>(count));
-  return simde__m512i_from_private(to);
+inline simde__m512 pocketzo_getexp_ps(simde__m512 a) {  // of normal numbers
+  const simde__m512i_private from = simde__m512i_to_private(simde_mm512_castps_si512(a));
+  simde__m512_private to;
+  for (int i = 0; i < 16; ++i) to.f32[i] = static_cast<float>((from.i32[i] >> 23 & 0xFF) - 127);
+  return simde__m512_from_private(to);
 }
-#define _mm512_srai_epi32(a, count) pocketzo_srai_epi32(a, count)
+#define _mm512_getexp_ps(a) pocketzo_getexp_ps(a)
