@@ -172,6 +172,14 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
   }
 }
 
+// The four runs of the block that is kAhead blocks on: 4 KiB ahead in contiguous memory, 1 KiB in each of the four
+// streams of packed memory, which gain most.
+constexpr std::ptrdiff_t kAhead = 16;
+inline void prefetch(const float* w, const Walk& walk) noexcept {
+  for (std::ptrdiff_t run = 0; run < 4; ++run)
+    _mm_prefetch(reinterpret_cast<const char*>(w + kAhead * walk.block_stride + run * walk.run_stride), _MM_HINT_T0);
+}
+
 // Software-pipelined: between the rounds of the next block's words, which wait for multiplications, stand the parts of
 // this block's transform, which wait for fused multiply-adds and the root.
 template <unsigned Count>
@@ -185,6 +193,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
     Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
     State even, odd;
+    prefetch(w, walk);
     product = _mm512_add_epi64(product, stride);
     philox.start(product, even, odd);
     a.split();
@@ -229,6 +238,7 @@ void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
     __m512i k = _mm512_sll_epi32(bits.x[row >> 5], _mm_cvtsi32_si128(static_cast<int>(row & 31)));
     float* w = block;
+    prefetch(block, walk);
     for (unsigned run = 0; run < 4; ++run, w += walk.run_stride, k = _mm512_add_epi32(k, k)) {
       const __m512i flip = _mm512_and_si512(k, sign);
       if constexpr (Count == 0) {
