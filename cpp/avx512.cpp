@@ -17,15 +17,16 @@ struct Words {
   __m512i x[4];
 };
 
-constexpr int kXor3 = 0x96;    // a ^ b ^ c
-constexpr int kSelect = 0xCA;  // a ? b : c
-constexpr __mmask16 kOdd = 0xAAAA;
+constexpr std::int32_t kOne = 0x3F800000;  // bits of 1
+constexpr int kXor3 = 0x96;                // a ^ b ^ c
+constexpr int kSelect = 0xCA;              // a ? b : c
 
 inline __m512i broadcast(std::uint32_t v) noexcept { return _mm512_set1_epi32(static_cast<int>(v)); }
 inline __m512i high(__m512i p) noexcept { return _mm512_srli_epi64(p, 32); }
 inline __m512i xor3(__m512i a, __m512i b, __m512i c) noexcept { return _mm512_ternarylogic_epi32(a, b, c, kXor3); }
 
-// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, even and odd quads apart until the last step.
+// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, quads 0, 1, 4, 5, 8, .. in state a and 2, 3, 6,
+// 7, 10, .. in state b, until the last step joins them.
 struct State {
   __m512i x0, x1, x2, x3;
 };
@@ -44,15 +45,19 @@ class Philox {
     }
   }
 
-  // The counters of the even ones of quads q .. q + 15.
-  static __m512i counter(std::uint64_t q) noexcept {
-    return _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(q)), _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14));
+  // M0 q of a block's quads in state a. As q does not wrap within a window, `step` blocks on it is larger by `stride`.
+  __m512i product(std::uint64_t block) const noexcept {
+    const __m512i q = _mm512_set1_epi64(static_cast<long long>(block * 16));
+    return _mm512_mul_epu32(m0_, _mm512_add_epi64(q, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13)));
+  }
+  static __m512i stride(std::uint64_t step) noexcept {
+    return _mm512_set1_epi64(static_cast<long long>(step * 16 * kMul0));
   }
 
   // The first three rounds; then `round` 1, 2 and 3, and `finish`.
-  void start(__m512i q, State& even, State& odd) const noexcept {
-    even = begin(q);
-    odd = begin(_mm512_add_epi64(q, _mm512_set1_epi64(1)));
+  void start(__m512i product, State& a, State& b) const noexcept {
+    a = begin(product);
+    b = begin(_mm512_add_epi64(product, _mm512_set1_epi64(2ll * kMul0)));
   }
 
   void round(int r, State& s) const noexcept {
@@ -63,34 +68,30 @@ class Philox {
     s.x3 = p0;
   }
 
-  Words finish(const State& e, const State& o) const noexcept {
-    const __m512i p0e = _mm512_mul_epu32(m0_, e.x0), p1e = _mm512_mul_epu32(m1_, e.x2);
-    const __m512i p0o = _mm512_mul_epu32(m0_, o.x0), p1o = _mm512_mul_epu32(m1_, o.x2);
-    return {{xor3(join_high(p1e, p1o), join_low(e.x1, o.x1), k0_[4]), join_low(p1e, p1o),
-             xor3(join_high(p0e, p0o), join_low(e.x3, o.x3), k1_[4]), join_low(p0e, p0o)}};
+  Words finish(const State& a, const State& b) const noexcept {
+    const __m512i p0a = _mm512_mul_epu32(m0_, a.x0), p1a = _mm512_mul_epu32(m1_, a.x2);
+    const __m512i p0b = _mm512_mul_epu32(m0_, b.x0), p1b = _mm512_mul_epu32(m1_, b.x2);
+    return {{xor3(join<0xDD>(p1a, p1b), join<0x88>(a.x1, b.x1), k0_[4]), join<0x88>(p1a, p1b),
+             xor3(join<0xDD>(p0a, p0b), join<0x88>(a.x3, b.x3), k1_[4]), join<0x88>(p0a, p0b)}};
   }
 
-  Words words(std::uint64_t q) const noexcept {
-    State even, odd;
-    start(counter(q), even, odd);
+  Words words(std::uint64_t block) const noexcept {
+    State a, b;
+    start(product(block), a, b);
     for (int r = 1; r < 4; ++r) {
-      round(r, even);
-      round(r, odd);
+      round(r, a);
+      round(r, b);
     }
-    return finish(even, odd);
+    return finish(a, b);
   }
 
  private:
-  // One masked shuffle each, which any port takes, in place of a shift and a blend.
-  static __m512i join_low(__m512i even, __m512i odd) noexcept {
-    return _mm512_mask_shuffle_epi32(even, kOdd, odd, static_cast<_MM_PERM_ENUM>(0xA0));
-  }
-  static __m512i join_high(__m512i even, __m512i odd) noexcept {
-    return _mm512_mask_shuffle_epi32(odd, static_cast<__mmask16>(~kOdd), even, static_cast<_MM_PERM_ENUM>(0xF5));
+  template <int Control>
+  static __m512i join(__m512i a, __m512i b) noexcept {
+    return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), Control));
   }
 
-  State begin(__m512i q) const noexcept {
-    const __m512i pq = _mm512_mul_epu32(m0_, q);
+  State begin(__m512i pq) const noexcept {
     const __m512i p = _mm512_mul_epu32(m1_, _mm512_xor_si512(high(pq), a1_));
     const __m512i x0 = _mm512_xor_si512(high(p), b0_), x2 = _mm512_xor_si512(pq, b2_);
     const __m512i p0 = _mm512_mul_epu32(m0_, x0), p1 = _mm512_mul_epu32(m1_, x2);
@@ -114,11 +115,11 @@ class Transform {
   Transform(__m512i x, __m512i y) noexcept : x_(x), y_(y) {}
 
   void split() noexcept {  // 2 ^ ex (1 + f)
-    const __m512 n = _mm512_cvtepi32_ps(_mm512_or_si512(x_, _mm512_set1_epi32(1)));
-    const __m512i v = _mm512_andnot_si512(broadcast(kSign), _mm512_castps_si512(n));
-    const __m512i d = _mm512_sub_epi32(v, _mm512_set1_epi32(kSqrtHalf2p31));
+    // The exponent of d - 1.0's bits, which getexp reads, is d >> 23; it disregards the sign, as |..| in SPEC.md does.
+    const __m512i n = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_or_si512(x_, _mm512_set1_epi32(1))));
+    const __m512i d = _mm512_sub_epi32(n, _mm512_set1_epi32(kSqrtHalf2p31 - kOne));
     const __m512i m = _mm512_add_epi32(_mm512_and_si512(d, _mm512_set1_epi32(kMantissa)), _mm512_set1_epi32(kSqrtHalf));
-    r_ = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(d, 23)), _mm512_set1_ps(kMinusTwoLn2));
+    r_ = _mm512_mul_ps(_mm512_getexp_ps(_mm512_castsi512_ps(d)), _mm512_set1_ps(kMinusTwoLn2));
     f_ = _mm512_sub_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(1.0f));
     p_ = _mm512_set1_ps(kLog[0]);
   }
@@ -153,12 +154,6 @@ struct Scales {
   }
 };
 
-inline void prefetch(const float* block, const Walk& walk) noexcept {
-  for (int run = 0; run < 4; ++run)
-    _mm_prefetch(reinterpret_cast<const char*>(block + kAhead * walk.block_stride + run * walk.run_stride),
-                 _MM_HINT_T0);
-}
-
 template <unsigned Count>
 inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
   if constexpr (Count != 0) {
@@ -172,9 +167,14 @@ inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
 void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept {
   const Philox philox(key);
   for (std::size_t i = 0; i < count; ++i) {
-    const Words k = philox.words((first + i) * 16);
+    const Words k = philox.words(first + i);
     for (unsigned j = 0; j < 4; ++j) _mm512_storeu_si512(out + 64 * i + 16 * j, k.x[j]);
   }
+}
+
+inline void prefetch(const float* w, const Walk& walk) noexcept {
+  for (std::ptrdiff_t run = 0; run < 4; ++run)
+    _mm_prefetch(reinterpret_cast<const char*>(w + kAhead * walk.block_stride + run * walk.run_stride), _MM_HINT_T0);
 }
 
 // Software-pipelined: between the rounds of the next block's words, which wait for multiplications, stand the parts of
@@ -184,15 +184,15 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   float* w = walk.base;
-  __m512i q = Philox::counter(walk.first * 16);
-  const __m512i step = _mm512_set1_epi64(static_cast<long long>(walk.step * 16));
-  Words k = philox.words(walk.first * 16);
+  __m512i product = philox.product(walk.first);
+  const __m512i stride = Philox::stride(walk.step);
+  Words k = philox.words(walk.first);
   for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
-    prefetch(w, walk);
     Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
     State even, odd;
-    q = _mm512_add_epi64(q, step);
-    philox.start(q, even, odd);
+    prefetch(w, walk);
+    product = _mm512_add_epi64(product, stride);
+    philox.start(product, even, odd);
     a.split();
     b.split();
     philox.round(1, even);
@@ -230,11 +230,12 @@ void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept
   for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, b += walk.step) {
     if (b >> 5 != held) {
       held = b >> 5;
-      bits = philox.words(held * 16);
+      bits = philox.words(held);
     }
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
     __m512i k = _mm512_sll_epi32(bits.x[row >> 5], _mm_cvtsi32_si128(static_cast<int>(row & 31)));
     float* w = block;
+    prefetch(block, walk);
     for (unsigned run = 0; run < 4; ++run, w += walk.run_stride, k = _mm512_add_epi32(k, k)) {
       const __m512i flip = _mm512_and_si512(k, sign);
       if constexpr (Count == 0) {

@@ -12,7 +12,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// Three that SIMDe 0.7.4 lacks.
+// Two that SIMDe 0.7.4 lacks.
 inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
   const simde__m512i_private from = simde__m512i_to_private(a);
   simde__m512_private to;
@@ -21,19 +21,10 @@ inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
 }
 #define _mm512_cvtepi32_ps(a) pocketzo_cvtepi32_ps(a)
 
-inline simde__m512i pocketzo_srai_epi32(simde__m512i a, unsigned count) {
-  const simde__m512i_private from = simde__m512i_to_private(a);
-  simde__m512i_private to;
-  for (int half = 0; half < 2; ++half) to.m256i[half] = _mm256_srai_epi32(from.m256i[half], static_cast<int>(count));
-  return simde__m512i_from_private(to);
+inline simde__m512 pocketzo_getexp_ps(simde__m512 a) {  // of normal numbers
+  const simde__m512i_private from = simde__m512i_to_private(simde_mm512_castps_si512(a));
+  simde__m512_private to;
+  for (int i = 0; i < 16; ++i) to.f32[i] = static_cast<float>((from.i32[i] >> 23 & 0xFF) - 127);
+  return simde__m512_from_private(to);
 }
-#define _mm512_srai_epi32(a, count) pocketzo_srai_epi32(a, count)
-
-inline simde__m512i pocketzo_mask_shuffle_epi32(simde__m512i src, unsigned mask, simde__m512i a, unsigned order) {
-  const simde__m512i_private from = simde__m512i_to_private(a);
-  simde__m512i_private to = simde__m512i_to_private(src);
-  for (unsigned i = 0; i < 16; ++i)
-    if ((mask >> i & 1) != 0) to.i32[i] = from.i32[(i & ~3u) + (order >> 2 * (i & 3) & 3)];
-  return simde__m512i_from_private(to);
-}
-#define _mm512_mask_shuffle_epi32(src, mask, a, order) pocketzo_mask_shuffle_epi32(src, mask, a, order)
+#define _mm512_getexp_ps(a) pocketzo_getexp_ps(a)
