@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from vectors import reference
@@ -463,6 +463,129 @@ def test_segments_refuse_what_they_cannot_work_on() -> None:
     with pytest.raises(ValueError, match="term 1 has 4 scales"):
         segments.apply(terms)
     assert_same_bits(w, before)
+
+
+# ---- packed memory ---------------------------------------------------------------------------------------------------
+
+
+def places(rows: int, columns: int, stride: int, depth: int) -> NDArray[np.int64]:
+    """Where element (k, n) lies, as kernels.h says it."""
+    k, n = np.mgrid[0:rows, 0:columns]
+    top = k // depth * depth
+    height = np.minimum(depth, rows - top)
+    result: NDArray[np.int64] = top * stride + n // 16 * 16 * height + (k - top) * 16 + n % 16
+    return result
+
+
+def packed_by_hand(tensor: F32, transposed: bool, stride: int, depth: int) -> F32:
+    factor = tensor.T if transposed else tensor
+    memory = np.full(factor.shape[0] * stride, 7, np.float32)  # 7 is the padding, which has to stay
+    rows, columns = factor.shape
+    memory[places(rows, columns, stride, depth)] = factor
+    return memory
+
+
+@st.composite
+def packings(draw: st.DrawFn) -> tuple[int, int, int, int, bool]:
+    size = st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 256, 257, 320, 512, 576]))
+    rows, columns = draw(size), draw(size)
+    stride = -(-columns // 16) * 16 + 16 * draw(st.integers(0, 2))
+    return rows, columns, stride, draw(st.sampled_from([64, 128, 256])), draw(st.booleans())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    packing=packings(),
+    direction=st.integers(0, 1),
+    terms=st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 3), st.sampled_from([0.0, 0.01])), max_size=10),
+    isa=st.sampled_from(SETS),
+    threads=st.integers(1, 3),
+)
+def test_packed_memory_gets_the_bits_of_contiguous_memory(
+    packing: tuple[int, int, int, int, bool],
+    direction: int,
+    terms: list[tuple[int, int, float]],
+    isa: str,
+    threads: int,
+) -> None:
+    rows, columns, stride, depth, transposed = packing
+    shape = (columns, rows) if transposed else (rows, columns)
+    tensor = np.random.default_rng(0).standard_normal(shape, np.float32)
+    layout = _core.Packing(rows=rows, columns=columns, stride=stride, depth=depth, transposed=transposed)
+    memory = packed_by_hand(tensor, transposed, stride, depth)
+    program = np.zeros(len(terms), _core.TERM)
+    for i, (draw, count, decay) in enumerate(terms):
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, direction, (0,) * 6)
+    pz.kernels.use(isa)
+    pz.kernels.set_threads(threads)
+    _core.Segments([(tensor, 9)]).apply(program)
+    _core.Segments([(memory, 9, layout)]).apply(program)
+    assert memory.tobytes() == packed_by_hand(tensor, transposed, stride, depth).tobytes()
+
+
+@settings(deadline=None, max_examples=60)
+@given(packing=packings(), cut=st.floats(0, 1), size=st.floats(0, 1))
+def test_packing_copies_any_part_and_nothing_else(
+    packing: tuple[int, int, int, int, bool], cut: float, size: float
+) -> None:
+    rows, columns, stride, depth, transposed = packing
+    shape = (columns, rows) if transposed else (rows, columns)
+    tensor = np.arange(rows * columns, dtype=np.float32).reshape(shape)
+    layout = _core.Packing(rows=rows, columns=columns, stride=stride, depth=depth, transposed=transposed)
+    start = int(cut * tensor.size)
+    stop = start + int(size * (tensor.size - start))
+    memory = packed_by_hand(np.full_like(tensor, -1), transposed, stride, depth)
+    layout.pack(memory, tensor.ravel()[start:stop].copy(), start)
+    expected = np.full(tensor.size, -1, np.float32)
+    expected[start:stop] = np.arange(start, stop)
+    assert memory.tobytes() == packed_by_hand(expected.reshape(shape), transposed, stride, depth).tobytes()
+    out = np.empty(stop - start, np.float32)
+    layout.unpack(memory, out, start)
+    np.testing.assert_array_equal(out, np.arange(start, stop))
+
+
+def test_large_copies_are_cut_among_threads() -> None:
+    rows, columns = 600, 1500
+    layout = _core.Packing(rows=rows, columns=columns, stride=1504, depth=256, transposed=False)
+    tensor = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
+    memory = np.full(layout.size, 7, np.float32)
+    layout.pack(memory, tensor, 0)
+    assert memory.tobytes() == packed_by_hand(tensor, False, 1504, 256).tobytes()
+    out = np.empty_like(tensor)
+    layout.unpack(memory, out, 0)
+    np.testing.assert_array_equal(out, tensor)
+
+
+def test_the_name_of_a_packed_buffer() -> None:
+    # mmh3 5.2 (PyPI): mmh3.hash_bytes(np.arange(64, dtype="<f4").tobytes(), 0, x64arch=False).hex()
+    full = bytes.fromhex("1e2609a1e44551fd92a6983c895d80b5")
+    first, second = np.frombuffer(full[:8], "<u4").tolist()
+    assert _core.packed_hash(np.arange(64, dtype=np.float32)) == second << 32 | first & ~7
+
+
+def test_a_packing_refuses_what_it_cannot_be() -> None:
+    good: dict[str, Any] = {"rows": 4, "columns": 4, "stride": 16, "depth": 64, "transposed": False}
+    layout = _core.Packing(**good)
+    for change, message in (
+        ({"rows": 0}, r"rows \* columns must be in 1 \.\. 2\*\*34, got 0 \* 4"),
+        ({"rows": 2**33}, r"rows \* columns must be in"),
+        ({"columns": -1}, r"columns must be in 0 \.\."),
+        ({"columns": 17}, "stride must be a multiple of 16 and at least the columns, got 16"),
+        ({"stride": 24}, "stride must be a multiple of 16"),
+        ({"depth": 32}, "depth must be a multiple of 64, got 32"),
+        ({"depth": 0}, "depth must be a multiple of 64, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _core.Packing(**{**good, **change})
+    memory, values = np.zeros(64, np.float32), np.zeros(16, np.float32)
+    with pytest.raises(ValueError, match="packed must have 64 elements, got 63"):
+        layout.pack(memory[:63].copy(), values, 0)
+    with pytest.raises(ValueError, match="offset \\+ size must not exceed rows \\* columns, got offset 1"):
+        layout.pack(memory, values, 1)
+    with pytest.raises(ValueError, match="packed must have 64 elements, got 16"):
+        _core.Segments([(values, 1, layout)])
+    with pytest.raises(ValueError, match="address must be that of a page"):
+        _core.remap(1, 1, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
