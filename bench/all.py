@@ -21,6 +21,7 @@ QUICK = {
     "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
     "scale": ["--against", "threads", "--rounds", "2"],
     "session": ["--shapes", "minilm", "--rounds", "2"],
+    "loop": ["--steps", "300"],
     "accuracy": ["--target", "0.6", "--steps", "50", "--seeds", "0"],
 }
 
@@ -36,7 +37,7 @@ def main() -> None:
     with models_folder(arguments.models) as folder:
         for name, quick in QUICK.items():
             command = [sys.executable, f"bench/{name}.py"]
-            if name in ("step", "scale", "session"):
+            if name not in ("noise", "accuracy"):
                 command += ["--models", str(folder)]
             if arguments.quick:
                 command += quick

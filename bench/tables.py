@@ -289,6 +289,18 @@ def session_table(report: Report) -> list[str]:
     return lines
 
 
+def loop_table(report: Report) -> list[str]:
+    rows = [
+        [
+            f"{row['method']}, {row['parts']}",
+            f"{1e3 * row['median']:.3f} ({1e3 * row['low']:.3f} to {1e3 * row['high']:.3f})",
+            verdict(1e3 * row["median"], 1, at_most=True, unit=" ms"),
+        ]
+        for row in report["results"]["rows"]
+    ]
+    return [caption(report), "", *markdown(["", "ms a step", "target"], rows)]
+
+
 def scale_table(report: Report) -> list[str]:
     body = []
     for against, cells in report["results"].items():
@@ -359,6 +371,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "step": (("step",), step_table),
     "scale": (("scale",), scale_table),
     "session": (("session",), session_table),
+    "loop": (("loop",), loop_table),
     "accuracy": (("accuracy",), accuracy_table),
 }
 

@@ -1,0 +1,77 @@
+"""What the training loop itself takes a step: forwards and noise passes are replaced by nothing, all else is real.
+
+    python bench/loop.py [--models DIR] [--steps 3000] [--json FILE]
+
+Batches of 32 rows of 4 to 64 tokens; the record and metrics.jsonl are written. Target: under 1 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import Run, spread
+from models import make_bundle
+from step import models_folder
+from tables import loop_table
+
+import pocketzo as pz
+from pocketzo import _core
+
+METHODS = {"mezo": pz.MeZO, "fzoo": pz.FZOO}
+GROUPS = {"1 part": {}, "4 parts": {"groups": [pz.Group("classifier", lr=10, eps=10)], "weight_decay": 0.1}}
+
+
+def measure(model: pz.Model, data: pz.Dataset, method: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    ticks: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pz.Trainer(
+            model,
+            METHODS[method](model, lr=1e-5, **settings),
+            data,
+            steps=steps,
+            batch_size=32,
+            run=Path(folder, "run"),
+            callback=lambda _: ticks.append(time.perf_counter()),
+        )
+        trainer._loss = lambda model, batch: 1.0 + 1e-3 * (len(ticks) % 7)  # type: ignore[method-assign]
+        trainer.fit()
+    return spread(np.diff(ticks).tolist())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="keep the prepared model in this folder (default: a temporary one)")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")
+    arguments = parser.parse_args()
+
+    run = Run()
+    rng = np.random.default_rng(0)
+    mask = (np.arange(64) < rng.integers(4, 64, 10_000)[:, None]).astype(np.int64)
+    rows = []
+    with models_folder(arguments.models) as folder, tempfile.TemporaryDirectory() as examples:
+        model = pz.load(make_bundle("minilm", folder), verify="fast")
+        np.savez(
+            Path(examples, "data.npz"),
+            input_ids=rng.integers(1, 50, mask.shape),
+            attention_mask=mask,
+            token_type_ids=np.zeros_like(mask),
+            labels=rng.integers(0, 2, len(mask)),
+        )
+        data = pz.load_dataset(Path(examples, "data.npz"), model.bundle)
+        _core.Segments.apply = lambda self, terms: None  # type: ignore[method-assign]
+        for method in METHODS:
+            for parts, settings in GROUPS.items():
+                rows.append(
+                    {"method": method, "parts": parts, **measure(model, data, method, settings, arguments.steps)}
+                )
+    print("\n".join(loop_table(run.finish({"rows": rows}, arguments.json))))
+
+
+if __name__ == "__main__":
+    main()
