@@ -96,7 +96,7 @@ class Transform {
     r_ = vsqrtq_f32(vfmaq_f32(vmulq_f32(ex, vdupq_n_f32(kMinusTwoLn2)), horner(kLog, f), f));
   }
   void angle() noexcept {
-    const float32x4_t angle = vmulq_f32(vcvtq_f32_s32(vreinterpretq_s32_u32(y_)), vdupq_n_f32(0x1p-31f));
+    const float32x4_t angle = vcvtq_n_f32_s32(vreinterpretq_s32_u32(y_), 31);  // times 2^-31
     const float32x4_t t = vmulq_f32(angle, angle);
     c_ = horner(kCos, t);
     s_ = vmulq_f32(angle, horner(kSin, t));
@@ -146,6 +146,14 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
+// The four runs of the block that is kAhead blocks on: 4 KiB ahead in contiguous memory, 1 KiB in each of the four
+// streams of packed memory.
+constexpr std::ptrdiff_t kAhead = 16;
+inline void prefetch(const float* w, const Walk& walk) noexcept {
+  for (std::ptrdiff_t run = 0; run < 4; ++run)
+    __builtin_prefetch(w + kAhead * walk.block_stride + run * walk.run_stride, 1);
+}
+
 // Software-pipelined: between the rounds of the next eight quads stand the parts of the transform of these eight.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
@@ -159,6 +167,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
     prefetch(block, walk);
     for (unsigned half = 0; half < 16; half += 8) {
       Words n;
+      if (half == 0) prefetch(block, walk);
       philox.start(half == 0 ? q + 8 : q + next, n);
       for (unsigned pair = 0; pair < 2; ++pair) {
         float* w = block + 2 * pair * walk.run_stride + half;
@@ -184,22 +193,25 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
 
 template <unsigned Count>
 void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+  const Philox philox(key);
   const Scales<Count> scales(scale);
   const uint32x4_t sign = vdupq_n_u32(kSign);
-  alignas(16) std::uint32_t bits[64];  // the words of one superblock of 32 blocks
+  Words bits[2] = {};  // the words of one superblock of 32 blocks, by halves
   std::uint64_t held = ~std::uint64_t{0};
   float* block = walk.base;
   std::uint64_t b = walk.first;
   for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, b += walk.step) {
     if (b >> 5 != held) {
       held = b >> 5;
-      words(bits, held, 1, key);
+      for (unsigned half = 0; half < 2; ++half)
+        bits[half] = philox.words(static_cast<std::uint32_t>(held * 16 + half * 8));
     }
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
     const int32x4_t shift = vdupq_n_s32(static_cast<int>(row & 31));
     uint32x4_t k[4];
-    for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(vld1q_u32(bits + (row >> 5) * 16 + 4 * g), shift);
+    for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(bits[g / 2].x[row >> 5][g % 2], shift);
     float* w = block;
+    prefetch(block, walk);
     for (unsigned run = 0; run < 4; ++run, w += walk.run_stride)
       for (unsigned g = 0; g < 4; ++g) {
         const uint32x4_t flip = vandq_u32(k[g], sign);
