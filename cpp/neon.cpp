@@ -146,14 +146,6 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
-// The four runs of the block that is kAhead blocks on: 4 KiB ahead in contiguous memory, 1 KiB in each of the four
-// streams of packed memory.
-constexpr std::ptrdiff_t kAhead = 16;
-inline void prefetch(const float* w, const Walk& walk) noexcept {
-  for (std::ptrdiff_t run = 0; run < 4; ++run)
-    __builtin_prefetch(w + kAhead * walk.block_stride + run * walk.run_stride, 1);
-}
-
 // Software-pipelined: between the rounds of the next eight quads stand the parts of the transform of these eight.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
@@ -167,7 +159,6 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
     prefetch(block, walk);
     for (unsigned half = 0; half < 16; half += 8) {
       Words n;
-      if (half == 0) prefetch(block, walk);
       philox.start(half == 0 ? q + 8 : q + next, n);
       for (unsigned pair = 0; pair < 2; ++pair) {
         float* w = block + 2 * pair * walk.run_stride + half;
