@@ -35,7 +35,7 @@ static_assert(sizeof(Term) == 40);
 // blocks of `depth` rows; within a block, which is `height` rows high (the last may be lower), panels of 16 columns;
 // within a panel, row after row:
 //   block * depth * stride + (n / 16) * 16 * height + (k % depth) * 16 + n % 16,   block = k / depth
-// Columns from `columns` to `stride` are padding, which nothing reads or writes here.
+// Columns from `columns` to `stride` are padding, which keeps its values.
 struct Packing {
   std::uint64_t rows, columns;  // rows * columns must not exceed 2^34
   std::uint64_t stride;         // a multiple of 16
