@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +173,31 @@ def test_what_is_not_understood_is_used_unpacked(
     np.testing.assert_array_equal(model.run(batch)["logits"], expected.run(batch)["logits"])
     with pytest.raises(pz.Error, match=f"the weights cannot be packed: .*({reason})"):
         pz.load(tiny_bundle, threads=1, packed=True)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_a_place_for_files_weights_are_used_unpacked(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
+) -> None:
+    packed.learn()
+    if not known:
+        monkeypatch.setattr(packed, "learn", packed.learn.__wrapped__)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.warns(UserWarning, match="no temporary file can be made"):
+        assert not pz.load(tiny_bundle, threads=1).packed
+
+
+def test_weights_outlive_their_model(tiny_bundle: Path) -> None:
+    # The memory belongs to a mapping of the session's, which must stay as long as anybody can reach it.
+    model = pz.load(tiny_bundle, threads=1, packed=True)
+    weights, expected = model.weights, model.weights.sha256()
+    memory = weights.segments("dense.weight")[0][0]
+    del model
+    gc.collect()
+    assert weights.sha256() == expected
+    del weights
+    gc.collect()
+    memory += 1
 
 
 def weight(name: str, *shape: int) -> TensorProto:

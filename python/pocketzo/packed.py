@@ -141,20 +141,22 @@ def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    with tempfile.TemporaryDirectory(prefix="pocketzo-") as folder:
-        options.optimized_model_filepath = os.path.join(folder, "packed.onnx")  # noqa: PTH118
-        for key, value in (
-            ("save_external_prepacked_constant_initializers", "1"),
-            ("optimized_model_external_initializers_file_name", "packed.bin"),
-            ("optimized_model_external_initializers_min_size_in_bytes", "0"),
-        ):
-            options.add_session_config_entry(f"session.{key}", value)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="pocketzo-") as folder:
+            options.optimized_model_filepath = os.path.join(folder, "packed.onnx")  # noqa: PTH118
+            for key, value in (
+                ("save_external_prepacked_constant_initializers", "1"),
+                ("optimized_model_external_initializers_file_name", "packed.bin"),
+                ("optimized_model_external_initializers_min_size_in_bytes", "0"),
+            ):
+                options.add_session_config_entry(f"session.{key}", value)
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             saved = messages.Model.FromString(Path(folder, "packed.onnx").read_bytes())
             blob = Path(folder, "packed.bin").read_bytes()
-        except Exception as error:  # onnxruntime's own exceptions share no public base
-            raise UnpackableError(f"onnxruntime {ort.__version__} does not save packed weights: {error}") from None
+    except OSError as error:
+        raise UnpackableError(f"no temporary file can be made: {error}") from None
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise UnpackableError(f"onnxruntime {ort.__version__} does not save packed weights: {error}") from None
     entries = {entry.key: entry.value for tensor in saved.graph.initializer for entry in tensor.external_data}
     if "prepacked_0" not in entries:
         raise UnpackableError(f"onnxruntime {ort.__version__} does not pack a {operator} on this processor")
