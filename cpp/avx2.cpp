@@ -21,9 +21,12 @@ inline __m256i high(__m256i p) noexcept { return _mm256_srli_epi64(p, 32); }
 
 // Rounds are computed on 64-bit lanes, four quads a register, with the word in the low half: vpmuludq reads only that
 // half and leaves the next low word in place, so no shuffle is needed until the end. Quads 0, 1, 4 and 5 of the eight
-// are in one state, 2, 3, 6 and 7 in another, as the shuffle that joins them takes them.
-struct State {
+// are in one half, 2, 3, 6 and 7 in another, as the shuffle that joins them takes them.
+struct Half {
   __m256i x0, x1, x2, x3;
+};
+struct State {
+  Half a, b;
 };
 
 class Philox {
@@ -48,20 +51,15 @@ class Philox {
   static __m256i stride(std::uint64_t n) noexcept { return _mm256_set1_epi64x(static_cast<long long>(n * kMul0)); }
 
   // The first three rounds of quads q .. q + 7; then `round` 1, 2 and 3, and `finish`.
-  void start(__m256i product, State& a, State& b) const noexcept {
-    a = begin(product);
-    b = begin(_mm256_add_epi64(product, stride(2)));
-  }
+  State start(__m256i product) const noexcept { return {begin(product), begin(_mm256_add_epi64(product, stride(2)))}; }
 
   void round(int r, State& s) const noexcept {
-    const __m256i p0 = _mm256_mul_epu32(m0_, s.x0), p1 = _mm256_mul_epu32(m1_, s.x2);
-    s.x0 = _mm256_xor_si256(high(p1), _mm256_xor_si256(s.x1, k0_[r]));
-    s.x2 = _mm256_xor_si256(high(p0), _mm256_xor_si256(s.x3, k1_[r]));
-    s.x1 = p1;
-    s.x3 = p0;
+    round(r, s.a);
+    round(r, s.b);
   }
 
-  Words finish(const State& a, const State& b) const noexcept {
+  Words finish(const State& s) const noexcept {
+    const Half &a = s.a, &b = s.b;
     const __m256i p0a = _mm256_mul_epu32(m0_, a.x0), p1a = _mm256_mul_epu32(m1_, a.x2);
     const __m256i p0b = _mm256_mul_epu32(m0_, b.x0), p1b = _mm256_mul_epu32(m1_, b.x2);
     return {{_mm256_xor_si256(_mm256_xor_si256(join<0xDD>(p1a, p1b), join<0x88>(a.x1, b.x1)), k0_[4]),
@@ -71,13 +69,9 @@ class Philox {
   }
 
   Words words(__m256i product) const noexcept {
-    State a, b;
-    start(product, a, b);
-    for (int r = 1; r < 4; ++r) {
-      round(r, a);
-      round(r, b);
-    }
-    return finish(a, b);
+    State s = start(product);
+    for (int r = 1; r < 4; ++r) round(r, s);
+    return finish(s);
   }
 
  private:
@@ -86,7 +80,15 @@ class Philox {
     return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), Control));
   }
 
-  State begin(__m256i pq) const noexcept {
+  void round(int r, Half& s) const noexcept {
+    const __m256i p0 = _mm256_mul_epu32(m0_, s.x0), p1 = _mm256_mul_epu32(m1_, s.x2);
+    s.x0 = _mm256_xor_si256(high(p1), _mm256_xor_si256(s.x1, k0_[r]));
+    s.x2 = _mm256_xor_si256(high(p0), _mm256_xor_si256(s.x3, k1_[r]));
+    s.x1 = p1;
+    s.x3 = p0;
+  }
+
+  Half begin(__m256i pq) const noexcept {
     const __m256i p = _mm256_mul_epu32(m1_, _mm256_xor_si256(high(pq), a1_));
     const __m256i x0 = _mm256_xor_si256(high(p), b0_), x2 = _mm256_xor_si256(pq, b2_);
     const __m256i p0 = _mm256_mul_epu32(m0_, x0), p1 = _mm256_mul_epu32(m1_, x2);
@@ -185,33 +187,27 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const __m256i to_other_half = Philox::stride(8), to_next_block = Philox::stride(walk.step * 16 - 8);
   __m256i product = philox.product(walk.first * 16);
   Words k = philox.words(product);
-  State even, odd;
   product = _mm256_add_epi64(product, to_other_half);
-  philox.start(product, even, odd);
-  philox.round(1, even);
-  philox.round(1, odd);
+  State state = philox.start(product);
+  philox.round(1, state);
   float* block = walk.base;
   for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride) {
     prefetch(block, walk);
     for (unsigned half = 0; half < 16; half += 8) {
       float* w = block + half;
       Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
-      State next_even, next_odd;
       product = _mm256_add_epi64(product, half == 0 ? to_next_block : to_other_half);
-      philox.round(2, even);
-      philox.round(2, odd);
+      philox.round(2, state);
       a.split();
       b.split();
-      philox.start(product, next_even, next_odd);
+      State next = philox.start(product);
       a.log_half();
       b.log_half();
       a.root();
       b.root();
-      philox.round(3, even);
-      philox.round(3, odd);
-      k = philox.finish(even, odd);
-      philox.round(1, next_even);
-      philox.round(1, next_odd);
+      philox.round(3, state);
+      k = philox.finish(state);
+      philox.round(1, next);
       a.angle();
       b.angle();
       __m256 cosine, sine;
@@ -221,8 +217,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
       b.finish(cosine, sine);
       update(w + 2 * walk.run_stride, cosine, scales);
       update(w + 3 * walk.run_stride, sine, scales);
-      even = next_even;
-      odd = next_odd;
+      state = next;
     }
   }
 }

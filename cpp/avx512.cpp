@@ -25,10 +25,13 @@ inline __m512i broadcast(std::uint32_t v) noexcept { return _mm512_set1_epi32(st
 inline __m512i high(__m512i p) noexcept { return _mm512_srli_epi64(p, 32); }
 inline __m512i xor3(__m512i a, __m512i b, __m512i c) noexcept { return _mm512_ternarylogic_epi32(a, b, c, kXor3); }
 
-// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, quads 0, 1, 4, 5, 8, .. in state a and 2, 3, 6,
-// 7, 10, .. in state b, until the last step joins them.
-struct State {
+// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, quads 0, 1, 4, 5, 8, .. in half a and 2, 3, 6,
+// 7, 10, .. in half b, until the last step joins them.
+struct Half {
   __m512i x0, x1, x2, x3;
+};
+struct State {
+  Half a, b;
 };
 
 class Philox {
@@ -45,7 +48,7 @@ class Philox {
     }
   }
 
-  // M0 q of a block's quads in state a. As q does not wrap within a window, `step` blocks on it is larger by `stride`.
+  // M0 q of a block's quads in half a. As q does not wrap within a window, `step` blocks on it is larger by `stride`.
   __m512i product(std::uint64_t block) const noexcept {
     const __m512i q = _mm512_set1_epi64(static_cast<long long>(block * 16));
     return _mm512_mul_epu32(m0_, _mm512_add_epi64(q, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13)));
@@ -55,20 +58,17 @@ class Philox {
   }
 
   // The first three rounds; then `round` 1, 2 and 3, and `finish`.
-  void start(__m512i product, State& a, State& b) const noexcept {
-    a = begin(product);
-    b = begin(_mm512_add_epi64(product, _mm512_set1_epi64(2ll * kMul0)));
+  State start(__m512i product) const noexcept {
+    return {begin(product), begin(_mm512_add_epi64(product, _mm512_set1_epi64(2ll * kMul0)))};
   }
 
   void round(int r, State& s) const noexcept {
-    const __m512i p0 = _mm512_mul_epu32(m0_, s.x0), p1 = _mm512_mul_epu32(m1_, s.x2);
-    s.x0 = xor3(high(p1), s.x1, k0_[r]);
-    s.x2 = xor3(high(p0), s.x3, k1_[r]);
-    s.x1 = p1;
-    s.x3 = p0;
+    round(r, s.a);
+    round(r, s.b);
   }
 
-  Words finish(const State& a, const State& b) const noexcept {
+  Words finish(const State& s) const noexcept {
+    const Half &a = s.a, &b = s.b;
     const __m512i p0a = _mm512_mul_epu32(m0_, a.x0), p1a = _mm512_mul_epu32(m1_, a.x2);
     const __m512i p0b = _mm512_mul_epu32(m0_, b.x0), p1b = _mm512_mul_epu32(m1_, b.x2);
     return {{xor3(join<0xDD>(p1a, p1b), join<0x88>(a.x1, b.x1), k0_[4]), join<0x88>(p1a, p1b),
@@ -76,13 +76,9 @@ class Philox {
   }
 
   Words words(__m512i product) const noexcept {
-    State a, b;
-    start(product, a, b);
-    for (int r = 1; r < 4; ++r) {
-      round(r, a);
-      round(r, b);
-    }
-    return finish(a, b);
+    State s = start(product);
+    for (int r = 1; r < 4; ++r) round(r, s);
+    return finish(s);
   }
 
  private:
@@ -91,7 +87,15 @@ class Philox {
     return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), Control));
   }
 
-  State begin(__m512i pq) const noexcept {
+  void round(int r, Half& s) const noexcept {
+    const __m512i p0 = _mm512_mul_epu32(m0_, s.x0), p1 = _mm512_mul_epu32(m1_, s.x2);
+    s.x0 = xor3(high(p1), s.x1, k0_[r]);
+    s.x2 = xor3(high(p0), s.x3, k1_[r]);
+    s.x1 = p1;
+    s.x3 = p0;
+  }
+
+  Half begin(__m512i pq) const noexcept {
     const __m512i p = _mm512_mul_epu32(m1_, _mm512_xor_si512(high(pq), a1_));
     const __m512i x0 = _mm512_xor_si512(high(p), b0_), x2 = _mm512_xor_si512(pq, b2_);
     const __m512i p0 = _mm512_mul_epu32(m0_, x0), p1 = _mm512_mul_epu32(m1_, x2);
@@ -187,31 +191,25 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
   const __m512i stride = Philox::stride(walk.step);
   __m512i product = philox.product(walk.first);
   Words k = philox.words(product);
-  State even, odd;
   product = _mm512_add_epi64(product, stride);
-  philox.start(product, even, odd);
-  philox.round(1, even);
-  philox.round(1, odd);
+  State state = philox.start(product);
+  philox.round(1, state);
   float* w = walk.base;
   for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
     prefetch(w, walk);
     Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
-    State next_even, next_odd;
     product = _mm512_add_epi64(product, stride);
-    philox.round(2, even);
-    philox.round(2, odd);
+    philox.round(2, state);
     a.split();
     b.split();
-    philox.start(product, next_even, next_odd);
+    State next = philox.start(product);
     a.log_half();
     b.log_half();
     a.root();
     b.root();
-    philox.round(3, even);
-    philox.round(3, odd);
-    k = philox.finish(even, odd);
-    philox.round(1, next_even);
-    philox.round(1, next_odd);
+    philox.round(3, state);
+    k = philox.finish(state);
+    philox.round(1, next);
     a.angle();
     b.angle();
     __m512 cosine, sine;
@@ -221,8 +219,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
     b.finish(cosine, sine);
     update(w + 2 * walk.run_stride, cosine, scales);
     update(w + 3 * walk.run_stride, sine, scales);
-    even = next_even;
-    odd = next_odd;
+    state = next;
   }
 }
 

@@ -491,7 +491,7 @@ struct Layout {
 void test_walks() {
   // Where blocks lie and which blocks they are: packed panels of 16 columns, 256 rows high, walked along a row and down
   // a column; backwards; spread out; at addresses that are aligned to nothing but a float.
-  const Layout layouts[] = {
+  std::vector<Layout> layouts = {
       {"panels, along a row", 16 * 256, 4 * 16 * 256, 1, 3},
       {"panels, down the rows", 16 * 256, 16, 3, 256},
       {"panels of one row", 16, 64, 12, 37},
@@ -501,12 +501,16 @@ void test_walks() {
       {"one block", 33, 0, 0, 1},
       {"interleaved runs", 16 * 5, 16, 2, 5},
   };
+  // Around what is in flight at once and the height of a panel; what lies between the runs must stay as it is.
+  for (const std::size_t count : {0, 1, 2, 3, 4, 5, 15, 16, 17, 255})
+    layouts.push_back({"some rows of a panel", 16 * 256, 16, 48, count});
+  layouts.push_back({"a row more", 16 * 257, 16, 48, 257});
   const KernelSet& set = pocketzo::current();
   const float scales[] = {1e-2f, -3e-2f, 0.7f};
   const Key key = pocketzo::subkey(11, 12, 13, 0);
   for (const Layout& layout : layouts) {
     std::ptrdiff_t low = 0, high = 0;
-    const auto last = static_cast<std::ptrdiff_t>(layout.count) - 1;
+    const auto last = std::max(static_cast<std::ptrdiff_t>(layout.count) - 1, std::ptrdiff_t{0});
     for (const std::ptrdiff_t block : {std::ptrdiff_t{0}, last}) {
       for (const std::ptrdiff_t run : {0, 3}) {
         low = std::min(low, block * layout.block_stride + run * layout.run_stride);
@@ -535,7 +539,8 @@ void test_walks() {
               for (std::size_t e = 0; e < kBlock; ++e) at(e) = block[e];
             }
             CHECK_SAME(got.data(), want.data(), want.size(),
-                       say(name(direction), " walk, ", layout.name, ", ", k, " scales, misaligned by ", misaligned));
+                       say(name(direction), " walk, ", layout.name, ", ", layout.count, " blocks, ", k,
+                           " scales, misaligned by ", misaligned));
           }
         }
       }
