@@ -383,7 +383,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["steps_done"] == run["steps"] == 60
     assert run["method"]["method"] == "fzoo"
     assert run["last"]["count"] == 45
-    assert bundle["packing"] == "packed: 2 matrices, 0.0 MB"
+    assert bundle["packing"] == "can be packed: 2 matrices, 0.0 MB"
     assert "red, green, blue" in good("info", workspace.base)
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
@@ -571,7 +571,7 @@ def test_doctor() -> None:
     text = good("doctor")
     for name in facts["available"]:
         assert f"{name} passed" in text
-    assert "packed in blocks of 256 rows" in text
+    assert "can be packed, in blocks of 256 rows" in text
 
 
 def test_where_weights_cannot_be_packed_everyone_says_why(workspace: Workspace, tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def test_extra_arrays_of_a_batch_are_passed_over(model: pz.Model) -> None:
     assert model.loss({**BATCH, "weights of the moon": np.zeros(3)}) == model.loss(BATCH)
 
 
+def test_a_batch_without_inputs_is_told_so(model: pz.Model) -> None:
+    with pytest.raises(ValueError, match=r"the graph's inputs are input_ids, .*; got pixels"):
+        model.run({"pixels": np.zeros(3)})
+
+
 def test_without_labels_there_are_logits_and_no_loss(model: pz.Model) -> None:
     unlabelled = {name: array for name, array in BATCH.items() if name != "labels"}
     got = model.run(unlabelled)

@@ -4,6 +4,8 @@ import hashlib
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -263,6 +265,23 @@ def test_interrupt_waits_for_the_end_of_the_step(model: pz.Model, fresh: pz.Mode
         signal.signal(signal.SIGINT, before)
     pz.MeZO(fresh, lr=0.01).step(loss)
     assert image(model) == image(fresh)
+
+
+def test_interrupt_by_the_systems_own_handler_waits_too(tiny_bundle: Path) -> None:
+    script = """
+import signal, sys
+import pocketzo as pz
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+def objective(model):
+    signal.raise_signal(signal.SIGINT)
+    print("held back", flush=True)
+    return 1.0
+model = pz.load(sys.argv[1], threads=1)
+pz.MeZO(model, lr=0.1).step(objective)
+print("never comes here")
+"""
+    done = subprocess.run([sys.executable, "-c", script, tiny_bundle], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "held back\nheld back\n")
 
 
 def test_steps_in_another_thread(model: pz.Model, fresh: pz.Model) -> None:

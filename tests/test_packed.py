@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pocketzo as pz
 from pocketzo import _core, packed
+from pocketzo.model import _agree
 
 MODELS = Path(__file__).parent / "models"
 
@@ -129,7 +131,7 @@ def test_written_and_read_weights(tiny_bundle: Path) -> None:
         stored += 1
     model.weights["dense.weight"] = stored + 1
     np.testing.assert_array_equal(model.weights["dense.weight"], stored + 1)
-    with pytest.raises(ValueError, match="could not broadcast"):
+    with pytest.raises(ValueError, match=r"dense.weight has shape \[\d+, \d+\], got \[3, 5\]"):
         model.weights["dense.weight"] = np.zeros((3, 5), np.float32)
     with pytest.raises(KeyError):
         model.weights["nothing"] = 0
@@ -156,7 +158,7 @@ def other_packing(self: packed.Layout, rows: int, columns: int, *, transposed: b
         ("_messages", refuse, "this runtime is a stranger"),
         ("_mappings", lambda path: {}, "did not map the packed weight"),
         # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the proof sees
-        ("Layout.packing", other_packing, "refuses packed weights|the session does not see"),
+        ("Layout.packing", other_packing, "refuses packed weights|the outputs differ|the session does not see"),
     ],
 )
 def test_what_is_not_understood_is_used_unpacked(
@@ -185,6 +187,43 @@ def test_without_a_place_for_files_weights_are_used_unpacked(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(UserWarning, match="no temporary file can be made"):
         assert not pz.load(tiny_bundle, threads=1).packed
+
+
+def test_a_full_file_system_is_a_reason_to_go_unpacked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In one that lies in memory, to look at a hole for which there is no page left would kill the process (SIGBUS).
+    packed.learn()
+    full = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.warns(UserWarning, match=r"has 4,096 bytes free, and [\d,]+ may be needed; set TMPDIR"):
+        assert not pz.load(tiny_bundle, threads=1).packed
+
+
+def test_without_memory_for_a_packed_model_weights_are_used_unpacked(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(packed, "open_session", refuse)
+    with pytest.warns(UserWarning, match="weights are used unpacked, which is slower: MemoryError"):
+        assert not pz.load(tiny_bundle, threads=1).packed
+
+
+def test_a_temporary_folder_of_any_name_will_do(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    odd = tmp_path / "a  b\nc\\012 (deleted) é"
+    odd.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(odd))
+    assert pz.load(tiny_bundle, threads=1, packed=True).packed
+
+
+def test_outputs_agree() -> None:
+    expected = np.array([1.0, -np.inf, np.nan, 2.0])
+    assert _agree(expected + 1e-4, expected)
+    for got in ([1.0, 5.0, np.nan, 2.0], [1.1, -np.inf, np.nan, 2.0], [1.0, -np.inf, 0.0, 2.0]):
+        assert not _agree(np.array(got), expected)
+    assert not _agree(np.zeros(3), np.zeros(3))  # which proves nothing
 
 
 def test_weights_outlive_their_model(tiny_bundle: Path) -> None:

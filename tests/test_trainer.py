@@ -273,6 +273,11 @@ def test_the_metric_is_one_that_the_graph_gives(model: pz.Model, data: pz.Datase
         pz.Trainer(model, optimizer, data, eval=data, eval_every=1, patience=1, metric="accuracy")
 
 
+def test_an_optimizer_of_another_model_is_refused(model: pz.Model, tiny_bundle: Path, data: pz.Dataset) -> None:
+    with pytest.raises(ValueError, match="the optimizer moves the weights of another model"):
+        pz.Trainer(pz.load(tiny_bundle, threads=1), pz.MeZO(model, lr=0.1), data, steps=1)
+
+
 def test_tokens_without_a_label_do_not_count(tmp_path: Path) -> None:
     bundle = pz.prepare(Path(__file__).parent / "models" / "gpt2-old.onnx", tmp_path / "bundle")
     model = pz.load(bundle, threads=1)

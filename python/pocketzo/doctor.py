@@ -188,16 +188,19 @@ def examine() -> dict[str, Any]:
 
 
 def packing(bundle: Bundle | None = None) -> str:
-    """Tell whether weights, those of a bundle if one is given, are used packed here, and why not."""
+    """Tell whether weights, those of a bundle if one is given, can be used packed here, and why not.
+
+    That they are live in the session is proved when the bundle is loaded.
+    """
     try:
         layout = packed.learn()
         if bundle is None:
-            return f"packed in blocks of {layout.depth} rows and panels of 16 columns"
+            return f"can be packed, in blocks of {layout.depth} rows and panels of 16 columns"
         matrices = packed.matrices(bundle)
     except packed.UnpackableError as error:
         return f"unpacked: {error}"
     size = sum(4 * matrix.packing.size for matrix in matrices)
-    return f"packed: {len(matrices)} matrices, {size / 1e6:.1f} MB"
+    return f"can be packed: {len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

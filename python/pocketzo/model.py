@@ -107,6 +107,8 @@ class Model:
         self.weights.settle()
         names = self._outputs if outputs is None else list(outputs)
         feed = {name: array for name, array in batch.items() if name in self._inputs}
+        if not feed:
+            raise ValueError(f"the graph's inputs are {', '.join(self._inputs)}; got {', '.join(batch) or 'none'}")
         if "labels" in self._inputs and "labels" not in feed and (outputs is None or self.bundle.loss not in names):
             # The runtime wants every input, also those that only the loss needs.
             labels = self._inputs["labels"]
@@ -181,10 +183,10 @@ def load(
     if packed:
         try:
             return _load_packed(bundle, threads, verify)
-        except packing.UnpackableError as error:
+        except (packing.UnpackableError, MemoryError, OSError) as error:  # what is lacking may be enough unpacked
+            reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
             if packed is True:
-                raise Error(f"{bundle.path}: the weights cannot be packed: {error}") from None
-            reason = str(error)
+                raise Error(f"{bundle.path}: the weights cannot be packed: {reason}") from None
     model = _load_unpacked(bundle, threads, verify, reason)
     if packed:
         warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=2)
@@ -235,6 +237,7 @@ def _load_packed(bundle: Bundle, threads: int, verify: str) -> Model:
     weights = Weights(bundle)
     _read_as_noise(weights, bundle)
     expected = _reference(bundle, _values(weights))
+    del weights
     weights = Weights(bundle, {matrix.name for matrix in matrices if matrix.alone})
     values = _values(weights)
     session, places = packing.open_session(bundle, lambda path: _session(path, values, threads, packed=True))
@@ -247,8 +250,9 @@ def _load_packed(bundle: Bundle, threads: int, verify: str) -> Model:
     finally:
         weights.read()
     if dead or not as_one:
-        names = ", ".join(dead[:5]) or "packed weights"
-        raise packing.UnpackableError(f"the session does not see all that is written to {names}")
+        if not dead:
+            raise packing.UnpackableError("the outputs differ from those of a session without optimisations")
+        raise packing.UnpackableError(f"the session does not see all that is written to {', '.join(dead[:5])}")
     return model
 
 
@@ -348,8 +352,11 @@ def _outputs(model: Model) -> NDArray[np.float64]:
 
 
 def _agree(got: NDArray[np.float64], expected: NDArray[np.float64]) -> bool:
-    largest = np.abs(expected).max()  # nothing is proved by outputs that are all zero
-    return bool(0 < largest < np.inf and np.abs(got - expected).max() <= 1e-3 * largest)
+    finite = np.isfinite(expected)  # a graph may mask some outputs by infinities
+    if not np.array_equal(got[~finite], expected[~finite], equal_nan=True):
+        return False
+    largest = np.abs(expected[finite]).max(initial=0)  # nothing is proved by outputs that are all zero
+    return bool(largest > 0 and np.abs(got[finite] - expected[finite]).max() <= 1e-3 * largest)
 
 
 def _dead(model: Model, verify: str, *, as_one: bool) -> list[str]:

@@ -157,8 +157,9 @@ class _Part:
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+    elsewhere = threading.current_thread() is not threading.main_thread()  # only the main thread gets signals
+    if elsewhere or signal.getsignal(signal.SIGINT) is None:  # and a handler that is not Python's cannot be put back
+        yield
         return
     held: list[tuple[int, FrameType | None]] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
@@ -169,6 +170,8 @@ def _uninterrupted() -> Iterator[None]:
     if callable(before):
         for number, frame in held:
             before(number, frame)
+    elif held and before == signal.SIG_DFL:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _pay(parts: Sequence[_Part], lock: threading.RLock) -> None:

@@ -38,6 +38,7 @@ OTHER_OPERATORS: Final = ["GemmActivationFusion", "MatMulAddFusion", "MatMulScal
 _FLOAT: Final = 1  # TensorProto.FLOAT
 _EXTERNAL: Final = 1  # TensorProto.EXTERNAL
 _PANEL: Final = 16
+_MAPS: Final = Path("/proc/self/maps")
 _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 
 
@@ -115,6 +116,8 @@ def learn() -> Layout:
     UnpackableError
         It does not pack, or in a way that is not understood.
     """
+    if not os.access(_MAPS, os.R_OK):
+        raise UnpackableError(f"the system does not tell what is mapped where ({_MAPS})")
     operators = ("MatMul", False), ("Gemm", False), ("Gemm", True)
     found = {_pack_ramp(operator, transposed=transposed) for operator, transposed in operators}
     if len(found) > 1:
@@ -236,8 +239,6 @@ def open_session(
     UnpackableError
         The graph, the runtime or the system does not allow it.
     """
-    if not Path("/proc/self/maps").exists():
-        raise UnpackableError("the system does not tell what is mapped where (/proc/self/maps)")
     layout = learn()
     model = _messages().Model.FromString(bundle.model_path.read_bytes())
     found = _find(bundle, model.graph, layout)
@@ -266,8 +267,8 @@ def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout
 
     The runtime packs what it reads, and takes the file's packed bytes for its own if they are the same; where two
     matrices look alike, the second one gets a private copy. So each needs a mark of its own. Large matrices all look
-    at the same pages of the file, so that it takes up no more memory than the largest: matrix i sees the one mark there
-    as its element number i * page. Small ones get pages of their own, and a mark of another value.
+    at the same pages of the file, so that it is about three times as long as the largest: matrix i sees the one mark
+    there as its element number i * page. Small ones get pages of their own, and a mark of another value.
     """
     found = sorted(found, key=lambda matrix: matrix.packing.size, reverse=True)
     step = _PAGE // 4
@@ -320,6 +321,11 @@ def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout
             _point(tensor, stored, prepacked_0=f"{key}|{packed};{4 * packing.size};0")
             offsets[matrix.name] = packed
         file.truncate(end)
+    # In a file system in memory a hole that is looked at takes a page, and where there is none left the look is fatal.
+    system = os.statvfs(path.parent)
+    free = system.f_bavail * system.f_frsize
+    if free < end:
+        raise UnpackableError(f"{path.parent} has {free:,} bytes free, and {end:,} may be needed; set TMPDIR")
     return offsets
 
 
@@ -360,11 +366,12 @@ def _embed_constants(graph: Any, bundle: Bundle) -> None:
 def _mappings(path: Path) -> dict[int, tuple[int, int]]:
     """Return the address and length of each of this process's mappings of a file, by offset."""
     found = {}
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, offset, _, _, *name = line.split(maxsplit=5)
-        if name == [os.fspath(path.resolve())]:
-            start, stop = (int(address, 16) for address in span.split("-"))
-            found[int(offset, 16)] = start, stop - start
+    wanted = os.fsencode(path.resolve()).replace(b"\n", rb"\012")  # other files' names may be in any encoding
+    for line in _MAPS.read_bytes().split(b"\n"):
+        fields = line.split(maxsplit=5)  # addresses, rights, offset, device, inode and, if any, a name
+        if fields[5:] == [wanted]:
+            start, stop = (int(address, 16) for address in fields[0].split(b"-"))
+            found[int(fields[2], 16)] = start, stop - start
     return found
 
 
@@ -394,7 +401,7 @@ def _messages() -> Any:
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError:
-        raise UnpackableError("the Python package protobuf is not installed") from None
+        raise UnpackableError("the Python package protobuf is not installed (pip install protobuf)") from None
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="pocketzo.onnx.proto", package="pocketzo.onnx", syntax="proto2")
     for message, fields in _SCHEMA.items():
@@ -413,4 +420,6 @@ def _messages() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     classes = {name: pool.FindMessageTypeByName(f"pocketzo.onnx.{name}") for name in _SCHEMA}
-    return SimpleNamespace(**{name: message_factory.GetMessageClass(found) for name, found in classes.items()})
+    # protobuf before 4.22 has the older name only, and from 5 on there is the newer one only
+    make = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
+    return SimpleNamespace(**{name: make(found) for name, found in classes.items()})

@@ -47,7 +47,8 @@ class Data(Protocol):
     def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
         """Return the numbered examples as the graph's inputs.
 
-        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond.
+        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond. So
+        it must not look at the model, whose weights are shifted meanwhile.
         """
 
 
@@ -365,11 +366,18 @@ class Trainer:
             raise ValueError("train has no examples")
         if patience is not None and (eval is None or eval_every is None):
             raise ValueError("patience needs eval and eval_every")
+        if optimizer.model is not model:
+            raise ValueError("the optimizer moves the weights of another model")
         if objective is None and model.bundle.loss is None:
             raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
-        lengths = getattr(train, "lengths", None) if group_by_length else None
-        if group_by_length and (lengths is None or len(lengths) != len(train)):
-            raise ValueError("group_by_length needs train.lengths, the number of tokens of each example")
+        lengths = None
+        if group_by_length:
+            lengths = np.asarray(getattr(train, "lengths", None))
+            if lengths.shape != (len(train),) or lengths.dtype.kind not in "iu":
+                raise ValueError(
+                    f"group_by_length needs train.lengths, the number of tokens of each of {len(train)} examples; got "
+                    f"{lengths.dtype} of shape {list(lengths.shape)}"
+                )
         self.model = model
         self.optimizer = optimizer
         self.train = train

@@ -108,7 +108,10 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     def __setitem__(self, name: str, value: ArrayLike) -> None:
         self.settle()
-        array = np.empty(self._specs[name].shape, np.float32)
+        shape = self._specs[name].shape
+        if np.ndim(value) and np.shape(value) != shape:
+            raise ValueError(f"{name} has shape {list(shape)}, got {list(np.shape(value))}")
+        array = np.empty(shape, np.float32)
         np.copyto(array, value, casting="same_kind")
         if name in self._views:
             self._views[name][...] = array
@@ -161,8 +164,8 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         """Read all bytes again, from the bundle or from a file of the same layout."""
         self.settle()
         path = self._bundle.weights_path if path is None else path
-        expected = self._bundle.weights_path.stat().st_size
         try:
+            expected = self._bundle.weights_path.stat().st_size
             with path.open("rb", buffering=0) as file:
                 if path.stat().st_size != expected:
                     raise BundleError(f"{path}: expected {expected} bytes, the size of the bundle's weights")
