@@ -16,13 +16,15 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kBlock = 64;       // elements
-constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 of an in-order core beside the stack
-constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
-constexpr std::size_t kKeptKeys = 8;       // a unit keeps the subkeys of so many terms instead of making them a tile
+constexpr std::uint64_t kBlock = 64;           // elements
+constexpr std::uint64_t kTile = 1u << 12;      // 16 KiB: fits the L1 of an in-order core beside the stack
+constexpr std::uint64_t kHalfTile = 1u << 11;  // as fp32, with the noise and the random bits of as many: 24 KiB
+constexpr std::uint64_t kUnit = 1u << 16;      // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
+constexpr std::size_t kKeptKeys = 8;  // a unit keeps the subkeys of so many terms instead of making them a tile
 constexpr std::uint64_t kMaxElement = ~std::uint64_t{0};
 
-// A subkey serves 2^34 elements of normals and 2^39 of signs; units are cut at multiples of kUnit and straddle neither.
+// A subkey serves 2^34 elements of normals (and of bits to round by) and 2^39 of signs; units are cut at multiples of
+// kUnit and straddle neither.
 Key key_at(const Term& term, std::uint32_t tensor, std::uint64_t element) noexcept {
   const std::uint32_t window = term.direction == Direction::gaussian
                                    ? static_cast<std::uint32_t>(element >> 34)
@@ -143,7 +145,7 @@ void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept
     for (std::uint64_t k = 0; k < height; k += tile) {
       const auto count = static_cast<std::size_t>(std::min(tile, height - k));
       const auto apart = static_cast<std::ptrdiff_t>(kPanel * height);
-      const Walk walk = {s.data + place(p, top + k, n),
+      const Walk walk = {static_cast<float*>(s.data) + place(p, top + k, n),
                          apart,
                          static_cast<std::ptrdiff_t>(kPanel),
                          ((top + k) * p.columns + n) / kBlock,
@@ -165,7 +167,7 @@ void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) n
   const Keys keys(job, s.tensor, 0);
   alignas(64) float tile[kPanel * kBlock];
   for (std::uint64_t k = 0; k < p.rows; k += kBlock) {
-    float* const w = s.data + place(p, k, first);
+    float* const w = static_cast<float*>(s.data) + place(p, k, first);
     for (std::uint64_t n = 0; n < kPanel; ++n)
       for (std::uint64_t i = 0; i < kBlock; ++i) tile[n * kBlock + i] = w[i * kPanel + n];
     const Walk walk = {
@@ -180,19 +182,27 @@ void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) n
   }
 }
 
+// The elements of a unit of neighbours.
+struct Range {
+  std::uint64_t begin, end;
+};
+
+Range range_of(const Segment& s, std::uint64_t number) noexcept {
+  const std::uint64_t grid = (s.offset / kUnit + number) * kUnit, last = s.offset + s.size;
+  return {std::max(s.offset, grid), grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit)};
+}
+
 // Elements that are neighbours in memory, or are made so.
 void apply_run(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  const std::uint64_t grid = (s.offset / kUnit + number) * kUnit;
-  const std::uint64_t begin = std::max(s.offset, grid);
-  const std::uint64_t last = s.offset + s.size;
-  const std::uint64_t end = grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit);
+  const auto [begin, end] = range_of(s, number);
   const Keys keys(job, s.tensor, begin);
   const std::uint64_t tile = job.term_count == 1 && s.packing == nullptr ? kUnit : kTile;
+  auto* const data = static_cast<float*>(s.data);
   alignas(64) float gathered[kTile];
   for (std::uint64_t e = begin; e < end;) {
     const std::uint64_t n = std::min(end - e, tile - e % tile);
-    float* w = s.packing == nullptr ? s.data + (e - s.offset) : gathered;
-    if (s.packing != nullptr) gather(s.data, *s.packing, gathered, e, n);
+    float* w = s.packing == nullptr ? data + (e - s.offset) : gathered;
+    if (s.packing != nullptr) gather(data, *s.packing, gathered, e, n);
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
       if (job.moves(term))
@@ -200,12 +210,57 @@ void apply_run(const Job& job, const Segment& s, std::uint64_t number) noexcept 
       else if (term.decay != 0.0f)
         job.set->shrink(w, n, term.decay);
     }
-    if (s.packing != nullptr) scatter(s.data, *s.packing, gathered, e, n);
+    if (s.packing != nullptr) scatter(data, *s.packing, gathered, e, n);
+    e += n;
+  }
+}
+
+// 16-bit weights, in tiles of whole blocks that are computed on in fp32.
+void apply_halves(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  const auto [begin, end] = range_of(s, number);
+  const Keys keys(job, s.tensor, begin);
+  const KernelSet& set = *job.set;
+  alignas(64) float w[kHalfTile];
+  alignas(64) float z[kHalfTile];
+  alignas(64) std::uint32_t words[kHalfTile];
+  for (std::uint64_t e = begin; e < end;) {
+    const std::uint64_t n = std::min(end - e, kHalfTile - e % kHalfTile);
+    const std::uint64_t first = e / kBlock, lead = e % kBlock, blocks = (lead + n + kBlock - 1) / kBlock;
+    const std::uint64_t size = blocks * kBlock;
+    std::uint16_t* const data = static_cast<std::uint16_t*>(s.data) + (e - s.offset);
+    std::uint16_t ragged[kHalfTile];
+    std::uint16_t* const stored = size == n ? data : ragged;
+    if (size != n) {
+      std::memset(ragged, 0, size * sizeof *ragged);
+      std::memcpy(ragged + lead, data, n * sizeof *ragged);
+    }
+    set.widen(w, stored, size, s.storage);
+    for (std::size_t t = 0; t < job.term_count; ++t) {
+      const Term& term = job.terms[t];
+      const auto kernel = kernel_of(set, term);
+      if (term.count == 1) kernel({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale, 1);
+      if (term.count > 1) kernel({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr, 0);
+      for (unsigned i = 0; i < term.count && term.count > 1; ++i) {
+        if (i != 0) set.round(w, nullptr, size, s.storage);
+        set.axpy(w, z, term.scale[i], size);
+      }
+      if (term.decay != 0.0f) set.shrink(w, size, term.decay);
+      if (term.rounding == Rounding::stochastic) {
+        const Key key = subkey(term.seed, s.tensor, term.draw, static_cast<std::uint32_t>(e >> 34));
+        set.words(words, first, blocks, key);
+        set.round(w, words, size, s.storage);
+      } else if (term.rounding == Rounding::nearest && t + 1 != job.term_count) {  // the last one is in narrow
+        set.round(w, nullptr, size, s.storage);
+      }
+    }
+    set.narrow(stored, w, size, s.storage);
+    if (size != n) std::memcpy(data, ragged + lead, n * sizeof *ragged);
     e += n;
   }
 }
 
 void apply_unit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  if (s.storage != Storage::float32) return apply_halves(job, s, number);
   if (s.packing != nullptr && in_rows(*s.packing)) return apply_rows(job, s, number);
   if (s.packing != nullptr && in_turned_rows(*s.packing)) return apply_turned_rows(job, s, number);
   apply_run(job, s, number);
@@ -239,7 +294,7 @@ void apply(const Segment* segments, std::size_t segment_count, const Term* terms
 }
 
 void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept {
-  const Term term = {seed, draw, {}, 0.0f, 0, direction, {}};
+  const Term term = {seed, draw, {}, 0.0f, 0, direction, Rounding::nearest, {}};
   run_job({&current(), &segment, 1, &term, 1, true});
 }
 

@@ -277,8 +277,101 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
   for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
 
+// ---- 16-bit storage ----------------------------------------------------------------------------------------------
+
+struct Fp16 {
+  static __m256 widen(__m128i h) noexcept { return _mm256_cvtph_ps(h); }
+  static __m128i narrow(__m256 w) noexcept { return _mm256_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT); }
+  static __m256 nearest(__m256 w) noexcept { return widen(narrow(w)); }
+  static __m256 stochastic(__m256 w, __m256i r) noexcept {
+    const __m256i sign = _mm256_and_si256(_mm256_castps_si256(w), broadcast(kSign));
+    const __m256i m = _mm256_xor_si256(_mm256_castps_si256(w), sign);
+    r = _mm256_srli_epi32(r, 3);  // as many bits as are cut off
+    const __m256i up = _mm256_add_epi32(m, r);
+    const __m256i large = _mm256_cmpgt_epi32(up, broadcast(kHalfTooLarge - 1));
+    const __m256i normal = _mm256_blendv_epi8(_mm256_andnot_si256(broadcast(0x1FFF), up), broadcast(kInfinity), large);
+    // Subnormal ones are whole numbers of units.
+    const __m256 units = _mm256_fmadd_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(0x1p24f),
+                                         _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(0x1p-13f)));
+    const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvttps_epi32(units)), _mm256_set1_ps(0x1p-24f));
+    const __m256i is_small = _mm256_cmpgt_epi32(broadcast(kHalfNormal), m);
+    const __m256i cut = _mm256_blendv_epi8(normal, _mm256_castps_si256(small), is_small);
+    return _mm256_castsi256_ps(_mm256_or_si256(sign, cut));
+  }
+};
+
+struct Bf16 {
+  static __m256 widen(__m128i h) noexcept {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  }
+  static __m128i narrow(__m256 w) noexcept {
+    const __m256i top = _mm256_srli_epi32(_mm256_castps_si256(nearest(w)), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+  }
+  static __m256 nearest(__m256 w) noexcept {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(w), 16), broadcast(1));
+    return stochastic(w, _mm256_add_epi32(odd, broadcast(0x7FFF)));
+  }
+  static __m256 stochastic(__m256 w, __m256i r) noexcept {
+    const __m256i up = _mm256_add_epi32(_mm256_castps_si256(w), r);
+    return _mm256_castsi256_ps(_mm256_and_si256(up, broadcast(0xFFFF0000u)));
+  }
+};
+
+template <typename Format>
+void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 8)
+    _mm256_storeu_ps(out + i, Format::widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+}
+
+template <typename Format>
+void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), Format::narrow(_mm256_loadu_ps(in + i)));
+}
+
+template <typename Format>
+void round_nearest(float* w, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 8) _mm256_storeu_ps(w + i, Format::nearest(_mm256_loadu_ps(w + i)));
+}
+
+template <typename Format>
+void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 32)  // two runs, that is a pair of words
+    for (std::size_t half = i; half < i + 16; half += 8) {
+      const auto* x = reinterpret_cast<const __m256i*>(words + half);
+      __m256i k = _mm256_add_epi32(_mm256_loadu_si256(x), _mm256_loadu_si256(x + 2));
+      k = _mm256_mullo_epi32(k, broadcast(kDither[i / 32 % 2]));
+      k = _mm256_xor_si256(k, _mm256_srli_epi32(k, 16));
+      float *const even = w + half, *const odd = even + 16;
+      _mm256_storeu_ps(even, Format::stochastic(_mm256_loadu_ps(even), _mm256_and_si256(k, broadcast(0xFFFF))));
+      _mm256_storeu_ps(odd, Format::stochastic(_mm256_loadu_ps(odd), _mm256_srli_epi32(k, 16)));
+    }
+}
+
+void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
+}
+
+void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
+}
+
+void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
+  if (words == nullptr)
+    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
+  else
+    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const __m256 s = _mm256_set1_ps(scale);
+  for (std::size_t i = 0; i < n; i += 8)
+    _mm256_storeu_ps(w + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(z + i), _mm256_loadu_ps(w + i)));
+}
+
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2", words, gaussian, rademacher, shrink};
+const KernelSet kAvx2 = {"avx2", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
 
 }  // namespace pocketzo

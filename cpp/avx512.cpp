@@ -276,8 +276,99 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
   for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
 
+// ---- 16-bit storage ----------------------------------------------------------------------------------------------
+
+struct Fp16 {
+  static __m512 widen(__m256i h) noexcept { return _mm512_cvtph_ps(h); }
+  static __m256i narrow(__m512 w) noexcept { return _mm512_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT); }
+  static __m512 nearest(__m512 w) noexcept { return widen(narrow(w)); }
+  static __m512 stochastic(__m512 w, __m512i r) noexcept {
+    const __m512i sign = _mm512_and_si512(_mm512_castps_si512(w), broadcast(kSign));
+    const __m512i m = _mm512_xor_si512(_mm512_castps_si512(w), sign);
+    r = _mm512_srli_epi32(r, 3);  // as many bits as are cut off
+    const __m512i up = _mm512_add_epi32(m, r);
+    const __mmask16 large = _mm512_cmpge_epu32_mask(up, broadcast(kHalfTooLarge));
+    const __m512i normal =
+        _mm512_mask_blend_epi32(large, _mm512_andnot_si512(broadcast(0x1FFF), up), broadcast(kInfinity));
+    // Subnormal ones are whole numbers of units.
+    const __m512 units = _mm512_fmadd_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(0x1p24f),
+                                         _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(0x1p-13f)));
+    const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvttps_epi32(units)), _mm512_set1_ps(0x1p-24f));
+    const __mmask16 is_small = _mm512_cmpgt_epi32_mask(broadcast(kHalfNormal), m);
+    const __m512i cut = _mm512_mask_blend_epi32(is_small, normal, _mm512_castps_si512(small));
+    return _mm512_castsi512_ps(_mm512_or_si512(sign, cut));
+  }
+};
+
+struct Bf16 {
+  static __m512 widen(__m256i h) noexcept {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+  }
+  static __m256i narrow(__m512 w) noexcept {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(nearest(w)), 16));
+  }
+  static __m512 nearest(__m512 w) noexcept {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(w), 16), broadcast(1));
+    return stochastic(w, _mm512_add_epi32(odd, broadcast(0x7FFF)));
+  }
+  static __m512 stochastic(__m512 w, __m512i r) noexcept {
+    const __m512i up = _mm512_add_epi32(_mm512_castps_si512(w), r);
+    return _mm512_castsi512_ps(_mm512_and_si512(up, broadcast(0xFFFF0000u)));
+  }
+};
+
+template <typename Format>
+void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 16)
+    _mm512_storeu_ps(out + i, Format::widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
+}
+
+template <typename Format>
+void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), Format::narrow(_mm512_loadu_ps(in + i)));
+}
+
+template <typename Format>
+void round_nearest(float* w, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 16) _mm512_storeu_ps(w + i, Format::nearest(_mm512_loadu_ps(w + i)));
+}
+
+template <typename Format>
+void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 32) {  // two runs, that is a pair of words
+    __m512i k = _mm512_add_epi32(_mm512_loadu_si512(words + i), _mm512_loadu_si512(words + i + 16));
+    k = _mm512_mullo_epi32(k, broadcast(kDither[i / 32 % 2]));
+    k = _mm512_xor_si512(k, _mm512_srli_epi32(k, 16));
+    float *const even = w + i, *const odd = even + 16;
+    _mm512_storeu_ps(even, Format::stochastic(_mm512_loadu_ps(even), _mm512_and_si512(k, broadcast(0xFFFF))));
+    _mm512_storeu_ps(odd, Format::stochastic(_mm512_loadu_ps(odd), _mm512_srli_epi32(k, 16)));
+  }
+}
+
+void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
+}
+
+void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
+}
+
+void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
+  if (words == nullptr)
+    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
+  else
+    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const __m512 s = _mm512_set1_ps(scale);
+  for (std::size_t i = 0; i < n; i += 16)
+    _mm512_storeu_ps(w + i, _mm512_fmadd_ps(s, _mm512_loadu_ps(z + i), _mm512_loadu_ps(w + i)));
+}
+
 }  // namespace
 
-const KernelSet kAvx512 = {"avx512", words, gaussian, rademacher, shrink};
+const KernelSet kAvx512 = {"avx512", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
 
 }  // namespace pocketzo

@@ -25,6 +25,12 @@ inline constexpr std::int32_t kSqrtHalf2p31 = 0x4EB504F3;  // bits of sqrt(1/2) 
 inline constexpr std::int32_t kMantissa = 0x007FFFFF;
 inline constexpr std::uint32_t kSign = 0x80000000u;
 
+// Random bits for stochastic rounding, SPEC.md section 5: the sum of two words, multiplied and folded.
+inline constexpr std::uint32_t kDither[2] = {0xAC4C1B51u, 0x31848BABu};
+inline constexpr std::uint32_t kHalfNormal = 0x38800000u;    // bits of 2^-14, the smallest normal number of fp16
+inline constexpr std::uint32_t kHalfTooLarge = 0x47800000u;  // bits of 2^16
+inline constexpr std::uint32_t kInfinity = 0x7F800000u;
+
 // The counter of a quad is (q, K2, K3, 0) and only q varies, so half of the first two rounds is the same for every
 // quad. What remains, with p = product of a multiplier and a word, hi and lo its halves:
 //   round 1: x2 = hi(M0 q) ^ a1                        x3 = lo(M0 q)

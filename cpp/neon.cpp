@@ -240,8 +240,95 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
   for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
 
+// ---- 16-bit storage ----------------------------------------------------------------------------------------------
+
+// The conversions are those that every ARMv8 has.
+struct Fp16 {
+  static float32x4_t widen(uint16x4_t h) noexcept { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
+  static uint16x4_t narrow(float32x4_t w) noexcept { return vreinterpret_u16_f16(vcvt_f16_f32(w)); }
+  static float32x4_t nearest(float32x4_t w) noexcept { return widen(narrow(w)); }
+  static float32x4_t stochastic(float32x4_t w, uint32x4_t r) noexcept {
+    const uint32x4_t m = vreinterpretq_u32_f32(vabsq_f32(w));
+    r = vshrq_n_u32(r, 3);  // as many bits as are cut off
+    const uint32x4_t up = vaddq_u32(m, r);
+    const uint32x4_t large = vcgeq_u32(up, vdupq_n_u32(kHalfTooLarge));
+    const uint32x4_t normal = vbslq_u32(large, vdupq_n_u32(kInfinity), vbicq_u32(up, vdupq_n_u32(0x1FFF)));
+    // Subnormal ones are whole numbers of units.
+    const float32x4_t units = vfmaq_f32(vcvtq_n_f32_u32(r, 13), vreinterpretq_f32_u32(m), vdupq_n_f32(0x1p24f));
+    const float32x4_t small = vcvtq_n_f32_u32(vcvtq_u32_f32(units), 24);
+    const uint32x4_t is_small = vcltq_u32(m, vdupq_n_u32(kHalfNormal));
+    const uint32x4_t cut = vbslq_u32(is_small, vreinterpretq_u32_f32(small), normal);
+    return vbslq_f32(vdupq_n_u32(kSign), w, vreinterpretq_f32_u32(cut));
+  }
+};
+
+struct Bf16 {
+  static float32x4_t widen(uint16x4_t h) noexcept { return vreinterpretq_f32_u32(vshll_n_u16(h, 16)); }
+  static uint16x4_t narrow(float32x4_t w) noexcept { return vshrn_n_u32(vreinterpretq_u32_f32(nearest(w)), 16); }
+  static float32x4_t nearest(float32x4_t w) noexcept {
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(vreinterpretq_u32_f32(w), 16), vdupq_n_u32(1));
+    return stochastic(w, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+  }
+  static float32x4_t stochastic(float32x4_t w, uint32x4_t r) noexcept {
+    return vreinterpretq_f32_u32(vandq_u32(vaddq_u32(vreinterpretq_u32_f32(w), r), vdupq_n_u32(0xFFFF0000u)));
+  }
+};
+
+template <typename Format>
+void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 8) {
+    const uint16x8_t h = vld1q_u16(in + i);
+    vst1q_f32(out + i, Format::widen(vget_low_u16(h)));
+    vst1q_f32(out + i + 4, Format::widen(vget_high_u16(h)));
+  }
+}
+
+template <typename Format>
+void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 8)
+    vst1q_u16(out + i, vcombine_u16(Format::narrow(vld1q_f32(in + i)), Format::narrow(vld1q_f32(in + i + 4))));
+}
+
+template <typename Format>
+void round_nearest(float* w, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 4) vst1q_f32(w + i, Format::nearest(vld1q_f32(w + i)));
+}
+
+template <typename Format>
+void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; i += 32)  // two runs, that is a pair of words
+    for (std::size_t lane = i; lane < i + 16; lane += 4) {
+      uint32x4_t k = vaddq_u32(vld1q_u32(words + lane), vld1q_u32(words + lane + 16));
+      k = vmulq_n_u32(k, kDither[i / 32 % 2]);
+      k = veorq_u32(k, vshrq_n_u32(k, 16));
+      float *const even = w + lane, *const odd = even + 16;
+      vst1q_f32(even, Format::stochastic(vld1q_f32(even), vandq_u32(k, vdupq_n_u32(0xFFFF))));
+      vst1q_f32(odd, Format::stochastic(vld1q_f32(odd), vshrq_n_u32(k, 16)));
+    }
+}
+
+void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
+}
+
+void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
+  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
+}
+
+void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
+  if (words == nullptr)
+    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
+  else
+    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const float32x4_t s = vdupq_n_f32(scale);
+  for (std::size_t i = 0; i < n; i += 4) vst1q_f32(w + i, vfmaq_f32(vld1q_f32(w + i), s, vld1q_f32(z + i)));
+}
+
 }  // namespace
 
-const KernelSet kNeon = {"neon", words, gaussian, rademacher, shrink};
+const KernelSet kNeon = {"neon", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
 
 }  // namespace pocketzo

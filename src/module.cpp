@@ -64,23 +64,45 @@ pz::Direction direction_of(py::handle name) {
   throw py::value_error("direction must be 'gaussian' or 'rademacher', got " + shown(name));
 }
 
-// The array itself: float32, C-contiguous, aligned, writable.
-py::array checked(py::handle value, const char* name) {
-  const std::string expected = std::string(name) + " must be a writable, C-contiguous float32 array";
+pz::Rounding rounding_of(py::handle name) {
+  if (py::isinstance<py::str>(name)) {
+    if (name.equal(py::str("nearest"))) return pz::Rounding::nearest;
+    if (name.equal(py::str("stochastic"))) return pz::Rounding::stochastic;
+  }
+  throw py::value_error("rounding must be 'nearest' or 'stochastic', got " + shown(name));
+}
+
+// The storage that a dtype is, if it is one. numpy has no bfloat16 of its own; that of ml_dtypes is known by its name.
+bool storage_of(const py::dtype& dtype, pz::Storage& storage) {
+  const auto name = py::str(dtype.attr("name")).cast<std::string>();
+  if (!dtype.attr("isnative").cast<bool>()) return false;
+  storage = name == "float16"    ? pz::Storage::float16
+            : name == "bfloat16" ? pz::Storage::bfloat16
+                                 : pz::Storage::float32;
+  return storage != pz::Storage::float32 || name == "float32";
+}
+
+// The array itself: C-contiguous, aligned, writable, and float32 or, for weights, of another storage.
+py::array checked(py::handle value, const char* name, bool weights = false) {
+  const std::string kinds = weights ? "float32, float16 or bfloat16" : "float32";
+  const std::string expected = std::string(name) + " must be a writable, C-contiguous " + kinds + " array";
   if (!py::isinstance<py::array>(value)) throw py::type_error(expected + ", got " + shown(py::type::handle_of(value)));
   auto array = py::reinterpret_borrow<py::array>(value);
-  if (!array.dtype().equal(py::dtype::of<float>()))
+  pz::Storage storage{};
+  if (!storage_of(array.dtype(), storage) || !(weights || storage == pz::Storage::float32))
     throw py::type_error(expected + ", got dtype " + shown(py::str(array.dtype())));
   if ((array.flags() & py::array::c_style) == 0) throw py::value_error(expected + ", got one that is not contiguous");
   if (!array.writeable()) throw py::value_error(expected + ", got a read-only one");
-  if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(float) != 0)
-    throw py::value_error(expected + ", got one whose address is not a multiple of 4");
+  const auto size = static_cast<std::uintptr_t>(array.itemsize());
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % size != 0)
+    throw py::value_error(expected + ", got one whose address is not a multiple of " + std::to_string(size));
   return array;
 }
 
 pz::Segment segment_of(py::array& array, py::handle tensor, py::handle offset) {
-  pz::Segment s{static_cast<float*>(array.mutable_data()), static_cast<std::uint64_t>(array.size()),
+  pz::Segment s{array.mutable_data(), static_cast<std::uint64_t>(array.size()),
                 unsigned_integer<std::uint64_t>(offset, "offset"), unsigned_integer<std::uint32_t>(tensor, "tensor")};
+  storage_of(array.dtype(), s.storage);
   if (s.size > std::numeric_limits<std::uint64_t>::max() - s.offset)
     throw py::value_error("offset + size must not exceed 2**64 - 1, got offset " + shown(offset));
   return s;
@@ -137,7 +159,7 @@ class Segments {
       if (parts.size() != 2 && parts.size() != 3)
         throw py::value_error("each item must be (array, tensor id) or (array, tensor id, packing), got " +
                               shown(item));
-      auto array = checked(parts[0], "weight");
+      auto array = checked(parts[0], "weight", true);
       segments_.push_back(segment_of(array, parts[1], py::int_(0)));
       if (parts.size() == 3 && !parts[2].is_none()) {
         const auto& packing = parts[2].cast<const pz::Packing&>();
@@ -156,9 +178,11 @@ class Segments {
     const auto count = static_cast<std::size_t>(terms.size());
     for (std::size_t t = 0; t < count; ++t) {
       const auto direction = static_cast<std::uint8_t>(data[t].direction);
-      if (data[t].count > 3 || direction > 1)
+      const auto rounding = static_cast<std::uint8_t>(data[t].rounding);
+      if (data[t].count > 3 || direction > 1 || rounding > 2)
         throw py::value_error("term " + std::to_string(t) + " has " + std::to_string(data[t].count) +
-                              " scales and direction " + std::to_string(direction) + "; at most 3 and 1 are known");
+                              " scales, direction " + std::to_string(direction) + " and rounding " +
+                              std::to_string(rounding) + "; at most 3, 1 and 2 are known");
     }
     // Other Python threads go on; the arrays are ours and the weights are the caller's to guard.
     const py::gil_scoped_release release;
@@ -213,8 +237,8 @@ void generate(py::handle out, py::handle seed, py::handle tensor, py::handle dra
 
 void step(py::handle w, py::handle seed, py::handle tensor,
           const std::vector<std::pair<py::object, py::object>>& passes, py::handle decay, py::handle offset,
-          py::handle direction) {
-  auto array = checked(w, "w");
+          py::handle direction, py::handle rounding) {
+  auto array = checked(w, "w", true);
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
   if (passes.empty()) throw py::value_error("passes must hold at least one (draw, scale)");
@@ -226,8 +250,10 @@ void step(py::handle w, py::handle seed, py::handle tensor,
                      0,
                      1,
                      direction_of(direction),
+                     pz::Rounding::nearest,
                      {}});
   terms.front().decay = finite_float(decay, "decay");
+  terms.front().rounding = rounding_of(rounding);
   const py::gil_scoped_release release;  // a long pass must not stop other Python threads
   pz::apply(&segment, 1, terms.data(), terms.size());
 }
@@ -251,7 +277,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "PocketZO's kernels. Use pocketzo.kernels.";
   m.attr("SPEC_VERSION") = pz::kSpecVersion;
   m.attr("__version__") = POCKETZO_VERSION;
-  PYBIND11_NUMPY_DTYPE(pz::Term, seed, draw, scale, decay, count, direction, unused);
+  PYBIND11_NUMPY_DTYPE(pz::Term, seed, draw, scale, decay, count, direction, rounding, unused);
   m.attr("TERM") = py::dtype::of<pz::Term>();
 
   py::class_<pz::Packing>(m, "Packing")
@@ -279,7 +305,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("generate", &generate, py::arg("out"), py::kw_only(), py::arg("seed"), py::arg("tensor"), py::arg("draw"),
         py::arg("offset"), py::arg("direction"));
   m.def("step", &step, py::arg("w"), py::kw_only(), py::arg("seed"), py::arg("tensor"), py::arg("passes"),
-        py::arg("decay"), py::arg("offset"), py::arg("direction"));
+        py::arg("decay"), py::arg("offset"), py::arg("direction"), py::arg("rounding"));
 
   m.def("isa", [] { return pz::current().name; });
   m.def("available", [] {

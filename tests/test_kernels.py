@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from vectors import reference
 
@@ -72,7 +73,7 @@ def _misaligned() -> F32:
         pytest.param(np.float32(1), TypeError, "numpy.float32", id="scalar"),
         pytest.param(memoryview(bytearray(16)), TypeError, "memoryview", id="buffer"),
         pytest.param(np.zeros(8), TypeError, "dtype 'float64'", id="float64"),
-        pytest.param(np.zeros(8, np.float16), TypeError, "dtype 'float16'", id="float16"),
+        pytest.param(np.zeros(8, ">f2"), TypeError, "dtype '>f2'", id="big-endian-16"),
         pytest.param(np.zeros(8, np.int32), TypeError, "dtype 'int32'", id="int32"),
         pytest.param(np.zeros(8, ">f4"), TypeError, "dtype '>f4'", id="big-endian"),
         pytest.param(np.zeros(8, np.float32)[::2], ValueError, "not contiguous", id="every-second"),
@@ -88,7 +89,9 @@ def test_an_array_that_cannot_be_worked_on_is_refused(
     function: str, array: Any, error: type[Exception], got: str
 ) -> None:
     before = np.array(array)
-    with pytest.raises(error, match="w must be a writable, C-contiguous float32 array, got") as raised:
+    with pytest.raises(
+        error, match="w must be a writable, C-contiguous float32, float16 or bfloat16 array, got"
+    ) as raised:
         IN_PLACE[function](array)
     assert got in str(raised.value)
     np.testing.assert_array_equal(np.array(array), before)
@@ -264,7 +267,7 @@ def test_a_tensor_may_be_cut_anywhere(key: dict[str, int], direction: Direction,
 def test_perturb_is_one_fma(key: dict[str, int], direction: Direction, offset: int, w: F32, scale: float) -> None:
     z = pz.kernels.normal(len(w), **key, offset=offset, direction=direction)
     expected = reference.fma32(np.float32(scale), z, w)
-    pz.kernels.perturb(w, **key, scale=scale, offset=offset, direction=direction)
+    pz.kernels.perturb(w, **key, scale=scale, offset=offset, direction=direction)  # type: ignore[arg-type]
     assert_same_bits(w, expected)
 
 
@@ -427,7 +430,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     assert segments.size == sum(sizes)
     terms = np.zeros(12, _core.TERM)  # more than the kernels keep subkeys for
     for i in range(len(terms)):
-        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, (0,) * 6)
+        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, (0,) * 5)
     segments.apply(terms)
     for tensor, w in enumerate(expected):
         program = [
@@ -444,7 +447,11 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
 def test_segments_refuse_what_they_cannot_work_on() -> None:
     w = weights(10)
     for item, error, message in (
-        ((np.zeros(3), 1), TypeError, "weight must be a writable, C-contiguous float32 array, got dtype 'float64'"),
+        (
+            (np.zeros(3), 1),
+            TypeError,
+            "weight must be a writable, C-contiguous float32, float16 or bfloat16 array, got dtype 'float64'",
+        ),
         ((w[::2], 1), ValueError, "weight must be .* got one that is not contiguous"),
         ((w, 2**32), ValueError, r"tensor must be in 0 \.\. 2\*\*32 - 1"),
         ((w, "name"), TypeError, "tensor must be an integer, got 'name'"),
@@ -463,6 +470,112 @@ def test_segments_refuse_what_they_cannot_work_on() -> None:
     with pytest.raises(ValueError, match="term 1 has 4 scales"):
         segments.apply(terms)
     assert_same_bits(w, before)
+
+
+# ---- 16-bit weights --------------------------------------------------------------------------------------------------
+
+STORAGES: dict[reference.Storage, Any] = {"float16": np.float16, "bfloat16": bfloat16}
+storages = st.sampled_from(list(STORAGES))
+roundings = st.sampled_from(["nearest", "stochastic", "later"])
+ROUNDINGS = ("nearest", "stochastic", "later")
+terms16 = st.builds(
+    reference.Term,
+    st.integers(0, LAST),
+    st.integers(0, LAST),
+    st.lists(scales, max_size=3).map(tuple),
+    st.sampled_from([0.0, 2.0**-10, -(2.0**-3)]),
+    directions,
+    roundings,
+)
+
+
+def as_terms(program: list[reference.Term]) -> NDArray[np.void]:
+    terms = np.zeros(len(program), _core.TERM)
+    for i, term in enumerate(program):
+        scale = (*term.scales, 0.0, 0.0, 0.0)[:3]
+        kind, rounding = DIRECTIONS.index(term.kind), ROUNDINGS.index(term.rounding)
+        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), kind, rounding, (0,) * 5)
+    return terms
+
+
+@given(storages, arrays, st.lists(terms16, max_size=4))
+def test_16_bit_weights_are_those_of_the_specification(
+    storage: reference.Storage, w: F32, program: list[reference.Term]
+) -> None:
+    with np.errstate(over="ignore"):
+        stored = w.astype(STORAGES[storage])
+    before = stored.astype(np.float32)
+    _core.Segments([(stored, 5)]).apply(as_terms(program))
+    got = stored.view(np.uint16)
+    with np.errstate(invalid="ignore"):
+        expected = reference.apply16(before, program, storage=storage, tensor=5) if program else got
+    finite = np.isfinite(before) & ~np.isnan(expected.view(STORAGES[storage]).astype(np.float32))
+    np.testing.assert_array_equal(got[finite], expected[finite])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_step_updates_stochastically_and_shifts_to_nearest(storage: reference.Storage, direction: Direction) -> None:
+    w = weights(5000).astype(STORAGES[storage])
+    one, two = w.copy(), w.copy()
+    pz.kernels.step(one, **STEP, decay=0.125, offset=9, direction=direction)
+    program = [
+        reference.Term(1, 3, (0.5,), 0.125, direction, "stochastic"),
+        reference.Term(1, 4, (0.25,), 0.0, direction),
+    ]
+    expected = reference.apply16(w.astype(np.float32), program, storage=storage, tensor=2, offset=9)
+    np.testing.assert_array_equal(one.view(np.uint16), expected)
+    pz.kernels.perturb(two, **{**PERTURB, "scale": 0.3}, direction=direction, rounding="stochastic")
+    pz.kernels.perturb(w, **{**PERTURB, "scale": 0.3}, direction=direction)
+    apart = np.abs(two.view(np.int16).astype(int) - w.view(np.int16))  # in units, where signs are equal
+    assert 0.15 < np.mean(apart > 0) < 0.35
+    assert np.quantile(apart, 0.99) == 1
+    with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic', got 'up'"):
+        pz.kernels.perturb(w, **PERTURB, rounding="up")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("size", [1.0, 0.7, 3e-5, 3e-7])
+def test_tiny_updates_are_right_on_average(storage: reference.Storage, direction: Direction, size: float) -> None:
+    # 10,000 updates along one direction, each a thousandth of a unit in the last place: rounding to nearest would
+    # lose all of them. 3e-5 and 3e-7 are subnormal in fp16.
+    n, times = 64, 10_000
+    w = np.full(n, size, STORAGES[storage])
+    before = w.astype(np.float64)
+    bits_kept = 10 if storage == "float16" else 7
+    least = -24 if storage == "float16" else -133
+    unit = 2.0 ** max(np.floor(np.log2(size)) - bits_kept, least)
+    scale = float(np.float32(unit / 1000))
+    segments = _core.Segments([(w, 3)])
+    terms = np.zeros(times, _core.TERM)
+    terms["seed"], terms["draw"] = 1, np.arange(times)
+    terms["scale"][:, 0], terms["count"] = scale, 1
+    terms["direction"], terms["rounding"] = DIRECTIONS.index(direction), ROUNDINGS.index("stochastic")
+    moved = np.zeros(n)
+    for draw in range(times):
+        moved += scale * pz.kernels.normal(n, seed=1, tensor=3, draw=draw, direction=direction)
+    segments.apply(terms)
+    off = (w.astype(np.float64) - before - moved) / unit  # a sum of rounding errors: mean 0
+    # An update of d units is rounded with variance |d| (1 - |d|) at the most, here about 0.001 each: 10 in all.
+    deviation = np.sqrt(times * 0.001)
+    assert abs(off.mean()) < 4 * deviation / np.sqrt(n)
+    assert 0.5 * deviation < off.std() < 1.6 * deviation
+    expected = w.copy()
+    for draw in range(times):  # to nearest, all of them are lost
+        pz.kernels.perturb(expected, seed=2, tensor=3, draw=draw, scale=scale, direction=direction)
+    np.testing.assert_array_equal(expected.astype(np.float32), w.astype(np.float32))
+
+
+def test_16_bits_of_another_kind_are_refused() -> None:
+    for dtype, name in ((">f2", ">f2"), (np.int16, "int16"), (np.uint16, "uint16")):
+        with pytest.raises(TypeError, match=f"float32, float16 or bfloat16 array, got dtype '{name}'"):
+            pz.kernels.perturb(np.zeros(3, dtype), **PERTURB)
+    with pytest.raises(TypeError, match="out must be a writable, C-contiguous float32 array"):
+        _core.generate(np.zeros(3, np.float16), seed=1, tensor=1, draw=1, offset=0, direction="gaussian")
+    packing = _core.Packing(rows=64, columns=64, stride=64, depth=64, transposed=False)
+    with pytest.raises(TypeError, match="packed must be a writable, C-contiguous float32 array"):
+        _core.Segments([(np.zeros(4096, np.float16), 1, packing)])
 
 
 # ---- packed memory ---------------------------------------------------------------------------------------------------
@@ -515,7 +628,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     memory = packed_by_hand(tensor, transposed, stride, depth)
     program = np.zeros(len(terms), _core.TERM)
     for i, (draw, count, decay) in enumerate(terms):
-        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, direction, (0,) * 6)
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, direction, 0, (0,) * 5)
     pz.kernels.use(isa)
     pz.kernels.set_threads(threads)
     _core.Segments([(tensor, 9)]).apply(program)
@@ -601,7 +714,16 @@ def test_factors_must_be_finite_in_float32(name: str, value: float) -> None:
 
 def test_a_step_without_passes_is_refused() -> None:
     with pytest.raises(ValueError, match="passes must hold at least one"):
-        _core.step(np.ones(8, np.float32), seed=1, tensor=2, passes=[], decay=0.0, offset=0, direction="gaussian")
+        _core.step(
+            np.ones(8, np.float32),
+            seed=1,
+            tensor=2,
+            passes=[],
+            decay=0.0,
+            offset=0,
+            direction="gaussian",
+            rounding="nearest",
+        )
 
 
 def test_factors_must_be_numbers() -> None:

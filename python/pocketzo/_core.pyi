@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ def remap(address: int, size: int, owner: object) -> NDArray[np.float32]: ...
 class Segments:
     def __init__(
         self,
-        tensors: Sequence[tuple[NDArray[np.float32], int] | tuple[NDArray[np.float32], int, Packing | None]],
+        tensors: Sequence[tuple[NDArray[Any], int] | tuple[NDArray[Any], int, Packing | None]],
     ) -> None: ...
     def apply(self, terms: NDArray[np.void]) -> None: ...
     @property
@@ -34,7 +35,7 @@ class Segments:
 
 def generate(out: NDArray[np.float32], *, seed: int, tensor: int, draw: int, offset: int, direction: str) -> None: ...
 def step(
-    w: NDArray[np.float32],
+    w: NDArray[Any],
     *,
     seed: int,
     tensor: int,
@@ -42,6 +43,7 @@ def step(
     decay: float,
     offset: int,
     direction: str,
+    rounding: str,
 ) -> None: ...
 def isa() -> str: ...
 def available() -> list[str]: ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from pocketzo import _core
 __all__ = ["SPEC_VERSION", "available", "isa", "normal", "perturb", "set_threads", "step", "threads", "use"]
 
 Direction = Literal["gaussian", "rademacher"]
+Rounding = Literal["nearest", "stochastic"]
 
 SPEC_VERSION: int = _core.SPEC_VERSION
 """Version of cpp/SPEC.md, which every record carries."""
@@ -85,7 +86,7 @@ def normal(
 
 
 def perturb(
-    w: NDArray[np.float32],
+    w: NDArray[Any],
     *,
     seed: int,
     tensor: int,
@@ -93,30 +94,38 @@ def perturb(
     scale: float,
     offset: int = 0,
     direction: Direction = "gaussian",
+    rounding: Rounding = "nearest",
 ) -> None:
-    """Shift weights in place: w = fma(scale, z, w), rounded once to float32.
+    """Shift weights in place: w = fma(scale, z, w), rounded once to float32, and then to what ``w`` holds.
 
     Parameters
     ----------
     w : ndarray
-        float32 of any shape, C-contiguous and writable; its elements are ``offset`` and following of the tensor.
+        float32, float16 or bfloat16 (that of the package ml_dtypes), of any shape, C-contiguous and writable; its
+        elements are ``offset`` and following of the tensor.
     seed, tensor, draw, offset, direction
         As for :func:`normal`.
     scale : float
         Finite; rounded to float32.
+    rounding : {"nearest", "stochastic"}
+        Of 16-bit weights: to nearest even, or up or down at random, so that many shifts much smaller than one unit in
+        the last place are right on average.
 
     Raises
     ------
     TypeError
-        ``w`` is not a float32 array.
+        ``w`` is not an array of such a type.
     ValueError
         ``w`` is not contiguous or not writable, or a number is out of its range.
     """
-    _core.step(w, seed=seed, tensor=tensor, passes=[(draw, scale)], decay=0.0, offset=offset, direction=direction)
+    passes = [(draw, scale)]
+    _core.step(
+        w, seed=seed, tensor=tensor, passes=passes, decay=0.0, offset=offset, direction=direction, rounding=rounding
+    )
 
 
 def step(
-    w: NDArray[np.float32],
+    w: NDArray[Any],
     *,
     seed: int,
     tensor: int,
@@ -136,10 +145,20 @@ def step(
         w = fma(-decay, w, w)                 unless decay is 0
         w = fma(next_scale, z[next_draw], w)
 
-    Parameters and errors are those of :func:`perturb`.
+    16-bit weights are rounded stochastically after the first two lines, which are an update, and to nearest after the
+    last. Parameters and errors are those of :func:`perturb`.
     """
     passes = [(draw, scale), (next_draw, next_scale)]
-    _core.step(w, seed=seed, tensor=tensor, passes=passes, decay=decay, offset=offset, direction=direction)
+    _core.step(
+        w,
+        seed=seed,
+        tensor=tensor,
+        passes=passes,
+        decay=decay,
+        offset=offset,
+        direction=direction,
+        rounding="stochastic",
+    )
 
 
 if forced := os.environ.get("POCKETZO_ISA"):

@@ -18,7 +18,7 @@ from ctypes import c_float
 from dataclasses import asdict, dataclass
 from functools import partial
 from types import FrameType
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,10 +132,19 @@ class MeZOInfo(StepInfo):
     projected_gradient: float
 
 
-# What is done with one direction: its draw, the factors that multiply it in turn, and the decay after them.
-_Use = tuple[int, Sequence[float], float]
+_NEAREST, _STOCHASTIC, _LATER = range(3)  # pocketzo::Rounding
 
-_TERM = struct.Struct("=QQ3ffBB6x")  # _core.TERM; writing the fields of a structured array takes four times as long
+
+class _Use(NamedTuple):
+    """What is done with one direction: the factors that multiply it in turn, the decay after them, the rounding."""
+
+    draw: int
+    scales: Sequence[float]
+    decay: float = 0.0
+    rounding: int = _NEAREST
+
+
+_TERM = struct.Struct("=QQ3ffBBB5x")  # _core.TERM; writing the fields of a structured array takes four times as long
 
 
 @dataclass
@@ -341,8 +350,8 @@ class Optimizer(ABC):
     def _terms(self, uses: Sequence[_Use]) -> bytes:
         rademacher = self.direction == "rademacher"
         return b"".join(
-            _TERM.pack(self.seed, draw, *scales, *(0.0,) * (3 - len(scales)), decay, len(scales), rademacher)
-            for draw, scales, decay in uses
+            _TERM.pack(self.seed, draw, *scales, *(0.0,) * (3 - len(scales)), decay, len(scales), rademacher, rounding)
+            for draw, scales, decay, rounding in uses
         )
 
     def _apply(self, uses: Callable[[_Part], Sequence[_Use]]) -> None:
@@ -371,7 +380,7 @@ class Optimizer(ABC):
         self._apply(lambda part: self._shifts(shifts, part))
 
     def _shifts(self, shifts: Sequence[tuple[int, float]], part: _Part) -> list[_Use]:
-        return [(draw, [factor * self._eps(part)], 0.0) for draw, factor in shifts]
+        return [_Use(draw, [factor * self._eps(part)]) for draw, factor in shifts]
 
     def _eps(self, part: _Part) -> float:
         return _float32(self.eps * part.eps)
@@ -432,18 +441,19 @@ class MeZO(Optimizer):
                 coefficient = lr = 0.0
                 raise
             finally:
-                self._owe(lambda part: [(draw, [self._last(coefficient, part)], self._decay(lr, part))])
+                self._owe(lambda part: [self._update([], draw, coefficient, lr, part)])
         gradient = (losses[0] - losses[1]) / (2 * self.eps)
         return MeZOInfo(number, sum(losses) / 2, tuple(losses), lr, skipped, losses[0], losses[1], gradient)
 
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
         """See :meth:`Optimizer.uses`."""
         eps = self._eps(part)
-        return [(draws[0], [eps, -2 * eps, self._last(coefficients[0], part)], self._decay(lr, part))]
+        return [self._update([eps, -2 * eps], draws[0], coefficients[0], lr, part)]
 
-    def _last(self, coefficient: float, part: _Part) -> float:
-        """Return the factor that restores and updates at once."""
-        return _float32(self._eps(part) - part.lr * coefficient)
+    def _update(self, shifts: Sequence[float], draw: int, coefficient: float, lr: float, part: _Part) -> _Use:
+        """Restore and update at once, after these shifts."""
+        last = _float32(self._eps(part) - part.lr * coefficient)
+        return _Use(draw, [*shifts, last], self._decay(lr, part), _STOCHASTIC)
 
 
 class FZOO(Optimizer):
@@ -522,7 +532,7 @@ class FZOO(Optimizer):
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
         """See :meth:`Optimizer.uses`."""
         eps = self._eps(part)
-        return [*((draw, [eps, -eps], 0.0) for draw in draws), *self._update(draws, coefficients, lr, part)]
+        return [*(_Use(draw, [eps, -eps]) for draw in draws), *self._update(draws, coefficients, lr, part)]
 
     def _coefficients(self, losses: Sequence[float], lr: float) -> list[float]:
         base, along = losses[0], np.array(losses[1:])
@@ -533,8 +543,8 @@ class FZOO(Optimizer):
 
     def _update(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
         factors = [_float32(-part.lr * coefficient) for coefficient in coefficients]
-        decays = [0.0] * (self.draws - 1) + [self._decay(lr, part)]
-        return [(d, [f], decay) for d, f, decay in zip(draws, factors, decays, strict=True)]
+        uses = [_Use(draw, [factor], rounding=_LATER) for draw, factor in zip(draws, factors, strict=True)]
+        return [*uses[:-1], uses[-1]._replace(decay=self._decay(lr, part), rounding=_STOCHASTIC)]
 
 
 METHODS: Mapping[str, type[Optimizer]] = {cls.method: cls for cls in (MeZO, FZOO)}

@@ -51,7 +51,9 @@ using pocketzo::Direction;
 using pocketzo::KernelSet;
 using pocketzo::Key;
 using pocketzo::Packing;
+using pocketzo::Rounding;
 using pocketzo::Segment;
+using pocketzo::Storage;
 using pocketzo::Term;
 using pocketzo::Walk;
 
@@ -170,6 +172,17 @@ std::vector<float> weights(std::size_t n) {
     if (i % 61 == 14) w[i] = -0.0f;
   }
   return w;
+}
+
+// The same for 16 bits, over the range of fp16.
+std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
+  const std::size_t whole = (n + kBlock - 1) / kBlock * kBlock;
+  std::vector<float> w = weights(whole);
+  for (std::size_t i = 0; i < whole; ++i) w[i] = std::ldexp(w[i], 17 - 2 * static_cast<int>(i % 18));
+  std::vector<std::uint16_t> halves(whole);
+  pocketzo::find("scalar")->narrow(halves.data(), w.data(), whole, storage);
+  halves.resize(n);
+  return halves;
 }
 
 std::uint32_t crc32(const void* data, std::size_t size) {
@@ -371,6 +384,42 @@ void check_apply(const Answer& a) {
   check_values_and_crcs(a, w);
 }
 
+void apply_to(std::uint16_t* data, std::size_t n, Storage storage, std::uint64_t offset,
+              const std::vector<Term>& terms) {
+  const Segment segment{data, n, offset, 9, nullptr, storage};
+  pocketzo::apply(&segment, 1, terms.data(), terms.size());
+}
+
+void check_apply16(const Answer& a) {
+  const Storage storage = a.request.at(0) == "float16" ? Storage::float16 : Storage::bfloat16;
+  std::vector<Term> terms;
+  std::size_t at = 5;
+  for (std::uint64_t i = 0; i < a.integer(4); ++i) {
+    Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
+    std::vector<float> scales;
+    for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
+    terms.push_back(term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3)));
+    at += 5 + scales.size();
+    const std::string& rounding = a.request.at(at++);
+    terms.back().rounding = rounding == "stochastic" ? Rounding::stochastic
+                            : rounding == "later"    ? Rounding::later
+                                                     : Rounding::nearest;
+  }
+  CHECK(at == a.request.size());
+  CHECK(a.integer(1) == 9);
+  const auto n = static_cast<std::size_t>(a.integer(3));
+  auto w = weights16(n, storage);
+  apply_to(w.data(), n, storage, a.integer(2), terms);
+  for (std::size_t i = 0; i < kApplyValues; ++i)
+    if (w[i] != Answer::word(a.answer.at(i)))
+      fail(__LINE__, say(a.where(), ": element ", i, " is ", hex(w[i]), ", expected ", a.answer.at(i)));
+  for (std::size_t b = 0; b * kCrcBlock < n; ++b) {
+    const std::size_t size = std::min(kCrcBlock, n - b * kCrcBlock);
+    if (crc32(w.data() + b * kCrcBlock, size * 2) != Answer::word(a.answer.at(kApplyValues + b)))
+      fail(__LINE__, say(a.where(), ": the CRC of block ", b, " is another"));
+  }
+}
+
 void test_answers(const KernelSet& set, const std::vector<Answer>& answers) {
   for (const Answer& a : answers) {
     if (a.kind == "philox") {
@@ -400,6 +449,8 @@ void test_answers(const KernelSet& set, const std::vector<Answer>& answers) {
       check_values_and_crcs(a, w);
     } else if (a.kind == "apply") {
       check_apply(a);
+    } else if (a.kind == "apply16") {
+      check_apply16(a);
     } else {
       fail(__LINE__, a.where() + ": unknown kind");
     }
@@ -928,6 +979,97 @@ void test_not_finite() {
   CHECK_SAME(got.data(), want.data(), n, "weights that are not finite");
 }
 
+// ---- 16-bit weights
+// --------------------------------------------------------------------------------------------------
+
+std::vector<Term> mixed_terms16() {
+  std::vector<Term> terms = mixed_terms();
+  terms[0].rounding = Rounding::stochastic;
+  terms[1].rounding = Rounding::later;
+  terms[2].rounding = Rounding::stochastic;
+  terms.push_back(term(Direction::rademacher, 9, 9, {1e-6f}, 1e-3f));
+  terms.back().rounding = Rounding::stochastic;
+  return terms;
+}
+
+// Every pattern of 16 bits keeps its value, and fp32 values around every boundary are rounded as by the scalar set.
+void test_conversions() {
+  const KernelSet& set = pocketzo::current();
+  constexpr std::size_t n = 1 << 16;
+  std::vector<std::uint16_t> all(n), back(n);
+  for (std::size_t i = 0; i < n; ++i) all[i] = static_cast<std::uint16_t>(i);
+  std::vector<float> wide(n), want(n);
+  for (const Storage storage : {Storage::float16, Storage::bfloat16}) {
+    const unsigned nan = storage == Storage::float16 ? 0x7C00 : 0x7F80;
+    const auto number = [&](std::size_t i) { return (i & 0x7FFF) <= nan; };
+    set.widen(wide.data(), all.data(), n, storage);
+    set.narrow(back.data(), wide.data(), n, storage);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (number(i)) CHECK(back[i] == all[i]);
+      if (!number(i)) CHECK(std::isnan(wide[i]) && (back[i] & 0x7FFF) > nan);
+    }
+    std::vector<std::uint32_t> words(n);
+    set.words(words.data(), 5, n / kBlock, Key{{1, 2, 3, 4}});
+    for (const int off : {-1, 0, 1, 0x7FF, 0x800, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001})
+      for (const std::uint32_t* random : {static_cast<std::uint32_t*>(nullptr), words.data()}) {
+        std::vector<float> got(n);
+        for (std::size_t i = 0; i < n; ++i)
+          got[i] = number(i) ? from_bits(bits(wide[i]) + static_cast<std::uint32_t>(off)) : 0.0f;
+        for (float& w : got)
+          if (std::isnan(w)) w = 0.0f;
+        want = got;
+        set.round(got.data(), random, n, storage);
+        scalar().round(want.data(), random, n, storage);
+        CHECK_SAME(got.data(), want.data(), n, say("rounding ", off, " beside what 16 bits hold"));
+      }
+  }
+}
+
+void test_halves() {
+  // By one thread in one piece, which test_answers has proved; then in pieces, by threads, in strange modes.
+  constexpr std::size_t n = 20'011;
+  const auto terms = mixed_terms16();
+  std::mt19937 random(3);
+  Guarded memory(n);
+  for (const Storage storage : {Storage::float16, Storage::bfloat16})
+    for (const std::uint64_t offset :
+         {std::uint64_t{0}, std::uint64_t{37}, (std::uint64_t{1} << 34) - 7777, (std::uint64_t{1} << 39) - 7777}) {
+      const auto before = weights16(n, storage);
+      CHECK(pocketzo::set_threads(1));
+      auto want = before;
+      const KernelSet& set = pocketzo::current();
+      pocketzo::use(scalar());
+      apply_to(want.data(), n, storage, offset, terms);
+      pocketzo::use(set);
+      for (int round = 0; round < 8; ++round) {
+        CHECK(pocketzo::set_threads(1 + static_cast<unsigned>(round) % 3));
+        const std::uint64_t longest = round % 2 == 0 ? 70 : 5000;
+        // Guarded hands out floats; a half may end at its edge all the same.
+        auto* const got = reinterpret_cast<std::uint16_t*>(memory.take((n + 1) / 2, round % 4 < 2)) + n % 2;
+        std::copy(before.begin(), before.end(), got);
+        const std::uint16_t beside = got[-1];
+        for (std::size_t at = 0; at < n;) {
+          const std::size_t size = std::min<std::size_t>(random() % (longest + 1), n - at);
+          apply_to(got + at, size, storage, offset + at, terms);
+          at += size;
+        }
+        CHECK(std::memcmp(got, want.data(), n * 2) == 0);
+        CHECK(memory.intact());
+        CHECK(got[-1] == beside);
+      }
+#if defined(__x86_64__) || defined(__aarch64__)
+      const std::uint64_t usual = mode();
+      for (const std::uint64_t strange : {usual | kFlush, usual | kRoundings[0], usual | kRoundings[2] | kFlush}) {
+        auto got = before;
+        set_mode(strange);
+        apply_to(got.data(), n, storage, offset, terms);
+        set_mode(usual);
+        CHECK(got == want);
+      }
+#endif
+    }
+}
+
 // ---- choosing a set
 // -----------------------------------------------------------------------------------------------------
 
@@ -984,6 +1126,8 @@ void test_set(const KernelSet& set, const std::vector<Answer>& answers) {
   RUN(test_callers_at_once());
   RUN(test_floating_point_modes());
   RUN(test_not_finite());
+  RUN(test_conversions());
+  RUN(test_halves());
   RUN(test_fork());
 }
 

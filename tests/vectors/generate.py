@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 
@@ -32,8 +33,12 @@ HEADER = f"""\
 #   normal_crc SEED TENSOR DRAW OFFSET BLOCKS = CRC*BLOCKS  (rademacher_crc likewise)
 #   shrink DECAY COUNT = FP32*{APPLY_VALUES} CRC...                  (the first results, then CRCs of all)
 #   apply TENSOR OFFSET COUNT TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES)*TERMS = FP32*{APPLY_VALUES} CRC...
+#   apply16 STORAGE TENSOR OFFSET COUNT TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES ROUNDING)*TERMS =
+#     U16*{APPLY_VALUES} CRC...
 # DECAY and SCALE are fp32 bit patterns. The weights before, for i = 0 .. COUNT-1, with h = i * 2654435761 mod 2^32:
 #   i mod 61 = 7: bit pattern h & 807fffff (subnormal); 13: +0; 14: -0; else fp32(h - 2^31) * 2^-33
+# For apply16 they are those times 2^(17 - 2 (i mod 18)), rounded to nearest; words have 4 digits there, and CRCs are of
+# little-endian 16-bit words.
 """
 
 
@@ -80,14 +85,44 @@ def _kind(name: str) -> ref.Direction:
     raise ValueError(f"unknown direction {name!r}")
 
 
-def _terms(fields: list[str]) -> list[ref.Term]:
+def _terms(fields: list[str], *, rounded: bool = False) -> list[ref.Term]:
     terms = []
     while fields:
         kind, seed, draw, decay, count, *fields = fields
         scales = tuple(_float(scale) for scale in fields[: int(count)])
-        fields = fields[int(count) :]
-        terms.append(ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _kind(kind)))
+        rounding, fields = fields[int(count)] if rounded else "nearest", fields[int(count) + rounded :]
+        terms.append(ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _kind(kind), _rounding(rounding)))
     return terms
+
+
+def _rounding(name: str) -> ref.Rounding:
+    if name in get_args(ref.Rounding):
+        return cast(ref.Rounding, name)
+    raise ValueError(f"unknown rounding {name!r}")
+
+
+def _storage(name: str) -> ref.Storage:
+    if name in get_args(ref.Storage):
+        return cast(ref.Storage, name)
+    raise ValueError(f"unknown storage {name!r}")
+
+
+def weights16(n: int, storage: ref.Storage) -> ref.F32:
+    """Return the pattern's values for 16-bit weights."""
+    power = np.ldexp(np.float32(1), 17 - 2 * (np.arange(n) % 18))
+    return ref.nearest(weights(n) * power, storage)
+
+
+def _apply16(request: list[str]) -> str:
+    storage = _storage(request[0])
+    tensor, offset, n, _ = (int(field, 0) for field in request[1:5])
+    w = ref.apply16(
+        weights16(n, storage), _terms(request[5:], rounded=True), storage=storage, tensor=tensor, offset=offset
+    )
+    crcs = (
+        f"{zlib.crc32(w[start : start + CRC_BLOCK].astype('<u2').tobytes()):08x}" for start in range(0, n, CRC_BLOCK)
+    )
+    return " ".join([*(f"{word:04x}" for word in w[:APPLY_VALUES].tolist()), *crcs])
 
 
 def answer(request: str) -> str:
@@ -105,6 +140,8 @@ def answer(request: str) -> str:
         if len(terms) != count:
             raise ValueError(f"{count} terms announced, {len(terms)} given: {request}")
         return _values_and_crcs(ref.apply(weights(n), terms, tensor=tensor, offset=offset))
+    if kind == "apply16":
+        return _apply16(fields)
     seed, tensor, draw, offset, *rest = (int(field, 0) for field in fields)
     if kind == "subkey":
         return _hex(np.stack(ref.subkey(seed, tensor, draw, offset)))
@@ -221,6 +258,29 @@ def lines() -> Iterator[str]:
     far = [_term("rademacher", 9, 4, 0, 1e-3, 1e-3), _term("normal", 9, 5, 1e-3, 1e-3), _term("rademacher", 9, 6, 0, 7)]
     yield ask(_apply(0xFFFFFFFF, 2**39 - 70_001, n, *far))
     yield ask(_apply(8, 2**63 - 70_001, n, *far))
+
+    yield "\n# 16-bit weights"
+    mezo = [
+        _term("normal", 3, 1, 1e-3, 1e-3, -2e-3, 1.03e-3) + " stochastic",
+        _term("normal", 3, 2, 0, 1e-3) + " nearest",
+    ]
+    fzoo = [
+        _term("rademacher", 4, 1, 0, 1e-3, -1e-3) + " nearest",
+        _term("rademacher", 4, 1, 0, 3e-6) + " later",
+        _term("rademacher", 4, 2, 2.0**-10, -2e-5) + " stochastic",
+    ]
+    large = [_term("normal", 5, 1, 0, 30000.0) + " stochastic", _term("rademacher", 5, 2, -1.0, 5e-7) + " nearest"]
+    small = [_term("normal", 6, number, 0, 2.0 ** -(24 + number)) + " stochastic" for number in range(4)]
+    for storage in "float16", "bfloat16":
+        for offset, terms in (
+            (0, mezo),
+            (2**34 - 70_001, mezo),
+            (5, fzoo),
+            (2**39 - 70_001, fzoo),
+            (1, large),
+            (0, small),
+        ):
+            yield ask(f"apply16 {storage} 9 {offset} {n} {len(terms)} {' '.join(terms)}")
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 Direction = Literal["gaussian", "rademacher"]
+Storage = Literal["float16", "bfloat16"]
+Rounding = Literal["nearest", "stochastic", "later"]
 U32: TypeAlias = NDArray[np.uint32]
 F32: TypeAlias = NDArray[np.float32]
 Words: TypeAlias = int | NDArray[np.uint64]
@@ -182,13 +185,14 @@ def direction(kind: Direction, seed: int, tensor: int, draw: int, offset: int, n
 
 @dataclass(frozen=True)
 class Term:
-    """One direction, the scales it is applied with in turn, and the decay after them."""
+    """One direction, the scales it is applied with in turn, the decay after them, and the rounding to 16 bits."""
 
     seed: int
     draw: int
     scales: tuple[float, ...]
     decay: float = 0.0
     kind: Direction = "gaussian"
+    rounding: Rounding = "nearest"
 
 
 def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32:
@@ -200,3 +204,65 @@ def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32
         if term.decay != 0:
             w = fma32(np.float32(-term.decay), w, w)
     return w
+
+
+# ---- 16-bit weights --------------------------------------------------------------------------------------------------
+
+_DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(bfloat16)}
+
+
+def nearest(w: F32, storage: Storage) -> F32:
+    """Round to nearest even, as numpy and ml_dtypes do."""
+    with np.errstate(over="ignore"):
+        rounded: F32 = w.astype(_DTYPES[storage]).astype(np.float32)
+    return rounded
+
+
+def random_bits(seed: int, tensor: int, draw: int, offset: int, n: int) -> U32:
+    """The 16 bits r of each element."""
+    first = offset // BLOCK
+    x = words(seed, tensor, draw, first, -(-(offset + n) // BLOCK) - first)
+    slots = []
+    for pair, factor in enumerate((0xAC4C1B51, 0x31848BAB)):
+        k = (x[:, 2 * pair] + x[:, 2 * pair + 1]) * np.uint32(factor)
+        k ^= k >> np.uint32(16)
+        slots += [k & np.uint32(0xFFFF), k >> np.uint32(16)]
+    start = offset - first * BLOCK
+    return np.stack(slots, axis=1).reshape(-1)[start : start + n]
+
+
+def stochastic(w: F32, r: U32, storage: Storage) -> F32:
+    """Cut magnitudes to whole units, after adding the fraction of a unit that r is.
+
+    Exact in float64, but for fp16's subnormal numbers, whose sum is defined to be rounded to fp32.
+    """
+    mantissa, least, bits_cut = (10, -14, 13) if storage == "float16" else (7, -126, 16)
+    fraction = (r >> np.uint32(16 - bits_cut)).astype(np.float64) / 2**bits_cut
+    size = np.abs(w.astype(np.float64))
+    exponent = np.maximum(np.frexp(size)[1] - 1, least)
+    unit = np.ldexp(1.0, exponent - mantissa)
+    units = size / unit + fraction
+    if storage == "float16":
+        rounded = fma32(np.abs(w), np.float32(2.0**24), fraction.astype(np.float32))
+        units = np.where(size < 2.0**-14, rounded.astype(np.float64), units)
+    cut = np.floor(units) * unit
+    if storage == "float16":
+        cut = np.where(cut >= 2.0**16, np.inf, cut)
+    signed: F32 = np.copysign(cut, w).astype(np.float32)
+    return signed
+
+
+def apply16(w: F32, terms: Sequence[Term], *, storage: Storage, tensor: int, offset: int = 0) -> NDArray[np.uint16]:
+    """Section 5: the bit patterns of the results; ``w`` holds values of that storage."""
+    for term in terms:
+        z = direction(term.kind, term.seed, tensor, term.draw, offset, len(w))
+        for i, scale in enumerate(term.scales):
+            w = fma32(np.float32(scale), z, nearest(w, storage) if i else w)
+        if term.decay != 0:
+            w = fma32(np.float32(-term.decay), w, w)
+        if term.rounding == "stochastic":
+            w = stochastic(w, random_bits(term.seed, tensor, term.draw, offset, len(w)), storage)
+        elif term.rounding == "nearest":
+            w = nearest(w, storage)
+    patterns: NDArray[np.uint16] = nearest(w, storage).astype(_DTYPES[storage]).view(np.uint16)
+    return patterns

@@ -1,4 +1,4 @@
-// PocketZO kernels: regenerate zeroth-order directions from a counter and apply them to fp32 weights in place.
+// PocketZO kernels: regenerate zeroth-order directions from a counter and apply them to weights in place.
 //
 // What z is, bit by bit, stands in cpp/SPEC.md; this header says how to call it. The results of `apply` and `generate`
 // depend on their arguments alone: the instruction set, the number of threads, the way a tensor is cut and the caller's
@@ -15,11 +15,22 @@ inline constexpr int kSpecVersion = 1;
 
 enum class Direction : std::uint8_t { gaussian = 0, rademacher = 1 };
 
+// How weights lie in memory; arithmetic is in fp32.
+enum class Storage : std::uint8_t { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// How 16-bit weights are rounded after a term; 32-bit ones do not mind.
+enum class Rounding : std::uint8_t {
+  nearest = 0,
+  stochastic = 1,  // up or down at random, so that the mean of many is right where each is less than half a unit
+  later = 2,       // not at all: the next term goes on with the fp32 value (the last one rounds to nearest)
+};
+
 // One direction and what is done with it. For every element, each line rounded to fp32:
 //   w = fma(scale[i], z, w)   for i = 0 .. count-1
 //   w = fma(-decay, w, w)     unless decay is 0
 // Several scales of one z stand for passes that would follow each other (perturb, perturb back, update): the roundings
-// are those of separate passes.
+// are those of separate passes. 16-bit weights are rounded to nearest after each scale but the last, and as `rounding`
+// says after the term, decay included.
 struct Term {
   std::uint64_t seed;
   std::uint64_t draw;
@@ -27,7 +38,8 @@ struct Term {
   float decay;
   std::uint8_t count;  // 0 .. 3
   Direction direction;
-  std::uint8_t unused[6];
+  Rounding rounding;
+  std::uint8_t unused[5];
 };
 static_assert(sizeof(Term) == 40);
 
@@ -45,17 +57,18 @@ struct Packing {
 
 // A run of a tensor: data[i] is logical element offset + i of tensor `tensor`; with a packing, a whole tensor.
 struct Segment {
-  float* data;
+  void* data;
   std::uint64_t size;    // elements
   std::uint64_t offset;  // elements; offset + size must not exceed 2^64 - 1
   std::uint32_t tensor;
-  const Packing* packing = nullptr;  // nullptr: contiguous. Otherwise `offset` is 0 and `size` is rows * columns
+  const Packing* packing = nullptr;    // nullptr: contiguous. Otherwise `offset` is 0, `size` is rows * columns, and
+  Storage storage = Storage::float32;  // `storage` is float32
 };
 
 // Applies all terms, in order, to every segment, in one pass over the memory. Threaded.
 void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept;
 
-// Writes z(seed, segment.tensor, draw, e) to the segment. Threaded.
+// Writes z(seed, segment.tensor, draw, e) to the segment, which is float32. Threaded.
 void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept;
 
 // Copies logical elements offset .. offset + n - 1 of a tensor into packed memory, or out of it. Threaded.
@@ -105,6 +118,16 @@ struct KernelSet {
   void (*rademacher)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
   // w = fma(-decay, w, w) over n contiguous elements.
   void (*shrink)(float* w, std::size_t n, float decay) noexcept;
+
+  // For 16-bit storage, all over n elements, a multiple of 64. Values are worked on in fp32, between which and 16 bits
+  // these convert: exactly, and rounded to nearest even.
+  void (*widen)(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept;
+  void (*narrow)(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept;
+  // Rounds in place to what 16 bits hold: to nearest even where `words` is nullptr, else stochastically, by the words
+  // of the same elements' blocks.
+  void (*round)(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept;
+  // w = fma(scale, z, w).
+  void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
 };
 
 // The set called `name` ("scalar", "neon", "avx2", "avx512"), or nullptr if this build or this processor lacks it.

@@ -12,7 +12,7 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// Two that SIMDe 0.7.4 lacks.
+// What SIMDe 0.7.4 lacks.
 inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
   const simde__m512i_private from = simde__m512i_to_private(a);
   simde__m512_private to;
@@ -28,3 +28,43 @@ inline simde__m512 pocketzo_getexp_ps(simde__m512 a) {  // of normal numbers
   return simde__m512_from_private(to);
 }
 #define _mm512_getexp_ps(a) pocketzo_getexp_ps(a)
+
+inline simde__m512 pocketzo_cvtph_ps(__m256i h) {
+  simde__m512_private to;
+  to.m256[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+  to.m256[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
+  return simde__m512_from_private(to);
+}
+#define _mm512_cvtph_ps(h) pocketzo_cvtph_ps(h)
+
+template <int Mode>
+__m256i pocketzo_cvtps_ph(simde__m512 w) {
+  const simde__m512_private from = simde__m512_to_private(w);
+  return _mm256_set_m128i(_mm256_cvtps_ph(from.m256[1], Mode), _mm256_cvtps_ph(from.m256[0], Mode));
+}
+#define _mm512_cvtps_ph(w, mode) pocketzo_cvtps_ph<mode>(w)
+
+inline simde__m512i pocketzo_cvtepu16_epi32(__m256i h) {
+  simde__m512i_private to;
+  to.m256i[0] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h));
+  to.m256i[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
+  return simde__m512i_from_private(to);
+}
+#define _mm512_cvtepu16_epi32(h) pocketzo_cvtepu16_epi32(h)
+
+inline __m256i pocketzo_cvtepi32_epi16(simde__m512i w) {
+  const simde__m512i_private from = simde__m512i_to_private(w);
+  const __m256i low = _mm256_set1_epi32(0xFFFF);
+  const __m256i pairs =
+      _mm256_packus_epi32(_mm256_and_si256(from.m256i[0], low), _mm256_and_si256(from.m256i[1], low));
+  return _mm256_permute4x64_epi64(pairs, 0xD8);
+}
+#define _mm512_cvtepi32_epi16(w) pocketzo_cvtepi32_epi16(w)
+
+inline simde__m512i pocketzo_cvttps_epi32(simde__m512 w) {
+  const simde__m512_private from = simde__m512_to_private(w);
+  simde__m512i_private to;
+  for (int half = 0; half < 2; ++half) to.m256i[half] = _mm256_cvttps_epi32(from.m256[half]);
+  return simde__m512i_from_private(to);
+}
+#define _mm512_cvttps_epi32(w) pocketzo_cvttps_epi32(w)
