@@ -9,6 +9,8 @@
 #if defined(POCKETZO_X86_64) && defined(_MSC_VER)
 #include <immintrin.h>
 #include <intrin.h>
+#elif defined(POCKETZO_AARCH64) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace pocketzo {
@@ -77,6 +79,17 @@ std::size_t available(const KernelSet** out, std::size_t capacity) noexcept {
 }
 
 const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+
+bool has_half_arithmetic() noexcept {
+#if defined(POCKETZO_AARCH64) && defined(__linux__)
+  constexpr unsigned long kAsimdHp = 1ul << 10;
+  return (getauxval(AT_HWCAP) & kAsimdHp) != 0;
+#elif defined(POCKETZO_AARCH64) && defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
 
 void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
 

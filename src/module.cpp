@@ -315,6 +315,7 @@ PYBIND11_MODULE(_core, m) {
     return names;
   });
   m.def("use", &use, py::arg("name"));
+  m.def("has_half_arithmetic", &pz::has_half_arithmetic);
   m.def("threads", &pz::threads);
   m.def("set_threads", [](py::handle count) {
     const long n = PyLong_AsLong(integer(count, "threads").ptr());

@@ -58,11 +58,18 @@ def write_tiny_onnx(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared model of about 3,000 parameters with 3 classes; not to be changed."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_onnx(folder / "tiny.onnx")
-    pz.prepare(folder / "tiny.onnx", folder / "bundle", labels=["red", "green", "blue"], max_length=16)
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of about 3,000 parameters with 3 classes, as an exporter would write it."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
+    write_tiny_onnx(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_onnx: Path) -> Path:
+    """The same, prepared; not to be changed."""
+    folder = tiny_onnx.parent
+    pz.prepare(tiny_onnx, folder / "bundle", labels=["red", "green", "blue"], max_length=16)
     return folder / "bundle"
 
 

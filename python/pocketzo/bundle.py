@@ -31,6 +31,9 @@ WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
 
+FLOATS: Final = ("float32", "float16")
+"""The types that trainable weights may have."""
+
 _RESERVED_ID = 0xFFFFFFFF
 
 
@@ -44,7 +47,7 @@ class TensorSpec:
     id : int
         32 bits, made from the names alone by :func:`tensor_ids`; it selects the tensor's noise.
     dtype : str
-        ``"float32"`` for every trainable tensor; large constants of the graph may have another type.
+        ``"float32"`` or ``"float16"`` for every trainable tensor; large constants of the graph may have another type.
     shape : tuple of int
     trainable : bool
         Whether training may change it.
@@ -148,6 +151,11 @@ class Bundle:
         if bundle.tokenizer_path is not None and not bundle.tokenizer_path.is_file():
             raise BundleError(f"{bundle.tokenizer_path}: the bundle's tokenizer is missing")
         return bundle
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights are fp16."""
+        return any(tensor.trainable and tensor.dtype == "float16" for tensor in self.tensors)
 
     @property
     def model_path(self) -> Path:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import click  # noqa: TID253
 from click.core import ParameterSource  # noqa: TID253
@@ -195,6 +195,12 @@ def cli() -> None:
 @click.option(
     "--trainable", callback=_regex, metavar="REGEX", help="Only weights whose names it is found in may be trained."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Type of the weights. float16 halves the memory; for phones and boards, as it is slow on x86-64.",
+)
 @_force
 def prepare(
     model: Path,
@@ -203,6 +209,7 @@ def prepare(
     labels: str | None,
     max_length: int | None,
     trainable: str | None,
+    dtype: Literal["float32", "float16"],
     force: bool,
 ) -> None:
     """Turn MODEL, an ONNX file as exporters write it, into a bundle that can be trained.
@@ -222,6 +229,7 @@ def prepare(
         labels=None if labels is None else [label.strip() for label in labels.split(",")],
         max_length=max_length,
         trainable=trainable,
+        dtype=dtype,
     )
     facts = _bundle_facts(bundle)
     _say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {_size(facts['bytes'])}")

@@ -38,6 +38,7 @@ IGNORED_LABEL: Final = -100
 """The label of a token that does not count in the loss, as everywhere in the field."""
 
 _FLOATS: Final = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+_MOST_FLOAT16: Final = 65504.0
 _INLINE_BYTES = 1024  # constants that are no weights stay in the graph up to this size, as in onnx and onnxruntime
 
 # Which inputs of which operators are weights, and what torch calls them.
@@ -104,6 +105,8 @@ class Weight:
         A node that the runtime computes once, when it loads the graph, so that later writes are not seen.
     uses, transposed : list of Use
         Who reads it as it is stored, and who reads it transposed.
+    stored : str or None
+        The type in which it is to be stored, if it is another one than the array's.
     """
 
     name: str
@@ -112,6 +115,12 @@ class Weight:
     dead: str | None = None
     uses: list[Use] = field(default_factory=list)
     transposed: list[Use] = field(default_factory=list)
+    stored: str | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type in which it is to be stored."""
+        return np.dtype(self.stored or self.array.dtype)
 
 
 def read_model(path: Path) -> ModelProto:
@@ -184,11 +193,69 @@ def point_to_weights(model: ModelProto, weights: Iterable[Weight], location: str
         tensor = model.graph.initializer.add(
             name=weight.name,
             dims=weight.array.shape,
-            data_type=helper.np_dtype_to_tensor_dtype(weight.array.dtype),
+            data_type=helper.np_dtype_to_tensor_dtype(weight.dtype),
             data_location=TensorProto.EXTERNAL,
         )
         for key, value in ("location", location), ("offset", entry.start), ("length", entry.stop - entry.start):
             tensor.external_data.add(key=key, value=str(value))
+
+
+def to_float16(model: ModelProto, weights: Iterable[Weight]) -> ModelProto:
+    """Have a graph compute in float16 what it computes in float32, between inputs and outputs of the old types.
+
+    Parameters
+    ----------
+    model : ModelProto
+        As :func:`extract_weights` left it.
+    weights : iterable of Weight
+        Those in float32 are marked to be stored in float16.
+
+    Returns
+    -------
+    ModelProto
+
+    Raises
+    ------
+    BundleError
+        If a weight is too large for float16.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    ends = [value.name for value in (*model.graph.input, *model.graph.output)]
+    for weight in weights:
+        dtype = helper.np_dtype_to_tensor_dtype(weight.array.dtype)
+        # As inputs, since the converter would read and keep initializers.
+        model.graph.input.append(helper.make_tensor_value_info(weight.name, dtype, weight.array.shape))
+        if weight.array.dtype == np.float32:
+            weight.stored = "float16"
+            largest = np.abs(weight.array).max(initial=0)
+            if weight.parameter and largest > _MOST_FLOAT16:
+                raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {_MOST_FLOAT16}")
+            if largest > _MOST_FLOAT16:  # what masks is as good
+                weight.array = np.clip(weight.array, -_MOST_FLOAT16, _MOST_FLOAT16)
+    blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
+    model = convert_float_to_float16(model, keep_io_types=ends, op_block_list=blocked)
+    _replace(model.graph.input, [value for value in model.graph.input if value.name in ends])
+    _replace(model.graph.node, _sorted(model.graph))  # the converter leaves its casts at the end
+    return model
+
+
+def _sorted(graph: GraphProto) -> list[NodeProto]:
+    """Return the nodes in their order, but each behind those that make what it reads."""
+    nodes = list(graph.node)
+    makers = {output: number for number, node in enumerate(nodes) for output in node.output}
+    order: dict[int, None] = {}
+    for number in range(len(nodes)):
+        stack = [number]
+        while stack:
+            node = nodes[stack[-1]]
+            inner = (name for inside in _subgraphs([node]) for reader in _nodes(inside) for name in reader.input)
+            before = {makers[name] for name in (*node.input, *inner) if name in makers} - order.keys()
+            if before:
+                stack += sorted(before)
+            else:
+                order[stack.pop()] = None
+    return [nodes[number] for number in order]
 
 
 def add_loss(model: ModelProto) -> tuple[str | None, str | None]:

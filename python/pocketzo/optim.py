@@ -155,6 +155,7 @@ class _Part:
     lr: float
     eps: float
     decay: bool
+    half: bool  # fp16
     owed: bytes = b""  # terms that the next pass begins with
 
     def apply(self, terms: bytes = b"") -> None:
@@ -333,11 +334,12 @@ class Optimizer(ABC):
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[_Part]:
         plain = Group("")
-        members: dict[tuple[float, float, bool], list[Any]] = {}
+        members: dict[tuple[float, float, bool, bool], list[Any]] = {}
         for tensor in tensors:
             group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
             decay = self.weight_decay > 0 and len(tensor.shape) > 1
-            members.setdefault((group.lr, group.eps, decay), []).extend(self.model.weights.segments(tensor.name))
+            key = group.lr, group.eps, decay, tensor.dtype == "float16"
+            members.setdefault(key, []).extend(self.model.weights.segments(tensor.name))
         for group in self.groups:
             if not any(re.search(group.pattern, tensor.name) for tensor in tensors):
                 raise ValueError(f"group {group.pattern!r} matches none of the {len(tensors)} trained weights")
@@ -380,7 +382,14 @@ class Optimizer(ABC):
         self._apply(lambda part: self._shifts(shifts, part))
 
     def _shifts(self, shifts: Sequence[tuple[int, float]], part: _Part) -> list[_Use]:
-        return [_Use(draw, [factor * self._eps(part)]) for draw, factor in shifts]
+        return [_Use(draw, self._scales(factor, part)) for draw, factor in shifts]
+
+    def _scales(self, factor: float, part: _Part) -> list[float]:
+        # fp16 weights go back to where they were before they go on to the other side, as both ways round alike: else
+        # each step would leave the roundings of three shifts, two thirds of a unit.
+        if part.half and abs(factor) == 2.0:
+            return [factor / 2 * self._eps(part)] * 2
+        return [factor * self._eps(part)]
 
     def _eps(self, part: _Part) -> float:
         return _float32(self.eps * part.eps)
@@ -441,19 +450,23 @@ class MeZO(Optimizer):
                 coefficient = lr = 0.0
                 raise
             finally:
-                self._owe(lambda part: [self._update([], draw, coefficient, lr, part)])
+                self._owe(lambda part: [self._update(draw, coefficient, lr, part)])
         gradient = (losses[0] - losses[1]) / (2 * self.eps)
         return MeZOInfo(number, sum(losses) / 2, tuple(losses), lr, skipped, losses[0], losses[1], gradient)
 
     def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: _Part) -> list[_Use]:
         """See :meth:`Optimizer.uses`."""
-        eps = self._eps(part)
-        return [self._update([eps, -2 * eps], draws[0], coefficients[0], lr, part)]
+        shifts = [*self._scales(1.0, part), *self._scales(-2.0, part)]
+        update = self._update(draws[0], coefficients[0], lr, part)
+        if part.half:
+            return [_Use(draws[0], shifts), update]
+        return [update._replace(scales=[*shifts, *update.scales])]
 
-    def _update(self, shifts: Sequence[float], draw: int, coefficient: float, lr: float, part: _Part) -> _Use:
-        """Restore and update at once, after these shifts."""
-        last = _float32(self._eps(part) - part.lr * coefficient)
-        return _Use(draw, [*shifts, last], self._decay(lr, part), _STOCHASTIC)
+    def _update(self, draw: int, coefficient: float, lr: float, part: _Part) -> _Use:
+        """Restore and update, in fp32 at once."""
+        eps = self._eps(part)
+        scales = [eps, -part.lr * coefficient] if part.half else [eps - part.lr * coefficient]
+        return _Use(draw, [_float32(scale) for scale in scales], self._decay(lr, part), _STOCHASTIC)
 
 
 class FZOO(Optimizer):

@@ -192,6 +192,8 @@ def matrices(bundle: Bundle) -> list[Matrix]:
 
 def _find(bundle: Bundle, graph: Any, layout: Layout) -> list[Matrix]:
     shapes = {spec.name: spec.shape for spec in bundle.tensors if spec.dtype == "float32" and len(spec.shape) == 2}
+    if bundle.is_half:
+        raise UnpackableError("fp16 weights are read as they are stored")
     inputs = {value.name for value in graph.input}
     uses: dict[str, list[tuple[Any, int]]] = {}
     for node in graph.node:

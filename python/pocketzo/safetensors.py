@@ -124,7 +124,11 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
     return {name: entry for name, entry in entries.items() if not name.startswith(PADDING)}
 
 
-def write(path: str | os.PathLike[str], tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, npt.NDArray[Any]]],
+    dtypes: Mapping[str, np.dtype[Any]] | None = None,
+) -> None:
     """Write tensors in the given order, each at a multiple of 64 bytes.
 
     One tensor at a time is made contiguous, so views of memory-mapped files, transposed ones too, cost no more memory
@@ -135,6 +139,8 @@ def write(path: str | os.PathLike[str], tensors: Iterable[tuple[str, npt.NDArray
     path : path-like
     tensors : iterable of (str, ndarray)
         Unique names, and arrays of a type that the format knows.
+    dtypes : mapping of str to dtype, optional
+        The types in which some are to be stored, where these are not the arrays' own.
 
     Raises
     ------
@@ -147,26 +153,27 @@ def write(path: str | os.PathLike[str], tensors: Iterable[tuple[str, npt.NDArray
     tensors = list(tensors)
     header: dict[str, dict[str, object]] = {}
     offset = 0
+    dtypes = {name: array.dtype for name, array in tensors} | dict(dtypes or {})
     for count, (name, array) in enumerate(tensors):
+        dtype = dtypes[name]
         if name in header or name == "__metadata__" or name.startswith(PADDING):
             raise ValueError(f"tensor name {name!r}: expected a unique one that is not reserved")
-        if array.dtype.name not in _CODES:
-            raise TypeError(
-                f"tensor {name!r}: dtype {array.dtype} cannot be stored; expected one of {', '.join(_CODES)}"
-            )
+        if dtype.name not in _CODES:
+            raise TypeError(f"tensor {name!r}: dtype {dtype} cannot be stored; expected one of {', '.join(_CODES)}")
+        nbytes = array.size * dtype.itemsize
         if hole := -offset % ALIGNMENT:
             header[f"{PADDING}{count}"] = _fields("U8", (hole,), offset, hole)
             offset += hole
-        header[name] = _fields(_CODES[array.dtype.name], array.shape, offset, array.nbytes)
-        offset += array.nbytes
+        header[name] = _fields(_CODES[dtype.name], array.shape, offset, nbytes)
+        offset += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in tensors:
+        for name, array in tensors:
             file.write(bytes(-file.tell() % ALIGNMENT))
-            file.write(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+            file.write(np.ascontiguousarray(array, dtype=dtypes[name].newbyteorder("<")).data)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pocketzo import _core
-from pocketzo.bundle import Bundle, TensorSpec
+from pocketzo.bundle import FLOATS, Bundle, TensorSpec
 from pocketzo.errors import BundleError
 from pocketzo.files import atomic_file
 from pocketzo.packed import Place
@@ -22,8 +22,10 @@ from pocketzo.safetensors import read_header
 _PIECE = 1 << 22  # elements that pass between a file and packed memory at a time
 
 
-class Weights(Mapping[str, NDArray[np.float32]]):
+class Weights(Mapping[str, NDArray[Any]]):
     """Every weight by name. ``weights[name]`` is a copy; ``weights[name] = array`` writes to what the session reads.
+
+    Arrays are of the bundle's type, float32 or float16.
 
     Weights lie in the order of their file, so that saving is writing out, but for those that are packed. Between the
     steps of a training loop they may be shifted along a direction, and whoever looks has them put right first.
@@ -40,7 +42,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         self._bundle = bundle
         self._places: dict[str, Place] = {}
         self._finish: Callable[[], None] = lambda: None
-        self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype == "float32"}
+        self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
         spans = self._spans(packed)
         plain = sum(stop - start for name, start, stop in spans if name is None)
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -52,7 +54,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
                 memory.madvise(mmap.MADV_HUGEPAGE)
         image = np.frombuffer(memory, np.uint8)[:plain]
         self._parts: list[tuple[str | None, NDArray[np.uint8]]] = []  # of the file, in order: packed, or plain bytes
-        self._views: dict[str, NDArray[np.float32]] = {}
+        self._views: dict[str, NDArray[Any]] = {}
         entries = read_header(bundle.weights_path)
         at = 0
         for name, start, stop in spans:
@@ -60,7 +62,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
                 for inside, entry in entries.items():
                     if inside in self._specs and start <= entry.start and entry.stop <= stop:
                         view = image[at + entry.start - start : at + entry.stop - start]
-                        self._views[inside] = view.view(np.float32).reshape(entry.shape)
+                        self._views[inside] = view.view(self._specs[inside].dtype).reshape(entry.shape)
                 self._parts.append((None, image[at : at + stop - start]))
                 at += stop - start
             else:
@@ -95,7 +97,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         """Do what is owed; whatever reads or writes the weights does so first."""
         self._finish()
 
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
+    def __getitem__(self, name: str) -> NDArray[Any]:
         self.settle()
         if name in self._views:
             array = self._views[name].copy()
@@ -111,7 +113,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         shape = self._specs[name].shape
         if np.ndim(value) and np.shape(value) != shape:
             raise ValueError(f"{name} has shape {list(shape)}, got {list(np.shape(value))}")
-        array = np.empty(shape, np.float32)
+        array = np.empty(shape, self._specs[name].dtype)
         np.copyto(array, value, casting="same_kind")
         if name in self._views:
             self._views[name][...] = array
@@ -126,10 +128,10 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     # ---- what the kernels and the session work on -----------------------------------------------------------------
 
-    def segments(self, name: str) -> list[tuple[NDArray[np.float32], int, _core.Packing | None]]:
+    def segments(self, name: str) -> list[tuple[NDArray[Any], int, _core.Packing | None]]:
         """Return all memory in which a weight is kept, as :class:`_core.Segments` takes it."""
         number = self._specs[name].id
-        segments: list[tuple[NDArray[np.float32], int, _core.Packing | None]] = []
+        segments: list[tuple[NDArray[Any], int, _core.Packing | None]] = []
         if name in self._views:
             segments.append((self._views[name], number, None))
         if name in self._places:
@@ -137,7 +139,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
         return segments
 
     @property
-    def plain(self) -> Mapping[str, NDArray[np.float32]]:
+    def plain(self) -> Mapping[str, NDArray[Any]]:
         """The memory of the weights that are not packed, and of those that are kept in both ways."""
         return self._views
 

@@ -138,4 +138,7 @@ std::size_t available(const KernelSet** sets, std::size_t capacity) noexcept;
 const KernelSet& current() noexcept;
 void use(const KernelSet& set) noexcept;
 
+// Whether the processor computes in fp16, so that an inference runtime will. The kernels do without.
+bool has_half_arithmetic() noexcept;
+
 }  // namespace pocketzo

