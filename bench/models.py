@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +41,13 @@ OPT_OFFSET = 2  # of the positions in their table, as in the published models
 MASKED = -10_000.0
 
 
-def make_bundle(name: str, folder: Path) -> Path:
+def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
     """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
     import pocketzo as pz
     from pocketzo.demo.minilm import Checkpoint, build_onnx
     from pocketzo.safetensors import write
 
-    bundle = folder / name
+    bundle = folder / (name if dtype == "float32" else f"{name}-{dtype}")
     if bundle.exists():
         return bundle
     shape = SHAPES[name]
@@ -59,8 +59,8 @@ def make_bundle(name: str, folder: Path) -> Path:
         else:
             write(weights, encoder_weights(shape))
             build_onnx(Checkpoint(weights, folder / "none", shape.layers, shape.heads, shape.hidden), graph, 2)
-        prepared = folder / f"{name}.part"
-        pz.prepare(graph, prepared)
+        prepared = folder / f"{bundle.name}.part"
+        pz.prepare(graph, prepared, dtype=dtype)
         if not shape.causal:
             fill_classifier(prepared / "weights.safetensors")
         prepared.rename(bundle)
@@ -81,12 +81,12 @@ def normal(name: str, *size: int) -> Array:
 
 def fill_classifier(weights: Path) -> None:
     """A new head is all zeros, and then every model of two classes has the same loss."""
-    from pocketzo.safetensors import read_header
+    from pocketzo.safetensors import DTYPES, read_header
 
     entry = read_header(weights)["classifier.weight"]
     with weights.open("r+b") as file:
         file.seek(entry.start)
-        file.write(normal("classifier.weight", *entry.shape).tobytes())
+        file.write(normal("classifier.weight", *entry.shape).astype(DTYPES[entry.dtype]).tobytes())
 
 
 def encoder_weights(shape: Shape) -> Iterator[tuple[str, Array]]:

@@ -332,6 +332,50 @@ def scale_table(report: Report) -> list[str]:
     ]
 
 
+FP16_TARGET = 1.15  # times the weights and what a forward takes
+
+
+def fp16_table(report: Report) -> list[str]:
+    results = report["results"]
+    peaks = {work: row["peak"] for work, row in results["rows"].items()}
+    about = results["rows"]["training"]
+    forward = peaks["running"] - peaks["imports"] - results["weights"]
+    needed = results["weights"] + forward
+
+    def row(what: str, size: float, times: str = "") -> list[str]:
+        return [what, f"{size / 1e6:,.0f} MB", times]
+
+    where = f"{about['architecture']}, {'computes' if about['computes_in_fp16'] else 'does not compute'} in fp16"
+    ratio = peaks["training"] / needed
+    return [
+        caption(report),
+        "",
+        *markdown(
+            [
+                f"{results['shape']}'s shape, {results['dtype']}, {results['batch']} ({where})",
+                "memory",
+                "of the first two",
+            ],
+            [
+                row("weights", results["weights"]),
+                row("a forward's own", forward),
+                row("peak of an interpreter with its imports", peaks["imports"]),
+                row("peak of running", peaks["running"], f"{peaks['running'] / needed:.2f}"),
+                row(
+                    "peak of training",
+                    peaks["training"],
+                    f"{ratio:.2f} ({verdict(ratio, FP16_TARGET, at_most=True)})",
+                ),
+                row(
+                    "less the imports",
+                    peaks["training"] - peaks["imports"],
+                    f"{(peaks['training'] - peaks['imports']) / needed:.2f}",
+                ),
+            ],
+        ),
+    ]
+
+
 def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
     """The README's: some rows of the others."""
     steps = of_steps(step)
