@@ -132,7 +132,7 @@ class Model:
         try:
             return dict(zip(names, self._run(names, feed), strict=True))
         except (ValueError, MemoryLimitError):
-            raise  # an input is missing or of another type, which the runtime's message says
+            raise  # ours, or an input is missing or of another type, which the runtime's message says
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise Error(
                 f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
