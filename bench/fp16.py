@@ -7,8 +7,8 @@
     training   loading, then two MeZO steps
 
 Each is a process of its own, of the interpreter given: that of the aarch64 test bed (CONTRIBUTING.md) shows a phone's
-fp16 operators, under qemu, whose own memory is in every figure. What a forward takes is the peak of running less that of
-the imports and the weights. `--dtype float32` measures the same for fp32.
+fp16 operators, under qemu, whose own memory is in every figure. What a forward takes is the peak of running less those
+of the imports and the weights. `--dtype float32` measures the same for fp32.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from conftest import CLASSES, VOCABULARY, write_tiny_onnx
 from vectors import reference
 
 import pocketzo as pz
-from pocketzo import doctor, plot
+from pocketzo import doctor, memory, plot
 from pocketzo.safetensors import file_sha256
 
 pytest.importorskip("click", reason="the command line needs it")
@@ -152,6 +152,8 @@ def test_version() -> None:
         (["train", "base", "--group", "classifier:lr=much"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
         (["train", "base", "--group", "(:lr=1"], "'(' is not a regular expression"),
         (["train", "--resume", "run", "--steps", "9"], "--steps cannot be changed by --resume"),
+        (["train", "base", "--max-memory", "much"], "'much' is not a size such as 1.5G"),
+        (["train", "base", "--max-memory", "0"], "'0' is not a size such as 1.5G"),
         (["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--directions", "4"], "belongs to --method fzoo"),
         (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
         (["eval", "base"], "Missing option '--data'"),
@@ -179,6 +181,7 @@ def test_says_how_to_get_what_the_command_line_needs(package: str) -> None:
 # ---- errors in the input ---------------------------------------------------------------------------------------------
 
 NEW = ("train", "{base}", "--data", "{train}", "-o", "new")
+AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "classifier:lr=5,eps=2", "--steps", "60")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,11 @@ NEW = ("train", "{base}", "--data", "{train}", "-o", "new")
         ([*NEW, "--trainable", "nothing"], "matches none of the"),
         ([*NEW, "--group", "nothing:lr=2"], "matches none of the"),
         ([*NEW, "--text-column", "message"], "no 'message' among the columns"),
-        (["train", "{base}", "--data", "{train}", "-o", "{run}"], "pocketzo train --resume"),
+        (
+            ["train", "{base}", "--data", "{dev}", "-o", "{run}", *AS_RUN, "--eval-every", "20"],
+            "the train data is not that of the run",
+        ),
+        ([*NEW, "--max-memory", "1M"], "loading takes"),
         (["train", "{base}", "--data", "{train}", "-o", "cut"], "already exists"),
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--resume", "{run}", "--data", "{dev}"], "the train data is not that of the run"),
@@ -441,6 +448,62 @@ def test_a_signal_ends_a_run_that_can_be_resumed(
     assert "all 1000 steps are done" in pocketzo("train", "--resume", run).stderr
 
 
+def test_the_same_command_goes_on_with_a_run_that_was_killed(
+    workspace: Workspace, uninterrupted: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".journal.pzj.1.part").write_bytes(b"PZ")  # what a kill at the very beginning leaves
+    for _ in range(2):  # the second time the same command has already gone on once
+        returned, output, _ = interrupt(workspace, run, signal.SIGKILL)
+        assert (returned, output) == (-signal.SIGKILL, "")
+    steps = pz.Run(run).steps
+    assert 1 < steps < 1000
+    (run / "snapshots").mkdir()
+    left = run / "snapshots" / ".step-00000001.safetensors.1.part"
+    left.write_bytes(b"half of a snapshot")
+
+    command = ["train", *workspace.words("-o", run, "--eval-every", 400)]
+    process = pocketzo(*command)
+    assert process.returncode == 0, process.stderr
+    assert f"{run}: going on after step {steps} of 1000" in process.stderr
+    assert weights_after(run, tmp_path / "tuned") == uninterrupted
+    assert not left.exists()
+    again = pocketzo(*command)
+    assert again.returncode == 0
+    assert f"{run}: all 1000 steps are done" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--batch-size", "16"], "batch_size is 32 there and 16 here"),
+        (["--seed", "1"], "seed is 0 there and 1 here"),
+        (["--method", "mezo"], "method is fzoo there and mezo here"),
+        (["--trainable", "classifier"], "other weights are trained (7 there, 2 here)"),
+        (["--threads", "2"], "threads is 1 there and 2 here"),
+        (["--unpacked", "--group-by-length"], "packed is True there and False here; group_by_length is False there"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_other_settings_do_not_go_on_with_a_run(workspace: Workspace, more: list[str], said: str) -> None:
+    command = ["train", *workspace.words("-o", workspace.run, "--steps", 60, "--eval-every", 20)]
+    before = (workspace.run / "journal.pzj").read_bytes()
+    assert f"{workspace.run}: holds a run with other settings: {said}" in refused(*command, *more)
+    assert (workspace.run / "journal.pzj").read_bytes() == before
+
+
+def test_a_limit_on_memory_is_kept_or_refused(workspace: Workspace, tmp_path: Path) -> None:
+    data = "--data", workspace.train, "--steps", 2
+    good("train", workspace.base, *data, "-o", tmp_path / "run", "--max-memory", "2 GiB")
+    assert not (tmp_path / "run" / "loss.png").exists()
+    assert "the limit is 2 MB" in refused("train", "--resume", tmp_path / "run", "--max-memory", "2M")
+    hidden = "from pathlib import Path\nimport pocketzo.memory\npocketzo.memory._STATM = Path('/none')"
+    line = refused("train", workspace.base, *data, "-o", tmp_path / "new", "--max-memory", "2G", before=hidden)
+    assert "a limit on memory cannot be kept: the system does not tell how much is used" in line
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
     workspace: Workspace, uninterrupted: str, tmp_path: Path
 ) -> None:
@@ -628,11 +691,11 @@ def test_the_known_answers_are_those_of_the_reference() -> None:
 
 
 def test_process_memory_is_this_process() -> None:
-    resident, peak = doctor.process_memory()
+    resident, peak = memory.process_memory()
     assert resident is not None
     assert peak is not None
     ballast = np.ones(20_000_000)  # 160 MB
-    more, higher = doctor.process_memory()
+    more, higher = memory.process_memory()
     assert more is not None
     assert higher is not None
     assert more > resident + 0.9 * ballast.nbytes

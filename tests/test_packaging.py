@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import pocketzo as pz
 
+ROOT = Path(__file__).parent.parent
 OPTIONAL = ("click", "matplotlib", "onnx", "rich", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -85,3 +91,79 @@ def test_a_pocketzo_isa_that_cannot_run_here_is_an_error(name: str) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ValueError: POCKETZO_ISA: instruction set '{name}' is unknown, or ")
     assert last.endswith(f"there is: {', '.join(pz.kernels.available())}")
+
+
+# ---- Termux ----------------------------------------------------------------------------------------------------------
+
+TERMUX = {"numpy": "2.4.4", "onnxruntime": "1.29.0"}  # as .ci/run installs them
+
+
+def test_termux_has_what_is_needed() -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    # pip would compile cmake, ninja and numpy on a phone: scikit-build-core takes the system's programs.
+    built_by = {Requirement(text).name for text in described["build-system"]["requires"]}
+    assert built_by == {"scikit-build-core", "pybind11"}
+    assert SpecifierSet(described["project"]["requires-python"]).contains("3.14.6")
+    needed = {r.name: r.specifier for r in map(Requirement, described["project"]["dependencies"])}
+    assert {name: specifier.contains(TERMUX[name]) for name, specifier in needed.items()} == dict.fromkeys(TERMUX, True)
+    for extra in ("cli", "text", "plot"):  # what is of use on a phone
+        assert "onnx" not in {Requirement(text).name for text in described["project"]["optional-dependencies"][extra]}
+
+
+CONFIGURES = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+CONFIGURES += [name for name in ("pybind11", "scikit_build_core") if find_spec(name) is None]
+configures = pytest.mark.skipif(bool(CONFIGURES), reason=f"not installed, and needed to configure: {CONFIGURES}")
+
+
+@configures
+def test_where_the_system_has_cmake_and_ninja_the_build_requires_neither() -> None:
+    code = (
+        "import sys; sys.modules.update(cmake=None, ninja=None)  # the system's programs, not those of PyPI's packages"
+    )
+    code += "\nfrom scikit_build_core import build; print(build.get_requires_for_build_wheel())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# CMake as it is in Termux: on Android and for it, with Clang. The compiler is only named, as nothing is compiled.
+ANDROID = """
+set(CMAKE_SYSTEM_NAME Android)
+set(CMAKE_SYSTEM_VERSION 24)
+set(CMAKE_SYSTEM_PROCESSOR aarch64)
+set(CMAKE_HOST_SYSTEM_NAME Android)
+set(CMAKE_CXX_COMPILER_FORCED TRUE)
+set(CMAKE_CXX_COMPILER_ID_RUN TRUE)
+set(CMAKE_CXX_COMPILER_ID Clang)
+set(CMAKE_CXX_COMPILER_VERSION 21)
+set(CMAKE_CXX_STANDARD_COMPUTED_DEFAULT 17)
+set(CMAKE_CXX20_COMPILE_FEATURES cxx_std_20)
+set(CMAKE_CXX_COMPILE_FEATURES
+    cxx_std_11 cxx_std_14 cxx_std_17 cxx_std_20 cxx_inheriting_constructors cxx_user_literals cxx_right_angle_brackets)
+set(CMAKE_HAVE_LIBC_PTHREAD TRUE)
+set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+"""
+
+
+@configures
+@pytest.mark.parametrize("android", [True, False])
+def test_on_android_the_extension_links_libpython(tmp_path: Path, android: bool) -> None:
+    (tmp_path / "android.cmake").write_text(ANDROID)
+    options = {"POCKETZO_BUILD_PYTHON": "ON", "Python_EXECUTABLE": sys.executable, "CMAKE_MAKE_PROGRAM": "ninja"}
+    options["pybind11_DIR"] = subprocess.check_output(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], text=True
+    ).strip()
+    if android:
+        options["CMAKE_TOOLCHAIN_FILE"] = str(tmp_path / "android.cmake")
+    command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path / "build")]
+    command += [f"-D{name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rules = (tmp_path / "build" / "build.ninja").read_text()
+    (linked,) = [
+        line for line in rules.splitlines() if line.strip().startswith("LINK_LIBRARIES") and "pocketzo_kernels" in line
+    ]
+    assert ("libpython3" in linked) == android
+    assert ("neon.cpp" in rules) == (android or os.uname().machine == "aarch64")

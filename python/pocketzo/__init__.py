@@ -12,6 +12,7 @@ from pocketzo.errors import (
     DeadWeightError,
     Error,
     JournalError,
+    MemoryLimitError,
     MissingExtraError,
     TrainingError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Group",
     "JournalError",
     "MeZO",
+    "MemoryLimitError",
     "MissingExtraError",
     "Model",
     "Optimizer",

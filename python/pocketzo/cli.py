@@ -26,7 +26,8 @@ from rich.text import Text  # noqa: TID253
 
 import pocketzo as pz
 from pocketzo.demo.run import STEPS, Outcome, run_demo
-from pocketzo.doctor import examine, packing, process_memory
+from pocketzo.doctor import examine, packing
+from pocketzo.memory import process_memory
 from pocketzo.plot import plot_run
 from pocketzo.safetensors import file_sha256
 from pocketzo.trainer import recorded_packing
@@ -152,6 +153,15 @@ _step = click.option("--step", type=int, metavar="N", help="The weights after N 
 _best = click.option("--best", is_flag=True, help="The weights at the run's best evaluation.")
 
 
+def _memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) *([KMG]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
+
+
 def _column_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option, what, names in (
         ("--label-column", "label", "label, labels"),
@@ -250,7 +260,7 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
 @click.option("--resume", type=_PATH, metavar="RUN", help="Go on with a run. All settings come from its record.")
 @click.option("--data", type=_PATH, metavar="FILE", help="Examples to learn: .jsonl, .tsv, .csv or .npz.")
 @click.option("--eval", "eval_data", type=_PATH, metavar="FILE", help="Held-out examples to evaluate.")
-@click.option("-o", "--output", type=_PATH, metavar="RUN", help="Folder for the run; must be new.")
+@click.option("-o", "--output", type=_PATH, metavar="RUN", help="Folder for the run; must be new, or hold this run.")
 @click.option("--steps", type=int, default=1000, help="Length of the run in steps.")
 @click.option(
     "--method",
@@ -304,6 +314,12 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
     default=None,
     help="Whether weights lie as the runtime multiplies fastest.  [default: packed where it can be]",
 )
+@click.option(
+    "--max-memory",
+    callback=_memory_size,
+    metavar="SIZE",
+    help="Stop, and undo the step under way, before this process has so much memory resident, such as 1.5G.",
+)
 @_threads
 @_column_options
 @click.pass_context
@@ -333,6 +349,7 @@ def train(
     snapshot_every: int | None,
     group_by_length: bool,
     packed: bool | None,
+    max_memory: int | None,
     threads: int | None,
     text_column: str | None,
     text_pair_column: str | None,
@@ -343,9 +360,10 @@ def train(
     The weights are moved in place, by forward passes alone. RUN gets journal.pzj, from which `pocketzo replay` rebuilds
     the tuned weights bit for bit, metrics.jsonl, and, with matplotlib, loss.png.
 
-    Ctrl-C (or SIGTERM) ends the run after the step that is under way, with exit code 130 (143); --resume goes on from
-    there, and also after a crash, to the very weights that the uninterrupted run would have reached. To resume, only
-    BUNDLE, --data and --eval may be given, if these files were moved. A second Ctrl-C ends at once.
+    Ctrl-C (or SIGTERM) ends the run after the step that is under way, with exit code 130 (143); the same command, or
+    --resume, goes on from there, and also after a crash or a kill, to the very weights that the uninterrupted run would
+    have reached. With --resume only BUNDLE, --data and --eval may be given, if these files were moved, and
+    --max-memory. A second Ctrl-C ends at once.
 
     \b
     Examples:
@@ -359,12 +377,12 @@ def train(
         "label_column": label_column,
     }
     if resume is not None:
-        allowed = {"resume", "bundle", "data", "eval_data"}
+        allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
         for option in context.command.params:
             given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
             if given and option.expose_value and option.name not in allowed:
                 raise click.UsageError(f"{option.opts[-1]} cannot be changed by --resume: it is in the run's record")
-        _train(*_resumed(resume, bundle, data, eval_data))
+        _train(*_resumed(resume, bundle, data, eval_data, max_memory))
         return
     if bundle is None or data is None or output is None:
         missing = "BUNDLE" if bundle is None else "--data" if data is None else "-o"
@@ -373,18 +391,22 @@ def train(
         raise click.UsageError("--directions belongs to --method fzoo")
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
-    if (output / "journal.pzj").exists():
-        raise pz.JournalError(
-            f"{output}: holds a run already: pocketzo train --resume {_quoted(output)}, or choose another"
-        )
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
+    past = pz.Run(output) if (output / "journal.pzj").exists() else None
+    if past is None and os.path.lexists(output) and not _is_empty_folder(output):
         raise pz.JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
     read = pz.Bundle.read(bundle)
     examples = pz.load_dataset(data, read, **columns)
     held_out = None if eval_data is None else pz.load_dataset(eval_data, read, **columns)
+    others: list[str] = []
+    if past is not None:  # these two are not to be compared but taken over, where they are not given
+        recorded = past.header["trainer"]
+        pairs = ("threads", recorded["threads"], threads), ("packed", bool(recorded_packing(recorded)), packed)
+        others = [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
+        threads = recorded["threads"]
+        packed = packed or (None if recorded_packing(recorded) else False)
     if threads is not None:
         pz.kernels.set_threads(threads)
-    model = pz.load(read, threads=threads, packed="auto" if packed is None else packed)
+    model = pz.load(read, threads=threads, packed="auto" if packed is None else packed, max_memory=max_memory)
     settings: dict[str, Any] = {"directions": directions} if method == "fzoo" else {}
     optimizer = _METHODS[method](
         model,
@@ -412,6 +434,15 @@ def train(
         snapshot_every=snapshot_every,
         group_by_length=group_by_length,
     )
+    if past is not None:
+        others += trainer.differences(past)
+        if others:
+            raise pz.JournalError(
+                f"{output}: holds a run with other settings: {'; '.join(others)}. Give those to go on with it, or "
+                f"choose another place"
+            )
+        _train(_noted(pz.Trainer.resume(output, examples, eval=held_out, model=model)), output)
+        return
     before = None if held_out is None else _for_json(pz.evaluate(model, held_out, batch_size=batch_size))
     source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}
     trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
@@ -423,7 +454,14 @@ def train(
     _train(trainer, output)
 
 
-def _resumed(run: Path, bundle: Path | None, data: Path | None, eval_data: Path | None) -> tuple[pz.Trainer, Path]:
+def _is_empty_folder(path: Path) -> bool:
+    """Whether nothing is in it but a file that a killed process had begun to write."""
+    return path.is_dir() and all(entry.name.endswith(".part") for entry in path.iterdir())
+
+
+def _resumed(
+    run: Path, bundle: Path | None, data: Path | None, eval_data: Path | None, max_memory: int | None
+) -> tuple[pz.Trainer, Path]:
     past = pz.Run(run)
     recorded = past.header["data"]["source"]
     if "train" not in recorded and data is None:
@@ -436,22 +474,34 @@ def _resumed(run: Path, bundle: Path | None, data: Path | None, eval_data: Path 
     threads = int(past.header["trainer"]["threads"])
     pz.kernels.set_threads(threads)
     packed = recorded_packing(past.header["trainer"])
-    model = None if bundle is None else pz.load(read, threads=threads, packed=packed)
-    trainer = pz.Trainer.resume(run, examples, eval=held_out, model=model)
+    model = None
+    if bundle is not None or max_memory is not None:
+        model = pz.load(read, threads=threads, packed=packed, max_memory=max_memory)
+    return _noted(pz.Trainer.resume(run, examples, eval=held_out, model=model)), run
+
+
+def _noted(trainer: pz.Trainer) -> pz.Trainer:
+    """Say where a run that is taken up stands."""
     step = trainer.optimizer.step_number
     if step >= trainer.steps:
-        _note(f"{run}: all {trainer.steps} steps are done")
+        _note(f"{trainer.run}: all {trainer.steps} steps are done")
     else:
-        _note(f"{run}: going on after step {step} of {trainer.steps}")
-    return trainer, run
+        _note(f"{trainer.run}: going on after step {step} of {trainer.steps}")
+    return trainer
 
 
 def _train(trainer: pz.Trainer, run: Path) -> None:
     again = f"pocketzo train --resume {_quoted(run)}"
-    stopped_by = _fit(trainer, again)
+    try:
+        stopped_by = _fit(trainer, again)
+    except pz.MemoryLimitError as error:
+        raise pz.MemoryLimitError(
+            f"{error}. Stopped after step {pz.Run(run).steps} of {trainer.steps}; to go on: {again} --max-memory SIZE"
+        ) from None
     done = trainer.optimizer.step_number
     past = pz.Run(run)
-    _plot(run)
+    if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
+        _plot(run)
     _print_summary(past)
     if stopped_by is not None and done < trainer.steps:
         _say(f"stopped after step {done} of {trainer.steps}; to go on: {again}")

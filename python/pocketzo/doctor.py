@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import sys
@@ -10,7 +9,6 @@ import time
 import zlib
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,8 +17,9 @@ from numpy.typing import NDArray
 import pocketzo
 from pocketzo import kernels, packed
 from pocketzo.bundle import Bundle
+from pocketzo.memory import system_memory
 
-__all__ = ["examine", "process_memory", "reset_peak", "self_test", "speed", "system_memory"]
+__all__ = ["examine", "packing", "self_test", "speed"]
 
 EXTRAS: Final = {
     "cli": ("click", "rich"),
@@ -117,40 +116,6 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
     finally:
         kernels.set_threads(threads)
     return result
-
-
-def system_memory() -> tuple[int | None, int | None]:
-    """Return the machine's memory and what of it is available, in bytes; None where the system does not tell."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None
-        except (AttributeError, OSError, ValueError):
-            return None, None
-    return total, available
-
-
-def process_memory() -> tuple[int | None, int | None]:
-    """Return the memory of this process in bytes, resident now and at its peak; None where the system is silent."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-        # Not ru_maxrss: it outlives exec, and so may be that of the program that started this one.
-        return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            import resource
-        except ImportError:  # no such module on Windows
-            return None, None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return None, peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak() -> None:
-    """Let the peak of :func:`process_memory` begin anew from what is resident now, where the system allows it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def examine() -> dict[str, Any]:

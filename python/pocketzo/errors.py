@@ -27,6 +27,10 @@ class TrainingError(Error):
     """Training cannot go on."""
 
 
+class MemoryLimitError(Error):
+    """What was to be done would have taken more memory than it may."""
+
+
 class MissingExtraError(Error, ImportError):
     """An optional dependency is not installed."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from pocketzo import _core
 from pocketzo import packed as packing
 from pocketzo.bundle import Bundle, TensorSpec
-from pocketzo.errors import BundleError, DeadWeightError, Error
+from pocketzo.errors import BundleError, DeadWeightError, Error, MemoryLimitError
+from pocketzo.memory import resident_memory, watch
 from pocketzo.weights import Weights
 
 __all__ = ["Batch", "Model", "load"]
@@ -52,6 +54,9 @@ _ENTRIES = {
 }
 
 
+_SMALL = 16 << 20  # bytes that are in use for many small things
+
+
 class Model:
     """A bundle loaded by :func:`load`: an onnxruntime session and the weights that it computes with.
 
@@ -67,7 +72,11 @@ class Model:
         Whether the session multiplies by packed weights.
     unpacked_because : str or None
         Why it does not.
+    max_memory : int or None
+        The limit that was given to :func:`load`.
     """
+
+    max_memory: int | None = None
 
     def __init__(
         self,
@@ -104,6 +113,11 @@ class Model:
         -------
         dict of str to ndarray
             The outputs by name.
+
+        Raises
+        ------
+        MemoryLimitError
+            It was broken off, as this process had come close to the limit that was given to :func:`load`.
         """
         self.weights.settle()
         names = self._outputs if outputs is None else list(outputs)
@@ -117,14 +131,47 @@ class Model:
             first = next(iter(feed.values()))
             feed["labels"] = np.zeros(first.shape[: len(labels.shape)], labels.dtype)
         try:
-            return dict(zip(names, self._session.run(names, feed), strict=True))
-        except ValueError:
-            raise  # an input is missing or of another type, which the runtime's message says
+            return dict(zip(names, self._run(names, feed), strict=True))
+        except (ValueError, MemoryLimitError):
+            raise  # ours, or an input is missing or of another type, which the runtime's message says
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise Error(
                 f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
                 f"tokenizer that of another model?): {error}"
             ) from error
+
+    def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
+        if self.max_memory is None:
+            return self._session.run(names, feed)  # type: ignore[no-any-return]
+        shape = max((array.shape for array in feed.values()), key=math.prod)
+        reserve = self._reserve(shape)
+        options = ort.RunOptions()
+        with watch(self.max_memory - reserve, lambda: setattr(options, "terminate", True)) as readings:
+            try:
+                values: list[NDArray[Any]] = self._session.run(names, feed, options)
+            except Exception:
+                if not readings:
+                    raise
+        if readings:
+            raise MemoryLimitError(
+                f"a forward pass of {' x '.join(map(str, shape))} tokens was broken off: {_mb(readings[0])} were in "
+                f"use, what it does next may take {_mb(reserve)} more, and the limit is {_mb(self.max_memory)}. Take a "
+                f"smaller batch, prepare the model with a smaller max_length, or allow more"
+            )
+        return values
+
+    def _reserve(self, shape: Sequence[int]) -> int:
+        """Return more than one operator takes in a forward pass of ``shape`` examples x tokens, as a rule.
+
+        The runtime breaks a pass off between two operators only. The largest outputs are those of the widest matrix,
+        the attention's scores (as wide as that at 256 tokens, with heads of 64 and the usual four times as wide
+        feed-forward), and logits by token. Twice that is two operators between two looks, or one and what it works on.
+        """
+        matrices = [tensor.shape[1] for tensor in self.bundle.tensors if len(tensor.shape) == 2]
+        widest = max(matrices, default=1) * max(256, shape[-1]) // 256
+        logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
+        widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
+        return 2 * 4 * math.prod(shape) * widest + _SMALL
 
     def loss(self, batch: Batch) -> float:
         """Run the graph and return its loss."""
@@ -143,6 +190,7 @@ def load(
     threads: int | None = None,
     packed: bool | Literal["auto"] = "auto",
     verify: Literal["auto", "fast", "full"] = "auto",
+    max_memory: int | None = None,
 ) -> Model:
     """Load a bundle so that session and weights share one memory, and prove that they do.
 
@@ -163,6 +211,9 @@ def load(
         takes two short runs. "full" also changes one weight after the other and wants to see the outputs move, which
         takes a short run a weight and finds those that nothing uses, too. "auto" is "full" where that takes less than
         two seconds or so, as it does up to some 100 M parameters.
+    max_memory : int, optional
+        Bytes of this process that may be resident. Loading is refused where the weights would take more, and a run of
+        the model is broken off before it does; a step of training is then undone, and the run can be resumed.
 
     Raises
     ------
@@ -170,8 +221,11 @@ def load(
         The bundle is incomplete or damaged.
     DeadWeightError
         The session does not see what is written to a trainable weight; names it.
+    MemoryLimitError
+        ``max_memory`` is less than loading takes, with figures.
     Error
-        ``packed`` is True, and the weights cannot be packed here; says why.
+        ``packed`` is True, and the weights cannot be packed here; says why. Or the system does not tell how much memory
+        this process takes.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
     threads = _core.threads() if threads is None else threads
@@ -181,15 +235,20 @@ def load(
         raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
     if verify not in ("auto", "fast", "full"):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    if max_memory is not None:
+        _check_memory(max_memory, bundle)
     reason = "as asked for"
     if packed:
         try:
-            return _load_packed(bundle, threads, verify)
+            model = _load_packed(bundle, threads, verify, max_memory)
+            model.max_memory = max_memory
+            return model
         except (packing.UnpackableError, MemoryError, OSError) as error:  # what is lacking may be enough unpacked
             reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
             if packed is True:
                 raise Error(f"{bundle.path}: the weights cannot be packed: {reason}") from None
     model = _load_unpacked(bundle, threads, verify, reason)
+    model.max_memory = max_memory
     if bundle.is_half:
         if not _core.has_half_arithmetic():
             warnings.warn(
@@ -199,6 +258,27 @@ def load(
     elif packed:
         warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=2)
     return model
+
+
+def _check_memory(most: int, bundle: Bundle, matrices: Sequence[packing.Matrix] = ()) -> None:
+    """Raise a :class:`MemoryLimitError` where loading would take more than ``most`` bytes."""
+    try:
+        resident = resident_memory()
+    except OSError as error:
+        raise Error(f"a limit on memory cannot be kept: the system does not tell how much is used ({error})") from None
+    weights = bundle.weights_path.stat().st_size
+    weights += sum(4 * matrix.packing.size for matrix in matrices if not matrix.alone)
+    room = weights // 16 + _SMALL  # sessions and the proof took 15 to 54 MB with 23 M to 355 M parameters
+    room += max((3 * 4 * matrix.packing.size for matrix in matrices), default=0)  # as the runtime packs one
+    if resident + weights + room > most:
+        raise MemoryLimitError(
+            f"{bundle.path}: loading takes {_mb(resident + weights + room)} ({_mb(weights)} of weights, {_mb(room)} to "
+            f"work with, {_mb(resident)} in use already), and the limit is {_mb(most)}"
+        )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
@@ -242,8 +322,13 @@ def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Mo
     return model
 
 
-def _load_packed(bundle: Bundle, threads: int, verify: str) -> Model:
+def _load_packed(bundle: Bundle, threads: int, verify: str, max_memory: int | None) -> Model:
     matrices = packing.matrices(bundle)
+    if max_memory is not None:
+        try:
+            _check_memory(max_memory, bundle, matrices)
+        except MemoryLimitError as error:
+            raise packing.UnpackableError(str(error)) from None
     # The reference comes and goes before there is a packed weight: there is never more than one copy.
     weights = Weights(bundle)
     _read_as_noise(weights, bundle)

@@ -32,6 +32,8 @@ from pocketzo.weights import Weights
 
 __all__ = ["Data", "Progress", "Run", "Trainer", "evaluate"]
 
+# The settings of a trainer that its record holds and a resumed one takes over.
+_OPTIONS = "batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped", "group_by_length"
 _ORDER_TENSOR = 0xFFFFFFFF  # no weight has this id, so the order of the data shares no noise with the directions
 
 
@@ -438,7 +440,6 @@ class Trainer:
 
             model = load(base, threads=settings["threads"], packed=recorded_packing(settings))
         optimizer = past.rebuild(model)
-        options = ("batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped")
         trainer = cls(
             model,
             optimizer,
@@ -448,11 +449,27 @@ class Trainer:
             objective=objective,
             source=past.header["data"]["source"],
             callback=callback,
-            group_by_length=settings.get("group_by_length", False),  # older records do not have it
-            **{name: settings[name] for name in options},
+            **{name: settings[name] for name in _OPTIONS if name in settings},  # older records have no group_by_length
         )
         trainer._take_up(past)
         return trainer
+
+    def differences(self, past: Run) -> list[str]:
+        """Say in which settings a recorded run and this trainer differ; :meth:`resume` would take those of the record.
+
+        The data and the base bundle are not compared, as resuming checks them, and neither are threads and packing.
+        """
+        here = json.loads(json.dumps(self._settings()))  # as the record has it: lists, no tuples
+        method, settings = past.header["method"], past.header["trainer"]
+        pairs = [(name, method.get(name), here["method"].get(name)) for name in {**method, **here["method"]}]
+        pairs += [(name, settings[name], here["trainer"][name]) for name in _OPTIONS if name in settings]
+        return [
+            f"other weights are trained ({len(there)} there, {len(now)} here)"
+            if name == "trained"
+            else f"{name} is {there} there and {now} here"
+            for name, there, now in pairs
+            if there != now
+        ]
 
     def fit(self) -> None:
         """Train to the end, or until :attr:`stop_requested` is set or evaluations stop improving.
@@ -540,28 +557,13 @@ class Trainer:
                 f"the weights in memory are not those of {bundle.path}, from which the record would be replayed: save "
                 f"the model, load what was saved, and train that"
             )
-        settings = {
-            "draws": self.optimizer.draws,
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "eval_every": self.eval_every,
-            "metric": self.metric,
-            "patience": self.patience,
-            "snapshot_every": self.snapshot_every,
-            "group_by_length": self.group_by_length,
-            "max_skipped": self.max_skipped,
-            "threads": self.model.threads,
-            "packed": self.model.packed,
-            "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
-        }
         header = {
             "model": {
                 "bundle": os.fspath(bundle.path.resolve()),
                 "graph_sha256": bundle.graph_sha256,
                 "weights_sha256": base_sha256,
             },
-            "method": self.optimizer.settings(),
-            "trainer": settings,
+            **self._settings(),
             "data": {
                 "train": self.train.fingerprint,
                 "eval": None if self.eval is None else self.eval.fingerprint,
@@ -574,6 +576,18 @@ class Trainer:
         (self.run / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(self.run / "snapshots", ignore_errors=True)
 
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        return {
+            "method": self.optimizer.settings(),
+            "trainer": {
+                "draws": self.optimizer.draws,
+                **{name: getattr(self, name) for name in _OPTIONS},
+                "threads": self.model.threads,
+                "packed": self.model.packed,
+                "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
+            },
+        }
+
     def _take_up(self, past: Run) -> None:
         journal = Journal.open(past.path / "journal.pzj")
         if journal.notice:
@@ -584,6 +598,8 @@ class Trainer:
         lines = [line for line in past.metrics() if line["step"] <= steps]
         with atomic_file(past.path / "metrics.jsonl") as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        for left in (past.path / "snapshots").glob(".*.part"):  # by a process that was killed while it wrote
+            left.unlink()
         self._evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
         whole = journal.records["lr"].reshape(steps, self.optimizer.draws)[:, 0]
         coefficients = journal.records["coefficient"].reshape(steps, self.optimizer.draws)

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from pocketzo import kernels
 from pocketzo.data import Dataset, load_dataset
 from pocketzo.demo.minilm import build_onnx, find_checkpoint, linear_probe
-from pocketzo.doctor import process_memory, reset_peak
 from pocketzo.errors import Error
 from pocketzo.files import atomic_file
+from pocketzo.memory import process_memory, reset_peak
 from pocketzo.model import Model, load
 from pocketzo.optim import FZOO, Group, Schedule
 from pocketzo.prepare import prepare

@@ -1,0 +1,151 @@
+"""The limit on memory, with forward passes that really take some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, save
+
+import pocketzo as pz
+from pocketzo import memory
+from pocketzo.memory import process_memory, reset_peak, resident_memory, watch
+
+WIDTH, LAYERS = 16, 12
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that keeps the outputs of all its layers to the end of a pass: 64 bytes x 12 a token."""
+    folder = tmp_path_factory.mktemp("memory")
+    nodes = [helper.make_node("Gather", ["embedding", "input_ids"], ["h0"])]
+    nodes += [helper.make_node("Tanh", [f"h{i}"], [f"h{i + 1}"]) for i in range(LAYERS)]
+    nodes += [
+        helper.make_node("Sum", [f"h{i}" for i in range(LAYERS + 1)], ["sum"]),
+        helper.make_node("ReduceMean", ["sum"], ["loss"], keepdims=0),
+    ]
+    table = np.random.default_rng(1).standard_normal((50, WIDTH)).astype(np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "deep",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("loss", TensorProto.FLOAT, [])],
+        [numpy_helper.from_array(table, "embedding")],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "deep.onnx")
+    pz.prepare(folder / "deep.onnx", folder / "bundle")
+    return folder / "bundle"
+
+
+def tokens(examples: int) -> dict[str, NDArray[np.int64]]:
+    return {"input_ids": np.arange(examples * 250).reshape(examples, 250) % 50}
+
+
+LARGE = 2000  # examples: 32 MB a layer
+
+
+def limited(bundle: Path) -> pz.Model:
+    """Load with a limit that leaves room for a few layers of the large batch."""
+    limit = resident_memory() + 2 * 32 * MB + (16 << 20) + 100 * MB
+    return pz.load(bundle, threads=1, packed=False, max_memory=limit)
+
+
+def test_readings_agree() -> None:
+    resident, peak = process_memory()
+    assert resident is not None
+    assert peak is not None
+    assert abs(resident_memory() - resident) < 20 * MB
+
+
+def test_a_watch_calls_once_when_there_is_too_much() -> None:
+    calls: list[int] = []
+    with watch(resident_memory() + 500 * MB, lambda: calls.append(1)) as readings:
+        np.ones(10 * MB)
+    assert calls == readings == []
+    most = resident_memory() + 50 * MB
+    with watch(most, lambda: calls.append(1)) as readings:
+        ballast = np.ones(20 * MB)  # 160 MB
+        while not calls:
+            pass
+    assert calls == [1]
+    assert most < readings[0] <= resident_memory() + ballast.nbytes
+
+
+def test_a_forward_pass_is_broken_off_before_the_limit(bundle: Path) -> None:
+    model = limited(bundle)
+    assert model.max_memory is not None
+    expected = model.loss(tokens(2))
+    reset_peak()
+    with pytest.raises(pz.MemoryLimitError, match=r"2000 x 250 tokens was broken off: .* Take a smaller batch"):
+        model.loss(tokens(LARGE))
+    peak = process_memory()[1]
+    assert peak is not None
+    assert peak < model.max_memory
+    assert model.loss(tokens(2)) == expected
+    limit = model.max_memory
+    del model
+    pz.load(bundle, threads=1, packed=False).loss(tokens(LARGE))
+    peak = process_memory()[1]
+    assert peak is not None
+    assert peak > limit  # it would have been passed
+
+
+def test_loading_is_refused_with_figures(bundle: Path) -> None:
+    with pytest.raises(pz.MemoryLimitError, match=r"loading takes \d+ MB .* and the limit is 1 MB"):
+        pz.load(bundle, max_memory=MB)
+
+
+def test_where_the_system_does_not_tell_a_limit_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_STATM", tmp_path / "statm")
+    with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
+        pz.load(bundle, packed=False, max_memory=10**12)
+    (tmp_path / "statm").write_text("")
+    with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
+        pz.load(bundle, packed=False, max_memory=10**12)
+    pz.load(bundle, packed=False)
+
+
+class Growing:
+    """Two examples a step, and the large batch at step 3."""
+
+    fingerprint = "growing"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return 100
+
+    def batch(self, indices: NDArray[np.int64]) -> dict[str, Any]:
+        return tokens(LARGE if 6 in indices else 2)
+
+
+def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, tmp_path: Path) -> None:
+    def trainer(model: pz.Model, run: str) -> pz.Trainer:
+        return pz.Trainer(model, pz.FZOO(model, lr=1e-3), Growing(), run=tmp_path / run, steps=60, batch_size=2)
+
+    whole = pz.load(bundle, threads=1, packed=False)
+    trainer(whole, "whole").fit()
+    expected = whole.weights.sha256()
+    del whole
+    model = limited(bundle)
+    broken = trainer(model, "run")
+    with pytest.raises(pz.MemoryLimitError):
+        broken.fit()
+    run = pz.Run(tmp_path / "run")
+    assert 0 < run.steps < 60
+    at = {int(step) for step in range(60) if 6 in broken._order(step)}
+    assert run.steps == min(at)
+    replayed = pz.load(bundle, threads=1, packed=False)
+    run.rebuild(replayed)
+    for name in model.weights:
+        np.testing.assert_allclose(model.weights[name], replayed.weights[name], rtol=0, atol=1e-6)
+    resumed = pz.Trainer.resume(tmp_path / "run", Growing())
+    resumed.fit()
+    assert resumed.model.weights.sha256() == expected
