@@ -25,7 +25,7 @@ inline uint32x4_t load(const Splat<std::uint32_t>& s) noexcept { return vld1q_u3
 
 // What the loops load for each use: FMLA overwrites its addend, so that a step of Horner's rule needs its coefficient
 // anew, and a load takes no vector pipe, where a `mov` does. What is used together does not lie side by side, or the
-// compiler would load it by one LDP, which the A55 is slower at than at two LDR.
+// compiler would load it by one LDP, at which the A55 is slower than at two LDR (llvm-mca 19: 6 cycles, not 2).
 struct Constants {
   Splat<std::int32_t> sqrt_half = kSqrtHalf;
   Splat<float> cos1 = kCos[1];
@@ -66,7 +66,7 @@ struct Sources {
 
 // No instruction. What uses the arguments, loads included, stays behind the call, and what makes them stays before it:
 // so the chains of gaussian_n remain in step. Left to itself, clang 22 keeps the constants in registers, copies them,
-// and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (cycles.py, w += s z).
+// and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (llvm-mca 19, w += s z).
 template <typename V>
 inline void in_step(Sources& from, uint32x4_t& p, uint32x4_t& q, V& a, V& b) noexcept {
 #if defined(__GNUC__) || defined(__clang__)
