@@ -38,6 +38,23 @@ NOISE_TARGETS = {
 }
 TORCH_NOISE_TARGET = 20  # times torch.normal + add, 2 threads
 
+# Of cycles.py. Cycles an element by llvm-mca, in the order of CORES.
+CORES = {"cortex-a55": "Cortex-A55", "neoverse-n1": "Neoverse N1 (A76 to A78)", "neoverse-v1": "Neoverse V1 (X1)"}
+OPERATIONS = {
+    "gaussian1": "w += s z, Gaussian",
+    "gaussian2": "two scales of one z, Gaussian",
+    "gaussian3": "three scales of one z, Gaussian",
+    "two": "two z in one pass, Gaussian",
+    "gaussian0": "generate, Gaussian",
+    "rademacher1": "w += s z, Rademacher",
+    "rademacher2": "two scales of one z, Rademacher",
+    "rademacher3": "three scales of one z, Rademacher",
+    "rademacher0": "generate, Rademacher",
+    "shrink": "w -= s w",
+    "words": "raw words",
+}
+CYCLE_TARGETS = {"gaussian1": (13, 5.6, 2.7), "rademacher1": (1.7, 0.75, 0.31)}
+
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
@@ -301,6 +318,30 @@ def loop_table(report: Report) -> list[str]:
     return [caption(report), "", *markdown(["", "ms a step", "target"], rows)]
 
 
+def cycles_table(report: Report) -> list[str]:
+    body = []
+    for row in report["results"]["rows"]:
+        cycles = [row["cycles"][core] for core in CORES]
+        cells = ["", ""]
+        if targets := CYCLE_TARGETS.get(row["operation"]):
+            worst = max(value / target for value, target in zip(cycles, targets, strict=True))
+            cells = [
+                " / ".join(f"{target:g}" for target in targets),
+                f"{worst:.2f}, {verdict(worst, 1.25, at_most=True)}",
+            ]
+        numbers = (f"{value:.2f}" for value in (row["instructions"], *cycles))
+        body.append([OPERATIONS[row["operation"]], *numbers, *cells])
+    return [
+        caption(report),
+        "",
+        "An element, without a call's own set-up. Instructions are counted, and exact. Cycles are what llvm-mca makes "
+        "of them: it takes all memory for first-level cache and every branch for foreseen, and its Cortex-A55 looks "
+        "optimistic for 128-bit operations.",
+        "",
+        *markdown(["", "instructions", *CORES.values(), "targets", "the worst of them"], body),
+    ]
+
+
 def scale_table(report: Report) -> list[str]:
     body = []
     for against, cells in report["results"].items():
@@ -417,6 +458,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "session": (("session",), session_table),
     "loop": (("loop",), loop_table),
     "accuracy": (("accuracy",), accuracy_table),
+    "cycles": (("cycles",), cycles_table),
 }
 
 

@@ -1,7 +1,8 @@
-// NEON (ASIMD, every ARMv8), four lanes. Eight quads are in flight at a time: two independent chains of each kind hide
-// the latencies of an in-order core (Cortex-A55), and an out-of-order one does not mind.
+// NEON (ASIMD, every ARMv8), four lanes. An in-order core (Cortex-A55) runs instructions as they stand, so that the
+// loops are laid out by hand, and the compiler is held to it. bench/cycles.py shows what comes of it.
 #include <arm_neon.h>
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -12,104 +13,220 @@
 namespace pocketzo {
 namespace {
 
-// The words of eight quads, one quad a lane: x[j][0] holds quads 0 .. 3, x[j][1] quads 4 .. 7.
+// A constant in every lane, to be loaded.
+template <typename T>
+struct alignas(16) Splat {
+  T lane[4];
+  constexpr Splat(T x) noexcept : lane{x, x, x, x} {}
+};
+inline float32x4_t load(const Splat<float>& s) noexcept { return vld1q_f32(s.lane); }
+inline int32x4_t load(const Splat<std::int32_t>& s) noexcept { return vld1q_s32(s.lane); }
+inline uint32x4_t load(const Splat<std::uint32_t>& s) noexcept { return vld1q_u32(s.lane); }
+
+// What the loops load for each use: FMLA overwrites its addend, so that a step of Horner's rule needs its coefficient
+// anew, and a load takes no vector pipe, where a `mov` does. What is used together does not lie side by side, or the
+// compiler would load it by one LDP, at which the A55 is slower than at two LDR (llvm-mca 19: 6 cycles, not 2).
+struct Constants {
+  Splat<std::int32_t> sqrt_half = kSqrtHalf;
+  Splat<float> cos1 = kCos[1];
+  Splat<std::int32_t> exponent = ~kMantissa;
+  Splat<float> cos2 = kCos[2], one = 1.0f, cos3 = kCos[3], log1 = kLog[1], cos4 = kCos[4], log2 = kLog[2];
+  Splat<float> sin1 = kSin[1], log3 = kLog[3], sin2 = kSin[2], log4 = kLog[4];
+  Splat<std::uint32_t> sign = kSign;
+  Splat<float> log5 = kLog[5], sin3 = kSin[3], log6 = kLog[6], sin4 = kSin[4];
+};
+constexpr Constants kConstants;
+
+// Philox's round keys, which do not fit into registers beside all else.
+struct Keys {
+  Splat<std::uint32_t> a1, b0, c2, k1[5], b2, k0[5];
+
+  explicit Keys(const Schedule& s) noexcept
+      : a1(s.a1),
+        b0(s.b0),
+        c2(s.c2),
+        k1{s.k1[0], s.k1[1], s.k1[2], s.k1[3], s.k1[4]},
+        b2(s.b2),
+        k0{s.k0[0], s.k0[1], s.k0[2], s.k0[3], s.k0[4]} {}
+};
+
+// Makes a pointer new to the compiler: what it points to is loaded, and no longer known.
+template <typename T>
+inline void renew(T*& pointer) noexcept {
+#if defined(__GNUC__) || defined(__clang__)
+  __asm__("" : "+r"(pointer));
+#endif
+}
+
+// Where gaussian_n loads from. Its two transforms have pointers of their own, or they would share loads, and copy.
+struct Sources {
+  const Constants *a, *b;
+  const Keys* keys;
+};
+
+// No instruction. What uses the arguments, loads included, stays behind the call, and what makes them stays before it:
+// so the chains of gaussian_n remain in step. Left to itself, clang 22 keeps the constants in registers, copies them,
+// and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (llvm-mca 19, w += s z).
+template <typename V>
+inline void in_step(Sources& from, uint32x4_t& p, uint32x4_t& q, V& a, V& b) noexcept {
+#if defined(__GNUC__) || defined(__clang__)
+  __asm__("" : "+r"(from.a), "+r"(from.b), "+r"(from.keys), "+w"(p), "+w"(q), "+w"(a), "+w"(b));
+#endif
+}
+
+// The words of four quads, one quad a lane.
 struct Words {
-  uint32x4_t x[4][2];
+  uint32x4_t x[4];
 };
 
 struct Product {
   uint32x4_t high, low;
 };
 
-// Two widening products and two unzips. The x86 form (words left in 64-bit lanes) needs 12.5 instructions a word on
-// NEON, this one 7.3, as there is no 32-bit product that reads every second lane.
-inline Product multiply(uint32x4_t a, uint32x2_t m) noexcept {
-  const uint32x4_t p = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(a), m));
-  const uint32x4_t q = vreinterpretq_u32_u64(vmull_u32(vget_high_u32(a), m));
-  return {vuzp2q_u32(p, q), vuzp1q_u32(p, q)};
+inline Product unzip(uint64x2_t p, uint64x2_t q) noexcept {
+  const uint32x4_t a = vreinterpretq_u32_u64(p), b = vreinterpretq_u32_u64(q);
+  return {vuzp2q_u32(a, b), vuzp1q_u32(a, b)};
 }
 
-// Eight quads between their rounds.
+// M0 q of four quads. As q does not wrap within a window, sums are those of later quads.
+struct Counter {
+  uint64x2_t p, q;
+
+  void add(uint64x2_t product) noexcept {
+    p = vaddq_u64(p, product);
+    q = vaddq_u64(q, product);
+  }
+};
+
 class Philox {
  public:
-  explicit Philox(const Key& key) noexcept : s_(key) {}
+  Philox() noexcept {
+    static constexpr std::uint32_t kMul[2] = {kMul0, kMul1};
+    const std::uint32_t* mul = kMul;
+    renew(mul);
+    m_ = vld1_u32(mul);
+  }
 
-  // The first three rounds of quads q .. q + 7; then `round` 1, 2, 3 and 4.
-  void start(std::uint32_t q, Words& k) const noexcept {
+  Counter counter(std::uint32_t q) const noexcept {
     static constexpr std::uint32_t kLane[4] = {0, 1, 2, 3};
-    for (unsigned g = 0; g < 2; ++g) {
-      const uint32x4_t counter = vaddq_u32(vdupq_n_u32(q + 4 * g), vld1q_u32(kLane));
-      const Product pq = multiply(counter, m0());
-      const Product p = multiply(veorq_u32(pq.high, vdupq_n_u32(s_.a1)), m1());
-      const Product p0 = multiply(veorq_u32(p.high, vdupq_n_u32(s_.b0)), m0());
-      const Product p1 = multiply(veorq_u32(pq.low, vdupq_n_u32(s_.b2)), m1());
-      k.x[0][g] = veorq_u32(p1.high, veorq_u32(p.low, vdupq_n_u32(s_.k0[0])));
-      k.x[1][g] = p1.low;
-      k.x[2][g] = veorq_u32(p0.high, vdupq_n_u32(s_.c2));
-      k.x[3][g] = p0.low;
-    }
+    const uint32x4_t quads = vaddq_u32(vdupq_n_u32(q), vld1q_u32(kLane));
+    return {vmull_lane_u32(vget_low_u32(quads), m_, 0), vmull_high_lane_u32(quads, m_, 0)};
   }
 
-  void round(unsigned r, Words& k) const noexcept {
-    for (unsigned g = 0; g < 2; ++g) {
-      const Product p0 = multiply(k.x[0][g], m0()), p1 = multiply(k.x[2][g], m1());
-      k.x[0][g] = veorq_u32(p1.high, veorq_u32(k.x[1][g], vdupq_n_u32(s_.k0[r])));
-      k.x[2][g] = veorq_u32(p0.high, veorq_u32(k.x[3][g], vdupq_n_u32(s_.k1[r])));
-      k.x[1][g] = p1.low;
-      k.x[3][g] = p0.low;
-    }
+  // Rounds 1, 2 and 3; in between, x[0] and x[2] are what is multiplied next.
+  void first(const Counter& c, const Keys& keys, Words& k) const noexcept {
+    const Product pq = unzip(c.p, c.q);
+    k.x[0] = veorq_u32(pq.high, load(keys.a1));
+    k.x[2] = veorq_u32(pq.low, load(keys.b2));
+  }
+  void second(const Keys& keys, Words& k) const noexcept {
+    const Product p = multiply<1>(k.x[0]), p1 = multiply<1>(k.x[2]);
+    k.x[0] = veorq_u32(p.high, load(keys.b0));
+    k.x[1] = p1.low;
+    k.x[2] = veorq_u32(p1.high, veorq_u32(p.low, load(keys.k0[0])));
+  }
+  void third(const Keys& keys, Words& k) const noexcept {
+    const Product p0 = multiply<0>(k.x[0]);
+    k.x[0] = k.x[2];
+    k.x[2] = veorq_u32(p0.high, load(keys.c2));
+    k.x[3] = p0.low;
   }
 
-  Words words(std::uint32_t q) const noexcept {
-    Words k;
-    start(q, k);
-    for (unsigned r = 1; r < 5; ++r) round(r, k);
+  // Rounds 4 .. 7.
+  void round(int r, const Keys& keys, Words& k) const noexcept {
+    const Product p0 = multiply<0>(k.x[0]), p1 = multiply<1>(k.x[2]);
+    k.x[0] = veorq_u32(p1.high, veorq_u32(k.x[1], load(keys.k0[r - 3])));
+    k.x[2] = veorq_u32(p0.high, veorq_u32(k.x[3], load(keys.k1[r - 3])));
+    k.x[1] = p1.low;
+    k.x[3] = p0.low;
+  }
+
+  // The words of quads q .. q + 4 N - 1, by N chains side by side.
+  template <unsigned N>
+  std::array<Words, N> words(std::uint32_t q, const Keys& keys) const noexcept {
+    std::array<Words, N> k;
+    for (unsigned n = 0; n < N; ++n) first(counter(q + 4 * n), keys, k[n]);
+    for (unsigned n = 0; n < N; ++n) second(keys, k[n]);
+    for (unsigned n = 0; n < N; ++n) third(keys, k[n]);
+    for (int r = 4; r <= kRounds; ++r)
+      for (unsigned n = 0; n < N; ++n) round(r, keys, k[n]);
     return k;
   }
 
  private:
-  static uint32x2_t m0() noexcept { return vdup_n_u32(kMul0); }
-  static uint32x2_t m1() noexcept { return vdup_n_u32(kMul1); }
+  // Two widening products and two unzips. The x86 form (words left in 64-bit lanes) needs 12.5 instructions a word on
+  // NEON, this one 7.3, as there is no 32-bit product that reads every second lane.
+  template <int Multiplier>
+  Product multiply(uint32x4_t x) const noexcept {
+    return unzip(vmull_lane_u32(vget_low_u32(x), m_, Multiplier), vmull_high_lane_u32(x, m_, Multiplier));
+  }
 
-  Schedule s_;
+  uint32x2_t m_;
 };
 
-template <int N>
-inline float32x4_t horner(const float (&coefficient)[N], float32x4_t t) noexcept {
-  float32x4_t p = vdupq_n_f32(coefficient[0]);
-  for (int i = 1; i < N; ++i) p = vfmaq_f32(vdupq_n_f32(coefficient[i]), p, t);
-  return p;
+// The factors of a transform, taken by lane; with the leading coefficients, whose products need no copy.
+enum Factor { kLog0, kCos0, kSin0, kExponent };
+inline float32x4_t factors() noexcept {
+  static constexpr float kFactors[4] = {kLog[0], kCos[0], kSin[0], kMinusTwoLn2};
+  const float* factors = kFactors;
+  renew(factors);
+  return vld1q_f32(factors);
 }
 
-// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
-class Transform {
- public:
-  Transform(uint32x4_t x, uint32x4_t y) noexcept : x_(x), y_(y) {}
+// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words. Names are those
+// of SPEC.md.
+struct Transform {
+  uint32x4_t x, y;
+  int32x4_t v, e;
+  float32x4_t ex, f, log, r, angle, t, cosine, sine;
 
-  void root() noexcept {
-    const int32x4_t odd = vreinterpretq_s32_u32(vorrq_u32(x_, vdupq_n_u32(1)));
-    const int32x4_t v = vreinterpretq_s32_f32(vabsq_f32(vcvtq_f32_s32(odd)));
-    const int32x4_t d = vsubq_s32(v, vdupq_n_s32(kSqrtHalf2p31));
-    const float32x4_t ex = vcvtq_f32_s32(vshrq_n_s32(d, 23));
-    const int32x4_t m = vaddq_s32(vandq_s32(d, vdupq_n_s32(kMantissa)), vdupq_n_s32(kSqrtHalf));
-    const float32x4_t f = vsubq_f32(vreinterpretq_f32_s32(m), vdupq_n_f32(1.0f));
-    r_ = vsqrtq_f32(vfmaq_f32(vmulq_f32(ex, vdupq_n_f32(kMinusTwoLn2)), horner(kLog, f), f));
-  }
-  void angle() noexcept {
-    const float32x4_t angle = vcvtq_n_f32_s32(vreinterpretq_s32_u32(y_), 31);  // times 2^-31
-    const float32x4_t t = vmulq_f32(angle, angle);
-    c_ = horner(kCos, t);
-    s_ = vmulq_f32(angle, horner(kSin, t));
-  }
-  void finish(float32x4_t& cosine, float32x4_t& sine) const noexcept {
-    const float32x4_t r = vbslq_f32(vdupq_n_u32(kSign), vreinterpretq_f32_u32(x_), r_);
-    cosine = vmulq_f32(r, c_);
-    sine = vmulq_f32(r, s_);
-  }
+  Transform(const Words& k, unsigned pair) noexcept
+      : x(vorrq_u32(k.x[2 * pair], vdupq_n_u32(1))), y(k.x[2 * pair + 1]) {}
 
- private:
-  uint32x4_t x_, y_;
-  float32x4_t r_, c_, s_;
+  // v is scaled by 2^-31, which leaves d what it is; e is (d >> 23) * 2^23.
+  void split(const Constants& c) noexcept {
+    static_assert(kSqrtHalf2p31 - (31 << 23) == kSqrtHalf);
+    v = vreinterpretq_s32_f32(vabsq_f32(vcvtq_n_f32_s32(vreinterpretq_s32_u32(x), 31)));
+    e = vandq_s32(vsubq_s32(v, load(c.sqrt_half)), load(c.exponent));
+  }
+  void log1(const Constants& c, float32x4_t factor) noexcept {
+    f = vsubq_f32(vreinterpretq_f32_s32(vsubq_s32(v, e)), load(c.one));
+    ex = vmulq_laneq_f32(vcvtq_n_f32_s32(e, 23), factor, kExponent);
+    log = vfmaq_laneq_f32(load(c.log1), f, factor, kLog0);
+  }
+  void log23(const Constants& c) noexcept {
+    log = vfmaq_f32(load(c.log2), log, f);
+    log = vfmaq_f32(load(c.log3), log, f);
+  }
+  void log456(const Constants& c) noexcept {
+    log = vfmaq_f32(load(c.log4), log, f);
+    log = vfmaq_f32(load(c.log5), log, f);
+    log = vfmaq_f32(load(c.log6), log, f);
+  }
+  void root() noexcept { r = vsqrtq_f32(vfmaq_f32(ex, log, f)); }
+  void square() noexcept {
+    angle = vcvtq_n_f32_s32(vreinterpretq_s32_u32(y), 31);  // times 2^-31
+    t = vmulq_f32(angle, angle);
+  }
+  void cos123(const Constants& c, float32x4_t factor) noexcept {
+    cosine = vfmaq_laneq_f32(load(c.cos1), t, factor, kCos0);
+    cosine = vfmaq_f32(load(c.cos2), cosine, t);
+    cosine = vfmaq_f32(load(c.cos3), cosine, t);
+  }
+  void cos4_sin12(const Constants& c, float32x4_t factor) noexcept {
+    cosine = vfmaq_f32(load(c.cos4), cosine, t);
+    sine = vfmaq_laneq_f32(load(c.sin1), t, factor, kSin0);
+    sine = vfmaq_f32(load(c.sin2), sine, t);
+  }
+  void sin34(const Constants& c) noexcept {
+    sine = vfmaq_f32(load(c.sin3), sine, t);
+    sine = vmulq_f32(angle, vfmaq_f32(load(c.sin4), sine, t));
+  }
+  void finish(const Constants& c, float32x4_t* z) noexcept {
+    const float32x4_t signed_r = vbslq_f32(load(c.sign), vreinterpretq_f32_u32(x), r);
+    z[0] = vmulq_f32(signed_r, cosine);
+    z[1] = vmulq_f32(signed_r, sine);
+  }
 };
 
 template <unsigned Count>
@@ -120,63 +237,94 @@ struct Scales {
   }
 };
 
-inline void prefetch(const float* block, const Walk& walk) noexcept {
+// Four vectors of weights, `apart` from each other.
+template <unsigned Count>
+inline void update(float* w, std::ptrdiff_t apart, const float32x4_t (&z)[4], const Scales<Count>& scale) noexcept {
+  float32x4_t v[4] = {z[0], z[1], z[2], z[3]};
+  if constexpr (Count != 0) {
+    for (int n = 0; n < 4; ++n) v[n] = vld1q_f32(w + n * apart);
+    for (unsigned i = 0; i < Count; ++i)
+      for (int n = 0; n < 4; ++n) v[n] = vfmaq_f32(v[n], scale.s[i], z[n]);
+  }
+  for (int n = 0; n < 4; ++n) vst1q_f32(w + n * apart, v[n]);
+}
+
+inline void prefetch(const float* block, std::ptrdiff_t block_stride, std::ptrdiff_t run_stride) noexcept {
 #if defined(__GNUC__) || defined(__clang__)
-  for (int run = 0; run < 4; ++run) __builtin_prefetch(block + kAhead * walk.block_stride + run * walk.run_stride, 1);
+  for (int run = 0; run < 4; ++run) __builtin_prefetch(block + kAhead * block_stride + run * run_stride, 1);
 #endif
 }
 
-template <unsigned Count>
-inline void update(float* w, float32x4_t z, const Scales<Count>& scale) noexcept {
-  if constexpr (Count != 0) {
-    float32x4_t v = vld1q_f32(w);
-    for (unsigned i = 0; i < Count; ++i) v = vfmaq_f32(v, scale.s[i], z);
-    z = v;
-  }
-  vst1q_f32(w, z);
-}
-
 void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept {
-  const Philox philox(key);
+  const Keys keys{Schedule(key)};
+  const Philox philox;
   for (std::size_t i = 0; i < count; ++i)
     for (unsigned half = 0; half < 16; half += 8) {
-      const Words k = philox.words(static_cast<std::uint32_t>((first + i) * 16 + half));
+      const auto k = philox.words<2>(static_cast<std::uint32_t>((first + i) * 16 + half), keys);
       for (unsigned j = 0; j < 4; ++j)
-        for (unsigned g = 0; g < 2; ++g) vst1q_u32(out + 64 * i + 16 * j + half + 4 * g, k.x[j][g]);
+        for (unsigned n = 0; n < 2; ++n) vst1q_u32(out + 64 * i + 16 * j + half + 4 * n, k[n].x[j]);
     }
 }
 
-// Software-pipelined: between the rounds of the next eight quads stand the parts of the transform of these eight.
+// Software-pipelined: between the rounds of the next four quads stand the parts of the transforms of these four.
 template <unsigned Count>
 void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
-  const Philox philox(key);
+  const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
-  float* block = walk.base;
-  auto q = static_cast<std::uint32_t>(walk.first * 16);
-  const auto next = static_cast<std::uint32_t>(walk.step * 16);
-  Words k = philox.words(q);
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, q += next) {
-    prefetch(block, walk);
-    for (unsigned half = 0; half < 16; half += 8) {
+  const Philox philox;
+  const float32x4_t factor = factors();
+  const auto [base, run_stride, block_stride, first, step, count] = walk;
+  const uint64x2_t next_four = vdupq_n_u64(std::uint64_t{4} * kMul0);
+  const uint64x2_t next_block = vdupq_n_u64((step * 16 - 12) * kMul0);
+  const auto q = static_cast<std::uint32_t>(first * 16);
+  Words k = philox.words<1>(q, keys)[0];
+  Counter counter = philox.counter(q);
+  Sources from = {&kConstants, &kConstants, &keys};
+  float* block = base;
+  for (std::size_t i = 0; i < count; ++i, block += block_stride) {
+    prefetch(block, block_stride, run_stride);
+#if defined(__GNUC__) || defined(__clang__)
+#pragma GCC unroll 4
+#endif
+    for (unsigned lane = 0; lane < 16; lane += 4) {
+      Transform a(k, 0), b(k, 1);
       Words n;
-      philox.start(half == 0 ? q + 8 : q + next, n);
-      for (unsigned pair = 0; pair < 2; ++pair) {
-        float* w = block + 2 * pair * walk.run_stride + half;
-        Transform a(k.x[2 * pair][0], k.x[2 * pair + 1][0]), b(k.x[2 * pair][1], k.x[2 * pair + 1][1]);
-        a.root();
-        b.root();
-        philox.round(2 * pair + 1, n);
-        a.angle();
-        b.angle();
-        philox.round(2 * pair + 2, n);
-        float32x4_t cosine, sine;
-        a.finish(cosine, sine);
-        update(w, cosine, scales);
-        update(w + walk.run_stride, sine, scales);
-        b.finish(cosine, sine);
-        update(w + 4, cosine, scales);
-        update(w + walk.run_stride + 4, sine, scales);
-      }
+      counter.add(lane < 12 ? next_four : next_block);
+      a.split(*from.a);
+      b.split(*from.b);
+      philox.first(counter, *from.keys, n);
+      in_step(from, n.x[0], n.x[2], a.e, b.e);
+      philox.second(*from.keys, n);
+      a.log1(*from.a, factor);
+      b.log1(*from.b, factor);
+      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      philox.third(*from.keys, n);
+      a.log23(*from.a);
+      b.log23(*from.b);
+      a.square();
+      b.square();
+      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      philox.round(4, *from.keys, n);
+      a.log456(*from.a);
+      b.log456(*from.b);
+      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      philox.round(5, *from.keys, n);
+      a.root();
+      a.cos123(*from.a, factor);
+      b.cos123(*from.b, factor);
+      in_step(from, n.x[0], n.x[2], a.cosine, b.cosine);
+      philox.round(6, *from.keys, n);
+      b.root();
+      a.cos4_sin12(*from.a, factor);
+      b.cos4_sin12(*from.b, factor);
+      in_step(from, n.x[0], n.x[2], a.sine, b.sine);
+      philox.round(7, *from.keys, n);
+      a.sin34(*from.a);
+      b.sin34(*from.b);
+      float32x4_t z[4];
+      a.finish(*from.a, z);
+      b.finish(*from.b, z + 2);
+      update(block + lane, run_stride, z, scales);
       k = n;
     }
   }
@@ -184,38 +332,34 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
 
 template <unsigned Count>
 void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
-  const Philox philox(key);
+  const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
-  const uint32x4_t sign = vdupq_n_u32(kSign);
-  Words bits[2] = {};  // the words of one superblock of 32 blocks, by halves
+  const Philox philox;
+  const uint32x4_t one = vdupq_n_u32(0x3F800000u << 1);  // the bits of 1.0 but for the sign
+  std::array<Words, 2> bits[2] = {};                     // the words of one superblock of 32 blocks, by halves
   std::uint64_t held = ~std::uint64_t{0};
-  float* block = walk.base;
-  std::uint64_t b = walk.first;
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, b += walk.step) {
+  const auto [base, run_stride, block_stride, first, step, count] = walk;
+  float* block = base;
+  std::uint64_t b = first;
+  for (std::size_t i = 0; i < count; ++i, block += block_stride, b += step) {
     if (b >> 5 != held) {
       held = b >> 5;
       for (unsigned half = 0; half < 2; ++half)
-        bits[half] = philox.words(static_cast<std::uint32_t>(held * 16 + half * 8));
+        bits[half] = philox.words<2>(static_cast<std::uint32_t>(held * 16 + half * 8), keys);
     }
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
     const int32x4_t shift = vdupq_n_s32(static_cast<int>(row & 31));
     uint32x4_t k[4];
-    for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(bits[g / 2].x[row >> 5][g % 2], shift);
-    float* w = block;
-    prefetch(block, walk);
-    for (unsigned run = 0; run < 4; ++run, w += walk.run_stride)
+    for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(bits[g / 2][g % 2].x[row >> 5], shift);
+    prefetch(block, block_stride, run_stride);
+    for (int run = 0; run < 4; ++run) {
+      float32x4_t z[4];
       for (unsigned g = 0; g < 4; ++g) {
-        const uint32x4_t flip = vandq_u32(k[g], sign);
+        z[g] = vreinterpretq_f32_u32(vsriq_n_u32(k[g], one, 1));  // 1.0 with the top bit of k for its sign
         k[g] = vaddq_u32(k[g], k[g]);
-        if constexpr (Count == 0) {
-          vst1q_f32(w + 4 * g, vreinterpretq_f32_u32(veorq_u32(flip, vreinterpretq_u32_f32(vdupq_n_f32(1.0f)))));
-        } else {  // fma(s, +-1, w) is w +- s
-          float32x4_t v = vld1q_f32(w + 4 * g);
-          for (unsigned s = 0; s < Count; ++s)
-            v = vaddq_f32(v, vreinterpretq_f32_u32(veorq_u32(flip, vreinterpretq_u32_f32(scales.s[s]))));
-          vst1q_f32(w + 4 * g, v);
-        }
       }
+      update(block + run * run_stride, 4, z, scales);
+    }
   }
 }
 
@@ -233,9 +377,10 @@ void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned s
 void shrink(float* w, std::size_t n, float decay) noexcept {
   const float32x4_t c = vdupq_n_f32(decay);
   std::size_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    const float32x4_t v = vld1q_f32(w + i);
-    vst1q_f32(w + i, vfmsq_f32(v, c, v));
+  for (; i + 16 <= n; i += 16) {
+    float32x4_t v[4];
+    for (unsigned g = 0; g < 4; ++g) v[g] = vld1q_f32(w + i + 4 * g);
+    for (unsigned g = 0; g < 4; ++g) vst1q_f32(w + i + 4 * g, vfmsq_f32(v[g], c, v[g]));
   }
   for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
