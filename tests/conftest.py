@@ -57,6 +57,15 @@ def write_tiny_onnx(path: Path) -> None:
     save(model, path)
 
 
+def write_tiny_data(path: Path) -> None:
+    """120 examples (.npz of token ids) whose class a linear model can find."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(1, VOCABULARY, (120, 8))
+    labels = (ids[:, 0] * 7 + ids[:, 1]) % CLASSES
+    ids[np.arange(120), 2] = labels + 1
+    np.savez(path, input_ids=ids, labels=labels)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared model of about 3,000 parameters with 3 classes; not to be changed."""
@@ -68,11 +77,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 examples (.npz of token ids) whose class a linear model can find."""
-    rng = np.random.default_rng(3)
-    ids = rng.integers(1, VOCABULARY, (120, 8))
-    labels = (ids[:, 0] * 7 + ids[:, 1]) % CLASSES
-    ids[np.arange(120), 2] = labels + 1
+    """See :func:`write_tiny_data`; not to be changed."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, input_ids=ids, labels=labels)
+    write_tiny_data(path)
     return path
