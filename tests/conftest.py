@@ -4,11 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper, save
+from sizes import SIZE
 
 import pocketzo as pz
 
 VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 24, 40, 3
+
+if SIZE == "small":
+    settings.register_profile("small", max_examples=10, deadline=None)
+    settings.load_profile("small")
 
 
 def write_tiny_onnx(path: Path) -> None:
