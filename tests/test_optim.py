@@ -33,7 +33,7 @@ METHODS: dict[str, Make] = {
     "mezo-rademacher": lambda m: pz.MeZO(m, lr=0.01, seed=5, direction="rademacher"),
     "mezo-everything": lambda m: pz.MeZO(
         m,
-        lr=0.01,
+        lr=0.002,
         eps=3e-3,
         seed=2**64 - 1,
         weight_decay=0.1,
