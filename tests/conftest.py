@@ -4,11 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper, save
+from sizes import SIZE
 
 import pocketzo as pz
 
 VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 24, 40, 3
+
+if SIZE == "small":
+    settings.register_profile("small", max_examples=10, deadline=None)
+    settings.load_profile("small")
 
 
 def write_tiny_onnx(path: Path) -> None:
@@ -57,6 +63,15 @@ def write_tiny_onnx(path: Path) -> None:
     save(model, path)
 
 
+def write_tiny_data(path: Path) -> None:
+    """120 examples (.npz of token ids) whose class a linear model can find."""
+    rng = np.random.default_rng(3)
+    ids = rng.integers(1, VOCABULARY, (120, 8))
+    labels = (ids[:, 0] * 7 + ids[:, 1]) % CLASSES
+    ids[np.arange(120), 2] = labels + 1
+    np.savez(path, input_ids=ids, labels=labels)
+
+
 @pytest.fixture(scope="session")
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of about 3,000 parameters with 3 classes, as an exporter would write it."""
@@ -75,11 +90,7 @@ def tiny_bundle(tiny_onnx: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 examples (.npz of token ids) whose class a linear model can find."""
-    rng = np.random.default_rng(3)
-    ids = rng.integers(1, VOCABULARY, (120, 8))
-    labels = (ids[:, 0] * 7 + ids[:, 1]) % CLASSES
-    ids[np.arange(120), 2] = labels + 1
+    """See :func:`write_tiny_data`; not to be changed."""
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, input_ids=ids, labels=labels)
+    write_tiny_data(path)
     return path

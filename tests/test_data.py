@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sizes import full_or_small
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from pocketzo.bundle import Bundle, ValueSpec
@@ -308,7 +309,9 @@ def test_fingerprint_never_changes(tmp_path: Path, bundle: Bundle) -> None:
 any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=full_or_small(60, 10), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(rows=st.lists(st.tuples(any_text, st.integers(0, 1)), min_size=1, max_size=8))
 def test_any_text_survives_any_format(tmp_path: Path, bundle: Bundle, rows: list[tuple[str, int]]) -> None:
     expected = encode_texts([text for text, _ in rows], bundle)

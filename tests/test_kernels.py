@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
+from sizes import full_or_small
 from vectors import reference
 
 import pocketzo as pz
@@ -606,7 +607,7 @@ def packings(draw: st.DrawFn) -> tuple[int, int, int, int, bool]:
     return rows, columns, stride, draw(st.sampled_from([64, 128, 256])), draw(st.booleans())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=full_or_small(60, 10))
 @given(
     packing=packings(),
     direction=st.integers(0, 1),
@@ -636,7 +637,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     assert memory.tobytes() == packed_by_hand(tensor, transposed, stride, depth).tobytes()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=full_or_small(60, 10))
 @given(packing=packings(), cut=st.floats(0, 1), size=st.floats(0, 1))
 def test_packing_copies_any_part_and_nothing_else(
     packing: tuple[int, int, int, int, bool], cut: float, size: float

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sizes import full_or_small
 from vectors import generate
 from vectors import reference as ref
 
@@ -73,13 +74,13 @@ numbers = st.one_of(fp32, any_pattern, ordinary, subnormal)
 
 
 @given(a=numbers, b=numbers, c=numbers)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=full_or_small(400, 10), deadline=None)
 def test_fma_is_rounded_once(a: float, b: float, c: float) -> None:
     check_fma(a, b, c)
 
 
 @given(a=numbers, b=numbers, steps=st.integers(-3, 3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=full_or_small(300, 10), deadline=None)
 def test_fma_where_the_product_cancels(a: float, b: float, steps: int) -> None:
     product = rounded(Fraction(a) * Fraction(b)) if a and b else 0.0
     if math.isinf(product):
@@ -96,7 +97,7 @@ def test_fma_where_the_product_cancels(a: float, b: float, steps: int) -> None:
     nudge=st.sampled_from([-(2.0**-23), 0.0, 2.0**-23]),
     sign=st.sampled_from([-1, 1]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=full_or_small(400, 10), deadline=None)
 def test_fma_near_ties(c: float, mantissa: int, shift: int, exponent: int, nudge: float, sign: int) -> None:
     # The product is half a unit in the last place of c, or lies a hair or a few bits beside it.
     half_unit = math.frexp(c)[1] - 25 if c else -150
@@ -217,7 +218,7 @@ def test_one_sign_by_hand(element: int) -> None:
     cut=st.integers(0, 200),
     kind=st.sampled_from(["gaussian", "rademacher"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=full_or_small(60, 10), deadline=None)
 def test_a_stretch_can_be_cut_anywhere(offset: int, n: int, cut: int, kind: ref.Direction) -> None:
     cut = min(cut, n)
     whole = ref.direction(kind, 1, 2, 3, offset, n)
@@ -286,7 +287,7 @@ seeds = st.integers(0, 2**64 - 1)
     n=st.integers(0, 300) | st.integers(0, 5000),
     kind=st.sampled_from(["gaussian", "rademacher"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=full_or_small(100, 10), deadline=None)
 def test_kernels_agree(seed: int, tensor: int, draw: int, offset: int, n: int, kind: ref.Direction) -> None:
     got = kernels.normal(n, seed=seed, tensor=tensor, draw=draw, offset=offset, direction=kind)
     want = ref.direction(kind, seed, tensor, draw, offset, n)
@@ -302,7 +303,7 @@ def test_kernels_agree(seed: int, tensor: int, draw: int, offset: int, n: int, k
     decay=st.sampled_from([0.0, 1e-3, 0.5]),
     kind=st.sampled_from(["gaussian", "rademacher"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=full_or_small(100, 10), deadline=None)
 def test_perturb_and_step_agree(
     draw: int, offset: int, n: int, scale: float, next_scale: float, decay: float, kind: ref.Direction
 ) -> None:

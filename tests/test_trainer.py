@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import full_or_small
 
 import pocketzo as pz
 from pocketzo.journal import Journal
@@ -600,10 +601,10 @@ trainer.model.save(Path(run) / "tuned")
 """
 
 
-def test_killed_twenty_times_and_resumed_the_bits_are_the_same(
+def test_killed_again_and_again_and_resumed_the_bits_are_the_same(
     tiny_bundle: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    steps = 3000
+    steps, kills = full_or_small((3000, 20), (300, 3))
 
     def command(run: str, last: int = steps) -> list[str]:
         arguments = map(os.fspath, (tiny_bundle, tiny_data, tmp_path / run))
@@ -617,14 +618,13 @@ def test_killed_twenty_times_and_resumed_the_bits_are_the_same(
     def recorded() -> int:
         return (journal.stat().st_size - header) // 60 if journal.exists() else 0
 
-    for kill in range(20):
-        last = (
-            (kill + 1) * steps // 21
-        )  # where this life waits for its end, so that there is something left to the next
+    for kill in range(kills):
+        # where this life waits for its end, so that there is something left to the next
+        last = (kill + 1) * steps // (kills + 1)
         enough = rng.integers(recorded(), last + 1)
         with subprocess.Popen(command("run", last), stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            if kill % 5 == 4:  # now and then it dies while it loads or replays
+            if kill % 3 == 2:  # now and then it dies while it loads or replays
                 time.sleep(rng.uniform(0, 0.5))
             else:
                 process.stdout.readline()
