@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo import _core
+from pocketzo import _core, cores
 from pocketzo import packed as packing
 from pocketzo.bundle import Bundle, TensorSpec
 from pocketzo.errors import BundleError, DeadWeightError, Error
@@ -62,6 +62,8 @@ class Model:
         float32 arrays by name; what is written is seen by the next run.
     threads : int
         Threads of the session.
+    forward_seconds : dict of int to float
+        Time of a forward pass by number of threads, where the number was chosen by that; else empty.
     packed : bool
         Whether the session multiplies by packed weights.
     unpacked_because : str or None
@@ -81,6 +83,7 @@ class Model:
         self.bundle = bundle
         self.weights = weights
         self.threads = threads
+        self.forward_seconds: Mapping[int, float] = {}
         self.packed = unpacked_because is None
         self.unpacked_because = unpacked_because
         self._session = session
@@ -140,6 +143,7 @@ def load(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     threads: int | None = None,
+    batch: Batch | None = None,
     packed: bool | Literal["auto"] = "auto",
     verify: Literal["auto", "fast", "full"] = "auto",
 ) -> Model:
@@ -150,7 +154,12 @@ def load(
     bundle : path or Bundle
         A folder written by ``pocketzo prepare``, or what :meth:`Bundle.read` made of it.
     threads : int, optional
-        Threads of the session; by default as many as the kernels use.
+        Threads of the session; by default as many as there are fast cores. The kernels have threads of their own,
+        see :func:`pocketzo.kernels.set_threads`, of which there are never fewer by default.
+    batch : mapping of str to ndarray, optional
+        If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
+        there are fast cores, and as many as there are cores, and the quickest number is taken. Best a batch as those
+        to come. It takes no more memory than training, and up to a second or one pass a number.
     packed : bool or "auto"
         Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
         twice as fast, or as they are stored. "auto" packs where it can and otherwise warns and works; True insists.
@@ -172,13 +181,26 @@ def load(
         ``packed`` is True, and the weights cannot be packed here; says why.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    threads = _core.threads() if threads is None else threads
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if packed not in (True, False, "auto"):
         raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
     if verify not in ("auto", "fast", "full"):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    seconds: dict[int, float] = {}
+    if threads is None:
+        counts = cores.thread_counts()
+        if batch is not None and len(counts) > 1:
+            seconds = _time_forwards(bundle, batch, counts)
+            threads = _quickest(seconds)
+        else:
+            threads = min(cores.fast(), _core.threads())
+    model = _load(bundle, threads, packed, verify)
+    model.forward_seconds = seconds
+    return model
+
+
+def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str) -> Model:
     reason = "as asked for"
     if packed:
         try:
@@ -189,8 +211,38 @@ def load(
                 raise Error(f"{bundle.path}: the weights cannot be packed: {reason}") from None
     model = _load_unpacked(bundle, threads, verify, reason)
     if packed:
-        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=3)
     return model
+
+
+def _time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int]) -> dict[int, float]:
+    """Return the least time of a few forward passes with each number of threads.
+
+    A session has its threads for life, so each number takes one of its own. They are unpacked and share the weights,
+    and so are quick to make; one comes when the one before it has gone, with its activations. What a thread more is
+    worth was much the same packed (bench/README.md).
+    """
+    weights = Weights(bundle)
+    _read_as_noise(weights, bundle)
+    values = _values(weights)
+    outputs = [bundle.loss] if bundle.loss is not None and "labels" in batch else None
+    seconds = {}
+    for threads in counts:
+        session = _session(bundle.model_path, values, threads, packed=False)
+        model = Model(bundle, weights, session, threads, values, unpacked_because="for timing")
+        times: list[float] = []
+        while len(times) < 5 and sum(times) < 1:
+            started = time.perf_counter()
+            model.run(batch, outputs)
+            times.append(time.perf_counter() - started)
+        seconds[threads] = round(min(times), 6)
+        del model, session
+    return seconds
+
+
+def _quickest(seconds: Mapping[int, float]) -> int:
+    """Return the number of threads with the least time, or a smaller one that is as good: it keeps the phone cooler."""
+    return min(threads for threads, took in seconds.items() if took <= 1.05 * min(seconds.values()))
 
 
 def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
