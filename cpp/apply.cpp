@@ -122,6 +122,7 @@ bool in_rows(const Packing& p) noexcept { return !p.transposed && p.columns % kB
 bool in_turned_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
 
 constexpr std::uint64_t kGroup = 256;  // columns of a unit: with blocks of 256 rows, as many elements as kUnit
+constexpr std::uint64_t kHeight = kUnit / kPanel;  // rows of a unit that is part of one panel
 
 std::uint64_t units_of(const Segment& s) noexcept {
   if (s.size == 0) return 0;
@@ -129,7 +130,10 @@ std::uint64_t units_of(const Segment& s) noexcept {
     const Packing& p = *s.packing;
     return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kGroup - 1) / kGroup);
   }
-  if (s.packing != nullptr && in_turned_rows(*s.packing)) return (s.packing->columns + kPanel - 1) / kPanel;
+  if (s.packing != nullptr && in_turned_rows(*s.packing)) {
+    const Packing& p = *s.packing;
+    return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kHeight - 1) / kHeight);
+  }
   return (s.offset + s.size - 1) / kUnit - s.offset / kUnit + 1;
 }
 
@@ -160,13 +164,15 @@ void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept
     }
 }
 
-// One panel: 16 rows of the transposed tensor, in tiles of 64 elements each.
+// Up to 4096 elements of 16 rows of the transposed tensor, in tiles of 64 elements each.
 void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
   const Packing& p = *s.packing;
-  const std::uint64_t first = number * kPanel, lanes = std::min(kPanel, p.columns - first);
+  const std::uint64_t along = (p.rows + kHeight - 1) / kHeight;
+  const std::uint64_t first = number / along * kPanel, lanes = std::min(kPanel, p.columns - first);
+  const std::uint64_t begin = number % along * kHeight, end = std::min(begin + kHeight, p.rows);
   const Keys keys(job, s.tensor, 0);
   alignas(64) float tile[kPanel * kBlock];
-  for (std::uint64_t k = 0; k < p.rows; k += kBlock) {
+  for (std::uint64_t k = begin; k < end; k += kBlock) {
     float* const w = static_cast<float*>(s.data) + place(p, k, first);
     for (std::uint64_t n = 0; n < kPanel; ++n)
       for (std::uint64_t i = 0; i < kBlock; ++i) tile[n * kBlock + i] = w[i * kPanel + n];

@@ -13,7 +13,7 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kPiece = 1u << 18;  // elements
+constexpr std::uint64_t kPiece = 1u << 16;  // elements: small, as in apply.cpp
 
 struct Copy {
   float* packed;

@@ -48,12 +48,12 @@ class Pool {
       work_ = work;
       context_ = context;
       units_ = &left;
-      busy_ = others_.size();
       ++job_;
     }
     wake_.notify_all();
     work(left, context);
     std::unique_lock<std::mutex> lock(mutex_);
+    units_ = nullptr;  // every unit is taken: a thread that the system has not yet let run is not waited for
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -98,9 +98,11 @@ class Pool {
       wake_.wait(lock, [&] { return stopping_ || job_ != seen; });
       if (stopping_) return;
       seen = job_;
+      if (units_ == nullptr) continue;
       const Work work = work_;
       const void* context = context_;
       Units& units = *units_;
+      ++busy_;
       lock.unlock();
       work(units, context);
       lock.lock();
@@ -114,8 +116,8 @@ class Pool {
   std::vector<std::thread> others_;
   Work work_ = nullptr;
   const void* context_ = nullptr;
-  Units* units_ = nullptr;
-  std::size_t busy_ = 0;
+  Units* units_ = nullptr;  // of the job that threads may still join
+  std::size_t busy_ = 0;    // threads that work on it, without the caller
   std::uint64_t job_ = 0;
   bool stopping_ = false;
 };

@@ -21,7 +21,7 @@ class Units {
   std::uint64_t count_;
 };
 
-// Called once on each thread that takes part.
+// Called once on each thread that takes part: the caller, and those that wake up while there is something left.
 using Work = void (*)(Units& units, const void* context) noexcept;
 
 // Returns when every unit is done. Calls from several threads run one after another.

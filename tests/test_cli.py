@@ -654,6 +654,36 @@ def test_where_weights_cannot_be_packed_everyone_says_why(workspace: Workspace, 
     assert "unpacked weights" in process.stderr
 
 
+def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspace: Workspace, tmp_path: Path) -> None:
+    three_cores = (
+        "import atexit, sys\n"
+        "from pocketzo import cores, kernels\n"
+        "cores.usable = lambda: [0, 1, 2]\n"
+        "kernels.set_threads(3)\n"
+        "atexit.register(lambda: print('kernels have', kernels.threads(), file=sys.stderr))"
+    )
+    words = ("--data", workspace.train, "--steps", 3, "--method", "mezo")
+    timed = pocketzo("train", workspace.base, *words, "-o", tmp_path / "timed", before=three_cores)
+    assert timed.returncode == 0, timed.stderr
+    recorded = json.loads(good("info", tmp_path / "timed", "--json"))["trainer"]
+    seconds = {int(count): time for count, time in recorded["forward_seconds"].items()}
+    assert list(seconds) == [1, 2, 3]
+    assert seconds[recorded["threads"]] <= 1.05 * min(seconds.values())
+    count = recorded["threads"]
+    assert re.search(rf"{count} threads? \(1: \S+ m?s, 2: \S+ m?s, 3: \S+ m?s a forward\)", timed.stderr)
+    assert "kernels have 3" in timed.stderr
+    given = pocketzo("train", workspace.base, *words, "-o", tmp_path / "given", "--threads", 2, before=three_cores)
+    assert given.returncode == 0, given.stderr
+    recorded = json.loads(good("info", tmp_path / "given", "--json"))["trainer"]
+    assert (recorded["threads"], recorded["forward_seconds"]) == (2, None)
+    assert "2 threads\n" in given.stderr
+    assert "kernels have 2" in given.stderr
+    # Slow cores help the kernels, whatever is best for forwards: only what the user gave holds for both.
+    for run, kernels in (("timed", 3), ("given", 2)):
+        resumed = pocketzo("train", "--resume", tmp_path / run, before=three_cores)
+        assert f"kernels have {kernels}" in resumed.stderr
+
+
 def test_a_run_goes_on_as_it_began_packed_or_not(workspace: Workspace, tmp_path: Path) -> None:
     for name, options in (("packed", ["--packed"]), ("unpacked", ["--unpacked"])):
         run = tmp_path / name

@@ -25,12 +25,13 @@ from rich.table import Table  # noqa: TID253
 from rich.text import Text  # noqa: TID253
 
 import pocketzo as pz
+from pocketzo.cores import thread_counts
 from pocketzo.demo.run import STEPS, Outcome, run_demo
 from pocketzo.doctor import examine, packing
 from pocketzo.memory import process_memory
 from pocketzo.plot import plot_run
 from pocketzo.safetensors import file_sha256
-from pocketzo.trainer import recorded_packing
+from pocketzo.trainer import Order, recorded_packing
 
 __all__ = ["main"]
 
@@ -145,9 +146,12 @@ _bundle_out = click.option(
 )
 _force = click.option("--force", is_flag=True, help="Replace a bundle that is at --output already.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_threads = click.option(
-    "--threads", type=int, metavar="N", help="Threads.  [default: as many as there are cores to use]"
-)
+
+
+def _threads(default: str) -> Callable[[Any], Any]:
+    return click.option("--threads", type=int, metavar="N", help=f"Threads.  [default: {default}]")
+
+
 _base = click.option("--base", type=_PATH, metavar="BUNDLE", help="Where the run's base bundle is, if it was moved.")
 _step = click.option("--step", type=int, metavar="N", help="The weights after N steps of a run.  [default: all steps]")
 _best = click.option("--best", is_flag=True, help="The weights at the run's best evaluation.")
@@ -320,7 +324,7 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
     metavar="SIZE",
     help="Stop, and undo the step under way, before this process has so much memory resident, such as 1.5G.",
 )
-@_threads
+@_threads("all cores; for forwards, what is quickest in a few with 1, 2, the fast cores and all")
 @_column_options
 @click.pass_context
 def train(
@@ -395,6 +399,8 @@ def train(
     if past is None and os.path.lexists(output) and not _is_empty_folder(output):
         raise pz.JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
     read = pz.Bundle.read(bundle)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     examples = pz.load_dataset(data, read, **columns)
     held_out = None if eval_data is None else pz.load_dataset(eval_data, read, **columns)
     others: list[str] = []
@@ -402,11 +408,15 @@ def train(
         recorded = past.header["trainer"]
         pairs = ("threads", recorded["threads"], threads), ("packed", bool(recorded_packing(recorded)), packed)
         others = [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
-        threads = recorded["threads"]
+        threads = _recorded_threads(recorded)
         packed = packed or (None if recorded_packing(recorded) else False)
-    if threads is not None:
+    elif threads is not None:
         pz.kernels.set_threads(threads)
-    model = pz.load(read, threads=threads, packed="auto" if packed is None else packed, max_memory=max_memory)
+    first = examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
+    with _err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
+        model = pz.load(
+            read, threads=threads, batch=first, packed="auto" if packed is None else packed, max_memory=max_memory
+        )
     settings: dict[str, Any] = {"directions": directions} if method == "fzoo" else {}
     optimizer = _METHODS[method](
         model,
@@ -447,11 +457,21 @@ def train(
     source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}
     trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
     trainer.source |= {**columns, "before": before}
+    timed = ", ".join(f"{count}: {_milliseconds(seconds)}" for count, seconds in model.forward_seconds.items())
     _note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {pz.kernels.isa()} kernels, "
         f"{'packed' if model.packed else 'unpacked'} weights, {model.threads} thread{'s' if model.threads > 1 else ''}"
+        + (f" ({timed} a forward)" if timed else "")
     )
     _train(trainer, output)
+
+
+def _recorded_threads(recorded: Mapping[str, Any]) -> int:
+    """Return the threads of a run's forwards, and have the kernels use as many where the user had chosen them."""
+    threads = int(recorded["threads"])
+    if recorded.get("forward_seconds") is None:
+        pz.kernels.set_threads(threads)
+    return threads
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -471,8 +491,7 @@ def _resumed(
     examples = pz.load_dataset(recorded["train"] if data is None else data, read, **columns)
     held_out_path = recorded.get("eval") if eval_data is None else eval_data
     held_out = None if held_out_path is None else pz.load_dataset(held_out_path, read, **columns)
-    threads = int(past.header["trainer"]["threads"])
-    pz.kernels.set_threads(threads)
+    threads = _recorded_threads(past.header["trainer"])
     packed = recorded_packing(past.header["trainer"])
     model = None
     if bundle is not None or max_memory is not None:
@@ -685,7 +704,7 @@ class _Smoothed:
 @_best
 @_base
 @click.option("--batch-size", type=int, default=32, help="Examples a forward pass.")
-@_threads
+@_threads("as many as there are fast cores")
 @_column_options
 def evaluate(
     model: Path,
@@ -907,6 +926,7 @@ def doctor(as_json: bool) -> None:
 
 def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     memory, cores = facts["memory"], facts["cores"]
+    fast = f"{cores['fast']} of them fast, " if cores["fast"] < cores["usable"] else ""
     total, available = (None if memory[name] is None else _size(memory[name]) for name in ("total", "available"))
     system = facts["platform"] + (" (Termux)" if facts["termux"] else " (Android)" if facts["android"] else "")
     extras = {
@@ -920,7 +940,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "system": system,
         "versions": f"python {facts['python']}, numpy {facts['numpy']}, onnxruntime {facts['onnxruntime']}",
         **{f"extra {extra}": text for extra, text in extras.items()},
-        "cores": f"{cores['usable'] or cores['present']} to use, {cores['present']} present; {facts['threads']} used",
+        "cores": f"{cores['usable']} to use, {fast}{cores['present']} present; {facts['threads']} used by the kernels",
         "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
         "weights": facts["packing"],
         "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
@@ -1010,6 +1030,10 @@ def _size(count: float) -> str:
         if count >= size:
             return f"{count / size:.0f} {unit}" if count >= 100 * size else f"{count / size:.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _duration(seconds: float) -> str:

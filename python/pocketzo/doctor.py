@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pocketzo
-from pocketzo import kernels, packed
+from pocketzo import cores, kernels, packed
 from pocketzo.bundle import Bundle
 from pocketzo.memory import system_memory
 
@@ -144,7 +144,12 @@ def examine() -> dict[str, Any]:
         "packing": packing(),
         "isa": kernels.isa(),
         "available": kernels.available(),
-        "cores": {"present": os.cpu_count(), "usable": _usable_cores()},
+        "cores": {
+            "present": os.cpu_count(),
+            "usable": len(cores.usable()),
+            "fast": cores.fast(),
+            "speeds": cores.speeds(),
+        },
         "threads": kernels.threads(),
         "memory": {"total": total, "available": available},
         "self_test": {name: {"ok": not names, "failed": names} for name, names in failed.items()},
@@ -172,11 +177,4 @@ def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
-
-
-def _usable_cores() -> int | None:
-    try:
-        return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on every system, and a phone may refuse it
         return None

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo import _core
+from pocketzo import _core, cores
 from pocketzo import packed as packing
 from pocketzo.bundle import Bundle, TensorSpec
 from pocketzo.errors import BundleError, DeadWeightError, Error, MemoryLimitError
@@ -68,6 +68,8 @@ class Model:
         Arrays by name; what is written is seen by the next run.
     threads : int
         Threads of the session.
+    forward_seconds : dict of int to float
+        Time of a forward pass by number of threads, where the number was chosen by that; else empty.
     packed : bool
         Whether the session multiplies by packed weights.
     unpacked_because : str or None
@@ -91,6 +93,7 @@ class Model:
         self.bundle = bundle
         self.weights = weights
         self.threads = threads
+        self.forward_seconds: Mapping[int, float] = {}
         self.packed = unpacked_because is None
         self.unpacked_because = unpacked_because
         self._session = session
@@ -188,6 +191,7 @@ def load(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     threads: int | None = None,
+    batch: Batch | None = None,
     packed: bool | Literal["auto"] = "auto",
     verify: Literal["auto", "fast", "full"] = "auto",
     max_memory: int | None = None,
@@ -199,7 +203,12 @@ def load(
     bundle : path or Bundle
         A folder written by ``pocketzo prepare``, or what :meth:`Bundle.read` made of it.
     threads : int, optional
-        Threads of the session; by default as many as the kernels use.
+        Threads of the session; by default as many as there are fast cores. The kernels have threads of their own,
+        see :func:`pocketzo.kernels.set_threads`, of which there are never fewer by default.
+    batch : mapping of str to ndarray, optional
+        If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
+        there are fast cores, and as many as there are cores, and the quickest number is taken. Best a batch as those
+        to come. It takes no more memory than training, and up to a second or one pass a number.
     packed : bool or "auto"
         Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
         twice as fast, or as they are stored. "auto" packs where it can and otherwise warns and works; True insists.
@@ -228,8 +237,7 @@ def load(
         this process takes.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    threads = _core.threads() if threads is None else threads
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if packed not in (True, False, "auto"):
         raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
@@ -237,6 +245,22 @@ def load(
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
     if max_memory is not None:
         _check_memory(max_memory, bundle)
+    seconds: dict[int, float] = {}
+    if threads is None:
+        counts = cores.thread_counts()
+        if batch is not None and len(counts) > 1:
+            seconds = _time_forwards(bundle, batch, counts, max_memory)
+            threads = _quickest(seconds)
+        else:
+            threads = min(cores.fast(), _core.threads())
+    model = _load(bundle, threads, packed, verify, max_memory)
+    model.forward_seconds = seconds
+    return model
+
+
+def _load(
+    bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str, max_memory: int | None
+) -> Model:
     reason = "as asked for"
     if packed:
         try:
@@ -253,10 +277,10 @@ def load(
         if not _core.has_half_arithmetic():
             warnings.warn(
                 "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is slow",
-                stacklevel=2,
+                stacklevel=3,
             )
     elif packed:
-        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=2)
+        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=3)
     return model
 
 
@@ -281,12 +305,44 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
+def _time_forwards(
+    bundle: Bundle, batch: Batch, counts: Iterable[int], max_memory: int | None
+) -> dict[int, float]:
+    """Return the least time of a few forward passes with each number of threads.
+
+    A session has its threads for life, so each number takes one of its own. They are unpacked and share the weights,
+    and so are quick to make; one comes when the one before it has gone, with its activations. What a thread more is
+    worth was much the same packed (bench/README.md).
+    """
+    weights = Weights(bundle)
+    _read_as_noise(weights, bundle)
+    values = _values(weights)
+    outputs = [bundle.loss] if bundle.loss is not None and "labels" in batch else None
+    seconds = {}
+    for threads in counts:
+        session = _session(bundle.model_path, values, threads, packed=False, level=_level(bundle))
+        model = Model(bundle, weights, session, threads, values, unpacked_because="for timing")
+        model.max_memory = max_memory
+        times: list[float] = []
+        while len(times) < 5 and sum(times) < 1:
+            started = time.perf_counter()
+            model.run(batch, outputs)
+            times.append(time.perf_counter() - started)
+        seconds[threads] = round(min(times), 6)
+        del model, session
+    return seconds
+
+
+def _quickest(seconds: Mapping[int, float]) -> int:
+    """Return the number of threads with the least time, or a smaller one that is as good: it keeps the phone cooler."""
+    return min(threads for threads, took in seconds.items() if took <= 1.05 * min(seconds.values()))
+
+
 def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
     weights = Weights(bundle)
     _read_as_noise(weights, bundle)
     values = _values(weights)
-    level = _HALF_LEVEL if bundle.is_half else _LEVEL
-    session = _session(bundle.model_path, values, threads, packed=False, level=level)
+    session = _session(bundle.model_path, values, threads, packed=False, level=_level(bundle))
     model = Model(bundle, weights, session, threads, values, unpacked_because=reason)
 
     def agree() -> bool:
@@ -354,6 +410,10 @@ def _load_packed(bundle: Bundle, threads: int, verify: str, max_memory: int | No
 
 def _trainable(bundle: Bundle) -> list[TensorSpec]:
     return [tensor for tensor in bundle.tensors if tensor.trainable]
+
+
+def _level(bundle: Bundle) -> ort.GraphOptimizationLevel:
+    return _HALF_LEVEL if bundle.is_half else _LEVEL
 
 
 def _values(weights: Weights) -> dict[str, ort.OrtValue]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo import cores
 from pocketzo.bundle import Bundle
 from pocketzo.errors import JournalError, TrainingError
 from pocketzo.files import atomic_file
@@ -439,6 +440,13 @@ class Trainer:
             from pocketzo.model import load
 
             model = load(base, threads=settings["threads"], packed=recorded_packing(settings))
+        usable = len(cores.usable())
+        if model.threads > usable:
+            warnings.warn(
+                f"{past.path}: goes on with the {model.threads} threads of its record, on which the roundings of "
+                f"losses may depend, though that is slow with fewer cores to use ({usable})",
+                stacklevel=2,
+            )
         optimizer = past.rebuild(model)
         trainer = cls(
             model,
@@ -583,6 +591,7 @@ class Trainer:
                 "draws": self.optimizer.draws,
                 **{name: getattr(self, name) for name in _OPTIONS},
                 "threads": self.model.threads,
+                "forward_seconds": dict(self.model.forward_seconds) or None,
                 "packed": self.model.packed,
                 "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
             },

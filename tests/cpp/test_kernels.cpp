@@ -6,6 +6,8 @@
 // named but cannot run is a failure. The exit code is 0 if all is well, 1 if a check failed, 2 for wrong usage.
 
 #include <pocketzo/kernels.h>
+#include <poll.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -13,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cinttypes>
 #include <cmath>
 #include <csignal>
@@ -736,7 +739,7 @@ void test_packed() {
       {128, 21, 32, 64, true},                                  // turned rows, a panel with padding
       {320, 48, 48, 256, true},    {70, 100, 112, 64, false},   // neither: elements are gathered
       {70, 100, 112, 64, true},    {2000, 37, 48, 256, false},  // and more of them than a unit takes
-      {1, 1, 16, 64, false},
+      {1, 1, 16, 64, false},       {8256, 21, 32, 256, true},   // more turned rows than a unit takes
   };
   for (const Packing& p : cases) {
     const auto n = static_cast<std::size_t>(p.rows * p.columns), size = static_cast<std::size_t>(p.rows * p.stride);
@@ -838,6 +841,96 @@ void test_threads() {
   CHECK(!pocketzo::set_threads(0));
   CHECK(!pocketzo::set_threads(pocketzo::kMaxThreads + 1));
   CHECK(pocketzo::threads() == 3);
+}
+
+// A set whose gaussian keeps the first thread beside the main one in its first call until the others have done all but
+// one unit, and the main thread until there is such a thread.
+namespace held_up {
+
+constexpr std::uint64_t kUnitBlocks = (1u << 16) / kBlock;
+const KernelSet* inner;
+pthread_t main_thread, other_thread;
+std::uint64_t enough;  // blocks
+std::atomic<std::uint64_t> done;
+std::atomic<bool> entered;
+
+template <typename Condition>
+bool comes_true(const Condition& condition) {  // in the time that a loaded machine or an emulator may take
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+  if (pthread_equal(pthread_self(), main_thread) != 0) {
+    if (!comes_true([] { return entered.load(); })) {
+      fail(__LINE__, "no other thread took part");
+      entered = true;
+    }
+  } else if (!entered.load()) {
+    other_thread = pthread_self();
+    entered = true;
+    if (!comes_true([] { return done.load() >= enough; }))
+      fail(__LINE__, say("a slow thread has more than a unit to itself: ", done.load(), " blocks done, not ", enough));
+  }
+  inner->gaussian(walk, key, scale, scale_count);
+  done += walk.count;
+}
+
+void apply(const KernelSet& set, const std::vector<Segment>& segments) {
+  inner = &set;
+  main_thread = pthread_self();
+  entered = false;
+  done = enough = 0;
+  for (const Segment& s : segments) enough += s.size / kBlock;
+  enough -= kUnitBlocks;
+  KernelSet holding = set;
+  holding.gaussian = gaussian;
+  pocketzo::use(holding);
+  const Term shift = term(Direction::gaussian, 1, 2, {0.5f});
+  pocketzo::apply(segments.data(), segments.size(), &shift, 1);
+  pocketzo::use(set);
+}
+
+}  // namespace held_up
+
+void test_a_slow_thread_takes_small_units(const KernelSet& set) {
+  CHECK(pocketzo::set_threads(2));
+  const Packing rows{1024, 256, 256, 256, false}, turned{16384, 16, 32, 256, true};
+  std::vector<float> plain(5 * held_up::kUnitBlocks * kBlock), in_rows(1024 * 256), in_turned_rows(16384 * 32);
+  const Segment segments[] = {{plain.data(), plain.size(), 0, 7},
+                              {in_rows.data(), 1024 * 256, 0, 8, &rows},
+                              {in_turned_rows.data(), 16384 * 16, 0, 9, &turned}};
+  for (const Segment& segment : segments) held_up::apply(set, {segment});
+}
+
+std::atomic<bool> stopped, released;
+
+extern "C" void stop_here(int) {
+  stopped = true;
+  while (!released) poll(nullptr, 0, 1);
+}
+
+void test_a_thread_that_cannot_run_is_not_waited_for(const KernelSet& set) {
+  CHECK(pocketzo::set_threads(2));
+  std::vector<float> w(4 * held_up::kUnitBlocks * kBlock);
+  held_up::apply(set, {{w.data(), w.size(), 0, 7}});  // tells which thread the other one is
+  stopped = released = false;
+  const auto before = std::signal(SIGUSR1, stop_here);
+  CHECK(pthread_kill(held_up::other_thread, SIGUSR1) == 0);
+  CHECK(held_up::comes_true([] { return stopped.load(); }));
+  std::atomic<bool> returned{false};
+  std::thread caller([&] {
+    apply_to(w.data(), w.size(), 7, 0, mixed_terms());
+    returned = true;
+  });
+  CHECK(held_up::comes_true([&] { return returned.load(); }));
+  released = true;
+  caller.join();
+  std::signal(SIGUSR1, before);
 }
 
 void test_callers_at_once() {
@@ -1123,6 +1216,8 @@ void test_set(const KernelSet& set, const std::vector<Answer>& answers) {
   RUN(test_terms());
   RUN(test_long_programs());
   RUN(test_threads());
+  RUN(test_a_slow_thread_takes_small_units(set));
+  RUN(test_a_thread_that_cannot_run_is_not_waited_for(set));
   RUN(test_callers_at_once());
   RUN(test_floating_point_modes());
   RUN(test_not_finite());

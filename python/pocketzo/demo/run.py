@@ -168,14 +168,14 @@ def run_demo(
         graph.unlink(missing_ok=True)
     probe = linear_probe(features, train.label_ids, test_features, test.label_ids)
 
-    model = load(bundle)
+    train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
+    model = load(bundle, batch=train.batch(np.arange(BATCH_SIZE)))
     parameters = sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable)
     say(
         f"prepared: {output / 'base'}, {parameters:,} parameters, all of them trained; {kernels.isa()} kernels, "
         f"{'packed' if model.packed else 'unpacked'} weights, "
         f"{model.threads} thread{'s' if model.threads > 1 else ''}"
     )
-    train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
     before = evaluate(model, test)
     guesses = _guesses(model, test)
     say(f"data: {len(train)} messages to learn from, {len(test)} held out; accuracy before: {before['accuracy']:.1%}")
