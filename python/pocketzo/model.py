@@ -174,7 +174,10 @@ class Model:
         widest = max(matrices, default=1) * max(256, shape[-1]) // 256
         logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
         widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
-        return 2 * 4 * math.prod(shape) * widest + _SMALL
+        casts = 0
+        if self.bundle.is_half and not _core.has_half_arithmetic():  # the runtime copies a weight to use it
+            casts = max(4 * math.prod(tensor.shape) for tensor in self.bundle.tensors)
+        return 2 * 4 * math.prod(shape) * widest + casts + _SMALL
 
     def loss(self, batch: Batch) -> float:
         """Run the graph and return its loss."""
@@ -258,9 +261,7 @@ def load(
     return model
 
 
-def _load(
-    bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str, max_memory: int | None
-) -> Model:
+def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str, max_memory: int | None) -> Model:
     reason = "as asked for"
     if packed:
         try:
@@ -305,9 +306,7 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def _time_forwards(
-    bundle: Bundle, batch: Batch, counts: Iterable[int], max_memory: int | None
-) -> dict[int, float]:
+def _time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memory: int | None) -> dict[int, float]:
     """Return the least time of a few forward passes with each number of threads.
 
     A session has its threads for life, so each number takes one of its own. They are unpacked and share the weights,
