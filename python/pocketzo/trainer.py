@@ -559,7 +559,7 @@ class Trainer:
             "group_by_length": self.group_by_length,
             "max_skipped": self.max_skipped,
             "threads": self.model.threads,
-            "forward_seconds": {str(n): time for n, time in self.model.forward_seconds.items()} or None,
+            "forward_seconds": dict(self.model.forward_seconds) or None,
             "packed": self.model.packed,
             "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
         }
