@@ -22,6 +22,7 @@ QUICK = {
     "scale": ["--against", "threads", "--rounds", "2"],
     "session": ["--shapes", "minilm", "--rounds", "2"],
     "loop": ["--steps", "300"],
+    "mixed": ["--rounds", "2"],
     "accuracy": ["--target", "0.6", "--steps", "50", "--seeds", "0"],
 }
 
@@ -37,7 +38,7 @@ def main() -> None:
     with models_folder(arguments.models) as folder:
         for name, quick in QUICK.items():
             command = [sys.executable, f"bench/{name}.py"]
-            if name not in ("noise", "accuracy"):
+            if name not in ("noise", "mixed", "accuracy"):
                 command += ["--models", str(folder)]
             if arguments.quick:
                 command += quick

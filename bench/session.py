@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "denormals are zero": {"entries": {"session.set_denormal_as_zero": "1"}},
     "one thread for the session": {"threads": 1},
     "unpacked weights": {"system": "unpacked"},
+    "unpacked weights, one thread for the session": {"system": "unpacked", "threads": 1},
 }
 
 

@@ -417,6 +417,37 @@ def fp16_table(report: Report) -> list[str]:
     ]
 
 
+def mixed_table(report: Report) -> list[str]:
+    body = []
+    for row in report["results"]["rows"]:
+        cores = (
+            f"{row['fast']} fast, {row['slow']} slow by {row['slowness']:g}" if row["slow"] else f"{row['fast']} alike"
+        )
+        # What cores that lose no time take, by what the fast ones alone took.
+        bound = row["alone"]["median"] * row["fast"] / (row["fast"] + row["slow"] / row["slowness"])
+        medians = {name: row[name]["median"] for name in ("alone", "split", "units")}
+        body.append(
+            [
+                cores,
+                {"sleep": "asleep", "spin": "idling"}[row["how"]],
+                *(seconds(medians[name]) for name in ("alone", "split")),
+                f"{seconds(medians['units'])} ({seconds(row['units']['low'])} to {seconds(row['units']['high'])})",
+                f"{medians['split'] / medians['units']:.2f}",
+                f"{bound / medians['units']:.2f}",
+            ]
+        )
+    header = ["cores", "simulated", "fast ones alone", "equal split", "small units, as shipped"]
+    return [
+        caption(report),
+        "",
+        "w += s z, Gaussian; medians (and quartiles). Asleep: threads that sleep for most of the 1 ms that a unit of "
+        "2^16 elements is to take on a fast core, 352 units (MiniLM's 23 M weights). Idling: real cores, of which one "
+        "idles after each call of the kernel, 1024 units. The bound is what the cores' speeds add up to.",
+        "",
+        *markdown([*header, "times as fast as the split", "of the bound"], body),
+    ]
+
+
 def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
     """The README's: some rows of the others."""
     steps = of_steps(step)
@@ -457,8 +488,10 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "scale": (("scale",), scale_table),
     "session": (("session",), session_table),
     "loop": (("loop",), loop_table),
+    "mixed": (("mixed",), mixed_table),
     "accuracy": (("accuracy",), accuracy_table),
     "cycles": (("cycles",), cycles_table),
+    "fp16": (("fp16",), fp16_table),
 }
 
 

@@ -206,12 +206,13 @@ def load(
     bundle : path or Bundle
         A folder written by ``pocketzo prepare``, or what :meth:`Bundle.read` made of it.
     threads : int, optional
-        Threads of the session; by default as many as there are fast cores. The kernels have threads of their own,
-        see :func:`pocketzo.kernels.set_threads`, of which there are never fewer by default.
+        Threads of the session; by default as many as there are fast cores. Those of the kernels are others, see
+        :func:`pocketzo.kernels.set_threads`; by default the session has no more than they.
     batch : mapping of str to ndarray, optional
         If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
         there are fast cores, and as many as there are cores, and the quickest number is taken. Best a batch as those
-        to come. It takes no more memory than training, and up to a second or one pass a number.
+        to come. It takes no more memory than training, and up to a second, or one pass, a number. The number may
+        change the roundings of losses: give ``threads`` where two runs have to be the same.
     packed : bool or "auto"
         Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
         twice as fast, or as they are stored. "auto" packs where it can and otherwise warns and works; True insists.
@@ -310,8 +311,8 @@ def _time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memo
     """Return the least time of a few forward passes with each number of threads.
 
     A session has its threads for life, so each number takes one of its own. They are unpacked and share the weights,
-    and so are quick to make; one comes when the one before it has gone, with its activations. What a thread more is
-    worth was much the same packed (bench/README.md).
+    and so are quick to make; one comes when the one before it has gone, with its activations. Packed, the second thread
+    was worth as much: 1.75 times the speed (BERT-base's shape, 1 x 16 and 8 x 64 tokens; bench/session.py).
     """
     weights = Weights(bundle)
     _read_as_noise(weights, bundle)
