@@ -55,8 +55,7 @@ inline simde__m512i pocketzo_cvtepu16_epi32(__m256i h) {
 inline __m256i pocketzo_cvtepi32_epi16(simde__m512i w) {
   const simde__m512i_private from = simde__m512i_to_private(w);
   const __m256i low = _mm256_set1_epi32(0xFFFF);
-  const __m256i pairs =
-      _mm256_packus_epi32(_mm256_and_si256(from.m256i[0], low), _mm256_and_si256(from.m256i[1], low));
+  const __m256i pairs = _mm256_packus_epi32(_mm256_and_si256(from.m256i[0], low), _mm256_and_si256(from.m256i[1], low));
   return _mm256_permute4x64_epi64(pairs, 0xD8);
 }
 #define _mm512_cvtepi32_epi16(w) pocketzo_cvtepi32_epi16(w)
