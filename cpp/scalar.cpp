@@ -1,4 +1,5 @@
 // The specification as code: one element at a time, no trick. Every other set must give these bits.
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -104,14 +105,14 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
 
-std::uint32_t half_to_float(std::uint16_t h) noexcept {
+std::uint32_t fp16_to_fp32(std::uint16_t h) noexcept {
   const std::uint32_t sign = (h & 0x8000u) << 16, m = h & 0x7FFFu;
   if (m < 0x0400) return sign | std::bit_cast<std::uint32_t>(static_cast<float>(m) * 0x1p-24f);
   if (m >= 0x7C00) return sign | kInfinity | (m & 0x3FF) << 13;
   return sign | ((m << 13) + (112u << 23));
 }
 
-std::uint16_t half_nearest(std::uint32_t w) noexcept {
+std::uint16_t fp16_nearest(std::uint32_t w) noexcept {
   const std::uint32_t sign = w >> 16 & 0x8000u, m = w & ~kSign;
   std::uint32_t h;
   if (m > kInfinity)
@@ -124,7 +125,7 @@ std::uint16_t half_nearest(std::uint32_t w) noexcept {
 }
 
 // In fp32; r is uniform in 0 .. 2^16 - 1.
-std::uint32_t half_stochastic(std::uint32_t w, std::uint32_t r) noexcept {
+std::uint32_t fp16_stochastic(std::uint32_t w, std::uint32_t r) noexcept {
   const std::uint32_t sign = w & kSign, m = w & ~kSign;
   r >>= 3;  // as many bits as are cut off
   if (m < kHalfNormal) {
@@ -132,20 +133,20 @@ std::uint32_t half_stochastic(std::uint32_t w, std::uint32_t r) noexcept {
     const float cut = static_cast<float>(static_cast<std::int32_t>(units));
     return sign | std::bit_cast<std::uint32_t>(cut * 0x1p-24f);
   }
-  return sign | (m + r >= kHalfTooLarge ? kInfinity : (m + r) & ~0x1FFFu);
+  return sign | (m + r >= kHalfTooLarge ? std::max(m, kInfinity) : (m + r) & ~0x1FFFu);
 }
 
-std::uint32_t brain_nearest(std::uint32_t w) noexcept { return (w + 0x7FFF + (w >> 16 & 1)) & 0xFFFF0000u; }
+std::uint32_t bf16_nearest(std::uint32_t w) noexcept { return (w + 0x7FFF + (w >> 16 & 1)) & 0xFFFF0000u; }
 
 void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
   for (std::size_t i = 0; i < n; ++i)
-    out[i] = std::bit_cast<float>(storage == Storage::float16 ? half_to_float(in[i]) : std::uint32_t{in[i]} << 16);
+    out[i] = std::bit_cast<float>(storage == Storage::float16 ? fp16_to_fp32(in[i]) : std::uint32_t{in[i]} << 16);
 }
 
 void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
   for (std::size_t i = 0; i < n; ++i) {
     const auto w = std::bit_cast<std::uint32_t>(in[i]);
-    out[i] = storage == Storage::float16 ? half_nearest(w) : static_cast<std::uint16_t>(brain_nearest(w) >> 16);
+    out[i] = storage == Storage::float16 ? fp16_nearest(w) : static_cast<std::uint16_t>(bf16_nearest(w) >> 16);
   }
 }
 
@@ -154,14 +155,14 @@ void round(float* values, const std::uint32_t* words, std::size_t n, Storage sto
   for (std::size_t i = 0; i < n; ++i) {
     auto w = std::bit_cast<std::uint32_t>(values[i]);
     if (words == nullptr) {
-      w = half ? half_to_float(half_nearest(w)) : brain_nearest(w);
+      w = half ? fp16_to_fp32(fp16_nearest(w)) : bf16_nearest(w);
     } else {
       const std::size_t slot = i / 16 % 4, pair = slot / 2;
       const std::uint32_t* x = words + (i / 64 * 64 + 32 * pair + i % 16);
       std::uint32_t k = (x[0] + x[16]) * kDither[pair];
       k ^= k >> 16;
       const std::uint32_t r = slot % 2 == 0 ? k & 0xFFFF : k >> 16;
-      w = half ? half_stochastic(w, r) : (w + r) & 0xFFFF0000u;
+      w = half ? fp16_stochastic(w, r) : (w + r) & 0xFFFF0000u;
     }
     values[i] = std::bit_cast<float>(w);
   }

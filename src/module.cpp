@@ -277,6 +277,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "PocketZO's kernels. Use pocketzo.kernels.";
   m.attr("SPEC_VERSION") = pz::kSpecVersion;
   m.attr("__version__") = POCKETZO_VERSION;
+  m.attr("MAX_THREADS") = pz::kMaxThreads;
   PYBIND11_NUMPY_DTYPE(pz::Term, seed, draw, scale, decay, count, direction, rounding, unused);
   m.attr("TERM") = py::dtype::of<pz::Term>();
 

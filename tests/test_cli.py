@@ -8,11 +8,11 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import forked
 import numpy as np
 import pytest
 from conftest import CLASSES, VOCABULARY, write_tiny_onnx
+from numpy.typing import NDArray
 from sizes import SIZE
 from vectors import reference
 
@@ -158,6 +159,8 @@ def test_version() -> None:
         (["train", "base", "--group", "(:lr=1"], "'(' is not a regular expression"),
         (["train", "--resume", "run", "--steps", "9"], "--steps cannot be changed by --resume"),
         (["train", "base", "--max-memory", "much"], "'much' is not a size such as 1.5G"),
+        (["train", "base", "--max-memory", "1.5"], "'1.5' is not a size such as 1.5G"),
+        (["train", "base", "--max-memory", "9" * 400 + "G"], "is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "0"], "'0' is not a size such as 1.5G"),
         (["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--directions", "4"], "belongs to --method fzoo"),
         (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
@@ -465,15 +468,16 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
     steps = pz.Run(run).steps
     assert 1 < steps < 1000
     (run / "snapshots").mkdir()
-    left = run / "snapshots" / ".step-00000001.safetensors.1.part"
-    left.write_bytes(b"half of a snapshot")
+    left = [run / ".loss.png.1.part", run / "snapshots" / ".step-00000001.safetensors.1.part"]
+    for path in left:
+        path.write_bytes(b"half of a file")
 
     command = ["train", *workspace.words("-o", run, "--eval-every", 400)]
     process = pocketzo(*command)
     assert process.returncode == 0, process.stderr
     assert f"{run}: going on after step {steps} of 1000" in process.stderr
     assert weights_after(run, tmp_path / "tuned") == uninterrupted
-    assert not left.exists()
+    assert not any(path.exists() for path in left)
     again = pocketzo(*command)
     assert again.returncode == 0
     assert f"{run}: all 1000 steps are done" in again.stderr
@@ -487,12 +491,14 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
         (["--method", "mezo"], "method is fzoo there and mezo here"),
         (["--trainable", "classifier"], "other weights are trained (7 there, 2 here)"),
         (["--threads", "2"], "threads is 1 there and 2 here"),
+        (["--steps", "70"], "steps is 60 there and 70 here. Give"),
         (["--unpacked", "--group-by-length"], "packed is True there and False here; group_by_length is False there"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_other_settings_do_not_go_on_with_a_run(workspace: Workspace, more: list[str], said: str) -> None:
     command = ["train", *workspace.words("-o", workspace.run, "--steps", 60, "--eval-every", 20)]
+    more = [*more, "--eval-every", "30"] if "--steps" in more else more
     before = (workspace.run / "journal.pzj").read_bytes()
     assert f"{workspace.run}: holds a run with other settings: {said}" in refused(*command, *more)
     assert (workspace.run / "journal.pzj").read_bytes() == before
@@ -507,6 +513,25 @@ def test_a_limit_on_memory_is_kept_or_refused(workspace: Workspace, tmp_path: Pa
     line = refused("train", workspace.base, *data, "-o", tmp_path / "new", "--max-memory", "2G", before=hidden)
     assert "a limit on memory cannot be kept: the system does not tell how much is used" in line
     assert not (tmp_path / "new").exists()
+
+
+def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace, tmp_path: Path) -> None:
+    command = "train", workspace.base, "--data", workspace.train, "--steps", 2, "--threads", 1, "-o", tmp_path / "run"
+    full = "import pocketzo\npocketzo.Model._reserve = lambda model, shape: 2 * 10**9"
+    process = pocketzo(*command, "--max-memory", "2G", before=full)
+    assert process.returncode == 1
+    assert "was broken off" in process.stderr
+    assert "Stopped in the first step, so that there is no record" in process.stderr
+    good(*command, "--batch-size", 4)
+
+
+def test_going_on_without_packed_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(workspace.run, tmp_path / "run")
+    unpackable = "from pocketzo import packed\ndef refuse(bundle):\n  raise packed.UnpackableError('no room')\n"
+    unpackable += "packed.matrices = refuse"
+    process = pocketzo("train", "--resume", tmp_path / "run", before=unpackable)
+    assert process.returncode == 0
+    assert "goes on with weights that are not packed (no room), unlike its record" in " ".join(process.stderr.split())
 
 
 def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
@@ -714,15 +739,23 @@ def test_the_known_answers_are_those_of_the_reference() -> None:
         terms = [reference.Term(near[0], 42, (1e-3,), 1e-2, kind), reference.Term(near[0], 43, (-2e-3,), 0.0, kind)]
         return reference.apply(start, terms, tensor=near[1])
 
-    streams: dict[str, Callable[[], reference.F32]] = {
+    def halves() -> NDArray[np.uint16]:
+        terms = [
+            reference.Term(near[0], 42, (1e-3,), 1e-2, "gaussian", "stochastic"),
+            reference.Term(near[0], 43, (-2e-3,), 0.0, "gaussian"),
+        ]
+        return reference.apply16(reference.nearest(start, "float16"), terms, storage="float16", tensor=near[1])
+
+    streams: dict[str, Callable[[], NDArray[Any]]] = {
         "normal": lambda: start,
         "normal, far": lambda: reference.normal(*far, 17179344875, count),
         "rademacher": lambda: reference.rademacher(*near, 0, count),
         "rademacher, far": lambda: reference.rademacher(*far, 549755682795, count),
         "step, normal": lambda: stepped("gaussian"),
         "step, rademacher": lambda: stepped("rademacher"),
+        "step, fp16": halves,
     }
-    assert {name: zlib.crc32(make().astype("<f4").tobytes()) for name, make in streams.items()} == doctor.ANSWERS
+    assert {name: doctor._crc(make()) for name, make in streams.items()} == doctor.ANSWERS
 
 
 def test_process_memory_is_this_process() -> None:

@@ -568,6 +568,22 @@ def test_tiny_updates_are_right_on_average(storage: reference.Storage, direction
     np.testing.assert_array_equal(expected.astype(np.float32), w.astype(np.float32))
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("isa", pz.kernels.available())
+def test_what_is_not_finite_stays_so(storage: reference.Storage, isa: str) -> None:
+    before = pz.kernels.isa()
+    special = np.tile(np.array([np.inf, -np.inf, np.nan], STORAGES[storage]), 50)
+    try:
+        pz.kernels.use(isa)
+        w = special.copy()
+        pz.kernels.step(w, **STEP)
+        np.testing.assert_array_equal(w.astype(np.float32), special.astype(np.float32))
+        pz.kernels.step(w, **STEP, decay=0.125)  # infinity less infinity
+        assert np.isnan(w.astype(np.float32)).all()
+    finally:
+        pz.kernels.use(before)
+
+
 def test_16_bits_of_another_kind_are_refused() -> None:
     for dtype, name in ((">f2", ">f2"), (np.int16, "int16"), (np.uint16, "uint16")):
         with pytest.raises(TypeError, match=f"float32, float16 or bfloat16 array, got dtype '{name}'"):

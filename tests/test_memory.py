@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +114,28 @@ def test_where_the_system_does_not_tell_a_limit_is_refused(
     pz.load(bundle, packed=False)
 
 
+def test_a_run_that_cannot_be_watched_is_refused(bundle: Path) -> None:
+    model = pz.load(bundle, threads=1, packed=False, max_memory=10**12)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 200), before[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                files.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*Too many open files"):
+            model.loss(tokens(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for file in files:
+            os.close(file)
+    assert np.isfinite(model.loss(tokens(2)))
+
+
 class Growing:
     """Two examples a step, and the large batch at step 3."""
 
     fingerprint = "growing"
-
-    def __init__(self) -> None:
-        self.asked = 0
 
     def __len__(self) -> int:
         return 100

@@ -184,6 +184,22 @@ def test_truncated_weights_are_an_error(tiny_bundle: Path, tmp_path: Path) -> No
         pz.load(tmp_path / "bundle")
 
 
-def test_threads_must_be_positive(tiny_bundle: Path) -> None:
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        pz.load(tiny_bundle, threads=0)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": 0}, ValueError, r"threads must be in 1 \.\. 256, got 0"),
+        ({"threads": 257}, ValueError, r"threads must be in 1 \.\. 256, got 257"),
+        ({"threads": True}, TypeError, "threads must be an int, got True"),
+        ({"threads": "2"}, TypeError, "threads must be an int, got '2'"),
+        ({"max_memory": float("nan")}, TypeError, "max_memory must be an int, got nan"),
+        ({"max_memory": -5}, ValueError, r"max_memory must be in 1 \.\. \d+, got -5"),
+        ({"batch": [1]}, TypeError, r"batch must be a mapping of names to arrays, got \[1\]"),
+        ({"batch": {"input_ids": [1]}}, TypeError, "batch must be a mapping of names to arrays, got {'input_ids'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_of_the_wrong_kind_are_refused(
+    tiny_bundle: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        pz.load(tiny_bundle, **options)

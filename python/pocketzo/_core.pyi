@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPEC_VERSION: int
+MAX_THREADS: int
 __version__: str
 TERM: np.dtype[np.void]
 

@@ -160,10 +160,11 @@ _best = click.option("--best", is_flag=True, help="The weights at the run's best
 def _memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) *([KMG]?)(i?)B?", value.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?|\.\d+) *([MG])(i?)B?", value.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper())) if match else 0
+    if size < 1:
         raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
+    return size
 
 
 def _column_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,7 +323,8 @@ def _refuse_existing(path: Path, *, force: bool = False) -> None:
     "--max-memory",
     callback=_memory_size,
     metavar="SIZE",
-    help="Stop, and undo the step under way, before this process has so much memory resident, such as 1.5G.",
+    help="Stop, and undo the step under way, before this process has so much memory resident, such as 1.5G. There is "
+    "no loss.png then, as drawing it takes 50 MB.",
 )
 @_threads("all cores; for forwards, what is quickest in a few with 1, 2, the fast cores and all")
 @_column_options
@@ -366,8 +368,8 @@ def train(
 
     Ctrl-C (or SIGTERM) ends the run after the step that is under way, with exit code 130 (143); the same command, or
     --resume, goes on from there, and also after a crash or a kill, to the very weights that the uninterrupted run would
-    have reached. With --resume only BUNDLE, --data and --eval may be given, if these files were moved, and
-    --max-memory. A second Ctrl-C ends at once.
+    have reached (a --max-memory too small for packed weights changes roundings, and says so). With --resume only
+    BUNDLE, --data and --eval may be given, if these files were moved, and --max-memory. A second Ctrl-C ends at once.
 
     \b
     Examples:
@@ -457,7 +459,7 @@ def train(
     source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}
     trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
     trainer.source |= {**columns, "before": before}
-    timed = ", ".join(f"{count}: {_milliseconds(seconds)}" for count, seconds in model.forward_seconds.items())
+    timed = _fact("forward_seconds", model.forward_seconds)
     _note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {pz.kernels.isa()} kernels, "
         f"{'packed' if model.packed else 'unpacked'} weights, {model.threads} thread{'s' if model.threads > 1 else ''}"
@@ -476,7 +478,7 @@ def _recorded_threads(recorded: Mapping[str, Any]) -> int:
 
 def _is_empty_folder(path: Path) -> bool:
     """Whether nothing is in it but a file that a killed process had begun to write."""
-    return path.is_dir() and all(entry.name.endswith(".part") for entry in path.iterdir())
+    return path.is_dir() and all(re.fullmatch(r"\..*\.part", entry.name) for entry in path.iterdir())
 
 
 def _resumed(
@@ -514,8 +516,13 @@ def _train(trainer: pz.Trainer, run: Path) -> None:
     try:
         stopped_by = _fit(trainer, again)
     except pz.MemoryLimitError as error:
+        done = pz.Run(run).steps
+        if not done:  # a record of nothing would only be in the way of other settings
+            for name in "journal.pzj", "metrics.jsonl":
+                (run / name).unlink(missing_ok=True)
+            raise pz.MemoryLimitError(f"{error}. Stopped in the first step, so that there is no record") from None
         raise pz.MemoryLimitError(
-            f"{error}. Stopped after step {pz.Run(run).steps} of {trainer.steps}; to go on: {again} --max-memory SIZE"
+            f"{error}. Stopped after step {done} of {trainer.steps}; to go on: {again} --max-memory SIZE"
         ) from None
     done = trainer.optimizer.step_number
     past = pz.Run(run)
@@ -892,6 +899,8 @@ def _fact(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if name == "forward_seconds" and value:
+        return ", ".join(f"{threads}: {_milliseconds(seconds)}" for threads, seconds in value.items())
     if isinstance(value, dict):
         return ", ".join(f"{key} {_fact(key, item)}" for key, item in value.items() if item not in (None, []))
     if isinstance(value, (list, tuple)):
@@ -943,6 +952,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "cores": f"{cores['usable']} to use, {fast}{cores['present']} present; {facts['threads']} used by the kernels",
         "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
         "weights": facts["packing"],
+        "fp16": "fast: this processor computes in it" if facts["fp16"] else "slow: this processor cannot compute in it",
         "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
         "self-test": tests,
         **{

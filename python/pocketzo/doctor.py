@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pocketzo
-from pocketzo import cores, kernels, packed
+from pocketzo import _core, cores, kernels, packed
 from pocketzo.bundle import Bundle
 from pocketzo.memory import system_memory
 
@@ -33,9 +33,10 @@ _NEAR: Final[dict[str, Any]] = {"seed": _SEED, "tensor": _TENSOR, "draw": _DRAW}
 _FAR: Final[dict[str, Any]] = {"seed": 0x0123456789ABCDEF, "tensor": 0xDEADBEEF, "draw": 1 << 32}
 _COUNT = 1 << 16
 
-# CRC-32 of 65,536 little-endian float32. The first four are the first CRCs of the lines normal_crc and rademacher_crc
-# in tests/vectors/answers.txt; the last two apply two directions, with weight decay between, to the first stream. All
-# come from tests/vectors/reference.py, which does in numpy what cpp/SPEC.md says; tests/test_cli.py does so again.
+# CRC-32 of 65,536 little-endian numbers. The first four are the first CRCs of the lines normal_crc and rademacher_crc
+# in tests/vectors/answers.txt; the others apply two directions, with weight decay between, to the first stream, the
+# last in fp16. All come from tests/vectors/reference.py, which does in numpy what cpp/SPEC.md says; tests/test_cli.py
+# does so again.
 ANSWERS: Final = {
     "normal": 0x33DBAC66,
     "normal, far": 0xAC30A971,
@@ -43,6 +44,7 @@ ANSWERS: Final = {
     "rademacher, far": 0x26670CE0,
     "step, normal": 0xB56D5BA6,
     "step, rademacher": 0x14D593A5,
+    "step, fp16": 0x1CBDA6FE,
 }
 
 
@@ -64,8 +66,8 @@ def self_test() -> dict[str, list[str]]:
 def _failed(isa: str) -> list[str]:
     kernels.use(isa)
 
-    def stepped(direction: kernels.Direction) -> NDArray[np.float32]:
-        w = kernels.normal(_COUNT, **_NEAR)
+    def stepped(direction: kernels.Direction, dtype: str = "float32") -> NDArray[Any]:
+        w = kernels.normal(_COUNT, **_NEAR).astype(dtype)
         kernels.step(
             w,
             seed=_SEED,
@@ -79,15 +81,20 @@ def _failed(isa: str) -> list[str]:
         )
         return w
 
-    streams: dict[str, Callable[[], NDArray[np.float32]]] = {
+    streams: dict[str, Callable[[], NDArray[Any]]] = {
         "normal": lambda: kernels.normal(_COUNT, **_NEAR),
         "normal, far": lambda: kernels.normal(_COUNT, **_FAR, offset=17179344875),
         "rademacher": lambda: kernels.normal(_COUNT, **_NEAR, direction="rademacher"),
         "rademacher, far": lambda: kernels.normal(_COUNT, **_FAR, offset=549755682795, direction="rademacher"),
         "step, normal": lambda: stepped("gaussian"),
         "step, rademacher": lambda: stepped("rademacher"),
+        "step, fp16": lambda: stepped("gaussian", "float16"),
     }
-    return [name for name, stream in streams.items() if zlib.crc32(stream().astype("<f4").data) != ANSWERS[name]]
+    return [name for name, stream in streams.items() if _crc(stream()) != ANSWERS[name]]
+
+
+def _crc(array: NDArray[Any]) -> int:
+    return zlib.crc32(array.astype(array.dtype.newbyteorder("<")).data)
 
 
 def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]:
@@ -142,6 +149,7 @@ def examine() -> dict[str, Any]:
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
         "packing": packing(),
+        "fp16": _core.has_half_arithmetic(),
         "isa": kernels.isa(),
         "available": kernels.available(),
         "cores": {

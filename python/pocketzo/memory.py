@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pocketzo.errors import Error
+
 __all__ = ["process_memory", "reset_peak", "resident_memory", "system_memory", "watch"]
 
-_STATM = Path("/proc/self/statm")
+_STATM = "/proc/self/statm"
 _INTERVAL = 0.002  # seconds between two readings, which take some 10 us each
 
 
@@ -58,13 +60,35 @@ def resident_memory() -> int:
 
     Raises
     ------
-    OSError
+    Error
         The system does not tell.
     """
+    with _statm() as file:
+        return _resident(file)
+
+
+@contextmanager
+def _statm() -> Iterator[int]:
     try:
-        return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, IndexError, ValueError) as error:
-        raise OSError(f"{_STATM}: {error}") from None
+        file = os.open(_STATM, os.O_RDONLY)
+    except OSError as error:
+        raise _silent(error) from None
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _resident(file: int) -> int:
+    try:
+        return int(os.pread(file, 128, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, IndexError, OSError, ValueError) as error:
+        raise _silent(error) from None
+
+
+def _silent(error: Exception) -> Error:
+    reason = f"{_STATM}: {getattr(error, 'strerror', None) or error}"
+    return Error(f"a limit on memory cannot be kept: the system does not tell how much is used ({reason})")
 
 
 @contextmanager
@@ -81,17 +105,18 @@ def watch(most: int, stop: Callable[[], None]) -> Iterator[list[int]]:
 
     def look() -> None:
         while True:
-            now = resident_memory()
+            now = _resident(file)
             if now > most:
                 readings.append(now)
                 stop()
             if readings or done.wait(_INTERVAL):
                 return
 
-    thread = threading.Thread(target=look, name="memory", daemon=True)
-    thread.start()
-    try:
-        yield readings
-    finally:
-        done.set()
-        thread.join()
+    with _statm() as file:  # kept open, as this could fail later for want of file descriptors
+        thread = threading.Thread(target=look, name="memory", daemon=True)
+        thread.start()
+        try:
+            yield readings
+        finally:
+            done.set()
+            thread.join()

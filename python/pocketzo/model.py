@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -135,7 +136,7 @@ class Model:
             feed["labels"] = np.zeros(first.shape[: len(labels.shape)], labels.dtype)
         try:
             return dict(zip(names, self._run(names, feed), strict=True))
-        except (ValueError, MemoryLimitError):
+        except (ValueError, Error):
             raise  # ours, or an input is missing or of another type, which the runtime's message says
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise Error(
@@ -241,8 +242,9 @@ def load(
         this process takes.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
+    _check_integer("threads", threads, _core.MAX_THREADS)
+    _check_integer("max_memory", max_memory, 2**63)
+    _check_batch(batch)
     if packed not in (True, False, "auto"):
         raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
     if verify not in ("auto", "fast", "full"):
@@ -260,6 +262,22 @@ def load(
     model = _load(bundle, threads, packed, verify, max_memory)
     model.forward_seconds = seconds
     return model
+
+
+def _check_integer(name: str, value: object, most: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if not 1 <= value <= most:
+        raise ValueError(f"{name} must be in 1 .. {most}, got {value}")
+
+
+def _check_batch(batch: object) -> None:
+    if batch is None:
+        return
+    if not isinstance(batch, Mapping) or not all(isinstance(array, np.ndarray) for array in batch.values()):
+        raise TypeError(f"batch must be a mapping of names to arrays, got {reprlib.repr(batch)}")
 
 
 def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str, max_memory: int | None) -> Model:
@@ -288,10 +306,7 @@ def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: 
 
 def _check_memory(most: int, bundle: Bundle, matrices: Sequence[packing.Matrix] = ()) -> None:
     """Raise a :class:`MemoryLimitError` where loading would take more than ``most`` bytes."""
-    try:
-        resident = resident_memory()
-    except OSError as error:
-        raise Error(f"a limit on memory cannot be kept: the system does not tell how much is used ({error})") from None
+    resident = resident_memory()
     weights = bundle.weights_path.stat().st_size
     weights += sum(4 * matrix.packing.size for matrix in matrices if not matrix.alone)
     room = weights // 16 + _SMALL  # sessions and the proof took 15 to 54 MB with 23 M to 355 M parameters
@@ -466,7 +481,7 @@ def _fill_with_noise(weights: Weights, tensors: Iterable[TensorSpec], draw: int 
         weights.fill_with_noise(tensor, draw)
 
 
-def _probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
+def probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
     """Return a small batch that any encoder or decoder takes: 2 examples of 8 tokens."""
     batch = {}
     for value in bundle.inputs:
@@ -492,7 +507,7 @@ def _probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
 def _results(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float64]:
     outputs = [value.name for value in bundle.outputs if np.dtype(value.dtype).kind == "f"]
     try:
-        values = session.run(outputs, _probe_batch(bundle))
+        values = session.run(outputs, probe_batch(bundle))
     except Exception as error:  # onnxruntime's own exceptions share no public base
         raise BundleError(f"{bundle.model_path}: a run on a probing batch failed: {error}") from error
     return np.concatenate([np.ravel(value).astype(np.float64) for value in values])

@@ -38,7 +38,7 @@ IGNORED_LABEL: Final = -100
 """The label of a token that does not count in the loss, as everywhere in the field."""
 
 _FLOATS: Final = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
-_MOST_FLOAT16: Final = 65504.0
+MOST_FLOAT16: Final = 65504.0
 _INLINE_BYTES = 1024  # constants that are no weights stay in the graph up to this size, as in onnx and onnxruntime
 
 # Which inputs of which operators are weights, and what torch calls them.
@@ -229,15 +229,25 @@ def to_float16(model: ModelProto, weights: Iterable[Weight]) -> ModelProto:
         if weight.array.dtype == np.float32:
             weight.stored = "float16"
             largest = np.abs(weight.array).max(initial=0)
-            if weight.parameter and largest > _MOST_FLOAT16:
-                raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {_MOST_FLOAT16}")
-            if largest > _MOST_FLOAT16:  # what masks is as good
-                weight.array = np.clip(weight.array, -_MOST_FLOAT16, _MOST_FLOAT16)
+            if weight.parameter and largest > MOST_FLOAT16:
+                raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {MOST_FLOAT16}")
+            if largest > MOST_FLOAT16:  # what masks is as good
+                weight.array = np.clip(weight.array, -MOST_FLOAT16, MOST_FLOAT16)
     blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
     model = convert_float_to_float16(model, keep_io_types=ends, op_block_list=blocked)
     _replace(model.graph.input, [value for value in model.graph.input if value.name in ends])
     _replace(model.graph.node, _sorted(model.graph))  # the converter leaves its casts at the end
     return model
+
+
+def expose_activations(model: ModelProto) -> None:
+    """Make outputs of all that the graph computes from its inputs."""
+    computed = {value.name for value in model.graph.input}
+    outputs = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if computed.intersection(node.input):
+            computed.update(filter(None, node.output))
+            model.graph.output.extend(ValueInfoProto(name=name) for name in node.output if name and name not in outputs)
 
 
 def _sorted(graph: GraphProto) -> list[NodeProto]:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import onnxruntime as ort
 
 from pocketzo.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
+from pocketzo.model import probe_batch
 from pocketzo.safetensors import file_sha256, header_bytes, read_header, write
 
 if TYPE_CHECKING:
@@ -72,8 +74,8 @@ def prepare(
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not fit, a weight is too large
-        for float16, or ``out`` exists and is not a bundle. Nothing is written then.
+        If the model, its external data or the tokenizer cannot be used, the labels do not fit, the model computes
+        something else in float16, or ``out`` exists and is not a bundle. Nothing is written then.
     DeadWeightError
         If the runtime would not see changes of a weight that is to be trained.
     MissingExtraError
@@ -123,11 +125,11 @@ def prepare(
         entries = read_header(folder / WEIGHTS)
         onnx_graph.point_to_weights(proto, weights, WEIGHTS, entries)
         (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
-        _check_that_it_opens(model, folder / MODEL)
+        session = _open(model, os.fspath(folder / MODEL))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         ids = tensor_ids(entries)
-        Bundle(
+        bundle = Bundle(
             path=folder,
             tensors=tuple(
                 TensorSpec(weight.name, ids[weight.name], weight.dtype.name, weight.array.shape, weight.name in chosen)
@@ -143,7 +145,11 @@ def prepare(
             graph_sha256=file_sha256(folder / MODEL),
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
-        ).write_description()
+        )
+        if dtype == "float16":
+            _check_float16(model, bundle, session)
+        del session
+        bundle.write_description()
     return Bundle.read(out)
 
 
@@ -198,12 +204,59 @@ def _check_tokenizer(path: Path) -> None:
     raise BundleError(f"{path}: not a tokenizer.json: expected a JSON object")
 
 
-def _check_that_it_opens(source: Path, graph: Path) -> None:
+def _check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) -> None:
+    """Run the model as it was and as it is in float16 on a small batch, and refuse one that becomes another.
+
+    On processors without fp16 arithmetic the runtime computes in float32, so that what overflows would only be seen
+    elsewhere: hence a look at each value of the model as it was.
+    """
+    from pocketzo import onnx_graph
+
+    proto = onnx_graph.read_model(source)
+    names = [value.name for value in proto.graph.output]
+    onnx_graph.expose_activations(proto)
+    original = _open(source, proto.SerializeToString())
+    batch = probe_batch(bundle)
+    advice = "prepare the model in float32"
+    try:
+        asked = {value.name for value in original.get_inputs()}
+        values = original.run(None, {name: array for name, array in batch.items() if name in asked})
+        got = session.run(names, batch)
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise BundleError(f"{source}: a run on a probing batch failed: {error}") from error
+    floats = [
+        (output.name, value)
+        for output, value in zip(original.get_outputs(), values, strict=True)
+        if isinstance(value, np.ndarray) and value.dtype == np.float32
+    ]
+    for name, value in floats:
+        largest = value[np.isfinite(value)].max(initial=0)  # what is far below zero is a mask
+        if largest > onnx_graph.MOST_FLOAT16:
+            raise BundleError(
+                f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
+                f"{onnx_graph.MOST_FLOAT16:g}: {advice}"
+            )
+    found = dict(zip(names, got, strict=True))
+    for name, expected in floats:
+        if name in found:
+            size = np.abs(expected).max(initial=0, where=np.isfinite(expected))
+            apart = np.abs(found[name] - expected).max(initial=0, where=np.isfinite(expected))
+            if not apart <= 0.05 * size + 1e-3:
+                raise BundleError(
+                    f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
+                    f"constant may be beyond {6e-8:g} .. {onnx_graph.MOST_FLOAT16:g}): {advice}"
+                )
+
+
+def _open(source: Path, graph: str | bytes) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")  # so that the weights are only mapped
+    if isinstance(graph, bytes):
+        folder = os.fspath(source.parent.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     try:
-        ort.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no public base
         raise BundleError(f"{source}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None

@@ -417,6 +417,8 @@ class Trainer:
     ) -> Trainer:
         """Take a run up where its record ends; on the same machine the final weights are the same as without a break.
 
+        That takes the threads and the packing of the record, and a warning says where they are others.
+
         Parameters
         ----------
         run : path
@@ -434,7 +436,10 @@ class Trainer:
             expected = past.header["data"][name]
             got = None if data is None else data.fingerprint
             if got != expected:
-                raise JournalError(f"{past.path}: the {name} data is not that of the run: {got}, expected {expected}")
+                raise JournalError(
+                    f"{past.path}: the {name} data is not that of the run: expected {expected or 'none'}, got "
+                    f"{got or 'none'}"
+                )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
             from pocketzo.model import load
@@ -445,6 +450,13 @@ class Trainer:
             warnings.warn(
                 f"{past.path}: goes on with the {model.threads} threads of its record, on which the roundings of "
                 f"losses may depend, though that is slow with fewer cores to use ({usable})",
+                stacklevel=2,
+            )
+        if model.packed != bool(settings.get("packed")):
+            became = "packed" if model.packed else f"not packed ({model.unpacked_because})"
+            warnings.warn(
+                f"{past.path}: goes on with weights that are {became}, unlike its record: losses round otherwise, so "
+                f"that the run ends near where it would have ended, but not at the same bits",
                 stacklevel=2,
             )
         optimizer = past.rebuild(model)
@@ -471,12 +483,17 @@ class Trainer:
         method, settings = past.header["method"], past.header["trainer"]
         pairs = [(name, method.get(name), here["method"].get(name)) for name in {**method, **here["method"]}]
         pairs += [(name, settings[name], here["trainer"][name]) for name in _OPTIONS if name in settings]
+        implied: set[str] = set()  # by others, which are named
+        if settings["steps"] != self.steps:
+            implied |= {"schedule", "eval_every"}
+        if method["method"] != here["method"]["method"]:
+            implied |= set(method) ^ set(here["method"])
         return [
             f"other weights are trained ({len(there)} there, {len(now)} here)"
             if name == "trained"
             else f"{name} is {there} there and {now} here"
             for name, there, now in pairs
-            if there != now
+            if there != now and name not in implied
         ]
 
     def fit(self) -> None:
@@ -544,6 +561,7 @@ class Trainer:
                 raise TrainingError(
                     f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
                     f"are as before them. Try a smaller lr or eps"
+                    + (", or a bundle in float32: fp16 ends at 65504" if self.model.bundle.is_half else "")
                 )
 
     def _batch(self, step: int) -> Batch:
@@ -607,8 +625,9 @@ class Trainer:
         lines = [line for line in past.metrics() if line["step"] <= steps]
         with atomic_file(past.path / "metrics.jsonl") as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        for left in (past.path / "snapshots").glob(".*.part"):  # by a process that was killed while it wrote
-            left.unlink()
+        for pattern in ".*.part", "snapshots/.*.part":  # left by a process that was killed while it wrote
+            for left in past.path.glob(pattern):
+                left.unlink(missing_ok=True)
         self._evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
         whole = journal.records["lr"].reshape(steps, self.optimizer.draws)[:, 0]
         coefficients = journal.records["coefficient"].reshape(steps, self.optimizer.draws)
