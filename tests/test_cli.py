@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from conftest import CLASSES, VOCABULARY, write_tiny_onnx
 from numpy.typing import NDArray
-from sizes import SIZE
+from sizes import SIZE, full_or_small
 from vectors import reference
 
 import pocketzo as pz
@@ -35,6 +35,8 @@ pytest.importorskip("tokenizers", reason="the data is text")
 
 COMMANDS = ("prepare", "train", "eval", "replay", "info", "doctor", "demo")
 LABELS = ("red", "green", "blue")
+LONG = full_or_small(1000, 300)  # steps
+LONG_RUN = "--steps", LONG, "--eval-every", 100
 Process = subprocess.CompletedProcess[str]
 
 
@@ -409,16 +411,16 @@ def test_info(workspace: Workspace) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """SHA-256 of the weights of a run of 1,000 steps."""
+    """SHA-256 of the weights of a long run."""
     folder = tmp_path_factory.mktemp("whole")
-    good("train", workspace.base, *workspace.options, "-o", folder / "run", "--eval-every", 400)
+    good("train", workspace.base, *workspace.options, "-o", folder / "run", *LONG_RUN)
     return weights_after(folder / "run", folder / "tuned")
 
 
 def interrupt(workspace: Workspace, run: Path, *numbers: signal.Signals, before: str = "") -> tuple[int, str, str]:
     """Train until there are some steps, send the signals 0.1 s apart, and return the exit code and what was said."""
     process = subprocess.Popen(
-        [*program(before), "train", *workspace.words("-o", run, "--eval-every", 400)],
+        [*program(before), "train", *workspace.words("-o", run, *LONG_RUN)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -446,14 +448,14 @@ def test_a_signal_ends_a_run_that_can_be_resumed(
     assert "Traceback" not in errors
     assert "stopping after this step" in errors
     steps = pz.Run(run).steps
-    assert f"stopped after step {steps} of 1000; to go on: pocketzo train --resume {run}" in output
-    assert 1 < steps < 1000
+    assert f"stopped after step {steps} of {LONG}; to go on: pocketzo train --resume {run}" in output
+    assert 1 < steps < LONG
 
     process = pocketzo("train", "--resume", run)
     assert process.returncode == 0, process.stderr
-    assert f"{run}: going on after step {steps} of 1000" in process.stderr
+    assert f"{run}: going on after step {steps} of {LONG}" in process.stderr
     assert weights_after(run, tmp_path / "tuned") == uninterrupted
-    assert "all 1000 steps are done" in pocketzo("train", "--resume", run).stderr
+    assert f"all {LONG} steps are done" in pocketzo("train", "--resume", run).stderr
 
 
 def test_the_same_command_goes_on_with_a_run_that_was_killed(
@@ -466,21 +468,21 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
         returned, output, _ = interrupt(workspace, run, signal.SIGKILL)
         assert (returned, output) == (-signal.SIGKILL, "")
     steps = pz.Run(run).steps
-    assert 1 < steps < 1000
+    assert 1 < steps < LONG
     (run / "snapshots").mkdir()
     left = [run / ".loss.png.1.part", run / "snapshots" / ".step-00000001.safetensors.1.part"]
     for path in left:
         path.write_bytes(b"half of a file")
 
-    command = ["train", *workspace.words("-o", run, "--eval-every", 400)]
+    command = ["train", *workspace.words("-o", run, *LONG_RUN)]
     process = pocketzo(*command)
     assert process.returncode == 0, process.stderr
-    assert f"{run}: going on after step {steps} of 1000" in process.stderr
+    assert f"{run}: going on after step {steps} of {LONG}" in process.stderr
     assert weights_after(run, tmp_path / "tuned") == uninterrupted
     assert not any(path.exists() for path in left)
     again = pocketzo(*command)
     assert again.returncode == 0
-    assert f"{run}: all 1000 steps are done" in again.stderr
+    assert f"{run}: all {LONG} steps are done" in again.stderr
 
 
 @pytest.mark.parametrize(

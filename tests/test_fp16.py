@@ -253,7 +253,7 @@ def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
 
     checkpoint = full_or_small(minilm.find_checkpoint(), cut(tmp_path))
     minilm.build_onnx(checkpoint, tmp_path / "m.onnx", num_labels=len(LABELS))
-    texts, steps = 8, full_or_small(8, 16)
+    texts, steps = full_or_small((8, 8), (4, 16))
     curves = []
     for dtype in ("float32", "float16"):
         bundle = pz.prepare(
