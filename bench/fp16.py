@@ -1,14 +1,14 @@
 """Peak memory of training fp16 weights, beside that of running them.
 
-    python bench/fp16.py [--python INTERPRETER] [--shape roberta-large] [--batch 1x8] [--models DIR] [--json FILE]
+    python bench/fp16.py [--python INTERPRETER] [--shape xglm-564m] [--batch 1x8] [--models DIR] [--json FILE]
 
     imports    an interpreter that has imported PocketZO and onnxruntime
     running    loading, then two forwards
     training   loading, then two MeZO steps
 
-Each is a process of its own, of the interpreter given: that of the aarch64 test bed (CONTRIBUTING.md) shows a phone's
-fp16 operators, under qemu, whose own memory is in every figure. What a forward takes is the peak of running less those
-of the imports and the weights. `--dtype float32` measures the same for fp32.
+Each is a process of its own, all at once, of the interpreter given: that of the aarch64 test bed (CONTRIBUTING.md)
+shows a phone's fp16 operators, under qemu, whose own memory is in every figure. What a forward takes is the peak of
+running less those of the imports and the weights. `--dtype float32` measures the same for fp32.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def worker(work: str, shape: str, bundle: str, batch: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="the interpreter to measure (default: this one)")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="roberta-large")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="xglm-564m")
     parser.add_argument("--batch", default="1x8", help="texts x tokens")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float16")
     parser.add_argument("--models", type=Path, help="keep the prepared models in this folder")
@@ -71,11 +71,16 @@ def main() -> None:
     run = Run()
     with models_folder(arguments.models) as folder:
         bundle = make_bundle(arguments.shape, folder, arguments.dtype)
+        command = [arguments.python, __file__, "worker"]
+        words = [arguments.shape, str(bundle), arguments.batch]
+        # All at once: a process's memory does not depend on the others, and an emulator takes minutes for each.
+        workers = {work: subprocess.Popen([*command, work, *words], stdout=subprocess.PIPE, text=True) for work in WORK}
         rows: dict[str, Any] = {}
-        for work in WORK:
-            command = [arguments.python, __file__, "worker", work, arguments.shape, str(bundle), arguments.batch]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            rows[work] = json.loads(done.stdout)
+        for work, process in workers.items():
+            output, _ = process.communicate()
+            if process.returncode:
+                sys.exit(f"{work}: failed, exit code {process.returncode}")
+            rows[work] = json.loads(output)
             print(f"{work}: {rows[work]['peak'] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
         weights = (bundle / "weights.safetensors").stat().st_size
     results = {

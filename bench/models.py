@@ -35,6 +35,7 @@ SHAPES = {
     "minilm": Shape(6, 12, 384, 1536, 30522),
     "bert-base": Shape(12, 12, 768, 3072, 30522),
     "roberta-large": Shape(24, 16, 1024, 4096, 50265),
+    "xglm-564m": Shape(24, 16, 1024, 4096, 256008, 2050, causal=True),
     "opt-1.3b": Shape(24, 32, 2048, 8192, 50272, 2050, causal=True),
 }
 OPT_OFFSET = 2  # of the positions in their table, as in the published models

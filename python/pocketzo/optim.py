@@ -387,7 +387,7 @@ class Optimizer(ABC):
     def _scales(self, factor: float, part: _Part) -> list[float]:
         # fp16 weights go back to where they were before they go on to the other side, as both ways round alike: else
         # each step would leave the roundings of three shifts, two thirds of a unit.
-        if part.half and abs(factor) == 2.0:
+        if part.half and abs(factor) > 1.0:
             return [factor / 2 * self._eps(part)] * 2
         return [factor * self._eps(part)]
 
