@@ -161,7 +161,8 @@ def _memory_size(_: click.Context, __: click.Parameter, value: str | None) -> in
     if value is None:
         return None
     match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?|\.\d+) *([MG])(i?)B?", value.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper())) if match else 0
+    power = 2 if match and match[2] in "mM" else 3
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
     if size < 1:
         raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
     return size
@@ -414,7 +415,8 @@ def train(
         packed = packed or (None if recorded_packing(recorded) else False)
     elif threads is not None:
         pz.kernels.set_threads(threads)
-    first = examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
+    # Only what is to be timed needs a batch.
+    first = None if threads else examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
     with _err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
         model = pz.load(
             read, threads=threads, batch=first, packed="auto" if packed is None else packed, max_memory=max_memory

@@ -148,7 +148,7 @@ def prepare(
         )
         if dtype == "float16":
             _check_float16(model, bundle, session)
-        del session
+        del session  # which maps a file of the folder that is now renamed
         bundle.write_description()
     return Bundle.read(out)
 
@@ -244,7 +244,7 @@ def _check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) 
             if not apart <= 0.05 * size + 1e-3:
                 raise BundleError(
                     f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
-                    f"constant may be beyond {6e-8:g} .. {onnx_graph.MOST_FLOAT16:g}): {advice}"
+                    f"constant may be beyond 6e-08 .. {onnx_graph.MOST_FLOAT16:g}): {advice}"
                 )
 
 

@@ -371,16 +371,20 @@ void check_crcs(const Answer& a, Direction direction) {
   }
 }
 
+// A term of a request, from field `at` on, which is moved behind it.
+Term term_at(const Answer& a, std::size_t& at) {
+  const Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
+  std::vector<float> scales;
+  for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
+  const Term result = term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3));
+  at += 5 + scales.size();
+  return result;
+}
+
 void check_apply(const Answer& a) {
   std::vector<Term> terms;
   std::size_t at = 4;
-  for (std::uint64_t i = 0; i < a.integer(3); ++i) {
-    Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
-    std::vector<float> scales;
-    for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
-    terms.push_back(term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3)));
-    at += 5 + scales.size();
-  }
+  for (std::uint64_t i = 0; i < a.integer(3); ++i) terms.push_back(term_at(a, at));
   CHECK(at == a.request.size());
   auto w = weights(static_cast<std::size_t>(a.integer(2)));
   apply_to(w.data(), w.size(), a.tensor(0), a.integer(1), terms);
@@ -398,11 +402,7 @@ void check_apply16(const Answer& a) {
   std::vector<Term> terms;
   std::size_t at = 5;
   for (std::uint64_t i = 0; i < a.integer(4); ++i) {
-    Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
-    std::vector<float> scales;
-    for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
-    terms.push_back(term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3)));
-    at += 5 + scales.size();
+    terms.push_back(term_at(a, at));
     const std::string& rounding = a.request.at(at++);
     terms.back().rounding = rounding == "stochastic" ? Rounding::stochastic
                             : rounding == "later"    ? Rounding::later
