@@ -46,7 +46,7 @@ def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = 
     """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
     import pocketzo as pz
     from pocketzo.demo.minilm import Checkpoint, build_onnx
-    from pocketzo.safetensors import write
+    from pocketzo.formats.safetensors import write
 
     bundle = folder / (name if dtype == "float32" else f"{name}-{dtype}")
     if bundle.exists():
@@ -82,7 +82,7 @@ def normal(name: str, *size: int) -> Array:
 
 def fill_classifier(weights: Path) -> None:
     """A new head is all zeros, and then every model of two classes has the same loss."""
-    from pocketzo.safetensors import DTYPES, read_header
+    from pocketzo.formats.safetensors import DTYPES, read_header
 
     entry = read_header(weights)["classifier.weight"]
     with weights.open("r+b") as file:
@@ -238,7 +238,7 @@ def make_batch(name: str, batch: int, tokens: int) -> dict[str, NDArray[np.int64
 
 def parameters(bundle: Path) -> int:
     """Return the number of elements of all weights."""
-    from pocketzo.safetensors import read_header
+    from pocketzo.formats.safetensors import read_header
 
     return sum(prod(entry.shape) for entry in read_header(bundle / "weights.safetensors").values())
 

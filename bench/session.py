@@ -41,21 +41,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def worker(variant: str, shape: str, bundle: str, batch: str, threads: str) -> None:
     import onnxruntime as ort
 
-    from pocketzo import model
+    from pocketzo.runtime import load, session
 
     change = VARIANTS.get(variant, {"system": variant})
-    model._OPTIONS.update(change.get("options", {}))
-    model._ENTRIES.update(change.get("entries", {}))
+    session._OPTIONS.update(change.get("options", {}))
+    session._ENTRIES.update(change.get("entries", {}))
     if "level" in change:
-        model._LEVEL = getattr(ort.GraphOptimizationLevel, change["level"])
+        session._LEVEL = getattr(ort.GraphOptimizationLevel, change["level"])
     if "threads" in change:
-        create = model._session
+        create = load.create_session  # type: ignore[attr-defined]
 
         def fewer(*arguments: Any, **options: Any) -> ort.InferenceSession:
             graph, values, _ = arguments
             return create(graph, values, change["threads"], **options)
 
-        model._session = fewer  # the kernels keep their threads
+        load.create_session = fewer  # type: ignore[attr-defined]  # the kernels keep their threads
     step.worker(change.get("system", "packed"), shape, bundle, batch, threads)
 
 

@@ -38,7 +38,7 @@ def _serve() -> None:
     import onnx  # noqa: F401  what commands import when they need it
     import tokenizers  # noqa: F401
 
-    from pocketzo import __main__, cli  # noqa: F401
+    from pocketzo import __main__
 
     for line in sys.stdin:
         arguments, cwd, environment, *files = json.loads(line)

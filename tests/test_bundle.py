@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketzo import BundleError
-from pocketzo.bundle import Bundle, staged_folder, tensor_ids
+from pocketzo.formats.bundle import Bundle, staged_folder, tensor_ids
+from pocketzo.formats.safetensors import write
 from pocketzo.prepare import prepare
-from pocketzo.safetensors import write
 
 MODELS = Path(__file__).parent / "models"
 

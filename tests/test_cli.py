@@ -26,8 +26,10 @@ from sizes import SIZE, full_or_small
 from vectors import reference
 
 import pocketzo as pz
-from pocketzo import doctor, memory, plot
-from pocketzo.safetensors import file_sha256
+from pocketzo import doctor
+from pocketzo.formats.safetensors import file_sha256
+from pocketzo.machine import memory
+from pocketzo.train import plot
 
 pytest.importorskip("click", reason="the command line needs it")
 pytest.importorskip("rich", reason="the command line needs it")
@@ -511,7 +513,7 @@ def test_a_limit_on_memory_is_kept_or_refused(workspace: Workspace, tmp_path: Pa
     good("train", workspace.base, *data, "-o", tmp_path / "run", "--max-memory", "2 GiB")
     assert not (tmp_path / "run" / "loss.png").exists()
     assert "the limit is 2 MB" in refused("train", "--resume", tmp_path / "run", "--max-memory", "2M")
-    hidden = "from pathlib import Path\nimport pocketzo.memory\npocketzo.memory._STATM = Path('/none')"
+    hidden = "from pathlib import Path\nimport pocketzo.machine.memory\npocketzo.machine.memory._STATM = Path('/none')"
     line = refused("train", workspace.base, *data, "-o", tmp_path / "new", "--max-memory", "2G", before=hidden)
     assert "a limit on memory cannot be kept: the system does not tell how much is used" in line
     assert not (tmp_path / "new").exists()
@@ -529,8 +531,8 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
 
 def test_going_on_without_packed_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(workspace.run, tmp_path / "run")
-    unpackable = "from pocketzo import packed\ndef refuse(bundle):\n  raise packed.UnpackableError('no room')\n"
-    unpackable += "packed.matrices = refuse"
+    unpackable = "from pocketzo.errors import UnpackableError\nfrom pocketzo.runtime import load\n"
+    unpackable += "def refuse(bundle):\n  raise UnpackableError('no room')\nload.matrices_of = refuse"
     process = pocketzo("train", "--resume", tmp_path / "run", before=unpackable)
     assert process.returncode == 0
     assert "goes on with weights that are not packed (no room), unlike its record" in " ".join(process.stderr.split())
@@ -684,7 +686,7 @@ def test_where_weights_cannot_be_packed_everyone_says_why(workspace: Workspace, 
 def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspace: Workspace, tmp_path: Path) -> None:
     three_cores = (
         "import atexit, sys\n"
-        "from pocketzo import cores, kernels\n"
+        "from pocketzo import kernels\nfrom pocketzo.machine import cores\n"
         "cores.usable = lambda: [0, 1, 2]\n"
         "kernels.set_threads(3)\n"
         "atexit.register(lambda: print('kernels have', kernels.threads(), file=sys.stderr))"

@@ -13,7 +13,7 @@ import pytest
 from test_packaging import OPTIONAL
 
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 
 PYTHON = os.environ.get("POCKETZO_CORE_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="POCKETZO_CORE_PYTHON names no other installation")
@@ -22,7 +22,7 @@ SCRIPT = """
 import sys
 from importlib.util import find_spec
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 assert not any(map(find_spec, {optional})), [name for name in {optional} if find_spec(name)]
 bundle, data, run, tuned = sys.argv[1:]
 train = pz.load_dataset(data, pz.Bundle.read(bundle))

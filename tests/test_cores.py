@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import pocketzo as pz
-from pocketzo import cores, model
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
+from pocketzo.machine import cores
+from pocketzo.runtime import threads as thread_choice
 
 BATCH: dict[str, np.ndarray[Any, Any]] = {
     "input_ids": np.array([[3, 4, 5, 6], [7, 8, 9, 0]]),
@@ -141,7 +142,7 @@ def test_no_more_threads_than_the_kernels_have(machine: Machine) -> None:
     ],
 )
 def test_the_quickest_number_is_taken(seconds: dict[int, float], quickest: int) -> None:
-    assert model._quickest(seconds) == quickest
+    assert thread_choice.quickest(seconds) == quickest
 
 
 class Sessions:
@@ -177,7 +178,7 @@ class Sessions:
         monkeypatch.setattr(pz.Model, "__init__", create)
         monkeypatch.setattr(pz.Model, "__del__", gone, raising=False)
         monkeypatch.setattr(pz.Model, "run", timed)
-        monkeypatch.setattr(model, "time", SimpleNamespace(perf_counter=lambda: self.clock))
+        monkeypatch.setattr(thread_choice, "time", SimpleNamespace(perf_counter=lambda: self.clock))
 
 
 @pytest.mark.parametrize("packed", [True, False])

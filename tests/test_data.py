@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from sizes import full_or_small
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from pocketzo.bundle import Bundle, ValueSpec
-from pocketzo.data import Dataset, encode_texts, load_dataset
+from pocketzo.data.dataset import Dataset
+from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import BundleError, DataError, MissingExtraError
+from pocketzo.formats.bundle import Bundle, ValueSpec
 
 WORDS = ["a", "b", "good", "bad", "film", "the", "is", "not", "one", "two", "three"]
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -757,7 +758,7 @@ def test_tokenizers_is_imported_late_and_leaves_no_threads(tokenizer_path: Path)
         pytest.skip("counts threads in /proc")
     code = f"""
 import os, sys, types
-from pocketzo import data
+from pocketzo.data import tokens as data
 assert "tokenizers" not in sys.modules
 before = os.listdir("/proc/self/task")
 tokenizer = data._load_tokenizer(types.SimpleNamespace(tokenizer_path={str(tokenizer_path)!r}))

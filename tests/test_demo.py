@@ -16,7 +16,7 @@ import pytest
 from sizes import full_or_small
 
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 
 for package in ("click", "rich", "onnx", "tokenizers"):
     pytest.importorskip(package, reason="the demo needs it")

@@ -21,7 +21,7 @@ from sizes import full_or_small
 
 import pocketzo as pz
 from pocketzo import _core
-from pocketzo import model as model_module
+from pocketzo.runtime import session as model_module
 
 MODELS = Path(__file__).parent / "models"
 HALF = _core.has_half_arithmetic()
@@ -230,7 +230,7 @@ def test_a_run_is_recorded_resumed_and_replayed_to_the_same_bits(
     assert image != bundle.weights_path.read_bytes()
     broken = trainer("broken")
 
-    def stop(progress: pz.trainer.Progress) -> None:
+    def stop(progress: pz.Progress) -> None:
         broken.stop_requested = progress.info.step == 17
 
     broken.callback = stop

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketzo import JournalError, kernels
-from pocketzo.journal import RECORD, Journal
+from pocketzo.formats.journal import RECORD, Journal
 
 HEADER = {"method": {"method": "mezo"}, "name": "größer"}
 Record = tuple[int, float, float]
@@ -135,7 +135,7 @@ def test_records_of_another_run_are_damage(path: Path) -> None:
 
 
 def test_another_spec_version_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketzo.journal.SPEC_VERSION", 2)
+    monkeypatch.setattr("pocketzo.formats.journal.SPEC_VERSION", 2)
     Journal.create(path, HEADER).close()
     monkeypatch.undo()
     with pytest.raises(JournalError, match="version 2 of the noise specification"):
@@ -170,7 +170,8 @@ def test_truncate(path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
 def test_a_second_writer_is_refused(path: Path) -> None:
     journal = Journal.create(path, HEADER)
-    code = f"from pathlib import Path; from pocketzo.journal import Journal; Journal.open(Path({os.fspath(path)!r}))"
+    code = "from pathlib import Path; from pocketzo.formats.journal import Journal; "
+    code += f"Journal.open(Path({os.fspath(path)!r}))"
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process is writing to this run" in second.stderr
     journal.close()
@@ -182,7 +183,7 @@ def test_a_full_disk_leaves_whole_records(path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
-from pocketzo.journal import Journal
+from pocketzo.formats.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal.create(Path({os.fspath(path)!r}), {{}})
 size = Path({os.fspath(path)!r}).stat().st_size

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, save
 
 import pocketzo as pz
-from pocketzo import memory
-from pocketzo.memory import process_memory, reset_peak, resident_memory, watch
+from pocketzo.machine import memory
+from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, watch
 
 WIDTH, LAYERS = 16, 12
 MB = 10**6

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 
 import pocketzo as pz
-from pocketzo import safetensors
 from pocketzo.demo import minilm
+from pocketzo.formats import safetensors
 
 onnx = pytest.importorskip("onnx", reason="the graph is built with onnx")
 

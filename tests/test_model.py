@@ -12,7 +12,7 @@ import pytest
 from onnx import helper
 
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 
 MODELS = Path(__file__).parent / "models"
 BATCH: dict[str, np.ndarray[Any, Any]] = {

@@ -19,8 +19,8 @@ import pytest
 
 import pocketzo as pz
 from pocketzo import _core
-from pocketzo.journal import Journal
-from pocketzo.optim import restore
+from pocketzo.formats.journal import Journal
+from pocketzo.optim.methods import restore
 
 BATCH = {
     "input_ids": np.array([[3, 4, 5, 6], [7, 8, 9, 10]]),

@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import pocketzo as pz
-from pocketzo import _core, packed
-from pocketzo.model import _agree
+from pocketzo import _core
+from pocketzo.errors import UnpackableError
+from pocketzo.formats.safetensors import file_sha256
+from pocketzo.runtime import layout
+from pocketzo.runtime.liveness import outputs_agree
 
 MODELS = Path(__file__).parent / "models"
 
@@ -55,7 +58,7 @@ def trained(bundle: pz.Bundle, out: Path, *, threads: int = 1, **settings: Any) 
         for _ in range(4):
             optimizer.step(lambda _: next(losses))
     model.save(out)
-    assert model.weights.sha256() == pz.safetensors.file_sha256(out / "weights.safetensors")
+    assert model.weights.sha256() == file_sha256(out / "weights.safetensors")
     return (out / "weights.safetensors").read_bytes()
 
 
@@ -145,11 +148,11 @@ def test_written_and_read_weights(tiny_bundle: Path) -> None:
 # ---- where it is not understood --------------------------------------------------------------------------------------
 
 
-def refuse() -> packed.Layout:
-    raise packed.UnpackableError("this runtime is a stranger")
+def refuse() -> layout.Layout:
+    raise UnpackableError("this runtime is a stranger")
 
 
-def other_packing(self: packed.Layout, rows: int, columns: int, *, transposed: bool) -> _core.Packing:
+def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: bool) -> _core.Packing:
     stride = -(-columns // 16) * 16 + 16
     return _core.Packing(rows=rows, columns=columns, stride=stride, depth=64, transposed=transposed)
 
@@ -157,18 +160,18 @@ def other_packing(self: packed.Layout, rows: int, columns: int, *, transposed: b
 @pytest.mark.parametrize(
     ("target", "substitute", "reason"),
     [
-        ("learn", refuse, "this runtime is a stranger"),
-        ("_messages", refuse, "this runtime is a stranger"),
-        ("_mappings", lambda path: {}, "did not map the packed weight"),
+        ("layout.learn", refuse, "this runtime is a stranger"),
+        ("layout.onnx_messages", refuse, "this runtime is a stranger"),
+        ("prepack._mappings", lambda path: {}, "did not map the packed weight"),
         # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the proof sees
-        ("Layout.packing", other_packing, "refuses packed weights|the outputs differ|the session does not see"),
+        ("layout.Layout.packing", other_packing, "refuses packed weights|the outputs differ|the session does not see"),
     ],
 )
 def test_what_is_not_understood_is_used_unpacked(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str, substitute: Callable[..., Any], reason: str
 ) -> None:
-    packed.learn()  # kept for the process, so that it does not itself see a substitute
-    monkeypatch.setattr(f"pocketzo.packed.{target}", substitute)
+    layout.learn()  # kept for the process, so that it does not itself see a substitute
+    monkeypatch.setattr(f"pocketzo.runtime.{target}", substitute)
     with pytest.warns(UserWarning, match=f"weights are used unpacked, which is slower: .*({reason})"):
         model = pz.load(tiny_bundle, threads=1)
     assert not model.packed
@@ -184,9 +187,9 @@ def test_what_is_not_understood_is_used_unpacked(
 def test_without_a_place_for_files_weights_are_used_unpacked(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
 ) -> None:
-    packed.learn()
+    layout.learn()
     if not known:
-        monkeypatch.setattr(packed, "learn", packed.learn.__wrapped__)
+        monkeypatch.setattr(layout, "learn", layout.learn.__wrapped__)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(UserWarning, match="no temporary file can be made"):
         assert not pz.load(tiny_bundle, threads=1).packed
@@ -194,7 +197,7 @@ def test_without_a_place_for_files_weights_are_used_unpacked(
 
 def test_a_full_file_system_is_a_reason_to_go_unpacked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In one that lies in memory, to look at a hole for which there is no page left would kill the process (SIGBUS).
-    packed.learn()
+    layout.learn()
     full = SimpleNamespace(f_bavail=1, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.warns(UserWarning, match=r"has 4,096 bytes free, and [\d,]+ may be needed; set TMPDIR"):
@@ -207,7 +210,7 @@ def test_without_memory_for_a_packed_model_weights_are_used_unpacked(
     def refuse(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(packed, "open_session", refuse)
+    monkeypatch.setattr("pocketzo.runtime.load.open_session", refuse)
     with pytest.warns(UserWarning, match="weights are used unpacked, which is slower: MemoryError"):
         assert not pz.load(tiny_bundle, threads=1).packed
 
@@ -223,10 +226,10 @@ def test_a_temporary_folder_of_any_name_will_do(
 
 def test_outputs_agree() -> None:
     expected = np.array([1.0, -np.inf, np.nan, 2.0])
-    assert _agree(expected + 1e-4, expected)
+    assert outputs_agree(expected + 1e-4, expected)
     for got in ([1.0, 5.0, np.nan, 2.0], [1.1, -np.inf, np.nan, 2.0], [1.0, -np.inf, 0.0, 2.0]):
-        assert not _agree(np.array(got), expected)
-    assert not _agree(np.zeros(3), np.zeros(3))  # which proves nothing
+        assert not outputs_agree(np.array(got), expected)
+    assert not outputs_agree(np.zeros(3), np.zeros(3))  # which proves nothing
 
 
 def test_weights_outlive_their_model(tiny_bundle: Path) -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sizes import full_or_small
 
 from pocketzo import BundleError, DeadWeightError
-from pocketzo.bundle import Bundle
+from pocketzo.formats.bundle import Bundle
 from pocketzo.prepare import prepare
 
 Array = npt.NDArray[Any]

@@ -11,7 +11,7 @@ import pytest
 from runs.generate import BASE, METHODS
 
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 
 ARCHITECTURES = ("x86_64", "aarch64")
 FOLDERS = [BASE.parent, *map(Path, filter(None, [os.environ.get("POCKETZO_RUNS")]))]  # .ci/run records anew

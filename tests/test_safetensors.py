@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from pocketzo import BundleError
-from pocketzo.safetensors import DTYPES, header_bytes, read_header, write
+from pocketzo.formats.safetensors import DTYPES, header_bytes, read_header, write
 
 Array = npt.NDArray[Any]
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from sizes import full_or_small
 
 import pocketzo as pz
-from pocketzo.journal import Journal
-from pocketzo.trainer import Data, Order
-from pocketzo.weights import Weights
+from pocketzo.data.order import Data, Order
+from pocketzo.formats.journal import Journal
+from pocketzo.runtime.weights import Weights
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pocketzo import kernels
 from pocketzo._core import __version__
-from pocketzo.bundle import Bundle
-from pocketzo.data import Dataset, encode_texts, load_dataset
+from pocketzo.data.dataset import Dataset
+from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import (
     BundleError,
     DataError,
@@ -16,10 +16,18 @@ from pocketzo.errors import (
     MissingExtraError,
     TrainingError,
 )
-from pocketzo.model import Model, load
-from pocketzo.optim import FZOO, Group, MeZO, Optimizer, Schedule, StepInfo
+from pocketzo.formats.bundle import Bundle
+from pocketzo.optim.fzoo import FZOO
+from pocketzo.optim.groups import Group
+from pocketzo.optim.mezo import MeZO
+from pocketzo.optim.optimizer import Optimizer, StepInfo
+from pocketzo.optim.schedule import Schedule
 from pocketzo.prepare import prepare
-from pocketzo.trainer import Progress, Run, Trainer, evaluate
+from pocketzo.runtime.load import load
+from pocketzo.runtime.model import Model
+from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.run import Run
+from pocketzo.train.trainer import Progress, Trainer
 
 __all__ = [
     "FZOO",

@@ -14,10 +14,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-import pocketzo
-from pocketzo import _core, cores, kernels, packed
-from pocketzo.bundle import Bundle
-from pocketzo.memory import system_memory
+from pocketzo import kernels
+from pocketzo._core import __version__, has_half_arithmetic
+from pocketzo.errors import UnpackableError
+from pocketzo.formats.bundle import Bundle
+from pocketzo.machine import cores
+from pocketzo.machine.memory import system_memory
+from pocketzo.runtime.layout import learn, matrices
 
 __all__ = ["examine", "packing", "self_test", "speed"]
 
@@ -138,7 +141,7 @@ def examine() -> dict[str, Any]:
     total, available = system_memory()
     return {
         "ok": not any(failed.values()),
-        "pocketzo": pocketzo.__version__,
+        "pocketzo": __version__,
         "spec": kernels.SPEC_VERSION,
         "python": platform.python_version(),
         "numpy": _version("numpy"),
@@ -149,7 +152,7 @@ def examine() -> dict[str, Any]:
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
         "packing": packing(),
-        "fp16": _core.has_half_arithmetic(),
+        "fp16": has_half_arithmetic(),
         "isa": kernels.isa(),
         "available": kernels.available(),
         "cores": {
@@ -171,14 +174,14 @@ def packing(bundle: Bundle | None = None) -> str:
     That they are live in the session is proved when the bundle is loaded.
     """
     try:
-        layout = packed.learn()
+        layout = learn()
         if bundle is None:
             return f"can be packed, in blocks of {layout.depth} rows and panels of 16 columns"
-        matrices = packed.matrices(bundle)
-    except packed.UnpackableError as error:
+        found = matrices(bundle)
+    except UnpackableError as error:
         return f"unpacked: {error}"
-    size = sum(4 * matrix.packing.size for matrix in matrices)
-    return f"can be packed: {len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}, {size / 1e6:.1f} MB"
+    size = sum(4 * matrix.packing.size for matrix in found)
+    return f"can be packed: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

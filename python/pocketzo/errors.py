@@ -36,3 +36,7 @@ class MissingExtraError(Error, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs the package {package!r}, which is not installed: pip install 'pocketzo[{extra}]'")
+
+
+class UnpackableError(Exception):
+    """Why weights cannot be packed and live here."""

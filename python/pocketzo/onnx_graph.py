@@ -27,9 +27,9 @@ import onnx.inliner  # noqa: TID253 - see the module's docstring
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper  # noqa: TID253
 
-from pocketzo.bundle import ValueSpec
 from pocketzo.errors import BundleError, DeadWeightError
-from pocketzo.safetensors import DTYPES, Entry
+from pocketzo.formats.bundle import ValueSpec
+from pocketzo.formats.safetensors import DTYPES, Entry
 
 Array = npt.NDArray[Any]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import onnxruntime as ort
 
-from pocketzo.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.model import probe_batch
-from pocketzo.safetensors import file_sha256, header_bytes, read_header, write
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
+from pocketzo.runtime.liveness import probe_batch
 
 if TYPE_CHECKING:
     from pocketzo.onnx_graph import Weight

@@ -17,7 +17,7 @@ from pathlib import Path
 from conftest import write_tiny_data, write_tiny_onnx
 
 import pocketzo as pz
-from pocketzo.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256
 
 BASE = Path(__file__).parent / "base"
 METHODS: dict[str, Callable[[pz.Model], pz.Optimizer]] = {

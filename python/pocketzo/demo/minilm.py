@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketzo.errors import Error, MissingExtraError
-from pocketzo.files import atomic_file
-from pocketzo.safetensors import file_sha256, read_header
+from pocketzo.formats.files import atomic_file
+from pocketzo.formats.safetensors import file_sha256, read_header
 
 if TYPE_CHECKING:
     from onnx import NodeProto

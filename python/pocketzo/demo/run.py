@@ -20,15 +20,20 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo import kernels
-from pocketzo.data import Dataset, load_dataset
+from pocketzo.data.dataset import Dataset
+from pocketzo.data.load import load_dataset
 from pocketzo.demo.minilm import build_onnx, find_checkpoint, linear_probe
 from pocketzo.errors import Error
-from pocketzo.files import atomic_file
-from pocketzo.memory import process_memory, reset_peak
-from pocketzo.model import Model, load
-from pocketzo.optim import FZOO, Group, Schedule
+from pocketzo.formats.files import atomic_file
+from pocketzo.machine.memory import process_memory, reset_peak
+from pocketzo.optim.fzoo import FZOO
+from pocketzo.optim.groups import Group
+from pocketzo.optim.schedule import Schedule
 from pocketzo.prepare import prepare
-from pocketzo.trainer import Trainer, evaluate
+from pocketzo.runtime.load import load
+from pocketzo.runtime.model import Model
+from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from pocketzo.errors import BundleError
-from pocketzo.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 
 FORMAT: Final = "pocketzo-bundle"
 VERSION: Final = 1
@@ -30,10 +30,8 @@ MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
-
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
-
 _RESERVED_ID = 0xFFFFFFFF
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pocketzo import _core
-from pocketzo.bundle import FLOATS, Bundle, TensorSpec
+from pocketzo._core import TERM as TERM_DTYPE
+from pocketzo._core import Packing, Segments
 from pocketzo.errors import BundleError
-from pocketzo.files import atomic_file
-from pocketzo.packed import Place
-from pocketzo.safetensors import read_header
+from pocketzo.formats.bundle import FLOATS, Bundle, TensorSpec
+from pocketzo.formats.files import atomic_file
+from pocketzo.formats.safetensors import read_header
+from pocketzo.runtime.layout import Place
 
 _PIECE = 1 << 22  # elements that pass between a file and packed memory at a time
 
@@ -128,10 +129,10 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     # ---- what the kernels and the session work on -----------------------------------------------------------------
 
-    def segments(self, name: str) -> list[tuple[NDArray[Any], int, _core.Packing | None]]:
+    def segments(self, name: str) -> list[tuple[NDArray[Any], int, Packing | None]]:
         """Return all memory in which a weight is kept, as :class:`_core.Segments` takes it."""
         number = self._specs[name].id
-        segments: list[tuple[NDArray[Any], int, _core.Packing | None]] = []
+        segments: list[tuple[NDArray[Any], int, Packing | None]] = []
         if name in self._views:
             segments.append((self._views[name], number, None))
         if name in self._places:
@@ -146,13 +147,13 @@ class Weights(Mapping[str, NDArray[Any]]):
     def fill_with_noise(self, tensor: TensorSpec, draw: int) -> None:
         """Write noise of a size that keeps activations moderate, so that every weight matters: a head may be zeros."""
         shape = tensor.shape
-        terms = np.zeros(1, _core.TERM)
+        terms = np.zeros(1, TERM_DTYPE)
         terms["draw"] = draw
         terms["count"] = 1
         factors = shape[:1] if len(shape) == 2 else shape[1:]
         terms["scale"][0, 0] = 0.5 if len(shape) < 2 else 1 / np.sqrt(np.prod(factors))
         self.fill(tensor.name, 0)
-        _core.Segments(self.segments(tensor.name)).apply(terms)
+        Segments(self.segments(tensor.name)).apply(terms)
 
     def fill(self, name: str, value: float) -> None:
         """Write one value to all of a weight, and to the padding of a packed one."""

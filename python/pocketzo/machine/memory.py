@@ -15,8 +15,6 @@ from pathlib import Path
 
 from pocketzo.errors import Error
 
-__all__ = ["process_memory", "reset_peak", "resident_memory", "system_memory", "watch"]
-
 _STATM = "/proc/self/statm"
 _INTERVAL = 0.002  # seconds between two readings, which take some 10 us each
 

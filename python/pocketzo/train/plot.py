@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.errors import MissingExtraError
-from pocketzo.files import atomic_file
-from pocketzo.trainer import Run
-
-__all__ = ["plot_run", "smooth"]
+from pocketzo.formats.files import atomic_file
+from pocketzo.train.run import Run
 
 _RAW, _LINE, _EVAL = "#c3cfe2", "#1f4e9c", "#c8551b"
 

@@ -3,145 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo import cores
-from pocketzo.bundle import Bundle
+from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
-from pocketzo.files import atomic_file
-from pocketzo.journal import Journal
-from pocketzo.kernels import normal
-from pocketzo.model import Batch, Model
-from pocketzo.optim import Optimizer, StepInfo, Tunable, restore
-from pocketzo.safetensors import file_sha256
-from pocketzo.weights import Weights
-
-__all__ = ["Data", "Progress", "Run", "Trainer", "evaluate"]
+from pocketzo.formats.files import atomic_file
+from pocketzo.formats.journal import Journal
+from pocketzo.formats.safetensors import file_sha256
+from pocketzo.machine import cores
+from pocketzo.optim.optimizer import Optimizer, StepInfo
+from pocketzo.runtime.model import Batch, Model
+from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.run import Run, finite, recorded_packing, run_seal, score
 
 # The settings of a trainer that its record holds and a resumed one takes over.
 _OPTIONS = "batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped", "group_by_length"
-_ORDER_TENSOR = 0xFFFFFFFF  # no weight has this id, so the order of the data shares no noise with the directions
-
-
-class Data(Protocol):
-    """What training reads: examples by number, as inputs of the graph. :class:`pocketzo.Dataset` is one."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the content."""
-
-    def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
-        """Return the numbered examples as the graph's inputs.
-
-        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond. So
-        it must not look at the model, whose weights are shifted meanwhile.
-        """
-
-
-def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, float]:
-    """Evaluate a model.
-
-    Returns
-    -------
-    dict
-        ``count`` of examples, ``loss``, their mean loss (graphs with a loss), and ``accuracy`` (graphs with logits and
-        data with labels).
-    """
-    bundle = model.bundle
-    wanted = [name for name in (bundle.loss, bundle.logits) if name is not None]
-    if not wanted:
-        raise TrainingError(f"{bundle.path}: the graph has neither a loss nor logits to evaluate")
-    if not len(data):
-        raise TrainingError("there are no examples to evaluate")
-    loss = 0.0
-    right = labelled = counted = 0
-    for at in range(0, len(data), batch_size):
-        indices = np.arange(at, min(at + batch_size, len(data)))
-        batch = data.batch(indices)
-        got = model.run(batch, wanted)
-        labels = batch.get("labels")
-        # The loss of a batch is a mean over what counts in it: examples, or tokens that have a label.
-        weight = int((labels != -100).sum()) if labels is not None and labels.ndim > 1 else len(indices)
-        if bundle.loss is not None and weight:
-            loss += float(got[bundle.loss]) * weight
-            counted += weight
-        if bundle.logits is not None and labels is not None:
-            right += int((got[bundle.logits].argmax(-1) == labels).sum())
-            labelled += weight
-    result: dict[str, float] = {"count": len(data)}
-    if bundle.loss is not None:
-        result["loss"] = loss / counted if counted else math.nan
-    if labelled:
-        result["accuracy"] = right / labelled
-    return result
-
-
-class Order:
-    """Which examples each step takes, a function of the arguments alone.
-
-    The data is gone through again and again, each time in another order; a batch may straddle two of them. With
-    ``lengths``, shape [size], all other batches are of examples of similar length.
-    """
-
-    def __init__(
-        self, *, seed: int, size: int, batch_size: int, lengths: NDArray[np.integer[Any]] | None = None
-    ) -> None:
-        self._seed = seed
-        self._size = size
-        self._batch_size = batch_size
-        self._lengths = lengths
-        self._epochs: dict[int, NDArray[np.int64]] = {}
-
-    def __call__(self, step: int) -> NDArray[np.int64]:
-        """Return the numbers of the examples of one step."""
-        at, end = step * self._batch_size, (step + 1) * self._batch_size
-        pieces = []
-        while at < end:
-            epoch, start = divmod(at, self._size)
-            pieces.append(self._epoch(epoch)[start : start + end - at])
-            at += pieces[-1].size
-        return np.concatenate(pieces)
-
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # a batch needs two at most, unless it is larger than the data
-                self._epochs.clear()
-            # Our own noise: numpy does not promise its permutations from one version to the next.
-            order = np.argsort(self._noise(self._size, epoch), kind="stable")
-            if self._lengths is not None:
-                self._group(order, epoch, self._lengths)
-            self._epochs[epoch] = order
-        return self._epochs[epoch]
-
-    def _group(self, order: NDArray[np.int64], epoch: int, lengths: NDArray[np.integer[Any]]) -> None:
-        """Sort by length within stretches of many batches, then shuffle the batches."""
-        first = -epoch * self._size % self._batch_size  # those before it end a batch of the epoch before
-        count = max(0, self._size - first) // self._batch_size
-        whole = order[first : first + count * self._batch_size]
-        stretch = max(1, min(50, count // 4)) * self._batch_size
-        whole[:] = whole[np.lexsort((lengths[whole], np.arange(whole.size) // stretch))]
-        shuffled = np.argsort(self._noise(count, epoch, self._size), kind="stable")
-        whole[:] = whole.reshape(count, self._batch_size)[shuffled].ravel()
-
-    def _noise(self, n: int, epoch: int, offset: int = 0) -> NDArray[np.float32]:
-        return normal(n, seed=self._seed, tensor=_ORDER_TENSOR, draw=epoch, offset=offset)
 
 
 @dataclass(frozen=True)
@@ -164,128 +52,6 @@ class Progress:
     steps: int
     seconds: float
     evaluation: dict[str, float] | None
-
-
-class Run:
-    """A run folder, to read.
-
-    Parameters
-    ----------
-    path : path
-        The folder.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        journal = Journal.open(self.path / "journal.pzj", write=False)
-        self.header = journal.header
-        self.records = journal.records
-        self.notice = journal.notice
-
-    @property
-    def steps(self) -> int:
-        """Steps that are recorded whole."""
-        return len(self.records) // int(self.header["trainer"]["draws"])
-
-    @property
-    def best_step(self) -> int:
-        """The number of steps after which the evaluation was best; all steps where there was none."""
-        evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
-        if not evaluations:
-            return self.steps
-        name = self.header["trainer"]["metric"]
-        return int(max(evaluations, key=lambda line: _score(line["eval"], name))["step"])
-
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``; an incomplete last one is passed over."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    return
-
-    def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
-        """Return the bundle that the run started from, which must have the weights of that moment.
-
-        Parameters
-        ----------
-        bundle : path, optional
-            Where it is now; by default where it was.
-        """
-        recorded = self.header["model"]
-        base = Bundle.read(Path(recorded["bundle"]) if bundle is None else Path(bundle))
-        for what, path in (("graph", base.model_path), ("weights", base.weights_path)):
-            got = file_sha256(path)
-            if got != recorded[f"{what}_sha256"]:
-                raise JournalError(
-                    f"{path}: not the {what} that the run {self.path} started from: SHA-256 is {got}, expected "
-                    f"{recorded[f'{what}_sha256']}"
-                )
-        return base
-
-    def rebuild(self, model: Tunable, *, step: int | None = None) -> Optimizer:
-        """Bring the weights of the base bundle to where they were after ``step`` steps, in one pass over them.
-
-        Begins from the last snapshot that is not past ``step``.
-
-        Returns
-        -------
-        Optimizer
-            As it stood then.
-        """
-        step = self.steps if step is None else step
-        if not 0 <= step <= self.steps:
-            raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
-        optimizer = restore(model, self.header["method"])
-        for number, path in self._snapshots():
-            if number <= step and self._is_whole(path):
-                model.weights.read(path)
-                optimizer.step_number = number
-                break
-        else:
-            model.weights.read()
-        optimizer.replay(self.records[optimizer.step_number * optimizer.draws : step * optimizer.draws])
-        return optimizer
-
-    def replay(
-        self,
-        out: str | os.PathLike[str],
-        *,
-        step: int | None = None,
-        bundle: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Write the bundle as it was after ``step`` steps (all of them by default), bit for bit."""
-        model = _Unloaded(self.base(bundle))
-        self.rebuild(model, step=step)
-        model.bundle.copy_to(Path(out), model.weights.save)
-
-    def _is_whole(self, snapshot: Path) -> bool:
-        """Whether a snapshot is what this run has saved; if not, the record alone has to do."""
-        whole = False
-        with contextlib.suppress(OSError, ValueError):
-            seal = json.loads(snapshot.with_suffix(".json").read_text())
-            whole = bool(seal == _seal(self.header, file_sha256(snapshot)))
-        if not whole:
-            warnings.warn(f"{snapshot}: damaged or of another run, and passed over", stacklevel=4)
-        return whole
-
-    def _snapshots(self) -> list[tuple[int, Path]]:
-        """Return the snapshots by number of steps, the latest first."""
-        found = (
-            (re.fullmatch(r"step-(\d+)\.safetensors", path.name), path) for path in self.path.glob("snapshots/step-*")
-        )
-        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-
-
-class _Unloaded:
-    """A bundle's weights without a session: enough to replay."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        self.weights = Weights(bundle)
-        self.weights.read()
 
 
 class Trainer:
@@ -442,7 +208,7 @@ class Trainer:
                 )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
-            from pocketzo.model import load
+            from pocketzo.runtime.load import load
 
             model = load(base, threads=settings["threads"], packed=recorded_packing(settings))
         usable = len(cores.usable())
@@ -547,7 +313,7 @@ class Trainer:
             if ahead is not None:
                 ahead.exception()  # waits, and leaves what was raised to the step that needs the batch
             seconds = time.perf_counter() - started
-            self._log({"step": step + 1, "loss": _finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
+            self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
             if self._journal is not None and time.monotonic() - synced > 30:
                 self._journal.sync()
@@ -643,14 +409,14 @@ class Trainer:
         assert self.eval is not None
         result = evaluate(self.model, self.eval, batch_size=self.batch_size)
         self._evaluations[step] = result
-        self._log({"step": step, "eval": {name: _finite(value) for name, value in result.items()}})
+        self._log({"step": step, "eval": {name: finite(value) for name, value in result.items()}})
         return result
 
     def _out_of_patience(self) -> bool:
         if self.patience is None or not self._evaluations:
             return False
         steps = sorted(self._evaluations)
-        best = max(steps, key=lambda step: _score(self._evaluations[step], self.metric))
+        best = max(steps, key=lambda step: score(self._evaluations[step], self.metric))
         return len(steps) - 1 - steps.index(best) >= self.patience
 
     def _snapshot(self, step: int) -> None:
@@ -661,7 +427,7 @@ class Trainer:
         path = folder / f"step-{step:08d}.safetensors"
         self.model.weights.save(path)
         with atomic_file(path.with_suffix(".json")) as file:
-            file.write(json.dumps(_seal(self._journal.header, self.model.weights.sha256())).encode())
+            file.write(json.dumps(run_seal(self._journal.header, self.model.weights.sha256())).encode())
         for other in folder.glob("step-*"):
             if other.stem != path.stem:
                 other.unlink()
@@ -669,26 +435,3 @@ class Trainer:
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._metrics is not None:
             self._metrics.write(json.dumps(line) + "\n")
-
-
-def recorded_packing(settings: Mapping[str, Any]) -> Literal["auto", False]:
-    """Return what :func:`load` needs to compute the losses that a run would have had, from its recorded settings."""
-    return "auto" if settings.get("packed") else False
-
-
-def _seal(header: Mapping[str, Any], sha256: str) -> dict[str, Any]:
-    """Return what stands beside a snapshot: what it is, and of which run."""
-    return {"sha256": sha256, "run": hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()}
-
-
-def _score(evaluation: Mapping[str, float | None], metric: str) -> float:
-    """Return a number that is larger the better the evaluation is."""
-    value = evaluation.get(metric)
-    if value is None or not math.isfinite(value):
-        return -math.inf
-    return -value if metric == "loss" else value
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

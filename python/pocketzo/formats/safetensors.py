@@ -19,11 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketzo.errors import BundleError
-from pocketzo.files import atomic_file
+from pocketzo.formats.files import atomic_file
 
 ALIGNMENT: Final = 64
 PADDING: Final = "pocketzo.padding."
-
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 DTYPES: Final[Mapping[str, str]] = {
     "BOOL": "bool",
@@ -40,7 +39,6 @@ DTYPES: Final[Mapping[str, str]] = {
     "F64": "float64",
 }
 """The format's names of the element types, and NumPy's."""
-
 _CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.errors import JournalError
-from pocketzo.files import atomic_file
+from pocketzo.formats.files import atomic_file
 from pocketzo.kernels import SPEC_VERSION
 
 try:
@@ -29,11 +29,8 @@ try:
 except ImportError:  # no such module on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["RECORD", "Journal"]
-
 RECORD = np.dtype([("draw", "<u8"), ("coefficient", "<f4"), ("lr", "<f4"), ("crc", "<u4")])
 """A record as it stands in the file: ``coefficient`` is what the update multiplied the direction by, up to sign."""
-
 _MAGIC = b"PZOJ"
 _FORMAT = 1
 _BODY = struct.Struct("<Qff")

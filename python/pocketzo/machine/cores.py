@@ -9,9 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pocketzo import _core
-
-__all__ = ["fast", "speeds", "thread_counts", "usable"]
+from pocketzo._core import threads as kernel_threads
 
 _CPUS = Path("/sys/devices/system/cpu")  # each core's folder may be readable where the list of them is not
 _SPEEDS = ("cpu_capacity", "cpufreq/cpuinfo_max_freq")  # the first one counts what a core does in a cycle, too
@@ -48,5 +46,5 @@ def fast() -> int:
 
 def thread_counts() -> list[int]:
     """Return the numbers of threads that are worth a try: 1, 2, the fast cores, all; no more than the kernels have."""
-    most = min(len(usable()), _core.threads())
+    most = min(len(usable()), kernel_threads())
     return sorted({min(count, most) for count in (1, 2, fast(), most)})

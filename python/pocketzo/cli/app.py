@@ -1,0 +1,53 @@
+"""The command line. Results go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import click  # noqa: TID253
+
+from pocketzo._core import __version__
+from pocketzo.cli.command import Commands
+from pocketzo.cli.console import note
+from pocketzo.cli.demo import demo
+from pocketzo.cli.doctor import doctor
+from pocketzo.cli.evaluate import evaluate
+from pocketzo.cli.info import info
+from pocketzo.cli.prepare import prepare
+from pocketzo.cli.replay import replay
+from pocketzo.cli.train import train
+
+
+def main() -> None:
+    """Run the command line and exit: 0, 1 for an error in the user's input, 2 for usage, 130 after Ctrl-C."""
+    warnings.showwarning = _show_warning
+    cli(prog_name="pocketzo")
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    note(f"note: {message}")
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Fine-tune an ONNX language model in place, in the memory that running it takes.
+
+    A typical session:
+
+    \b
+      pocketzo prepare model.onnx -o base --tokenizer tokenizer.json --labels negative,positive
+      pocketzo train base --data train.tsv --eval dev.tsv -o runs/first --steps 1000
+      pocketzo eval runs/first --data dev.tsv
+      pocketzo replay runs/first -o tuned
+
+    Exit codes: 0; 1 for an error in the input (one line says which); 2 for wrong usage; 130 after Ctrl-C.
+    """  # noqa: D301
+
+
+for command in (prepare, train, evaluate, replay, info, doctor, demo):
+    cli.add_command(command)

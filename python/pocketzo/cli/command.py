@@ -1,0 +1,67 @@
+"""How commands behave: errors on one line, exit codes, ``--debug``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click  # noqa: TID253
+
+from pocketzo.errors import Error
+
+_DEBUG = "pocketzo.debug"
+
+
+class _Failure(click.ClickException):
+    """An error in what the user gave: one line, exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"pocketzo: error: {self.message}", err=True)
+
+
+def _debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_DEBUG] = True
+
+
+_DEBUG_OPTION = click.Option(
+    ["--debug"], is_flag=True, expose_value=False, callback=_debug, help="Show the traceback of an error."
+)
+
+
+class Command(click.Command):
+    """A command that also takes ``--debug``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_DEBUG_OPTION)
+
+
+class Commands(click.Group):
+    """The group of all commands, which prints an error as one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_DEBUG_OPTION)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, and end with one line for an error in what the user gave."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # click knows what to do when the reader of our output has gone
+        except (Error, ValueError, TypeError, OSError, MemoryError) as error:
+            if ctx.meta.get(_DEBUG):
+                raise
+            raise _Failure(_one_line(error)) from error
+        except KeyboardInterrupt:
+            click.echo("pocketzo: interrupted", err=True)
+            ctx.exit(130)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        text = "not enough memory for this" + (f": {text}" if text else "")
+    elif isinstance(error, OSError) and not isinstance(error, Error) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return text or type(error).__name__

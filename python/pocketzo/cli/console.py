@@ -1,0 +1,103 @@
+"""Text that commands print."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console  # noqa: TID253
+from rich.table import Table  # noqa: TID253
+
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+
+def note(text: str) -> None:
+    """Print a line to standard error."""
+    err.print(text, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """Print a line to standard output."""
+    out.print(text, soft_wrap=True)
+
+
+def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Return a table of evaluations, one a column."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in ("accuracy", "loss"):
+        if any(result.get(metric) is not None for result in columns.values()):
+            table.add_row(metric, *(metric_text(metric, result) for result in columns.values()))
+    return table
+
+
+def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
+    """JSON has no infinity and no NaN."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in evaluation.items()}
+
+
+def metric_text(name: str, evaluation: Mapping[str, float | None]) -> str:
+    """Return one result of an evaluation as text."""
+    value = evaluation.get(name)
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.4f}"
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print names and values as a table."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), fact(name, value))
+    out.print(table)
+
+
+def fact(name: str, value: Any) -> str:
+    """Return a value as text."""
+    if name.endswith("bytes"):
+        return size_text(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if name == "forward_seconds" and value:
+        return ", ".join(f"{threads}: {_milliseconds(seconds)}" for threads, seconds in value.items())
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {fact(key, item)}" for key, item in value.items() if item not in (None, []))
+    if isinstance(value, (list, tuple)):
+        if value and isinstance(value[0], dict) and "dtype" in value[0]:
+            return ", ".join(f"{item['name']} {item['dtype']}[{', '.join(map(str, item['shape']))}]" for item in value)
+        return ", ".join(fact("", item) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes as text."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.0f} {unit}" if count >= 100 * size else f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as [hours:]minutes:seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(os.fspath(path))

@@ -1,0 +1,65 @@
+"""``pocketzo doctor``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import click  # noqa: TID253
+
+from pocketzo.cli.command import Command
+from pocketzo.cli.console import print_facts, size_text
+from pocketzo.cli.options import json_option
+from pocketzo.doctor import examine
+from pocketzo.errors import Error
+
+
+@click.command(cls=Command)
+@json_option
+def doctor(as_json: bool) -> None:
+    """Tell what this machine and this installation have, and test the kernels; exit code 1 if they fail.
+
+    \b
+    Example:
+      pocketzo doctor --json
+    """  # noqa: D301
+    facts = examine()
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        print_facts(_doctor_lines(facts))
+    if not facts["ok"]:
+        bad = ", ".join(
+            f"{isa} ({'; '.join(test['failed'])})" for isa, test in facts["self_test"].items() if not test["ok"]
+        )
+        raise Error(f"the kernels failed their self-test: {bad}; force another set with POCKETZO_ISA, and report this")
+
+
+def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    memory, cores = facts["memory"], facts["cores"]
+    fast = f"{cores['fast']} of them fast, " if cores["fast"] < cores["usable"] else ""
+    total, available = (None if memory[name] is None else size_text(memory[name]) for name in ("total", "available"))
+    system = facts["platform"] + (" (Termux)" if facts["termux"] else " (Android)" if facts["android"] else "")
+    extras = {
+        extra: ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items())
+        + ("" if all(packages.values()) else f" (pip install 'pocketzo[{extra}]')")
+        for extra, packages in facts["extras"].items()
+    }
+    tests = ", ".join(f"{isa} {'passed' if test['ok'] else 'FAILED'}" for isa, test in facts["self_test"].items())
+    return {
+        "pocketzo": f"{facts['pocketzo']}, noise specification {facts['spec']}",
+        "system": system,
+        "versions": f"python {facts['python']}, numpy {facts['numpy']}, onnxruntime {facts['onnxruntime']}",
+        **{f"extra {extra}": text for extra, text in extras.items()},
+        "cores": f"{cores['usable']} to use, {fast}{cores['present']} present; {facts['threads']} used by the kernels",
+        "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
+        "weights": facts["packing"],
+        "fp16": "fast: this processor computes in it" if facts["fp16"] else "slow: this processor cannot compute in it",
+        "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
+        "self-test": tests,
+        **{
+            f"speed, {direction}": ", ".join(f"{ns:.2f} ns a weight ({threads})" for threads, ns in times.items())
+            for direction, times in facts["speed"].items()
+        },
+    }

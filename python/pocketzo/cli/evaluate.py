@@ -1,0 +1,80 @@
+"""``pocketzo eval``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click  # noqa: TID253
+
+from pocketzo import kernels
+from pocketzo.cli.command import Command
+from pocketzo.cli.console import for_json, metric_text, say
+from pocketzo.cli.options import (
+    PATH,
+    base_option,
+    best_option,
+    column_options,
+    json_option,
+    step_option,
+    threads_option,
+)
+from pocketzo.cli.runs import as_run, chosen_step
+from pocketzo.data.load import load_dataset
+from pocketzo.formats.bundle import Bundle
+from pocketzo.runtime.load import load
+from pocketzo.tasks.evaluate import evaluate as evaluate_model
+
+
+@click.command("eval", cls=Command)
+@click.argument("model", type=PATH, metavar="BUNDLE|RUN")
+@click.option("--data", type=PATH, required=True, metavar="FILE", help="Examples: .jsonl, .tsv, .csv or .npz.")
+@json_option
+@step_option
+@best_option
+@base_option
+@click.option("--batch-size", type=int, default=32, help="Examples a forward pass.")
+@threads_option("as many as there are fast cores")
+@column_options
+def evaluate(
+    model: Path,
+    data: Path,
+    as_json: bool,
+    step: int | None,
+    best: bool,
+    base: Path | None,
+    batch_size: int,
+    threads: int | None,
+    **columns: Any,
+) -> None:
+    """Evaluate a bundle, or what a run has made of its base bundle.
+
+    Prints accuracy, mean loss, and the count of examples; null, or "-", for what the graph does not give.
+
+    \b
+    Example:
+      pocketzo eval runs/first --data dev.tsv --json
+      {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
+    """  # noqa: D301
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    run = as_run(model)
+    if run is None and (step is not None or best or base is not None):
+        raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
+    number = None if run is None else chosen_step(run, step, best)
+    bundle = Bundle.read(model) if run is None else run.base(base)
+    examples = load_dataset(data, bundle, **columns)
+    if threads is not None:
+        kernels.set_threads(threads)
+    loaded = load(bundle, threads=threads)
+    if run is not None:
+        run.rebuild(loaded, step=number)
+    result = evaluate_model(loaded, examples, batch_size=batch_size)
+    if as_json:
+        click.echo(json.dumps(for_json({name: result.get(name) for name in ("accuracy", "loss", "count")})))
+    else:
+        say(
+            f"accuracy {metric_text('accuracy', result)} · loss {metric_text('loss', result)} · "
+            f"{len(examples)} examples" + ("" if run is None else f" · after step {number}")
+        )

@@ -1,0 +1,97 @@
+"""``pocketzo info``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import click  # noqa: TID253
+from rich.table import Table  # noqa: TID253
+
+from pocketzo.cli.command import Command
+from pocketzo.cli.console import out, print_facts
+from pocketzo.cli.options import PATH, json_option
+from pocketzo.cli.runs import as_run
+from pocketzo.doctor import packing
+from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.safetensors import file_sha256
+from pocketzo.train.run import Run
+
+
+@click.command(cls=Command)
+@click.argument("path", type=PATH, metavar="BUNDLE|RUN")
+@json_option
+@click.option("--tensors", is_flag=True, help="List a bundle's weights, for --trainable and --group.")
+def info(path: Path, as_json: bool, tensors: bool) -> None:
+    """Tell what a bundle or a run holds.
+
+    \b
+    Example:
+      pocketzo info base --tensors
+    """  # noqa: D301
+    run = as_run(path)
+    if run is not None:
+        facts = _run_facts(run)
+    else:
+        bundle = Bundle.read(path)
+        facts = bundle_facts(bundle)
+        facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
+        facts["packing"] = packing(bundle)
+        if tensors or as_json:
+            facts["tensors"] = [vars(tensor) for tensor in bundle.tensors]
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    listed = facts.pop("tensors", None)
+    print_facts({name: value for name, value in facts.items() if value is not None})
+    if listed is not None:
+        table = Table("weight", "type", "shape", "trainable", box=None, header_style="bold")
+        for tensor in listed:
+            shape = " x ".join(map(str, tensor["shape"])) or "scalar"
+            table.add_row(tensor["name"], tensor["dtype"], shape, "yes" if tensor["trainable"] else "no")
+        out.print(table)
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """Return what there is to say about a bundle."""
+    return {
+        "kind": "bundle",
+        "path": os.fspath(bundle.path),
+        "parameters": sum(math.prod(tensor.shape) for tensor in bundle.tensors),
+        "trainable": sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable),
+        "bytes": sum(path.stat().st_size for path in bundle.path.iterdir() if path.is_file()),
+        "inputs": [vars(value) for value in bundle.inputs],
+        "outputs": [vars(value) for value in bundle.outputs],
+        "loss": bundle.loss,
+        "logits": bundle.logits,
+        "labels": bundle.labels,
+        "max_length": bundle.max_length,
+        "tokenizer": bundle.tokenizer,
+        "base_sha256": bundle.base_sha256,
+    }
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    evaluations = {line["step"]: line["eval"] for line in run.metrics() if "eval" in line and line["step"] <= run.steps}
+    source = run.header["data"]["source"]
+    method = {name: value for name, value in run.header["method"].items() if name != "trained"}
+    return {
+        "kind": "run",
+        "path": os.fspath(run.path),
+        "steps_done": run.steps,
+        "steps": run.header["trainer"]["steps"],
+        "journal_bytes": (run.path / "journal.pzj").stat().st_size,
+        "method": method,
+        "trained": len(run.header["method"]["trained"]),
+        "trainer": run.header["trainer"],
+        "base": run.header["model"],
+        "data": {name: source.get(name) for name in ("train", "eval")},
+        "before": source.get("before"),
+        "last": evaluations[max(evaluations)] if evaluations else None,
+        "best_step": run.best_step if evaluations else None,
+        "best": evaluations.get(run.best_step) if evaluations else None,
+        "spec": run.header["spec"],
+    }

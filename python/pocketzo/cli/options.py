@@ -1,0 +1,86 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click  # noqa: TID253
+
+from pocketzo.optim.groups import Group
+
+
+def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Check that an option is a regular expression."""
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
+    return value
+
+
+def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Group, ...]:
+    """Parse ``PATTERN:lr=X,eps=Y`` options."""
+    groups = []
+    for value in values:
+        pattern, _, text = value.rpartition(":")
+        settings = {}
+        for part in text.split(","):
+            name, _, number = (field.strip() for field in part.partition("="))
+            try:
+                settings[name] = float(number)
+            except ValueError:
+                name = ""
+            if name not in ("lr", "eps") or not pattern:
+                raise click.BadParameter(f"{value!r}: expected PATTERN:lr=NUMBER,eps=NUMBER, or one of the two")
+        regex(context, param, pattern)
+        groups.append(Group(pattern, **settings))
+    return tuple(groups)
+
+
+PATH = click.Path(path_type=Path)
+bundle_out = click.option(
+    "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."
+)
+force_option = click.option("--force", is_flag=True, help="Replace a bundle that is at --output already.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def threads_option(default: str) -> Callable[[Any], Any]:
+    """Return the option ``--threads`` with its default in words."""
+    return click.option("--threads", type=int, metavar="N", help=f"Threads.  [default: {default}]")
+
+
+base_option = click.option(
+    "--base", type=PATH, metavar="BUNDLE", help="Where the run's base bundle is, if it was moved."
+)
+step_option = click.option(
+    "--step", type=int, metavar="N", help="The weights after N steps of a run.  [default: all steps]"
+)
+best_option = click.option("--best", is_flag=True, help="The weights at the run's best evaluation.")
+
+
+def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Parse a size such as 1.5G into bytes."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?|\.\d+) *([MG])(i?)B?", value.strip(), re.IGNORECASE)
+    power = 2 if match and match[2] in "mM" else 3
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1:
+        raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
+    return size
+
+
+def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that name columns."""
+    for option, what, names in (
+        ("--label-column", "label", "label, labels"),
+        ("--text-pair-column", "second text", "text_pair, sentence2"),
+        ("--text-column", "text", "text, sentence, sentence1"),
+    ):
+        help_text = f"Column that holds the {what}.  [default: {names}]"
+        command = click.option(option, metavar="NAME", help=help_text)(command)
+    return command

@@ -1,0 +1,73 @@
+"""``pocketzo prepare``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import click  # noqa: TID253
+
+from pocketzo.cli.command import Command
+from pocketzo.cli.console import quoted, say, size_text
+from pocketzo.cli.info import bundle_facts
+from pocketzo.cli.options import PATH, bundle_out, force_option, regex
+from pocketzo.errors import BundleError
+from pocketzo.prepare import prepare as prepare_bundle
+
+
+@click.command(cls=Command)
+@click.argument("model", type=PATH)
+@bundle_out
+@click.option("--tokenizer", type=PATH, metavar="FILE", help="The model's tokenizer.json, to train on text.")
+@click.option("--labels", metavar="A,B,...", help="Names of the classes, in the order of the logits.")
+@click.option("--max-length", type=int, metavar="TOKENS", help="Cut texts at so many tokens.")
+@click.option(
+    "--trainable", callback=regex, metavar="REGEX", help="Only weights whose names it is found in may be trained."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    help="Type of the weights. float16 halves the memory; for phones and boards, as it is slow on x86-64.",
+)
+@force_option
+def prepare(
+    model: Path,
+    output: Path,
+    tokenizer: Path | None,
+    labels: str | None,
+    max_length: int | None,
+    trainable: str | None,
+    dtype: Literal["float32", "float16"],
+    force: bool,
+) -> None:
+    """Turn MODEL, an ONNX file as exporters write it, into a bundle that can be trained.
+
+    A bundle is a folder that a phone reads with numpy and onnxruntime alone. Preparing needs the package onnx.
+
+    \b
+    Example:
+      pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
+          --labels negative,positive --max-length 128
+    """  # noqa: D301
+    refuse_existing(output, force=force)
+    bundle = prepare_bundle(
+        model,
+        output,
+        tokenizer=tokenizer,
+        labels=None if labels is None else [label.strip() for label in labels.split(",")],
+        max_length=max_length,
+        trainable=trainable,
+        dtype=dtype,
+    )
+    facts = bundle_facts(bundle)
+    say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
+
+
+def refuse_existing(path: Path, *, force: bool = False) -> None:
+    """Raise a :class:`BundleError` where a path is taken, unless a bundle there may be replaced."""
+    if os.path.lexists(path) and not (force and (path / "bundle.json").is_file()):
+        how = "choose another folder, or --force to replace a bundle" if not force else "it is not a bundle"
+        raise BundleError(f"{path}: already exists: {how}")

@@ -1,0 +1,134 @@
+"""Training with a live display and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Self
+
+import click  # noqa: TID253
+from rich.live import Live  # noqa: TID253
+from rich.progress_bar import ProgressBar  # noqa: TID253
+from rich.table import Table  # noqa: TID253
+from rich.text import Text  # noqa: TID253
+
+from pocketzo.cli.console import duration, err, metric_text, note, size_text
+from pocketzo.machine.memory import process_memory
+from pocketzo.train.trainer import Progress, Trainer
+
+
+def fit_shown(trainer: Trainer, again: str) -> int | None:
+    """Train with a display; return the signal that ended it early, if one did."""
+    with _Display(trainer) as display, _Signals(trainer, again) as signals:
+        trainer.callback = display.update
+        trainer.fit()
+    return signals.received
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM end training after the step that is under way, a second one at once."""
+
+    def __init__(self, trainer: Trainer, again: str) -> None:
+        self.received: int | None = None
+        self._trainer = trainer
+        self._again = again
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            err.show_cursor()
+            click.echo(f"\npocketzo: ended at once; to go on: {self._again}", err=True)
+            # Like a kill: an exception in the middle of a step would have it recorded as one that moved nothing.
+            os._exit(128 + number)
+        self.received = number
+        self._trainer.stop_requested = True
+        note("stopping after this step; again to end at once")
+
+
+class _Display:
+    """How training goes: live on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, trainer: Trainer, seconds_between_lines: float = 10.0) -> None:
+        self._steps = trainer.steps
+        self._first = trainer.optimizer.step_number
+        self._interval = seconds_between_lines
+        self._live = Live(console=err, auto_refresh=False) if err.is_terminal and not err.is_dumb_terminal else None
+        self._loss = _Smoothed(0.95)
+        self._seconds = _Smoothed(0.9)
+        self._evaluation = ""
+        self._started = self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live is not None and self._first < self._steps:
+            self._live.start()
+            self._live.update(self._bar(self._first, "the first step"), refresh=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Take in a step, and show it if it is time to."""
+        done = progress.info.step + 1
+        self._loss.add(progress.info.loss)
+        self._seconds.add(progress.seconds)
+        if progress.evaluation is not None:
+            metric = "accuracy" if "accuracy" in progress.evaluation else "loss"
+            self._evaluation = f"evaluation at {done}: {metric} {metric_text(metric, progress.evaluation)}"
+        now = time.monotonic()
+        due = now - self._shown >= (0.1 if self._live else self._interval)
+        if due or done == self._steps or (self._live is None and progress.evaluation is not None):
+            self._shown = now
+            if self._live is not None:
+                self._live.update(self._bar(done, self._line(done, now)), refresh=True)
+            else:
+                note(self._line(done, now))
+
+    def _bar(self, done: int, text: str) -> Table:
+        table = Table.grid(expand=True)
+        table.add_row(ProgressBar(total=self._steps, completed=done))
+        table.add_row(Text(text))
+        return table
+
+    def _line(self, done: int, now: float) -> str:
+        per_step = max(self._seconds.value, 1e-9)
+        left = (now - self._started) / max(done - self._first, 1) * (self._steps - done)
+        resident, peak = process_memory()
+        memory = [] if resident is None else [size_text(resident)]
+        memory += [] if peak is None else [f"peak {size_text(peak)}"]
+        parts = [
+            f"step {done}/{self._steps}",
+            f"loss {self._loss.value:.4f}",
+            f"{1 / per_step:.1f} steps/s" if per_step < 1 else f"{per_step:.1f} s/step",
+            ", ".join(memory),
+            f"{duration(left)} left",
+            self._evaluation,
+        ]
+        return " · ".join(part for part in parts if part)
+
+
+class _Smoothed:
+    """A running mean in which each older value counts ``weight`` times the next; what is not finite counts nothing."""
+
+    def __init__(self, weight: float) -> None:
+        self._weight = weight
+        self._total = self._count = 0.0
+
+    def add(self, value: float) -> None:
+        if abs(value) < float("inf"):
+            self._total = self._weight * self._total + value
+            self._count = self._weight * self._count + 1
+
+    @property
+    def value(self) -> float:
+        return self._total / self._count if self._count else float("nan")

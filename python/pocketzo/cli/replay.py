@@ -1,0 +1,40 @@
+"""``pocketzo replay``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click  # noqa: TID253
+
+from pocketzo.cli.command import Command
+from pocketzo.cli.console import note, say
+from pocketzo.cli.options import PATH, base_option, best_option, bundle_out, force_option, step_option
+from pocketzo.cli.prepare import refuse_existing
+from pocketzo.cli.runs import chosen_step
+from pocketzo.errors import BundleError
+from pocketzo.train.run import Run
+
+
+@click.command(cls=Command)
+@click.argument("run", type=PATH)
+@bundle_out
+@step_option
+@best_option
+@base_option
+@force_option
+def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | None, force: bool) -> None:
+    """Rebuild the tuned bundle of RUN from its base bundle and its journal, bit for bit.
+
+    \b
+    Example:
+      pocketzo replay runs/first -o tuned --best
+    """  # noqa: D301
+    past = Run(run)
+    refuse_existing(output, force=force)
+    if output.resolve() == Path(past.header["model"]["bundle"] if base is None else base).resolve():
+        raise BundleError(f"{output}: is the base of {run}, which the run could not be replayed without")
+    if past.notice:
+        note(f"note: {past.notice}")
+    number = chosen_step(past, step, best)
+    past.replay(output, step=number, bundle=base)
+    say(f"{output}: {run} after step {number} of {past.header['trainer']['steps']}")

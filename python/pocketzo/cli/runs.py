@@ -1,0 +1,36 @@
+"""A path that may be a bundle or a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click  # noqa: TID253
+
+from pocketzo.cli.console import note
+from pocketzo.errors import BundleError
+from pocketzo.train.run import Run
+
+
+def as_run(path: Path) -> Run | None:
+    """Return the run that is at a path, or None where a bundle is."""
+    if (path / "journal.pzj").is_file():
+        run = Run(path)
+        if run.notice:
+            note(f"note: {run.notice}")
+        return run
+    if (path / "bundle.json").is_file():
+        return None
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle or run")
+    raise BundleError(f"{path}: neither a bundle (there is no bundle.json in it) nor a run (no journal.pzj)")
+
+
+def chosen_step(run: Run, step: int | None, best: bool) -> int:
+    """Return the number of steps that ``--step`` and ``--best`` ask for."""
+    if step is not None and best:
+        raise click.UsageError("--step and --best exclude each other")
+    if step is not None and not 0 <= step <= run.steps:
+        raise ValueError(f"--step must be 0 to {run.steps}, which is what {run.path} has recorded; got {step}")
+    if best:
+        return run.best_step
+    return run.steps if step is None else step

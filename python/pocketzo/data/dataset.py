@@ -1,0 +1,171 @@
+"""Examples of one model, handed out in padded batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pocketzo.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pocketzo.formats.bundle import Bundle, ValueSpec
+
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+IMPLIED = {"attention_mask": 1, "token_type_ids": 0}  # of each token, where the data does not say
+
+
+class Dataset:
+    """Examples for one model, in the order of their file; made by :func:`load_dataset` and :func:`encode_texts`.
+
+    Attributes
+    ----------
+    label_ids : ndarray of int64, shape [n], or None
+        The class number of each example; None without labels.
+    lengths : ndarray of int32, shape [n], or None
+        The number of tokens of each example; None for a model that takes no tokens.
+    labels : tuple of str or None
+        The names of the classes, where the bundle has them.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        source: str,
+        size: int,
+        tokens: Tokens | None,
+        arrays: Mapping[str, NDArray[Any]],
+        labels: Sequence[int],
+    ) -> None:
+        self.labels = bundle.labels
+        self.label_ids = np.array(labels, np.int64) if labels else None
+        self.lengths = None if tokens is None else tokens.lengths
+        self._size = size
+        self._tokens = tokens
+        self._token_length = _token_length(bundle)
+        self._arrays = arrays
+        self._inputs: list[ValueSpec] = []
+        for spec in bundle.inputs:
+            from_tokens = tokens is not None and spec.name in TOKEN_INPUTS and len(spec.shape) == 2
+            if not (from_tokens or spec.name in arrays or is_class(spec)):
+                raise DataError(
+                    f"{source}: nothing here can fill the model's input {spec.name!r} of shape {list(spec.shape)}"
+                )
+            if not is_class(spec) or labels:
+                self._inputs.append(spec)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def batch(self, indices: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+        """Return the model's inputs for some of the examples.
+
+        Parameters
+        ----------
+        indices
+            The numbers of the examples, shape [batch], from 0; repetition is allowed.
+
+        Returns
+        -------
+        dict of str to ndarray
+            C-contiguous arrays of the inputs' dtypes, [batch, ...]: those of the model's inputs that the data fills,
+            which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to the
+            fixed length that the model has.
+
+        Raises
+        ------
+        ValueError
+            `indices` is not a non-empty vector of integers, or one is out of range.
+        DataError
+            The model takes batches of another size only.
+        """
+        indices = np.asarray(indices)
+        if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
+            raise ValueError(
+                f"indices must be a non-empty vector of integers, got {indices.dtype} of shape {list(indices.shape)}"
+            )
+        if indices.min() < 0 or indices.max() >= self._size:
+            raise ValueError(f"indices must be 0 to {self._size - 1}, got {indices.min()} to {indices.max()}")
+        padded = {} if self._tokens is None else self._tokens.padded(indices, self._token_length)
+        batch: dict[str, NDArray[Any]] = {}
+        for spec in self._inputs:
+            if isinstance(spec.shape[0], int) and spec.shape[0] != indices.size:
+                raise DataError(
+                    f"the model's input {spec.name!r} takes batches of exactly {spec.shape[0]}, got {indices.size}"
+                )
+            if spec.name in self._arrays:
+                batch[spec.name] = self._arrays[spec.name][indices]
+            elif spec.name in padded:
+                batch[spec.name] = padded[spec.name].astype(spec.dtype)
+            elif self.label_ids is not None:
+                batch[spec.name] = self.label_ids[indices].astype(spec.dtype)
+        return batch
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what training sees: tokens, padding, other inputs and labels, whatever file they came from."""
+        digest = hashlib.sha256()
+        content = [*self._arrays.items()]
+        if self._tokens is not None:
+            content += [*self._tokens.columns.items(), ("lengths", self._tokens.lengths)]
+            digest.update(json.dumps([self._tokens.padding, self._tokens.pad_left]).encode())
+        if self.label_ids is not None:
+            content.append(("labels", self.label_ids))
+        for name, values in sorted(content, key=lambda item: item[0]):
+            digest.update(json.dumps([name, values.dtype.name, values.shape]).encode())
+            digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of all examples, end to end."""
+
+    lengths: NDArray[np.int32]  # [n]
+    columns: dict[str, NDArray[np.int32]]  # [sum of lengths] for each input that is not implied
+    padding: dict[str, int]  # what fills each input of the model beyond the tokens
+    pad_left: bool = False
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where the tokens of each example begin, shape [n]."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+
+    def padded(self, indices: NDArray[Any], length: int | None) -> dict[str, NDArray[np.int64]]:
+        """Return each input as [batch, length], or [batch, longest] if there is no fixed length."""
+        lengths = self.lengths[indices][:, None]
+        width = length or int(lengths.max())
+        position = np.arange(width) - (width - lengths) * self.pad_left  # within the example; [batch, width]
+        inside = (position >= 0) & (position < lengths)
+        source = (self.starts[indices][:, None] + position)[inside]
+        padded = {}
+        for name, fill in self.padding.items():
+            padded[name] = np.full(inside.shape, fill, np.int64)
+            if name in self.columns:
+                padded[name][inside] = self.columns[name][source]
+            else:
+                padded[name][inside] = position[inside] if name == "position_ids" else IMPLIED[name]
+        return padded
+
+
+def _token_length(bundle: Bundle) -> int | None:
+    """Return the fixed number of tokens that a model takes, if it has one."""
+    shapes = [spec.shape for spec in bundle.inputs if spec.name in TOKEN_INPUTS and len(spec.shape) == 2]
+    return next((shape[1] for shape in shapes if isinstance(shape[1], int)), None)
+
+
+def token_limit(bundle: Bundle) -> int | None:
+    """Return the number of tokens that an example may have at most, if there is a bound."""
+    return min((length for length in (bundle.max_length, _token_length(bundle)) if length is not None), default=None)
+
+
+def is_class(spec: ValueSpec) -> bool:
+    """Whether an input takes one class number an example."""
+    return spec.name == "labels" and len(spec.shape) == 1 and np.dtype(spec.dtype).kind in "iu"

@@ -1,0 +1,138 @@
+"""Readers of JSONL, TSV and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    pass
+
+TEXT_NAMES = ("text", "sentence", "sentence1")
+PAIR_NAMES = ("text_pair", "sentence2")
+LABEL_NAMES = ("label", "labels")
+HEADERLESS = {1: ("text",), 2: ("text", "label"), 3: ("text", "text_pair", "label")}
+Record: TypeAlias = "dict[str, Any] | str | None"  # a line's values by column; or what is wrong with it; None if empty
+Row: TypeAlias = "list[str] | str"  # a line's fields, none if it is empty; or what is wrong with it
+
+
+class Columns(NamedTuple):
+    """Names of columns that the caller gave."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+
+
+def find_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str | None:
+    """Return the name of a column: the one given, else the first one known."""
+    if given is not None:
+        return given if given in columns else None
+    folded = {column.strip().lower(): column for column in columns}
+    return next((folded[name] for name in known if name in folded), None)
+
+
+def missing_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str:
+    """Return what to say where a column is missing."""
+    return f"no {given or known[0]!r} among the columns {', '.join(map(repr, columns)) or '(none)'}"
+
+
+def not_unicode(text: str) -> str | None:
+    """Return what is wrong with the encoding of a text, or None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # A byte that is not UTF-8 was read as U+DC00 + byte ("surrogateescape"); JSON can escape any surrogate.
+        return f"not UTF-8: byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"not a character: U+{code:X}"
+    return None
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """Yield number, line, and what is wrong with its encoding."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.removesuffix("\n").removesuffix("\r"), not_unicode(line)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
+    """Yield the number and the record of each line of a JSONL file."""
+    for number, line, reason in _read_lines(path):
+        if reason or not line.strip():
+            yield number, reason
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"not JSON: {error.msg} at column {error.colno}"
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested as deep
+            yield number, f"not JSON that can be read: {error}"
+        else:
+            yield number, record if isinstance(record, dict) else f"not a JSON object: {type(record).__name__}"
+
+
+def read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the number and the fields of each line of a TSV file."""
+    for number, line, reason in _read_lines(path):
+        yield number, reason or (line.split("\t") if line else [])
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the number and the fields of each row of a CSV file."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        while True:
+            number = rows.line_num + 1  # where the row begins
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, f"not CSV: {error}"
+            else:
+                yield number, not_unicode("".join(row)) or row
+
+
+def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns) -> Iterator[tuple[int, Record]]:
+    """Turn rows into records by the header, or by position where there is none."""
+    header: tuple[str, ...] | None = None
+    for number, row in rows:
+        if isinstance(row, str):
+            yield number, row
+            continue
+        if not row:
+            yield number, None
+            continue
+        if header is None:
+            if any(columns) or _is_header(row):
+                header = tuple(row)
+                if reason := _bad_header(header, columns):
+                    yield number, reason
+                    return
+                continue
+            if len(row) not in HEADERLESS:
+                yield number, f"{len(row)} columns and no header that names text and label"
+                return
+            header = HEADERLESS[len(row)]
+        if len(row) == len(header):
+            yield number, dict(zip(header, row, strict=True))
+        else:
+            yield number, f"found {len(row)} of {len(header)} fields ({', '.join(header)})"
+
+
+def _is_header(row: list[str]) -> bool:
+    named = [find_column(row, None, names) is not None for names in (TEXT_NAMES, PAIR_NAMES, LABEL_NAMES)]
+    return named[0] and (len(row) == 1 or any(named[1:]))
+
+
+def _bad_header(header: tuple[str, ...], columns: Columns) -> str | None:
+    if repeated := {column for column in header if header.count(column) > 1}:
+        return f"the header names {', '.join(map(repr, sorted(repeated)))} more than once"
+    known = (TEXT_NAMES, PAIR_NAMES, LABEL_NAMES)
+    for given, names, needed in zip(columns, known, (True, False, False), strict=True):
+        if (needed or given) and find_column(header, given, names) is None:
+            return missing_column(header, given, names)
+    return None

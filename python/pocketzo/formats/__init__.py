@@ -1,0 +1,1 @@
+"""Every file that PocketZO writes: bundle, safetensors, journal."""

@@ -1,0 +1,39 @@
+"""Passes that are left to the next one, and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from pocketzo.optim.program import Part
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
+    elsewhere = threading.current_thread() is not threading.main_thread()  # only the main thread gets signals
+    if elsewhere or signal.getsignal(signal.SIGINT) is None:  # and a handler that is not Python's cannot be put back
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if callable(before):
+        for number, frame in held:
+            before(number, frame)
+    elif held and before == signal.SIG_DFL:
+        signal.raise_signal(signal.SIGINT)
+
+
+def pay(parts: Sequence[Part], lock: threading.RLock) -> None:
+    """Apply what is owed to the parts."""
+    if any(part.owed for part in parts):
+        with uninterrupted(), lock:
+            for part in parts:
+                part.apply()

@@ -1,0 +1,60 @@
+"""The part of ONNX's messages that is needed where the package onnx is missing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Final
+
+from pocketzo.errors import UnpackableError
+
+# The part of ONNX's messages that is needed here (number, name, type; * is repeated), as the package onnx does not
+# exist on a phone. Fields that are not named survive reading and writing.
+_SCHEMA: Final[Mapping[str, str]] = {
+    "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
+    "Opset": "1 domain string, 2 version int64",
+    "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*",
+    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*",
+    "Attribute": "1 name string, 3 i int64, 6 g Graph, 11 graphs Graph*, 20 type int32",
+    "Tensor": (
+        "1 dims int64*, 2 data_type int32, 8 name string, 9 raw_data bytes, 13 external_data Entry*, "
+        "14 data_location int32"
+    ),
+    "Entry": "1 key string, 2 value string",
+    "Value": "1 name string, 2 type Type",
+    "Type": "1 tensor_type TensorType",
+    "TensorType": "1 elem_type int32, 2 shape Shape",
+    "Shape": "1 dim Dim*",
+    "Dim": "1 dim_value int64, 2 dim_param string",
+}
+
+
+@functools.cache
+def onnx_messages() -> Any:
+    """Return the message classes of :data:`_SCHEMA`."""
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    except ImportError:
+        raise UnpackableError("the Python package protobuf is not installed (pip install protobuf)") from None
+    kinds = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="pocketzo.onnx.proto", package="pocketzo.onnx", syntax="proto2")
+    for message, fields in _SCHEMA.items():
+        added = file.message_type.add(name=message)
+        for field in fields.split(", "):
+            number, name, kind = field.split()
+            repeated = kind.endswith("*")
+            kind = kind.rstrip("*")
+            described = added.field.add(name=name, number=int(number))
+            described.label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            if kind in _SCHEMA:
+                described.type = kinds.TYPE_MESSAGE
+                described.type_name = f".pocketzo.onnx.{kind}"
+            else:
+                described.type = getattr(kinds, f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    classes = {name: pool.FindMessageTypeByName(f"pocketzo.onnx.{name}") for name in _SCHEMA}
+    # protobuf before 4.22 has the older name only, and from 5 on there is the newer one only
+    make = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
+    return SimpleNamespace(**{name: make(found) for name, found in classes.items()})

@@ -1,0 +1,1 @@
+"""From columns of data to inputs, loss and metrics."""
