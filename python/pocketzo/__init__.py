@@ -17,8 +17,9 @@ from pocketzo.errors import (
     TrainingError,
 )
 from pocketzo.formats.bundle import Bundle
+from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import Group
+from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.mezo import MeZO
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.optim.schedule import Schedule
@@ -31,19 +32,20 @@ from pocketzo.train.trainer import Progress, Trainer
 
 __all__ = [
     "FZOO",
+    "Block",
     "Bundle",
     "BundleError",
     "DataError",
     "Dataset",
     "DeadWeightError",
     "Error",
-    "Group",
     "JournalError",
     "MeZO",
     "MemoryLimitError",
     "MissingExtraError",
     "Model",
     "Optimizer",
+    "ParamGroup",
     "Progress",
     "Run",
     "Schedule",

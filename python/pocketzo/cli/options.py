@@ -9,7 +9,7 @@ from typing import Any
 
 import click  # noqa: TID253
 
-from pocketzo.optim.groups import Group
+from pocketzo.optim.groups import ParamGroup
 
 
 def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -21,7 +21,7 @@ def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
     return value
 
 
-def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Group, ...]:
+def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
     """Parse ``PATTERN:lr=X,eps=Y`` options."""
     groups = []
     for value in values:
@@ -36,7 +36,7 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
             if name not in ("lr", "eps") or not pattern:
                 raise click.BadParameter(f"{value!r}: expected PATTERN:lr=NUMBER,eps=NUMBER, or one of the two")
         regex(context, param, pattern)
-        groups.append(Group(pattern, **settings))
+        groups.append(ParamGroup(pattern, **settings))
     return tuple(groups)
 
 
