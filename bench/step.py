@@ -81,7 +81,7 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
     pz.kernels.set_threads(threads)
     packed: bool | Literal["auto"] = "auto" if system in ("running", "default") else system == "packed"
     try:
-        model = pz.load(bundle, threads=threads, packed=packed)
+        model = pz.load(bundle, threads=threads, prepack=packed)
     except pz.Error as error:
         raise UnusableError(str(error)) from None
     loss = model.loss(inputs)

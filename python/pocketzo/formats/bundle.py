@@ -155,7 +155,7 @@ class Bundle:
         return bundle
 
     @property
-    def is_half(self) -> bool:
+    def is_fp16(self) -> bool:
         """Whether weights are fp16."""
         return any(tensor.trainable and tensor.dtype == "float16" for tensor in self.tensors)
 
