@@ -535,8 +535,8 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
 
 def test_going_on_without_prepacked_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(workspace.run, tmp_path / "run")
-    not_prepackable = "from pocketzo.errors import NotPrepackableError\nfrom pocketzo.runtime import load\n"
-    not_prepackable += "def refuse(bundle):\n  raise NotPrepackableError('no room')\nload.matrices_of = refuse"
+    not_prepackable = "from pocketzo.errors import NotPrepackableError\nfrom pocketzo.runtime import loader\n"
+    not_prepackable += "def refuse(bundle):\n  raise NotPrepackableError('no room')\nloader.plan_prepacking = refuse"
     process = pocketzo("train", "--resume", tmp_path / "run", before=not_prepackable)
     assert process.returncode == 0
     assert "goes on with weights that are not prepacked (no room), unlike its journal" in " ".join(

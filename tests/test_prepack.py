@@ -25,8 +25,8 @@ import pocketzo as pz
 from pocketzo import _core
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.safetensors import file_sha256
-from pocketzo.runtime import layout
-from pocketzo.runtime.liveness import outputs_match
+from pocketzo.runtime import layout, prepack
+from pocketzo.runtime.outputs import outputs_match
 
 MODELS = Path(__file__).parent / "models"
 
@@ -87,7 +87,7 @@ def test_prepacked_and_plain_compute_the_same(bundle: pz.Bundle) -> None:
 def test_every_prepacked_weight_is_live_wherever_it_is_read(bundle: pz.Bundle) -> None:
     model = pz.load(bundle, threads=1, prepack=True)
     batch = batch_of(bundle)
-    assert model.weights._locations
+    assert model.weights.locations
     rng = np.random.default_rng(0)
     for name in model.weights:
         for memory, _, _ in model.weights.segments(name):  # two for a tied weight: each one has to show
@@ -109,7 +109,7 @@ def test_a_tied_weight_has_two_locations_and_one_value(tmp_path: Path) -> None:
     for _ in range(3):
         optimizer.step(lambda _: next(losses))
     value = model.weights[tied]  # the plain location
-    location = model.weights._locations[tied]
+    location = model.weights.locations[tied]
     out = np.empty_like(value)
     location.packing.unpack(location.memory, out, 0)
     assert out.tobytes() == value.tobytes()
@@ -161,9 +161,9 @@ def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: b
 @pytest.mark.parametrize(
     ("target", "substitute", "reason"),
     [
-        ("layout.detect_layout", refuse, "this runtime is a stranger"),
-        ("layout.onnx_messages", refuse, "this runtime is a stranger"),
-        ("prepack._mappings", lambda path: {}, "did not map the prepacked weight"),
+        ("prepack.detect_layout", refuse, "this runtime is a stranger"),
+        ("prepack.onnx_messages", refuse, "this runtime is a stranger"),
+        ("prepack.file_mappings", lambda path: {}, "did not map the prepacked weight"),
         # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the check sees
         (
             "layout.Layout.packing",
@@ -194,7 +194,7 @@ def test_without_a_place_for_files_weights_are_used_in_the_plain_layout(
 ) -> None:
     layout.detect_layout()
     if not known:
-        monkeypatch.setattr(layout, "detect_layout", layout.detect_layout.__wrapped__)
+        monkeypatch.setattr(prepack, "detect_layout", layout.detect_layout.__wrapped__)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(UserWarning, match="no temporary file can be made"):
         assert not pz.load(tiny_bundle, threads=1).prepacked
@@ -215,7 +215,7 @@ def test_without_memory_for_a_prepacked_model_weights_are_used_in_the_plain_layo
     def refuse(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("pocketzo.runtime.load.open_session", refuse)
+    monkeypatch.setattr("pocketzo.runtime.loader.open_session", refuse)
     with pytest.warns(UserWarning, match="weights are not prepacked, which is slower: MemoryError"):
         assert not pz.load(tiny_bundle, threads=1).prepacked
 
@@ -308,7 +308,7 @@ def test_many_small_matrices_are_told_apart(tmp_path: Path) -> None:
         at = out
     bundle = prepared(tmp_path / "m", nodes, values)
     model = pz.load(bundle, threads=1, prepack=True, verify="full")
-    assert len(model.weights._locations) == count
+    assert len(model.weights.locations) == count
 
 
 @pytest.mark.parametrize("sizes", [(4, 600, 50, 4), (4, 1030, 1, 4), (4, 33, 515, 4), (4, 2048, 640, 4)])
@@ -324,7 +324,7 @@ def test_odd_shapes(tmp_path: Path, sizes: tuple[int, ...]) -> None:
 
 
 def test_nothing_is_left_behind(tiny_bundle: Path, tmp_path: Path) -> None:
-    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], prepack=True).weights._locations))"
+    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], prepack=True).weights.locations))"
     done = subprocess.run(
         [sys.executable, "-c", script, tiny_bundle],
         env={**os.environ, "TMPDIR": os.fspath(tmp_path)},

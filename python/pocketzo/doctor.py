@@ -20,7 +20,8 @@ from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
-from pocketzo.runtime.layout import detect_layout, matrices
+from pocketzo.runtime.layout import detect_layout
+from pocketzo.runtime.prepack import plan_prepacking
 
 __all__ = ["examine", "prepacking", "self_test", "speed"]
 
@@ -174,14 +175,14 @@ def prepacking(bundle: Bundle | None = None) -> str:
     That they are live in the session is checked when the bundle is loaded.
     """
     try:
-        layout = detect_layout()
         if bundle is None:
+            layout = detect_layout()
             return f"can be prepacked, in blocks of {layout.depth} rows and panels of 16 columns"
-        found = matrices(bundle)
+        matrices = plan_prepacking(bundle).matrices
     except NotPrepackableError as error:
         return f"not prepacked: {error}"
-    size = sum(4 * matrix.packing.size for matrix in found)
-    return f"can be prepacked: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
+    size = sum(matrix.nbytes for matrix in matrices)
+    return f"can be prepacked: {len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

@@ -28,41 +28,40 @@ class Model:
     Attributes
     ----------
     bundle : Bundle
-        What was loaded.
+        The bundle that was loaded.
     weights : Weights
         Arrays by name; what is written is seen by the next run.
     threads : int
         Threads of the session.
-    forward_seconds : dict of int to float
-        Time of a forward pass by number of threads, where the number was chosen by that; else empty.
+    max_memory : int or None
+        The limit that was given to :func:`load`, in bytes.
+    forward_seconds : mapping of int to float
+        Seconds of a forward pass by number of threads, where the number was chosen by that; else empty.
     prepacked : bool
         Whether the session multiplies by prepacked weights.
     not_prepacked_because : str or None
         Why it does not.
-    max_memory : int or None
-        The limit that was given to :func:`load`.
     """
-
-    max_memory: int | None = None
 
     def __init__(
         self,
         bundle: Bundle,
         weights: Weights,
         session: ort.InferenceSession,
-        threads: int,
-        values: Mapping[str, ort.OrtValue],
         *,
+        threads: int,
+        max_memory: int | None,
+        forward_seconds: Mapping[int, float],
         not_prepacked_because: str | None,
     ) -> None:
         self.bundle = bundle
-        self.weights = weights
+        self.weights = weights  # the session uses their memory
         self.threads = threads
-        self.forward_seconds: Mapping[int, float] = {}
+        self.max_memory = max_memory
+        self.forward_seconds = forward_seconds
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self._session = session
-        self._values = values  # the session uses their memory
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
