@@ -102,11 +102,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Run ruff, mypy and clang-format, and compare the READMEs' tables with the results."""
+    """Run ruff, mypy, import-linter and clang-format, and compare the READMEs' tables with the results."""
     environment(session, "lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    session.run("lint-imports", "--no-logo", env={"PYTHONPATH": "python"})
     session.run("python", "bench/tables.py", "--check")
     sources = session.run("git", "ls-files", "*.cpp", "*.h", silent=True, external=True) or ""
     session.run("clang-format", "--dry-run", "-Werror", *sources.split())
