@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch_peers
 from machine import Run, peer
 from models import SHAPES
 from sst2 import SST2, Batches, split, subset
 from tables import accuracy_table
-from torch_mezo import Peer
 
 import pocketzo as pz
 from pocketzo.demo import minilm
@@ -55,7 +55,7 @@ def by_torch(bundle: pz.Bundle, dev: pz.Dataset, arguments: argparse.Namespace, 
     if torch is None:
         return None
     torch.set_num_threads(arguments.threads)
-    mezo = Peer(
+    mezo = torch_peers.MeZO(
         torch,
         bundle.path,
         SHAPES["minilm"],
@@ -72,7 +72,7 @@ def by_torch(bundle: pz.Bundle, dev: pz.Dataset, arguments: argparse.Namespace, 
             right += int((mezo.logits(batch).argmax(-1).numpy() == batch["labels"]).sum())
         return right / len(dev)
 
-    return System("torch", lambda batch: float(np.mean(mezo.step(lambda: mezo.loss(batch)))), accuracy)
+    return System("torch", mezo.step, accuracy)
 
 
 def train(system: System, batches: Batches, arguments: argparse.Namespace) -> list[dict[str, Any]]:

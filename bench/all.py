@@ -19,6 +19,7 @@ from tables import RESULTS, ROOT
 QUICK = {
     "noise": ["--mib", "64", "--rounds", "2"],
     "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
+    "memory": ["--small"],
     "scale": ["--against", "threads", "--rounds", "2"],
     "session": ["--shapes", "minilm", "--rounds", "2"],
     "loop": ["--steps", "300"],
@@ -44,8 +45,8 @@ def main() -> None:
                 command += quick
             else:
                 command += ["--json", str((RESULTS / f"{name}.json").relative_to(ROOT))]
-                if name == "accuracy":
-                    command += ["--plot", "bench/results/accuracy.png"]
+                if name in ("memory", "accuracy"):
+                    command += ["--plot", f"bench/results/{name}.png"]
             started = time.perf_counter()
             print(f"$ python {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=ROOT, check=True)

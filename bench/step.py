@@ -6,7 +6,7 @@
     running    two forwards by the live session of this, without training
     packed     a MeZO step of this, the weights in the runtime's packed layout
     unpacked   the same, the weights in the plain layout
-    torch      a MeZO step in PyTorch (torch_mezo.py)
+    torch      a MeZO step in PyTorch (torch_peers.py)
 
 Models have random weights in the shapes of well-known ones. Each system is a process of its own, fresh for every shape
 and batch; all of them are loaded, and then measured in turn, round after round, a few steps at a time. Where memory
@@ -56,13 +56,14 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
     """Load a system; return what takes one step, and the loss before the first."""
     count, tokens = map(int, batch.split("x"))
     inputs = make_batch(shape, count, tokens)
-    if system == "torch":
+    if system in ("torch", "adamw"):
         import torch
-        from torch_mezo import Peer
+        import torch_peers
 
         torch.set_num_threads(threads)
-        mezo = Peer(torch, bundle, SHAPES[shape], lr=LR)
-        return lambda: mezo.step(lambda: mezo.loss(inputs)), mezo.loss(inputs)
+        method = torch_peers.MeZO if system == "torch" else torch_peers.AdamW
+        theirs = method(torch, bundle, SHAPES[shape], lr=LR)
+        return lambda: theirs.step(inputs), theirs.loss(inputs)
     if system == "forwards":
         import onnxruntime as ort
 
@@ -278,10 +279,8 @@ def measure(
 
 def usable(systems: Sequence[str]) -> list[str]:
     """Leave out, saying so, what cannot be measured here."""
-    chosen = list(systems)
-    if "torch" in chosen and peer("torch") is None:
-        chosen.remove("torch")
-    return chosen
+    of_torch = {"torch", "adamw"} & {*systems}
+    return list(systems) if not of_torch or peer("torch") else [name for name in systems if name not in of_torch]
 
 
 def planned(shape: str, batch: str) -> list[str]:

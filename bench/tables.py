@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,41 @@ def step_table(report: Report) -> list[str]:
             ["model, batch", "", "time", "/ two forwards", "peak MB", "anonymous + file + shared", "loading"], body
         ),
         *targets_table(step_targets(report)),
+    ]
+
+
+TITLES = {
+    "minilm": "MiniLM",
+    "bert-base": "BERT-base",
+    "roberta-large": "RoBERTa-large",
+    "xglm-564m": "XGLM-564M",
+    "opt-1.3b": "OPT-1.3B",
+}
+TRAINING = {"default": "PocketZO (MeZO)", "torch": "MeZO in PyTorch", "adamw": "AdamW in PyTorch"}
+
+
+def memory_table(report: Report) -> list[str]:
+    results = report["results"]
+    body = []
+    for curve in results["curves"]:
+        steps = [end - start for start, end in pairwise([curve["loaded"], *curve["steps"]])]
+        body.append(
+            [
+                TRAINING[curve["system"]],
+                f"{curve['peak'] / 1e6:,.0f}",
+                f"{curve['peak'] / results['weights']:.2f}",
+                f"{curve['loaded']:.1f} s",
+                ", ".join(map(seconds, steps)),
+            ]
+        )
+    return [
+        caption(report),
+        "",
+        f"{TITLES[results['shape']]}'s shape, {results['batch']}, float32: {results['weights'] / 1e6:,.0f} MB of "
+        f"weights; {results['threads']} threads. The peak is that of a fresh process, loading included; loading "
+        "includes the interpreter's start and one forward.",
+        "",
+        *markdown(["", "peak MB", "/ weights", "loading", "steps"], body),
     ]
 
 
@@ -485,6 +521,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "summary": (("noise", "step", "accuracy"), summary_table),
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
+    "memory": (("memory",), memory_table),
     "scale": (("scale",), scale_table),
     "session": (("session",), session_table),
     "loop": (("loop",), loop_table),
