@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -41,8 +42,14 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "busy": busy(),
         "versions": versions,
-        "command": " ".join(["python", Path(sys.argv[0]).as_posix().removeprefix(f"{Path.cwd()}/"), *sys.argv[1:]]),
+        "command": command(["python", *sys.argv]),
     }
+
+
+def command(words: Sequence[str]) -> str:
+    """Join a command line, without folders of this machine: where models are kept changes no figure."""
+    line = re.sub(r" --(models|json|plot|work) \S+", "", " ".join(words))
+    return line.replace(f"{Path.cwd()}/", "")
 
 
 def busy() -> float:

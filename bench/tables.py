@@ -73,9 +73,7 @@ def caption(*reports: Report) -> str:
             if version not in versions.setdefault(name, []):
                 versions[name].append(version)
     dates = sorted({m["date"] for m in machines})
-    # where the models were kept and the figures written changes nothing
-    commands = list(dict.fromkeys(re.sub(r" --(models|json|plot) \S+", "", f"`{m['command']} `") for m in machines))
-    commands = [command.replace(" `", "`") for command in commands]
+    commands = dict.fromkeys(f"`{m['command']}`" for m in machines)
     busy = max(m["busy"] for m in machines)
     return (
         f"*{'; '.join(places)}{f', {busy:.0%} busy with other work' if busy > 0.05 else ''}; "
