@@ -148,6 +148,14 @@ SYSTEM = {
 }
 
 
+def size(value: float) -> str:
+    """Bytes in powers of 10."""
+    for unit, digits, name in ((1e9, 2, "GB"), (1e6, 1, "MB")):
+        if value >= unit:
+            return f"{value / unit:.{digits}f} {name}"
+    return f"{value / 1e3:.1f} kB"
+
+
 def seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value:.3f} s" if value < 10 else f"{value:.1f} s"
 
@@ -515,8 +523,39 @@ def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
     return [caption(noise, step, accuracy), "", *markdown(header, body)]
 
 
+def ratios_table(step: Report, memory: Report, loop: Report) -> list[str]:
+    """The README's first: speed, memory and the size of a journal, each with its baselines."""
+
+    def ratio(ours: float, theirs: float) -> str:
+        if ours >= theirs:
+            return f"{ours / theirs:.2f}"
+        times = theirs / ours
+        return f"1 / {times:.1f}" if times < 100 else f"1 / {float(f'{times:.2g}'):,.0f}"
+
+    results = memory["results"]
+    shape, batch, weights = results["shape"], results["batch"], results["weights"]
+    peaks = {curve["system"]: curve["peak"] for curve in results["curves"]}
+    steps = of_steps(step)
+    times = {system: steps[shape, batch, system]["median"] for system in ("packed", "forwards", "torch")}
+    journal = loop["results"]["journal"]
+    body = []
+
+    def add(what: str, ours: float, baseline: str, theirs: float, show: Callable[[float], str]) -> None:
+        body.append([what, show(ours), f"{baseline}: {show(theirs)}", ratio(ours, theirs)])
+
+    add("a MeZO step", times["packed"], "MeZO in PyTorch", times["torch"], seconds)
+    add("", times["packed"], "two forwards alone", times["forwards"], seconds)
+    add("peak memory, loading included", peaks["default"], "MeZO in PyTorch", peaks["torch"], size)
+    add("", peaks["default"], "AdamW in PyTorch", peaks["adamw"], size)
+    add("", peaks["default"], "the weights", weights, size)
+    add(f"journal of {journal['steps']:,} MeZO steps", journal["bytes"], "the weights", weights, size)
+    header = [f"{TITLES[shape]}'s shape, {batch.replace('x', ' x ')} tokens", "PocketZO", "baseline", "ratio"]
+    return [*markdown(header, body), "", f"<sub>{caption(step, memory, loop).strip('*')}</sub>"]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "summary": (("noise", "step", "accuracy"), summary_table),
+    "ratios": (("step", "memory", "loop"), ratios_table),
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
     "memory": (("memory",), memory_table),
