@@ -1,8 +1,8 @@
-"""All benchmarks that the tables are made from, and then the tables; for a quiet machine, 25 minutes or less.
+"""Runs every benchmark whose figures make the tables, and then makes the tables; half an hour on a quiet machine.
 
     python bench/all.py [--models DIR] [--quick]
 
---quick takes a few minutes, writes nothing, and shows that everything runs.
+--quick is a smoke run: it takes a few minutes and writes nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
     )
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="smoke run; write nothing")
     arguments = parser.parse_args()
     began = time.perf_counter()
     with models_folder(arguments.models) as folder:

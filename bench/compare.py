@@ -4,13 +4,12 @@
     python bench/compare.py REV --quick     # shows in a few minutes that both commits build and run
 
 Builds REV (A) and REV2 (B; HEAD by default), each in a git worktree with a virtual environment of its own, and then
-runs each commit's own loop.py and step.py in turn, A B A B ..., in processes that only exist one at a time. APIs may
-differ between the commits: only the JSON files that the scripts write are compared. torch is not installed, so that
-step.py leaves out its peer.
+runs each commit's own loop.py and step.py in turn: A B A B ... APIs may differ between the commits, since only the JSON
+files that the scripts write are compared. torch is not installed, so that step.py skips its peer.
 
-A row is called slower or faster (larger, smaller) where every round of one commit is beyond every round of the other;
-with 5 rounds, chance alone does that to one row in 126. Building needs what an installation from source needs: a C++
-compiler and PyPI. Worktrees need disk space for the models, 1.5 GB each with RoBERTa-large's shape.
+A row is slower or faster (larger or smaller) if every round of one commit is beyond every round of the other; with 5
+rounds, chance alone gives that in one row of 126. Needs a C++ compiler and PyPI, as an installation from source does,
+and 1.5 GB of disk for the models of each commit. `git worktree remove --force` removes a worktree that --work kept.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ Values = dict[tuple[str, str], float]  # by row and by what was measured, a key 
 SHAPES_COMPARED, BATCHES = ("minilm", "roberta-large"), ("1x16", "8x64")
 QUICK = {"shapes": ["minilm"], "batches": ["1x16"], "rounds": 1, "steps": 300}
 STEP_ROUNDS = 3  # inside each run of step.py
+RENAMED = {"packed": "prepacked", "unpacked": "plain"}  # systems of step.py in earlier commits
 UNITS = {"time": ("faster", "slower"), "forwards": ("faster", "slower"), "peak": ("smaller", "larger")}
 
 
@@ -108,10 +108,10 @@ def of_loop(report: dict[str, Any]) -> Values:
 
 
 def of_step(report: dict[str, Any]) -> Values:
-    values = {}
+    values: Values = {}
     for cell in report["results"]["cells"]:
         for row in cell["rows"]:
-            name = f"{cell['shape']}, {cell['batch']}, {row['system']}"
+            name = f"{cell['shape']}, {cell['batch']}, {RENAMED.get(row['system'], row['system'])}"
             values[name, "time"] = row["median"]
             values[name, "peak"] = row["peak"]
             if "ratio" in row and row["system"] != "forwards":
@@ -132,7 +132,7 @@ def rows_of(rounds: Sequence[tuple[Values, Values]]) -> list[dict[str, Any]]:
     """Compare what both commits measured in all rounds."""
     names = [name for name in rounds[0][0] if all(name in values for pair in rounds for values in pair)]
     if lost := sorted({name for pair in rounds for values in pair for name, _ in values} - {name for name, _ in names}):
-        note(f"measured by one commit alone, and left out: {'; '.join(lost)}")
+        note(f"skipped, since one commit alone measures them: {'; '.join(lost)}")
     result = []
     for name, unit in names:
         a, b = ([values[name, unit] for values in side] for side in zip(*rounds, strict=True))
@@ -174,13 +174,13 @@ def table(report: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", metavar="REV", help="the commit to compare with")
-    parser.add_argument("b", metavar="REV2", nargs="?", default="HEAD", help="the commit in question (default: HEAD)")
+    parser.add_argument("b", metavar="REV2", nargs="?", default="HEAD", help="the commit to judge (default: HEAD)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3000, help="of loop.py")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES_COMPARED), help="of step.py")
     parser.add_argument("--batches", nargs="+", metavar="BxT", default=list(BATCHES), help="of step.py")
-    parser.add_argument("--quick", action="store_true", help="one round of the smallest shape")
-    parser.add_argument("--work", type=Path, help="build in this folder, keep it, and use what was built there before")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one round of the smallest shape")
+    parser.add_argument("--work", type=Path, help="build in this folder, keep it, and reuse it in later runs")
     parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")
     arguments = parser.parse_args()
     if arguments.quick:

@@ -1,8 +1,8 @@
-"""What the training loop itself takes a step: forwards and noise passes are replaced by nothing, all else is real.
+"""Time that the training loop itself takes per step: all of it runs except forwards and noise passes.
 
     python bench/loop.py [--models DIR] [--steps 3000] [--json FILE]
 
-Batches of 32 rows of 4 to 64 tokens; the journal and metrics.jsonl are written. Target: under 1 ms.
+Batches have 32 rows of 4 to 64 tokens; the journal and metrics.jsonl are written. The target is under 1 ms.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pocketzo import _core
 
 METHODS = {"mezo": pz.MeZO, "fzoo": pz.FZOO}
 GROUPS = {"1 part": {}, "4 parts": {"groups": [pz.Group("classifier", lr=10, eps=10)], "weight_decay": 0.1}}
-JOURNAL_STEPS = 1000  # of the run whose journal the README gives the size of
+JOURNAL_STEPS = 1000  # of the run whose journal size the README quotes
 
 
 def measure(model: pz.Model, data: pz.Dataset, method: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train without forwards and noise passes; return the spread of the seconds a step, and the journal's size."""
+    """Train without forwards and noise passes; return the spread of the seconds per step, and the journal's bytes."""
     ticks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = pz.Trainer(

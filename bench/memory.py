@@ -40,7 +40,7 @@ INK, FAINT = "#1f2328", "#656d76"
 
 
 def worker(system: str, shape: str, bundle: str, batch: str, threads: str, steps: str) -> None:
-    """Load a system, take the steps; print the loss before them, the time at the end of each phase, and the peak."""
+    """Load a system and take the steps; print the loss before them, the end of each phase in seconds, and the peak."""
     step, loss = start(system, shape, Path(bundle), batch, int(threads))
     ends = [time.monotonic()]
     for _ in range(int(steps)):
@@ -62,10 +62,10 @@ def measure(system: str, *settings: str) -> Curve:
         assert process.stdout is not None
         output = process.stdout.read()
     if process.returncode:
-        sys.exit(f"the process of {system} ended with {process.returncode}")
+        sys.exit(f"the process of {system} ended with exit code {process.returncode}")
     answer = json.loads(output)
     loaded, *steps = (end - began for end in answer["ends"])
-    kept = [sample for sample in samples if sample[0] <= steps[-1]]  # what follows is the end of the process
+    kept = [sample for sample in samples if sample[0] <= steps[-1]]  # later ones see the process exit
     return {"system": system, "loss": answer["loss"], "peak": answer["peak"], "loaded": loaded, "steps": steps} | dict(
         zip(("seconds", "bytes"), map(list, zip(*kept, strict=True)), strict=True)
     )
@@ -167,7 +167,7 @@ def main() -> None:
                 print(f"{system}: {curves[-1]['peak'] / 1e9:.3f} GB", file=sys.stderr, flush=True)
         for curve in curves:
             if abs(curve["loss"] - curves[0]["loss"]) > SAME_LOSS * abs(curves[0]["loss"]):
-                sys.exit(f"{curve['system']} starts at a loss of {curve['loss']}, others at {curves[0]['loss']}")
+                sys.exit(f"{curve['system']} starts at a loss of {curve['loss']}, the others at {curves[0]['loss']}")
             thin(curve, TOLERANCE * max(each["peak"] for each in curves))
         results = {"shape": shape, "batch": batch, "threads": arguments.threads, "parameters": weights // 4}
         results |= {"weights": weights, "curves": curves}

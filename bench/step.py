@@ -1,16 +1,17 @@
-"""Seconds a step and peak memory: this, MeZO in PyTorch as its paper does it, and two plain forwards.
+"""Time and peak memory of a MeZO step: PocketZO, MeZO in PyTorch as its paper's code does it, and two plain forwards.
 
-    python bench/step.py [--models DIR] [--shapes minilm ...] [--batches 8x64 ...] [--systems packed ...] [--json FILE]
+    python bench/step.py [--models DIR] [--shapes minilm ...] [--batches 8x64 ...] [--systems torch ...] [--json FILE]
 
-    forwards   two forwards by onnxruntime with its default settings, the loss output only: what a step cannot go below
-    running    two forwards by the live session of this, without training
-    packed     a MeZO step of this, the weights in the runtime's packed layout
-    unpacked   the same, the weights in the plain layout
-    torch      a MeZO step in PyTorch (torch_peers.py)
+    forwards    two forwards by onnxruntime with its default settings, loss output only: the lower bound of a step
+    running     two forwards by PocketZO's session, without training
+    prepacked   a MeZO step of PocketZO, the weights in onnxruntime's prepacked layout
+    plain       a MeZO step of PocketZO, the weights in the model's own layout
+    torch       a MeZO step in PyTorch (torch_peers.py)
 
-Models have random weights in the shapes of well-known ones. Each system is a process of its own, fresh for every shape
-and batch; all of them are loaded, and then measured in turn, round after round, a few steps at a time. Where memory
-does not hold all at once, each goes beside the forwards alone. Peak memory (VmHWM) includes loading.
+The models have the shapes of well-known ones and random weights. Each system runs in a process of its own, a new one
+for every shape and batch. All systems are loaded, and then measured in turn for several rounds, a few steps at a time.
+If memory cannot hold all of them at once, each is measured beside the forwards alone. Peak memory (VmHWM) includes
+loading.
 """
 
 from __future__ import annotations
@@ -33,27 +34,27 @@ from machine import Run, peer, spread, status
 from models import SHAPES, activations, make_batch, make_bundle, parameters
 from tables import step_table
 
-SYSTEMS = ("forwards", "running", "packed", "unpacked", "torch")
+SYSTEMS = ("forwards", "running", "prepacked", "plain", "torch")
 BATCHES = ("1x16", "8x64", "16x128")
-# Peak memory in multiples of the weights' size, about; it decides what is measured side by side.
-HELD = {"forwards": 1.2, "running": 1.15, "packed": 1.15, "unpacked": 1.15, "default": 1.15, "torch": 2.0}
+# Approximate peak memory in multiples of the weights' size; decides which systems are loaded at the same time.
+HELD = {"forwards": 1.2, "running": 1.15, "prepacked": 1.15, "plain": 1.15, "default": 1.15, "torch": 2.0}
 LR = 1e-6
-SAME_LOSS = 1e-3  # relative: that all systems compute the same model
-PATIENCE = 30  # seconds of a group's rounds after which three of them are enough
-TORCH_PATIENCE = 12  # seconds after which torch leaves out the rounds that are left
+SAME_LOSS = 1e-3  # relative tolerance of the check that all systems compute the same model
+PATIENCE = 30  # seconds; once a group has taken as long, three rounds are enough
+TORCH_PATIENCE = 12  # seconds; once its steps have taken as long, torch skips the remaining rounds
 
 Cell = dict[str, Any]
 
 
-# ---- in the process of one system
+# ---- in the child process of one system
 
 
 class UnusableError(Exception):
-    """A system cannot run here; says why."""
+    """A system cannot run here; the message gives the reason."""
 
 
 def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tuple[Callable[[], object], float]:
-    """Load a system; return what takes one step, and the loss before the first."""
+    """Load a system; return a function that takes one step, and the loss before the first step."""
     count, tokens = map(int, batch.split("x"))
     inputs = make_batch(shape, count, tokens)
     if system in ("torch", "adamw"):
@@ -80,9 +81,9 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
     import pocketzo as pz
 
     pz.kernels.set_threads(threads)
-    packed: bool | Literal["auto"] = "auto" if system in ("running", "default") else system == "packed"
+    prepack: bool | Literal["auto"] = "auto" if system in ("running", "default") else system == "prepacked"
     try:
-        model = pz.load(bundle, threads=threads, packed=packed)
+        model = pz.load(bundle, threads=threads, packed=prepack)
     except pz.Error as error:
         raise UnusableError(str(error)) from None
     loss = model.loss(inputs)
@@ -93,7 +94,7 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
 
 
 class Sampler:
-    """Looks every 10 ms what the resident memory consists of, and keeps the largest."""
+    """Samples the parts of the resident memory every 10 ms, and keeps the largest sample."""
 
     def __init__(self) -> None:
         self.largest = status()
@@ -114,7 +115,7 @@ class Sampler:
 
 
 def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> None:
-    """Answer a line of JSON for each number of steps that is asked for; without any, report the memory and end."""
+    """Take as many steps as each input line says and answer with their seconds; at the end, report the memory."""
     sampler = Sampler()
     began = time.perf_counter()
     try:
@@ -142,11 +143,11 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
     print(json.dumps({"peak": peak, "at_peak": {key: sample[key] for key in ("RssAnon", "RssFile", "RssShmem")}}))
 
 
-# ---- in the process that asks
+# ---- in the parent process
 
 
 class Worker:
-    """A system in a fresh process."""
+    """A system in a child process."""
 
     def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int, script: str) -> None:
         command = [sys.executable, script, "--worker", system, shape, str(bundle), batch, str(threads)]
@@ -175,13 +176,13 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"the process of {self.system} ended with {self.process.wait()}")
+            sys.exit(f"the process of {self.system} ended with exit code {self.process.wait()}")
         return json.loads(line)
 
 
 @contextmanager
 def ended(worker: Worker) -> Iterator[Worker]:
-    """End the process even where a measurement failed."""
+    """End the process even if a measurement fails."""
     try:
         yield worker
     finally:
@@ -197,7 +198,7 @@ def available_memory() -> int:
 
 
 def groups(systems: Sequence[str], weights: int) -> list[list[str]]:
-    """Which systems are in memory together."""
+    """Return which systems are loaded at the same time."""
     budget = 0.85 * available_memory()
 
     def held(group: Sequence[str]) -> float:
@@ -228,7 +229,7 @@ def measure(
     rounds: int = 5,
     script: str = __file__,
 ) -> Cell:
-    """Measure systems on one batch of one model; ``script`` is what each process runs."""
+    """Measure systems on one batch of one model; ``script`` is the file that each child process runs."""
     count, tokens = map(int, batch.split("x"))
     weights = 4 * parameters(bundle)
     rows: dict[str, Any] = {}
@@ -246,7 +247,7 @@ def measure(
                 loss = each.started["loss"]
                 reference = loss if reference is None else reference
                 if abs(loss - reference) > SAME_LOSS * abs(reference):
-                    sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, others at {reference}")
+                    sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, the others at {reference}")
             began = time.perf_counter()
             for number in range(rounds):
                 if number >= 3 and time.perf_counter() - began > PATIENCE:
@@ -264,7 +265,7 @@ def measure(
                         np.median(mine) / np.median(two) for mine, two in zip(each.rounds, forwards, strict=False)
                     ]
                     row["ratio"] = spread(ratios)
-                # The forwards beside other systems are measured more than once; the first figures stand.
+                # With several groups, the forwards are measured several times; the first measurement is kept.
                 rows.setdefault(each.system, row)
     return {
         "shape": shape,
@@ -278,13 +279,13 @@ def measure(
 
 
 def usable(systems: Sequence[str]) -> list[str]:
-    """Leave out, saying so, what cannot be measured here."""
+    """Return the systems that can be measured here; report those that are skipped."""
     of_torch = {"torch", "adamw"} & {*systems}
     return list(systems) if not of_torch or peer("torch") else [name for name in systems if name not in of_torch]
 
 
 def planned(shape: str, batch: str) -> list[str]:
-    """Leave out what would take minutes and say little: running where not 8 x 64, torch on a few tokens of OPT."""
+    """Return the systems measured by default: running only at 8 x 64, and torch not on OPT at 1 x 16 (minutes)."""
     return [
         system
         for system in SYSTEMS
@@ -314,7 +315,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", nargs="+", metavar="BxT", help=f"default: {' '.join(BATCHES)}; OPT without the last"
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all, where that does not take too long")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all, except those that take too long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")

@@ -19,7 +19,7 @@ Tensors = dict[str, Any]
 
 
 def read_weights(torch: Any, bundle: Path) -> Tensors:
-    """Read a bundle's weights, one tensor at a time."""
+    """Read a bundle's weights, one tensor at a time; dense ones are transposed."""
     path = bundle / "weights.safetensors"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
