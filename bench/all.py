@@ -21,6 +21,7 @@ QUICK = {
     "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
     "memory": ["--small"],
     "scale": ["--against", "threads", "--rounds", "2"],
+    "methods": ["--shape", "minilm", "--batches", "1x16", "--rounds", "2"],
     "session": ["--shapes", "minilm", "--rounds", "2"],
     "loop": ["--steps", "300"],
     "mixed": ["--rounds", "2"],

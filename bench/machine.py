@@ -106,9 +106,9 @@ def rounded(value: Any) -> Any:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Return the median and quartiles of repeated measurements, and their number."""
+    """Return the median, quartiles and mean of repeated measurements, and their number."""
     low, median, high = np.quantile(np.asarray(seconds), (0.25, 0.5, 0.75)).tolist()
-    return {"median": median, "low": low, "high": high, "repeats": len(seconds)}
+    return {"median": median, "low": low, "high": high, "mean": float(np.mean(seconds)), "repeats": len(seconds)}
 
 
 def peer(name: str) -> Any:

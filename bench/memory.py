@@ -41,7 +41,7 @@ INK, FAINT = "#1f2328", "#656d76"
 
 def worker(system: str, shape: str, bundle: str, batch: str, threads: str, steps: str) -> None:
     """Load a system and take the steps; print the loss before them, the end of each phase in seconds, and the peak."""
-    step, loss = start(system, shape, Path(bundle), batch, int(threads))
+    step, loss, _ = start(system, shape, Path(bundle), batch, int(threads))
     ends = [time.monotonic()]
     for _ in range(int(steps)):
         step()

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from machine import Run, peer, spread, status
@@ -39,6 +39,14 @@ BATCHES = ("1x16", "8x64", "16x128")
 # Approximate peak memory in multiples of the weights' size; decides which systems are loaded at the same time.
 HELD = {"forwards": 1.2, "running": 1.15, "prepacked": 1.15, "plain": 1.15, "default": 1.15, "torch": 2.0}
 LR = 1e-6
+# The systems of methods.py: each makes an optimizer, given the package and a model.
+METHODS: dict[str, Callable[[Any, Any], Any]] = {
+    "MeZO": lambda pz, model: pz.MeZO(model, lr=LR),
+    "MeZO, queries=4": lambda pz, model: pz.MeZO(model, lr=LR, queries=4),
+    "MeZO, block=0.25": lambda pz, model: pz.MeZO(model, lr=LR, block=0.25),
+    "FZOO": lambda pz, model: pz.FZOO(model, lr=LR),
+    "FZOO, block=0.25": lambda pz, model: pz.FZOO(model, lr=LR, block=0.25),
+}
 SAME_LOSS = 1e-3  # relative tolerance of the check that all systems compute the same model
 PATIENCE = 30  # seconds; once a group has taken as long, three rounds are enough
 TORCH_PATIENCE = 12  # seconds; once its steps have taken as long, torch skips the remaining rounds
@@ -53,8 +61,16 @@ class UnusableError(Exception):
     """A system cannot run here; the message gives the reason."""
 
 
-def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tuple[Callable[[], object], float]:
-    """Load a system; return a function that takes one step, and the loss before the first step."""
+class System(NamedTuple):
+    """A loaded system."""
+
+    step: Callable[[], object]
+    loss: float  # before the first step
+    forwards: int = 2  # of a step
+
+
+def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> System:
+    """Load a system of this script, of memory.py or of methods.py."""
     count, tokens = map(int, batch.split("x"))
     inputs = make_batch(shape, count, tokens)
     if system in ("torch", "adamw"):
@@ -64,7 +80,7 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
         torch.set_num_threads(threads)
         method = torch_peers.MeZO if system == "torch" else torch_peers.AdamW
         theirs = method(torch, bundle, SHAPES[shape], lr=LR)
-        return lambda: theirs.step(inputs), theirs.loss(inputs)
+        return System(lambda: theirs.step(inputs), theirs.loss(inputs))
     if system == "forwards":
         import onnxruntime as ort
 
@@ -76,21 +92,21 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
             session.run(["loss"], inputs)
             return float(session.run(["loss"], inputs)[0])
 
-        return forwards, forwards()
+        return System(forwards, forwards())
 
     import pocketzo as pz
 
     pz.kernels.set_threads(threads)
-    prepack: bool | Literal["auto"] = "auto" if system in ("running", "default") else system == "prepacked"
+    prepack: bool | Literal["auto"] = system == "prepacked" if system in ("prepacked", "plain") else "auto"
     try:
         model = pz.load(bundle, threads=threads, packed=prepack)
     except pz.Error as error:
         raise UnusableError(str(error)) from None
     loss = model.loss(inputs)
     if system == "running":
-        return lambda: (model.loss(inputs), model.loss(inputs)), loss
-    optimizer = pz.MeZO(model, lr=LR)
-    return lambda: optimizer.step(lambda m: m.loss(inputs)), loss
+        return System(lambda: (model.loss(inputs), model.loss(inputs)), loss)
+    optimizer = METHODS.get(system, METHODS["MeZO"])(pz, model)
+    return System(lambda: optimizer.step(lambda m: m.loss(inputs)), loss, optimizer.forwards)
 
 
 class Sampler:
@@ -119,7 +135,7 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
     sampler = Sampler()
     began = time.perf_counter()
     try:
-        step, loss = start(system, shape, Path(bundle), batch, int(threads))
+        step, loss, forwards = start(system, shape, Path(bundle), batch, int(threads))
     except UnusableError as error:
         print(json.dumps({"error": str(error)}))
         return
@@ -131,7 +147,7 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
         if warm > 1:
             break
     sample = sampler.stop()
-    print(json.dumps({"loading": loading, "loss": loss, "warm": warm}), flush=True)
+    print(json.dumps({"loading": loading, "loss": loss, "forwards": forwards, "warm": warm}), flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -261,10 +277,8 @@ def measure(
                 seconds = [value for part in each.rounds for value in part]
                 row = {"system": each.system, **spread(seconds), **each.started, **each.finish()}
                 if forwards is not None:
-                    ratios = [
-                        np.median(mine) / np.median(two) for mine, two in zip(each.rounds, forwards, strict=False)
-                    ]
-                    row["ratio"] = spread(ratios)
+                    pairs = zip(each.rounds, forwards, strict=False)
+                    row["ratio"] = spread([np.median(mine) / np.median(two) for mine, two in pairs])
                 # With several groups, the forwards are measured several times; the first measurement is kept.
                 rows.setdefault(each.system, row)
     return {

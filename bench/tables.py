@@ -322,6 +322,39 @@ def accuracy_table(report: Report) -> list[str]:
     ]
 
 
+# Mean time of a step over that of as many default forwards, by shape, batch and method.
+METHOD_TARGETS = {("roberta-large", "1x16", "MeZO, block=0.25"): 1.5}
+
+
+def methods_table(report: Report) -> list[str]:
+    cells = report["results"]["cells"]
+    header, body, targets = ["", "forwards"], [], []
+    for cell in cells:
+        header += [f"{cell['batch']}: a step", "/ as many default forwards"]
+    for rows in zip(*(cell["rows"] for cell in cells), strict=True):
+        method, count = rows[0]["system"], rows[0]["forwards"]
+        if method == "forwards":
+            two = [row["mean"] for row in rows]
+            continue
+        line = [method, str(count)]
+        for cell, row, both in zip(cells, rows, two, strict=True):
+            ratio = row["mean"] / (both * count / 2)
+            line += [seconds(row["mean"]), f"{ratio:.2f}"]
+            where = (cell["shape"], cell["batch"], method)
+            if target := METHOD_TARGETS.get(where):
+                targets.append([", ".join(where), f"{ratio:.3f}", verdict(ratio, target, at_most=True)])
+        body.append(line)
+    return [
+        caption(report),
+        "",
+        f"{TITLES[cells[0]['shape']]}'s shape, {cells[0]['threads']} threads. Means over at least "
+        f"{min(row['repeats'] for cell in cells for row in cell['rows'])} steps.",
+        "",
+        *markdown(header, body),
+        *targets_table(targets),
+    ]
+
+
 def session_table(report: Report) -> list[str]:
     cells = report["results"]["cells"]
     header = ["", *(f"{cell['batch']}: / two forwards, peak MB" for cell in cells)]
@@ -560,6 +593,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "step": (("step",), step_table),
     "memory": (("memory",), memory_table),
     "scale": (("scale",), scale_table),
+    "methods": (("methods",), methods_table),
     "session": (("session",), session_table),
     "loop": (("loop",), loop_table),
     "mixed": (("mixed",), mixed_table),
