@@ -1,4 +1,4 @@
-// For cycles.py to trace: `cycles OPERATION N` runs an operation of the NEON set on N blocks, `two` on N tiles.
+// Traced by cycles.py: `cycles OPERATION N` runs an operation of the NEON set on N blocks; `two` runs on N tiles.
 #include <cstdlib>
 #include <cstring>
 

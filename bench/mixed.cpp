@@ -1,4 +1,4 @@
-// A pass over the weights on a machine of fast and slow cores, which are simulated; bench/mixed.py runs it.
+// A noise pass over the weights on simulated fast and slow cores; run by bench/mixed.py.
 //
 //   mixed FAST SLOW RATIO spin|sleep ROUNDS
 //

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
@@ -56,7 +56,7 @@ def evaluate(
     Example:
       pocketzo eval runs/first --data dev.tsv --json
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
-    """  # noqa: D301
+    """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     run = as_run(model)

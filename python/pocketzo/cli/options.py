@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.optim.groups import ParamGroup
 

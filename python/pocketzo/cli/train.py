@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
-from click.core import ParameterSource  # noqa: TID253
+import click
+from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
@@ -161,7 +161,7 @@ def train(
       pocketzo train base --data train.tsv --eval dev.tsv -o runs/first \\
           --steps 400 --group classifier:lr=10,eps=10
       pocketzo train --resume runs/first
-    """  # noqa: D301
+    """
     columns: dict[str, Any] = {
         "text_column": text_column,
         "text_pair_column": text_pair_column,
