@@ -2,7 +2,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "pocketzo/kernels.h"
 #include "sets.h"
 
 using namespace pocketzo;

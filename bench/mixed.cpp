@@ -20,6 +20,8 @@
 #include <thread>
 #include <vector>
 
+#include "kernel_set.h"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;

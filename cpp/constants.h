@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "pocketzo/kernels.h"
+#include "kernel_set.h"
 
 namespace pocketzo {
 

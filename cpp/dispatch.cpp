@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "kernel_set.h"
 #include "pocketzo/kernels.h"
 #include "sets.h"
 
@@ -73,12 +74,22 @@ const KernelSet* find(const char* name) noexcept {
   return nullptr;
 }
 
-std::size_t available(const KernelSet** out, std::size_t capacity) noexcept {
-  for (std::size_t i = 0; i < sets().count && i < capacity; ++i) out[i] = sets().set[i];
+const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+
+void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
+
+std::size_t available(const char** names, std::size_t capacity) noexcept {
+  for (std::size_t i = 0; i < sets().count && i < capacity; ++i) names[i] = sets().set[i]->name;
   return sets().count;
 }
 
-const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+const char* instruction_set() noexcept { return current().name; }
+
+bool use(const char* name) noexcept {
+  const KernelSet* set = find(name);
+  if (set != nullptr) use(*set);
+  return set != nullptr;
+}
 
 bool has_half_arithmetic() noexcept {
 #if defined(POCKETZO_AARCH64) && defined(__linux__)
@@ -90,7 +101,5 @@ bool has_half_arithmetic() noexcept {
   return false;
 #endif
 }
-
-void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
 
 }  // namespace pocketzo

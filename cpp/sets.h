@@ -2,7 +2,9 @@
 // not compiled. Whether the processor can run one is dispatch.cpp's to know.
 #pragma once
 
-#include "pocketzo/kernels.h"
+#include <cstddef>
+
+#include "kernel_set.h"
 
 namespace pocketzo {
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <vector>
@@ -258,17 +259,17 @@ void step(py::handle w, py::handle seed, py::handle tensor,
   pz::apply(&segment, 1, terms.data(), terms.size());
 }
 
+std::vector<std::string> available() {
+  const char* names[4];
+  return {names, names + pz::available(names, std::size(names))};
+}
+
 void use(const std::string& name) {
-  const pz::KernelSet* set = pz::find(name.c_str());
-  if (set == nullptr) {
-    std::string known;
-    const pz::KernelSet* sets[4];
-    for (std::size_t i = 0, n = pz::available(sets, 4); i < n; ++i)
-      known += (i == 0 ? "" : ", ") + std::string(sets[i]->name);
-    throw py::value_error("instruction set '" + name +
-                          "' is unknown, or this build or processor lacks it; there is: " + known);
-  }
-  pz::use(*set);
+  if (pz::use(name.c_str())) return;
+  std::string known;
+  for (const std::string& set : available()) known += (known.empty() ? "" : ", ") + set;
+  throw py::value_error("instruction set '" + name +
+                        "' is unknown, or this build or processor lacks it; there is: " + known);
 }
 
 }  // namespace
@@ -308,13 +309,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("step", &step, py::arg("w"), py::kw_only(), py::arg("seed"), py::arg("tensor"), py::arg("passes"),
         py::arg("decay"), py::arg("offset"), py::arg("direction"), py::arg("rounding"));
 
-  m.def("isa", [] { return pz::current().name; });
-  m.def("available", [] {
-    const pz::KernelSet* sets[4];
-    std::vector<std::string> names;
-    for (std::size_t i = 0, n = pz::available(sets, 4); i < n; ++i) names.emplace_back(sets[i]->name);
-    return names;
-  });
+  m.def("isa", &pz::instruction_set);
+  m.def("available", &available);
   m.def("use", &use, py::arg("name"));
   m.def("has_half_arithmetic", &pz::has_half_arithmetic);
   m.def("threads", &pz::threads);

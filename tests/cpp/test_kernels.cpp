@@ -32,6 +32,8 @@
 #include <thread>
 #include <vector>
 
+#include "kernel_set.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -1167,23 +1169,29 @@ void test_halves() {
 // -----------------------------------------------------------------------------------------------------
 
 void test_choice() {
-  std::array<const KernelSet*, 8> sets{};
-  const std::size_t count = pocketzo::available(sets.data(), sets.size());
+  std::array<const char*, 8> names{};
+  const std::size_t count = pocketzo::available(names.data(), names.size());
   CHECK(count >= 1 && count <= 4);
-  bool has_scalar = false;
-  for (std::size_t i = 0; i < std::min(count, sets.size()); ++i) {
-    CHECK(pocketzo::find(sets[i]->name) == sets[i]);
-    has_scalar = has_scalar || std::strcmp(sets[i]->name, "scalar") == 0;
-  }
-  CHECK(has_scalar);
-  CHECK(&pocketzo::current() == sets[0]);  // the best, until `use`
+  CHECK(std::strcmp(pocketzo::instruction_set(), names[0]) == 0);  // the best, until `use`
+  CHECK(&pocketzo::current() == pocketzo::find(names[0]));
+  CHECK(std::strcmp(names[count - 1], "scalar") == 0);
   CHECK(pocketzo::available(nullptr, 0) == count);
-  const KernelSet* marker = &scalar();
-  std::array<const KernelSet*, 2> one{nullptr, marker};
+  const char* marker = "marker";
+  std::array<const char*, 2> one{nullptr, marker};
   CHECK(pocketzo::available(one.data(), 1) == count);
-  CHECK(one[0] == sets[0] && one[1] == marker);
-  for (const char* unknown : {"", "Scalar", "scalar ", "avx", "avx2x", "sse2"})
+  CHECK(one[0] == names[0] && one[1] == marker);
+  for (std::size_t i = 0; i < std::min(count, names.size()); ++i) {
+    const KernelSet* set = pocketzo::find(names[i]);
+    CHECK(set != nullptr && std::strcmp(set->name, names[i]) == 0);
+    CHECK(pocketzo::use(names[i]));
+    CHECK(&pocketzo::current() == set);
+    CHECK(std::strcmp(pocketzo::instruction_set(), names[i]) == 0);
+  }
+  for (const char* unknown : {"", "Scalar", "scalar ", "avx", "avx2x", "sse2"}) {
     CHECK(pocketzo::find(unknown) == nullptr);
+    CHECK(!pocketzo::use(unknown));
+    CHECK(std::strcmp(pocketzo::instruction_set(), "scalar") == 0);  // the last of the loop above
+  }
 }
 
 #define RUN(call)    \
@@ -1244,9 +1252,9 @@ int main(int argc, char** argv) try {
 
   std::vector<std::string> names(argv + 2, argv + argc);
   if (names.empty()) {
-    std::array<const KernelSet*, 8> sets{};
+    std::array<const char*, 8> sets{};
     const std::size_t count = std::min(pocketzo::available(sets.data(), sets.size()), sets.size());
-    for (std::size_t i = 0; i < count; ++i) names.emplace_back(sets[i]->name);
+    names.assign(sets.begin(), sets.begin() + count);
   }
   for (const std::string& wanted : names) {
     const KernelSet* set = pocketzo::find(wanted.c_str());
