@@ -21,7 +21,7 @@ void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w
     alignas(64) float block[kBlock] = {};
     const std::uint64_t lead = from % kBlock;
     std::memcpy(block + lead, at, count * sizeof(float));
-    kernel({block, 16, kBlock, from / kBlock, 1, 1}, key, term.scale, term.count);
+    kernel({block, 16, kBlock, from / kBlock, 1, 1}, key, term.scale);
     std::memcpy(at, block + lead, count * sizeof(float));
   };
   float* const start = w;
@@ -33,8 +33,7 @@ void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w
     e += count;
     n -= count;
   }
-  if (n >= kBlock)
-    kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale, term.count);
+  if (n >= kBlock) kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale);
   if (n % kBlock != 0) ragged(w + n - n % kBlock, e + n - n % kBlock, n % kBlock);
   if (term.decay != 0.0f) set.shrink(start, size, term.decay);
 }

@@ -18,6 +18,7 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcep
   const auto [begin, end] = range_of(s, number);
   const Keys keys(job, s.tensor, begin);
   const KernelSet& set = *job.set;
+  const Format16& format = s.storage == Storage::float16 ? set.fp16 : set.bf16;
   alignas(64) float w[kTile16];
   alignas(64) float z[kTile16];
   alignas(64) std::uint32_t words[kTile16];
@@ -32,26 +33,25 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcep
       std::memset(ragged, 0, size * sizeof *ragged);
       std::memcpy(ragged + lead, data, n * sizeof *ragged);
     }
-    set.widen(w, stored, size, s.storage);
+    format.widen(w, stored, size);
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
-      const auto kernel = kernel_of(set, term);
-      if (term.count == 1) kernel({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale, 1);
-      if (term.count > 1) kernel({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr, 0);
+      if (term.count == 1) kernel_of(set, term)({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale);
+      if (term.count > 1) kernel_of(set, term.direction, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
       for (unsigned i = 0; i < term.count && term.count > 1; ++i) {
-        if (i != 0) set.round(w, nullptr, size, s.storage);
+        if (i != 0) format.round_nearest(w, size);
         set.axpy(w, z, term.scale[i], size);
       }
       if (term.decay != 0.0f) set.shrink(w, size, term.decay);
       if (term.rounding == Rounding::stochastic) {
         const Key key = subkey(term.seed, s.tensor, term.draw, static_cast<std::uint32_t>(e >> 34));
         set.words(words, first, blocks, key);
-        set.round(w, words, size, s.storage);
+        format.round_stochastic(w, words, size);
       } else if (term.rounding == Rounding::nearest && t + 1 != job.term_count) {  // the last one is in narrow
-        set.round(w, nullptr, size, s.storage);
+        format.round_nearest(w, size);
       }
     }
-    set.narrow(stored, w, size, s.storage);
+    format.narrow(stored, w, size);
     if (size != n) std::memcpy(data, ragged + lead, n * sizeof *ragged);
     e += n;
   }

@@ -37,7 +37,7 @@ void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept
                          count};
       for (std::size_t t = 0; t < job.term_count; ++t) {
         const Term& term = job.terms[t];
-        if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale, term.count);
+        if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
         for (std::ptrdiff_t run = 0; run < 4 && term.decay != 0.0f; ++run)
           job.set->shrink(walk.base + run * apart, count * kPanel, term.decay);
       }
@@ -60,7 +60,7 @@ void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) n
         tile, kPanel, kBlock, (first * p.rows + k) / kBlock, p.rows / kBlock, static_cast<std::size_t>(lanes)};
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
-      if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale, term.count);
+      if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
       if (term.decay != 0.0f) job.set->shrink(tile, lanes * kBlock, term.decay);
     }
     for (std::uint64_t i = 0; i < kBlock; ++i)

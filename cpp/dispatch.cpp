@@ -28,7 +28,9 @@ bool saved(unsigned long long mask) noexcept { return cpuid_bit(1, 2, 27) && (_x
 bool has_avx2() noexcept {  // with FMA and F16C
   return saved(0x06) && cpuid_bit(1, 2, 12) && cpuid_bit(1, 2, 29) && cpuid_bit(7, 1, 5);
 }
-bool has_avx512() noexcept { return saved(0xE6) && cpuid_bit(7, 1, 16); }
+bool has_avx512() noexcept {  // with FMA
+  return saved(0xE6) && cpuid_bit(1, 2, 12) && cpuid_bit(7, 1, 16);
+}
 #elif defined(POCKETZO_X86_64)
 bool has_avx2() noexcept {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -36,7 +38,7 @@ bool has_avx2() noexcept {
 #if defined(POCKETZO_EMULATE_AVX512)  // tests only
 bool has_avx512() noexcept { return has_avx2(); }
 #else
-bool has_avx512() noexcept { return __builtin_cpu_supports("avx512f"); }
+bool has_avx512() noexcept { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma"); }
 #endif
 #endif
 

@@ -27,8 +27,11 @@ struct Job {
   bool moves(const Term& term) const noexcept { return write || term.count != 0; }
 };
 
-inline auto kernel_of(const KernelSet& set, const Term& term) noexcept {
-  return term.direction == Direction::gaussian ? set.gaussian : set.rademacher;
+inline KernelSet::Kernel kernel_of(const KernelSet& set, Direction direction, unsigned scale_count) noexcept {
+  return (direction == Direction::gaussian ? set.gaussian : set.rademacher)[scale_count];
+}
+inline KernelSet::Kernel kernel_of(const KernelSet& set, const Term& term) noexcept {
+  return kernel_of(set, term.direction, term.count);
 }
 
 // A subkey serves 2^34 elements of normals (and of bits to round by) and 2^39 of signs; units are cut at multiples of

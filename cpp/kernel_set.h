@@ -4,8 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pocketzo/kernels.h"
-
 namespace pocketzo {
 
 // The four subkey words K[0..3] of SPEC.md.
@@ -27,27 +25,35 @@ struct Walk {
   std::size_t count;
 };
 
+// The operations of one set on 16-bit weights of one format, all over n elements, a multiple of 64. Values are worked
+// on in fp32.
+struct Format16 {
+  // To fp32: exact.
+  void (*widen)(float* out, const std::uint16_t* in, std::size_t n) noexcept;
+  // From fp32: rounded to nearest even.
+  void (*narrow)(std::uint16_t* out, const float* in, std::size_t n) noexcept;
+  // Round fp32 values in place to values of the format: to nearest even, or stochastically, by the words of the same
+  // elements' blocks.
+  void (*round_nearest)(float* w, std::size_t n) noexcept;
+  void (*round_stochastic)(float* w, const std::uint32_t* words, std::size_t n) noexcept;
+};
+
 // One implementation of the operations on whole blocks, in the caller's floating-point modes. All blocks of a walk
 // share the subkey (the caller cuts at its windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
 struct KernelSet {
+  // Writes z, or applies it, once for each of the scales, as Term says.
+  using Kernel = void (*)(const Walk& walk, const Key& key, const float* scale) noexcept;
+
   const char* name;
   // Raw words: out[64 i + 16 j + lane] = x[j] of quad 16 (first + i) + lane.
   void (*words)(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept;
-  // scale_count 0 writes z; 1 .. 3 apply it as Term says.
-  void (*gaussian)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
-  void (*rademacher)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
+  // By the number of scales: [0] writes z, [1] .. [3] apply it.
+  Kernel gaussian[4], rademacher[4];
   // w = fma(-decay, w, w) over n contiguous elements.
   void (*shrink)(float* w, std::size_t n, float decay) noexcept;
-
-  // For 16-bit storage, all over n elements, a multiple of 64. Values are worked on in fp32, between which and 16 bits
-  // these convert: exactly, and rounded to nearest even.
-  void (*widen)(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept;
-  void (*narrow)(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept;
-  // Rounds in place to what 16 bits hold: to nearest even where `words` is nullptr, else stochastically, by the words
-  // of the same elements' blocks.
-  void (*round)(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept;
-  // w = fma(scale, z, w).
+  // w = fma(scale, z, w) over n contiguous elements, a multiple of 64.
   void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
+  Format16 fp16, bf16;
 };
 
 // The set called `name`, or nullptr if this build or this processor lacks it.

@@ -53,6 +53,7 @@
 namespace {
 
 using pocketzo::Direction;
+using pocketzo::Format16;
 using pocketzo::KernelSet;
 using pocketzo::Key;
 using pocketzo::Packing;
@@ -185,7 +186,8 @@ std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
   std::vector<float> w = weights(whole);
   for (std::size_t i = 0; i < whole; ++i) w[i] = std::ldexp(w[i], 17 - 2 * static_cast<int>(i % 18));
   std::vector<std::uint16_t> halves(whole);
-  pocketzo::find("scalar")->narrow(halves.data(), w.data(), whole, storage);
+  const KernelSet& set = *pocketzo::find("scalar");
+  (storage == Storage::float16 ? set.fp16 : set.bf16).narrow(halves.data(), w.data(), whole);
   halves.resize(n);
   return halves;
 }
@@ -219,7 +221,7 @@ std::vector<float> direction_by(const KernelSet& set, Direction direction, std::
     const Key key =
         pocketzo::subkey(seed, tensor, draw, static_cast<std::uint32_t>(window) | (gaussian ? 0 : 1u << 31));
     const Walk walk{blocks.data() + (at - first) * kBlock, 16, 64, at, 1, static_cast<std::size_t>(stop - at + 1)};
-    (gaussian ? set.gaussian : set.rademacher)(walk, key, nullptr, 0);
+    (gaussian ? set.gaussian : set.rademacher)[0](walk, key, nullptr);
     at = stop + 1;
   }
   const auto begin = blocks.begin() + static_cast<std::ptrdiff_t>(offset - first * kBlock);
@@ -490,10 +492,10 @@ void test_whole_blocks() {
         const auto run = direction == Direction::gaussian ? &KernelSet::gaussian : &KernelSet::rademacher;
         for (unsigned k = 0; k <= 3; ++k) {
           std::copy_n(before.begin(), n, want.begin());
-          (scalar().*run)({want.data(), 16, 64, first, 1, count}, key, scales, k);
+          (scalar().*run)[k]({want.data(), 16, 64, first, 1, count}, key, scales);
           float* got = memory.take(n, k % 2 == 0);
           std::copy_n(before.begin(), n, got);
-          (set.*run)({got, 16, 64, first, 1, count}, key, scales, k);
+          (set.*run)[k]({got, 16, 64, first, 1, count}, key, scales);
           CHECK_SAME(got, want.data(), n, say(name(direction), " with ", k, " scales, ", what));
           CHECK(memory.intact());
         }
@@ -510,7 +512,7 @@ void test_words_make_rademacher() {
   std::vector<std::uint32_t> x(kGroups * kBlock);
   set.words(x.data(), 0, kGroups, key);
   std::vector<float> u(kGroups * 2048), want(u.size());
-  set.rademacher({u.data(), 16, 64, 0, 1, u.size() / kBlock}, key, nullptr, 0);
+  set.rademacher[0]({u.data(), 16, 64, 0, 1, u.size() / kBlock}, key, nullptr);
   for (std::size_t e = 0; e < want.size(); ++e) {
     const std::size_t j = e / 16 % 128;
     want[e] = x[64 * (e / 2048) + 16 * (j / 32) + e % 16] >> (31 - j % 32) & 1 ? -1.0f : 1.0f;
@@ -581,8 +583,8 @@ void test_walks() {
             const auto before = weights(static_cast<std::size_t>(high - low + misaligned) + 16);
             std::vector<float> got = before, want = before;
             const std::ptrdiff_t base = misaligned - low;
-            (set.*run)({got.data() + base, layout.run_stride, layout.block_stride, first, layout.step, layout.count},
-                       key, scales, k);
+            (set.*run)[k]({got.data() + base, layout.run_stride, layout.block_stride, first, layout.step, layout.count},
+                          key, scales);
             for (std::size_t i = 0; i < layout.count; ++i) {  // block by block, in contiguous memory, by the scalar set
               std::array<float, kBlock> block;
               const auto at = [&](std::size_t e) -> float& {
@@ -591,7 +593,7 @@ void test_walks() {
                             e % 16];
               };
               for (std::size_t e = 0; e < kBlock; ++e) block[e] = at(e);
-              (scalar().*run)({block.data(), 16, 64, first + i * layout.step, 1, 1}, key, scales, k);
+              (scalar().*run)[k]({block.data(), 16, 64, first + i * layout.step, 1, 1}, key, scales);
               for (std::size_t e = 0; e < kBlock; ++e) at(e) = block[e];
             }
             CHECK_SAME(got.data(), want.data(), want.size(),
@@ -866,7 +868,7 @@ bool comes_true(const Condition& condition) {  // in the time that a loaded mach
   return true;
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   if (pthread_equal(pthread_self(), main_thread) != 0) {
     if (!comes_true([] { return entered.load(); })) {
       fail(__LINE__, "no other thread took part");
@@ -878,7 +880,7 @@ void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned sca
     if (!comes_true([] { return done.load() >= enough; }))
       fail(__LINE__, say("a slow thread has more than a unit to itself: ", done.load(), " blocks done, not ", enough));
   }
-  inner->gaussian(walk, key, scale, scale_count);
+  inner->gaussian[1](walk, key, scale);
   done += walk.count;
 }
 
@@ -890,7 +892,7 @@ void apply(const KernelSet& set, const std::vector<Segment>& segments) {
   for (const Segment& s : segments) enough += s.size / kBlock;
   enough -= kUnitBlocks;
   KernelSet holding = set;
-  holding.gaussian = gaussian;
+  holding.gaussian[1] = gaussian;
   pocketzo::use(holding);
   const Term shift = term(Direction::gaussian, 1, 2, {0.5f});
   pocketzo::apply(segments.data(), segments.size(), &shift, 1);
@@ -1095,10 +1097,11 @@ void test_conversions() {
   for (std::size_t i = 0; i < n; ++i) all[i] = static_cast<std::uint16_t>(i);
   std::vector<float> wide(n), want(n);
   for (const Storage storage : {Storage::float16, Storage::bfloat16}) {
+    Format16 KernelSet::* const format = storage == Storage::float16 ? &KernelSet::fp16 : &KernelSet::bf16;
     const unsigned nan = storage == Storage::float16 ? 0x7C00 : 0x7F80;
     const auto number = [&](std::size_t i) { return (i & 0x7FFF) <= nan; };
-    set.widen(wide.data(), all.data(), n, storage);
-    set.narrow(back.data(), wide.data(), n, storage);
+    (set.*format).widen(wide.data(), all.data(), n);
+    (set.*format).narrow(back.data(), wide.data(), n);
     for (std::size_t i = 0; i < n; ++i) {
       if (number(i)) CHECK(back[i] == all[i]);
       if (!number(i)) CHECK(std::isnan(wide[i]) && (back[i] & 0x7FFF) > nan);
@@ -1113,8 +1116,13 @@ void test_conversions() {
         for (float& w : got)
           if (std::isnan(w)) w = 0.0f;
         want = got;
-        set.round(got.data(), random, n, storage);
-        scalar().round(want.data(), random, n, storage);
+        if (random == nullptr) {
+          (set.*format).round_nearest(got.data(), n);
+          (scalar().*format).round_nearest(want.data(), n);
+        } else {
+          (set.*format).round_stochastic(got.data(), random, n);
+          (scalar().*format).round_stochastic(want.data(), random, n);
+        }
         CHECK_SAME(got.data(), want.data(), n, say("rounding ", off, " beside what 16 bits hold"));
       }
   }
