@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click  # noqa: TID253
 
@@ -21,6 +20,7 @@ from pocketzo.cli.options import (
     threads_option,
 )
 from pocketzo.cli.runs import as_run, chosen_step
+from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.load import load
@@ -46,7 +46,7 @@ def evaluate(
     base: Path | None,
     batch_size: int,
     threads: int | None,
-    **columns: Any,
+    columns: Columns,
 ) -> None:
     """Evaluate a bundle, or what a run has made of its base bundle.
 
@@ -64,7 +64,7 @@ def evaluate(
         raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
     number = None if run is None else chosen_step(run, step, best)
     bundle = Bundle.read(model) if run is None else run.base(base)
-    examples = load_dataset(data, bundle, **columns)
+    examples = load_dataset(data, bundle, columns=columns)
     if threads is not None:
         kernels.set_threads(threads)
     loaded = load(bundle, threads=threads)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click  # noqa: TID253
 
+from pocketzo.data.columns import Columns
+from pocketzo.data.readers import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
 from pocketzo.optim.groups import Group
 
 
@@ -74,13 +78,26 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
+_COLUMNS = {
+    "text": ("text", TEXT_NAMES),
+    "text_pair": ("second text", PAIR_NAMES),
+    "label": ("label", LABEL_NAMES),
+}
+
+
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name columns."""
-    for option, what, names in (
-        ("--label-column", "label", "label, labels"),
-        ("--text-pair-column", "second text", "text_pair, sentence2"),
-        ("--text-column", "text", "text, sentence, sentence1"),
-    ):
-        help_text = f"Column that holds the {what}.  [default: {names}]"
-        command = click.option(option, metavar="NAME", help=help_text)(command)
-    return command
+    """Add the options that name columns; the command gets them as ``columns``."""
+
+    @functools.wraps(command)
+    def with_columns(*arguments: Any, **options: Any) -> Any:
+        given = {field.name: options.pop(f"{field.name}_column") for field in fields(Columns)}
+        return command(*arguments, columns=Columns(**given), **options)
+
+    for field in reversed(fields(Columns)):
+        what, names = _COLUMNS[field.name]
+        with_columns = click.option(
+            f"--{field.name.replace('_', '-')}-column",
+            metavar="NAME",
+            help=f"Column that holds the {what}.  [default: {', '.join(names)}]",
+        )(with_columns)
+    return with_columns

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pocketzo.cli.command import Command
 from pocketzo.cli.console import err, evaluation_table, fact, for_json, note, out, quoted, say, size_text
 from pocketzo.cli.options import PATH, column_options, groups_option, memory_size, regex, threads_option
 from pocketzo.cli.progress import fit_shown
+from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
 from pocketzo.errors import JournalError, MemoryLimitError, MissingExtraError
@@ -134,9 +136,7 @@ def train(
     packed: bool | None,
     max_memory: int | None,
     threads: int | None,
-    text_column: str | None,
-    text_pair_column: str | None,
-    label_column: str | None,
+    columns: Columns,
 ) -> None:
     """Train BUNDLE on examples, and keep the record in a run folder.
 
@@ -154,11 +154,6 @@ def train(
           --steps 400 --group classifier:lr=10,eps=10
       pocketzo train --resume runs/first
     """  # noqa: D301
-    columns: dict[str, Any] = {
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-    }
     if resume is not None:
         allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
         for option in context.command.params:
@@ -180,8 +175,8 @@ def train(
     read = Bundle.read(bundle)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    examples = load_dataset(data, read, **columns)
-    held_out = None if eval_data is None else load_dataset(eval_data, read, **columns)
+    examples = load_dataset(data, read, columns=columns)
+    held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         recorded = past.header["trainer"]
@@ -236,7 +231,7 @@ def train(
     before = None if held_out is None else for_json(evaluate(model, held_out, batch_size=batch_size))
     source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}
     trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
-    trainer.source |= {**columns, "before": before}
+    trainer.source |= {"columns": asdict(columns), "before": before}
     timed = fact("forward_seconds", model.forward_seconds)
     note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {kernels.isa()} kernels, "
@@ -266,11 +261,11 @@ def _resumed(
     recorded = past.header["data"]["source"]
     if "train" not in recorded and data is None:
         raise JournalError(f"{run}: its record does not say where the data is: name it with --data")
-    columns: dict[str, Any] = {name: recorded.get(name) for name in ("text_column", "text_pair_column", "label_column")}
+    columns = Columns(**recorded.get("columns", {}))
     read = Bundle.read(past.header["model"]["bundle"] if bundle is None else bundle)
-    examples = load_dataset(recorded["train"] if data is None else data, read, **columns)
+    examples = load_dataset(recorded["train"] if data is None else data, read, columns=columns)
     held_out_path = recorded.get("eval") if eval_data is None else eval_data
-    held_out = None if held_out_path is None else load_dataset(held_out_path, read, **columns)
+    held_out = None if held_out_path is None else load_dataset(held_out_path, read, columns=columns)
     threads = _recorded_threads(past.header["trainer"])
     packed = recorded_packing(past.header["trainer"])
     model = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketzo.data.batch import Batch
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Dataset:
     def __len__(self) -> int:
         return self._size
 
-    def batch(self, indices: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+    def batch(self, indices: NDArray[np.integer[Any]]) -> Batch:
         """Return the model's inputs for some of the examples.
 
         Parameters
@@ -74,10 +75,10 @@ class Dataset:
 
         Returns
         -------
-        dict of str to ndarray
-            C-contiguous arrays of the inputs' dtypes, [batch, ...]: those of the model's inputs that the data fills,
-            which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to the
-            fixed length that the model has.
+        Batch
+            C-contiguous arrays of the inputs' dtypes, [batch, ...], by name: those of the model's inputs that the data
+            fills, which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to
+            the fixed length that the model has. ``examples`` are the `indices`.
 
         Raises
         ------
@@ -106,7 +107,7 @@ class Dataset:
                 batch[spec.name] = padded[spec.name].astype(spec.dtype)
             elif self.label_ids is not None:
                 batch[spec.name] = self.label_ids[indices].astype(spec.dtype)
-        return batch
+        return Batch(batch, indices.astype(np.int64))
 
     @cached_property
     def fingerprint(self) -> str:

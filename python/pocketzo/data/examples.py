@@ -10,16 +10,8 @@ from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
-from pocketzo.data.readers import (
-    LABEL_NAMES,
-    PAIR_NAMES,
-    TEXT_NAMES,
-    Columns,
-    Record,
-    find_column,
-    missing_column,
-    not_unicode,
-)
+from pocketzo.data.columns import Columns, find_column, missing_column
+from pocketzo.data.readers import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES, Record, not_unicode
 
 
 class LineError(Exception):
@@ -106,11 +98,11 @@ def examples_of(
         try:
             if isinstance(record, str):
                 raise LineError(record)
-            text, pair = _text(record, columns.text, TEXT_NAMES), _text(record, columns.pair, PAIR_NAMES)
+            text, pair = _text(record, columns.text, TEXT_NAMES), _text(record, columns.text_pair, PAIR_NAMES)
             if text is None:
                 raise LineError(missing_column(record, columns.text, TEXT_NAMES))
-            if pair is None and columns.pair is not None:
-                raise LineError(missing_column(record, columns.pair, PAIR_NAMES))
+            if pair is None and columns.text_pair is not None:
+                raise LineError(missing_column(record, columns.text_pair, PAIR_NAMES))
             name = find_column(record, columns.label, LABEL_NAMES)
             label = None if name is None or record[name] is None else classes.id(record[name])
             if labelled is None:

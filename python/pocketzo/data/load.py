@@ -31,10 +31,11 @@ from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
+from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.examples import Problems, examples_of
 from pocketzo.data.npz import read_npz
-from pocketzo.data.readers import Columns, read_csv, read_jsonl, read_tsv, with_columns
+from pocketzo.data.readers import read_csv, read_jsonl, read_tsv, with_columns
 from pocketzo.data.tokens import tokenise
 
 
@@ -43,9 +44,7 @@ def load_dataset(
     bundle: Bundle,
     *,
     require_labels: bool = True,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    label_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Dataset:
     """Read a file of examples for a model; the whole file is checked before anything is returned.
 
@@ -60,9 +59,9 @@ def load_dataset(
         The model that the examples are for.
     require_labels
         Whether each example must have a label. If not, either all have one or none has.
-    text_column, text_pair_column, label_column
-        The exact names of columns that are called otherwise; a TSV or CSV file must then have a header. In an
-        ``.npz``, only the labels' array can be named.
+    columns
+        The names of columns that are called otherwise; a TSV or CSV file must then have a header. In an ``.npz``, only
+        the labels' array can be named.
 
     Returns
     -------
@@ -79,7 +78,6 @@ def load_dataset(
         The file holds text, and the package `tokenizers` is not installed.
     """
     path = Path(path)
-    columns = Columns(text_column, text_pair_column, label_column)
     try:
         match path.suffix.lower():
             case ".npz":

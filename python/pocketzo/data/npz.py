@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.formats.bundle import Bundle, ValueSpec
+from pocketzo.data.columns import Columns, find_column, missing_column
 from pocketzo.data.dataset import TOKEN_INPUTS, Dataset, Tokens, is_class, token_limit
 from pocketzo.data.examples import Classes, LineError, Problems
-from pocketzo.data.readers import LABEL_NAMES, Columns, find_column, missing_column
+from pocketzo.data.readers import LABEL_NAMES
 from pocketzo.data.tokens import keep_tokens
 
 

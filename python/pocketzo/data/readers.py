@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    pass
+from pocketzo.data.columns import Columns, find_column, missing_column
 
 TEXT_NAMES = ("text", "sentence", "sentence1")
 PAIR_NAMES = ("text_pair", "sentence2")
@@ -17,27 +17,6 @@ LABEL_NAMES = ("label", "labels")
 HEADERLESS = {1: ("text",), 2: ("text", "label"), 3: ("text", "text_pair", "label")}
 Record: TypeAlias = "dict[str, Any] | str | None"  # a line's values by column; or what is wrong with it; None if empty
 Row: TypeAlias = "list[str] | str"  # a line's fields, none if it is empty; or what is wrong with it
-
-
-class Columns(NamedTuple):
-    """Names of columns that the caller gave."""
-
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-
-def find_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str | None:
-    """Return the name of a column: the one given, else the first one known."""
-    if given is not None:
-        return given if given in columns else None
-    folded = {column.strip().lower(): column for column in columns}
-    return next((folded[name] for name in known if name in folded), None)
-
-
-def missing_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str:
-    """Return what to say where a column is missing."""
-    return f"no {given or known[0]!r} among the columns {', '.join(map(repr, columns)) or '(none)'}"
 
 
 def not_unicode(text: str) -> str | None:
@@ -107,7 +86,7 @@ def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns) -> Iterator[
             yield number, None
             continue
         if header is None:
-            if any(columns) or _is_header(row):
+            if columns != Columns() or _is_header(row):
                 header = tuple(row)
                 if reason := _bad_header(header, columns):
                     yield number, reason
@@ -132,7 +111,7 @@ def _bad_header(header: tuple[str, ...], columns: Columns) -> str | None:
     if repeated := {column for column in header if header.count(column) > 1}:
         return f"the header names {', '.join(map(repr, sorted(repeated)))} more than once"
     known = (TEXT_NAMES, PAIR_NAMES, LABEL_NAMES)
-    for given, names, needed in zip(columns, known, (True, False, False), strict=True):
+    for given, names, needed in zip(astuple(columns), known, (True, False, False), strict=True):
         if (needed or given) and find_column(header, given, names) is None:
             return missing_column(header, given, names)
     return None
