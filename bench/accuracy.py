@@ -41,7 +41,7 @@ class System:
 def ours(bundle: pz.Bundle, dev: pz.Dataset, arguments: argparse.Namespace, seed: int) -> System:
     pz.kernels.set_threads(arguments.threads)
     model = pz.load(bundle, threads=arguments.threads)
-    groups = [pz.Group("^classifier", lr=HEAD, eps=HEAD)]
+    groups = [pz.ParamGroup("^classifier", lr=HEAD, eps=HEAD)]
     optimizer = pz.MeZO(model, lr=arguments.lr, eps=arguments.eps, groups=groups, seed=seed)
     return System(
         "pocketzo",

@@ -23,7 +23,7 @@ import pocketzo as pz
 from pocketzo import _core
 
 METHODS = {"mezo": pz.MeZO, "fzoo": pz.FZOO}
-GROUPS = {"1 part": {}, "4 parts": {"groups": [pz.Group("classifier", lr=10, eps=10)], "weight_decay": 0.1}}
+GROUPS = {"1 part": {}, "4 parts": {"groups": [pz.ParamGroup("classifier", lr=10, eps=10)], "weight_decay": 0.1}}
 
 
 def measure(model: pz.Model, data: pz.Dataset, method: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:

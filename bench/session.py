@@ -72,7 +72,7 @@ def overlap(shape: str, bundle: Path, batch: str, threads: int, rounds: int) -> 
         model._session.run([model.bundle.loss], inputs)
 
     def noise() -> None:
-        optimizer._shift((0, 1.0))
+        optimizer._move(optimizer._parts, {}, {0: 1.0})
 
     def both() -> None:
         thread = threading.Thread(target=noise)

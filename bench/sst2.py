@@ -40,9 +40,9 @@ EVERY = 1_000  # forwards between two lines of the table
 # wants moved. |gradient|^2 / curvature by tensor, measured once by backpropagation on the training sentences, is lowest
 # for the embeddings and the outer layers.
 BODY = (
-    pz.Group(r"^classifier", lr=0.5, eps=0.5),
-    pz.Group(r"^embeddings", lr=0.03, eps=0.03),
-    pz.Group(r"layer\.[05]\.", lr=0.3, eps=0.3),
+    pz.ParamGroup(r"^classifier", lr=0.5, eps=0.5),
+    pz.ParamGroup(r"^embeddings", lr=0.03, eps=0.03),
+    pz.ParamGroup(r"layer\.[05]\.", lr=0.3, eps=0.3),
 )
 
 
@@ -136,7 +136,7 @@ def train_head(model: pz.Model, data: pz.Dataset, *, lr: float, decay: float, st
     optimizer = pz.FZOO(
         model,
         lr=lr,
-        directions=DIRECTIONS,
+        queries=DIRECTIONS,
         seed=seed,
         weight_decay=decay,
         trainable="^classifier",
@@ -163,7 +163,7 @@ def train_all(
         model,
         lr=lr,
         eps=3e-4,
-        directions=DIRECTIONS,
+        queries=DIRECTIONS,
         seed=seed,
         groups=BODY,
         schedule=pz.Schedule("linear", steps=steps),

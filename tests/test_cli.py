@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,6 @@ def test_version() -> None:
         (["train", "base", "--max-memory", "1.5"], "'1.5' is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "9" * 400 + "G"], "is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "0"], "'0' is not a size such as 1.5G"),
-        (["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--directions", "4"], "belongs to --method fzoo"),
         (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
         (["eval", "base"], "Missing option '--data'"),
         (["replay", "run"], "Missing option '-o'"),
@@ -354,23 +354,24 @@ def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
         "train", workspace.base, "--data", workspace.train, "--eval", workspace.dev, "-o", tmp_path / "run",
         "--method", "mezo", "--lr", 1e-3, "--eps", 1e-2, "--batch-size", 7, "--seed", 2**63, "--weight-decay", 0.1,
         "--trainable", "classifier|dense", "--group", "classifier:lr=2", "--group", "dense:eps=0.5",
-        "--direction", "rademacher", "--schedule", "linear", "--warmup", 2, "--steps", 12, "--eval-every", 2,
-        "--metric", "loss", "--patience", 6, "--snapshot-every", 5, "--group-by-length", "--threads", 1,
+        "--distribution", "rademacher", "--queries", 2, "--block", 0.5, "--schedule", "linear",
+        "--warmup", 2, "--steps", 12, "--eval-every", 2, "--metric", "loss", "--patience", 6,
+        "--snapshot-every", 5, "--group-by-length", "--threads", 1,
     )  # fmt: skip
-    header = pz.Run(tmp_path / "run").header
-    assert header["method"] == {
-        "method": "mezo", "lr": 1e-3, "eps": 1e-2, "seed": 2**63, "weight_decay": 0.1, "direction": "rademacher",
+    recipe = pz.Run(tmp_path / "run").recipe
+    assert recipe.method == {
+        "method": "mezo", "lr": 1e-3, "eps": 1e-2, "seed": 2**63, "weight_decay": 0.1, "distribution": "rademacher",
+        "queries": 2, "subset": {"name": "block", "share": 0.5},
         "groups": [{"pattern": "classifier", "lr": 2.0, "eps": 1.0}, {"pattern": "dense", "lr": 1.0, "eps": 0.5}],
         "schedule": {"kind": "linear", "steps": 12, "warmup": 2},
-        "trained": header["method"]["trained"],
+        "trained": recipe.method["trained"],
     }  # fmt: skip
-    assert sorted(header["method"]["trained"]) == ["classifier.bias", "classifier.weight", "dense.bias", "dense.weight"]
-    settings = header["trainer"]
+    assert sorted(recipe.method["trained"]) == ["classifier.bias", "classifier.weight", "dense.bias", "dense.weight"]
+    settings = asdict(recipe.loop)
     expected = {"batch_size": 7, "steps": 12, "eval_every": 2, "metric": "loss", "patience": 6, "snapshot_every": 5}
     assert {name: settings[name] for name in expected} == expected
     assert settings["group_by_length"] is True
-    snapshots = {path.name for path in (tmp_path / "run" / "snapshots").iterdir()}
-    assert snapshots == {"step-00000010.json", "step-00000010.safetensors"}
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000010"]
 
 
 def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -> None:
@@ -525,7 +526,7 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
     process = pocketzo(*command, "--max-memory", "2G", before=full)
     assert process.returncode == 1
     assert "was broken off" in process.stderr
-    assert "Stopped in the first step, so that there is no record" in process.stderr
+    assert "Stopped in the first step, so that there is no journal" in process.stderr
     good(*command, "--batch-size", 4)
 
 
@@ -535,7 +536,7 @@ def test_going_on_without_packed_weights_warns(workspace: Workspace, tmp_path: P
     unpackable += "def refuse(bundle):\n  raise UnpackableError('no room')\nload.matrices_of = refuse"
     process = pocketzo("train", "--resume", tmp_path / "run", before=unpackable)
     assert process.returncode == 0
-    assert "goes on with weights that are not packed (no room), unlike its record" in " ".join(process.stderr.split())
+    assert "goes on with weights that are not packed (no room), unlike its journal" in " ".join(process.stderr.split())
 
 
 def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
@@ -563,13 +564,13 @@ def test_resume_tells_of_a_torn_record_and_finds_moved_files(workspace: Workspac
     expected = weights_after(tmp_path / "run", tmp_path / "first")
     journal = tmp_path / "run" / "journal.pzj"
     data = journal.read_bytes()
-    journal.write_bytes(data[: -20 * 8 * 10 - 7])  # ten steps of eight records, and a part of one
+    journal.write_bytes(data[: -108 * 10 - 7])  # ten steps of eight directions, and a part of one
     copy.unlink()
 
     assert "No such file" in refused("train", "--resume", "run", cwd=tmp_path)
     process = pocketzo("train", "--resume", "run", "--data", "train.tsv", "base", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
-    assert process.stderr.count("are an incomplete record and have been dropped") == 1
+    assert process.stderr.count("are an incomplete entry and were dropped") == 1
     assert "going on after step 19 of 30" in process.stderr
     assert weights_after(tmp_path / "run", tmp_path / "second") == expected
 
@@ -694,7 +695,7 @@ def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspa
     words = ("--data", workspace.train, "--steps", 3, "--method", "mezo")
     timed = pocketzo("train", workspace.base, *words, "-o", tmp_path / "timed", before=three_cores)
     assert timed.returncode == 0, timed.stderr
-    recorded = json.loads(good("info", tmp_path / "timed", "--json"))["trainer"]
+    recorded = json.loads(good("info", tmp_path / "timed", "--json"))["session"]
     seconds = {int(count): time for count, time in recorded["forward_seconds"].items()}
     assert list(seconds) == [1, 2, 3]
     assert seconds[recorded["threads"]] <= 1.05 * min(seconds.values())
@@ -703,7 +704,7 @@ def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspa
     assert "kernels have 3" in timed.stderr
     given = pocketzo("train", workspace.base, *words, "-o", tmp_path / "given", "--threads", 2, before=three_cores)
     assert given.returncode == 0, given.stderr
-    recorded = json.loads(good("info", tmp_path / "given", "--json"))["trainer"]
+    recorded = json.loads(good("info", tmp_path / "given", "--json"))["session"]
     assert (recorded["threads"], recorded["forward_seconds"]) == (2, None)
     assert "2 threads\n" in given.stderr
     assert "kernels have 2" in given.stderr
@@ -717,7 +718,7 @@ def test_a_run_goes_on_as_it_began_packed_or_not(workspace: Workspace, tmp_path:
     for name, options in (("packed", ["--packed"]), ("unpacked", ["--unpacked"])):
         run = tmp_path / name
         good("train", *workspace.words("--steps", 4, "-o", run), *options)
-        assert json.loads(good("info", run, "--json"))["trainer"]["packed"] is (name == "packed")
+        assert json.loads(good("info", run, "--json"))["session"]["packed"] is (name == "packed")
     past = pz.Run(tmp_path / "unpacked")
     data = [pz.load_dataset(path, past.base()) for path in (workspace.train, workspace.dev)]
     trainer = pz.Trainer.resume(past.path, data[0], eval=data[1])

@@ -245,16 +245,16 @@ def test_the_record_has_the_choice_and_a_resume_keeps_to_it(
     trainer = pz.Trainer(loaded, optimizer, data, steps=3, run=tmp_path / "run", batch_size=4, snapshot_every=1)
     trainer.callback = lambda progress: setattr(trainer, "stop_requested", True)
     trainer.fit()
-    recorded = pz.Run(tmp_path / "run").header["trainer"]
-    assert recorded["threads"] == 4
-    assert recorded["forward_seconds"] == {"1": 2.0, "4": 0.5, "10": 1.0}
+    recorded = pz.Run(tmp_path / "run").recipe.session
+    assert recorded.threads == 4
+    assert recorded.forward_seconds == {"1": 2.0, "4": 0.5, "10": 1.0}
 
     trainer = pz.Trainer.resume(tmp_path / "run", data)  # a warning would be an error, such as of the snapshot
     assert trainer.model.threads == 4
     trainer.callback = lambda progress: setattr(trainer, "stop_requested", True)
     trainer.fit()
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    with pytest.warns(UserWarning, match=r"goes on with the 4 threads of its record.* fewer cores to use \(1\)"):
+    with pytest.warns(UserWarning, match=r"goes on with the 4 threads of its journal.* fewer cores to use \(1\)"):
         trainer = pz.Trainer.resume(tmp_path / "run", data)
     assert trainer.model.threads == 4
     trainer.fit()
@@ -265,8 +265,8 @@ def test_without_a_choice_the_record_says_so(tiny_bundle: Path, tiny_data: Path,
     loaded = pz.load(tiny_bundle, threads=1)
     data = pz.load_dataset(tiny_data, loaded.bundle)
     pz.Trainer(loaded, pz.MeZO(loaded, lr=1e-3), data, steps=1, run=tmp_path / "run").fit()
-    recorded = pz.Run(tmp_path / "run").header["trainer"]
-    assert (recorded["threads"], recorded["forward_seconds"]) == (1, None)
+    recorded = pz.Run(tmp_path / "run").recipe.session
+    assert (recorded.threads, recorded.forward_seconds) == (1, None)
 
 
 def test_the_weights_follow_from_the_record_whatever_the_threads(

@@ -265,7 +265,7 @@ def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
         )  # type: ignore[call-overload,arg-type,unused-ignore]
         model = pz.load(bundle, threads=2, packed=False, verify="fast")
         batch = pz.load_dataset(messages("train"), bundle).batch(np.arange(texts) * 100)
-        optimizer = pz.MeZO(model, lr=1e-5, groups=[pz.Group("classifier", lr=100.0, eps=10.0)], seed=1)
+        optimizer = pz.MeZO(model, lr=1e-5, groups=[pz.ParamGroup("classifier", lr=100.0, eps=10.0)], seed=1)
         curve = [model.loss(batch)]
         for _ in range(2):
             for _ in range(steps):

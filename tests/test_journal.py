@@ -4,6 +4,8 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketzo import JournalError, kernels
-from pocketzo.formats.journal import RECORD, Journal
+from pocketzo.formats.journal import Entry, Journal
 
 HEADER = {"method": {"method": "mezo"}, "name": "größer"}
-Record = tuple[int, float, float]
 floats = st.floats(width=32, allow_nan=False)
-records_lists = st.lists(st.tuples(st.integers(0, 2**64 - 1), floats, floats), max_size=20)
+draws = st.dictionaries(st.integers(0, 2**64 - 1), floats, min_size=1, max_size=9)
+entries_lists = st.lists(st.builds(Entry, floats, draws), max_size=12)
 
 
-def write(path: Path, records: list[Record]) -> bytes:
+def write(path: Path, entries: Sequence[Entry]) -> bytes:
     journal = Journal.create(path, HEADER)
-    journal.append(records)
+    for entry in entries:
+        journal.append(entry)
     journal.close()
     return path.read_bytes()
 
 
-def read(path: Path) -> list[Record]:
-    journal = Journal.open(path, write=False)
-    return [(int(r["draw"]), float(r["coefficient"]), float(r["lr"])) for r in journal.records]
+def read(path: Path) -> list[Entry]:
+    return Journal.open(path, write=False).entries
 
 
 @pytest.fixture
@@ -37,100 +39,119 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "journal.pzj"
 
 
-SOME: list[Record] = [(7, 0.5, 1e-3), (2**64 - 1, -2.25, 0.0), (8, 1.5, 0.25)]
-SOME32 = [(d, float(np.float32(c)), float(np.float32(lr))) for d, c, lr in SOME]
+LR = float(np.float32(1e-3))
+SOME = [
+    Entry(LR, {7: 0.5}),
+    Entry(0.0, {2**64 - 1: -2.25, 3: 1.5}),
+    Entry(0.25, {8: 1.5}),
+]
+SIZES = [24, 36, 24]  # bytes
 
 
-@given(records=records_lists)
-def test_what_is_written_is_read(records: list[Record], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(entries=entries_lists)
+def test_what_is_written_is_read(entries: list[Entry], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.pzj"
-    write(path, records)
-    assert read(path) == records
+    write(path, entries)
+    got = read(path)
+    assert got == entries
+    assert [list(entry.coefficients) for entry in got] == [list(entry.coefficients) for entry in entries]
 
 
 def test_header_is_kept_with_versions(path: Path) -> None:
     write(path, [])
     journal = Journal.open(path)
     journal.close()
-    assert journal.header == {"format": 1, "spec": kernels.SPEC_VERSION, **HEADER}
+    assert journal.header == {"format": 2, "spec": kernels.SPEC_VERSION, **HEADER}
 
 
-def test_a_record_takes_twenty_bytes(path: Path) -> None:
-    assert RECORD.itemsize == 20
-    assert len(write(path, SOME)) - len(write(path.with_name("empty"), [])) == 60
+def test_an_entry_takes_twelve_bytes_and_twelve_a_direction(path: Path) -> None:
+    empty = len(write(path.with_name("empty"), []))
+    for count, (size, name) in enumerate(zip(np.cumsum(SIZES), "abc", strict=True), 1):
+        assert len(write(path.with_name(name), SOME[:count])) - empty == size
 
 
 def test_appending_goes_on_where_the_file_ends(path: Path) -> None:
     write(path, SOME[:1])
     journal = Journal.open(path)
-    journal.append(SOME[1:])
+    for entry in SOME[1:]:
+        journal.append(entry)
+    assert journal.count == 3
     journal.close()
-    assert read(path) == SOME32
+    assert read(path) == SOME
 
 
-@pytest.mark.parametrize("cut", range(1, 20))
-def test_torn_last_record_is_dropped_with_a_notice(path: Path, cut: int) -> None:
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_torn_last_entry_is_dropped_with_a_notice(path: Path, cut: int) -> None:
     data = write(path, SOME)
     path.write_bytes(data[:-cut])
     journal = Journal.open(path)
-    assert len(journal.records) == 2
+    assert journal.entries == SOME[:2]
     assert journal.notice is not None
-    assert f"the last {20 - cut} bytes" in journal.notice
-    journal.append(SOME[2:])
+    assert f"the last {24 - cut} bytes" in journal.notice
+    journal.append(SOME[2])
     journal.close()
     assert path.read_bytes() == data
 
 
-@pytest.mark.parametrize("zeros", [20, 45])
+@pytest.mark.parametrize("zeros", [3, 24, 45, 4096])
 def test_zeros_at_the_end_are_dropped(path: Path, zeros: int) -> None:
     path.write_bytes(write(path, SOME) + bytes(zeros))
-    assert read(path) == SOME32
+    assert read(path) == SOME
 
 
-def test_damaged_last_record_is_dropped(path: Path) -> None:
+def test_damaged_last_entry_is_dropped(path: Path) -> None:
     data = bytearray(write(path, SOME))
     data[-10] ^= 1
     path.write_bytes(data)
-    assert read(path) == SOME32[:2]
+    assert read(path) == SOME[:2]
 
 
 @given(data=st.data())
-def test_any_flipped_bit_before_the_last_record_is_an_error(
+def test_any_flipped_bit_before_the_last_entry_is_an_error(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.pzj"
     content = bytearray(write(path, SOME))
-    bit = data.draw(st.integers(0, 8 * (len(content) - RECORD.itemsize) - 1))
+    bit = data.draw(st.integers(0, 8 * (len(content) - SIZES[-1]) - 1))
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     with pytest.raises(JournalError, match=r"journal\.pzj"):
         read(path)
 
 
-def test_damage_in_the_middle_says_where(path: Path) -> None:
+@pytest.mark.parametrize(
+    "offset",
+    [24, 28, 40, 59],
+    ids=["its checksum", "its second coefficient", "its first draw", "its number of directions"],
+)
+def test_damage_in_the_middle_says_where(path: Path, offset: int) -> None:
     data = bytearray(write(path, SOME))
-    data[-25] ^= 0x40
+    data[-1 - offset] ^= 0x40
     path.write_bytes(data)
-    with pytest.raises(JournalError, match=rf"record 1 \(of 3, at byte {len(data) - 40}\) is damaged"):
+    with pytest.raises(JournalError, match=rf"entry 1, at byte {len(data) - 60}, is damaged, and there are good ones"):
         read(path)
     assert path.read_bytes() == data
 
 
-def test_swapped_records_are_damage(path: Path) -> None:
-    data = write(path, SOME)
-    path.write_bytes(data[:-60] + data[-40:-20] + data[-60:-40] + data[-20:])
-    with pytest.raises(JournalError, match="record 0"):
+def test_swapped_entries_are_damage(path: Path) -> None:
+    data = write(path, [*SOME[::2], SOME[0], SOME[2]])
+    path.write_bytes(data[:-96] + data[-72:-48] + data[-96:-72] + data[-48:])
+    with pytest.raises(JournalError, match="entry 0"):
         read(path)
 
 
-def test_records_of_another_run_are_damage(path: Path) -> None:
-    data = write(path, SOME)
-    other = Journal.create(path.with_name("other"), {"seed": 1})
-    other.close()
+def test_a_missing_entry_is_damage(path: Path) -> None:
+    data = write(path, [*SOME, SOME[0]])
+    path.write_bytes(data[:-84] + data[-48:])
+    with pytest.raises(JournalError, match="entry 1"):
+        read(path)
+
+
+def test_entries_of_another_run_are_no_entries(path: Path) -> None:
+    data = write(path, SOME[:1])
+    Journal.create(path.with_name("other"), {"seed": 1}).close()
     header = path.with_name("other").read_bytes()
-    path.write_bytes(header + data[-60:])
-    assert read(path) == []  # no record is good: all of it is an end to be dropped
-    path.write_bytes(header + data[-60:] + b"x")
+    path.write_bytes(header + data[-24:])
     assert read(path) == []
 
 
@@ -149,22 +170,37 @@ def test_what_is_no_journal_is_an_error(path: Path, content: bytes) -> None:
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[]", "the header is not that of a journal"),
+        (b"{}", "the header is not that of a journal"),
+        (b"\xff", "the header is not that of a journal"),
+        (b'{"format": 1, "spec": 1}', "format version 1; this PocketZO reads version 2"),
+    ],
+)
+def test_headers_of_another_kind(path: Path, text: bytes, message: str) -> None:
+    path.write_bytes(b"PZOJ" + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text)))
+    with pytest.raises(JournalError, match=message):
+        read(path)
+
+
 def test_missing_and_existing(path: Path) -> None:
     with pytest.raises(JournalError, match="there is no journal here"):
         read(path)
     write(path, SOME)
     with pytest.raises(JournalError, match="is there already"):
         Journal.create(path, HEADER)
-    assert read(path) == SOME32
+    assert read(path) == SOME
 
 
 def test_truncate(path: Path) -> None:
     write(path, SOME)
     journal = Journal.open(path)
     journal.truncate(1)
-    journal.append(SOME[1:2])
+    journal.append(SOME[1])
     journal.close()
-    assert read(path) == SOME32[:2]
+    assert read(path) == SOME[:2]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock on Windows")
@@ -179,23 +215,24 @@ def test_a_second_writer_is_refused(path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on file sizes on Windows")
-def test_a_full_disk_leaves_whole_records(path: Path) -> None:
+def test_a_full_disk_leaves_whole_entries(path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
-from pocketzo.formats.journal import Journal
+from pocketzo.formats.journal import Entry, Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal = Journal.create(Path({os.fspath(path)!r}), {{}})
 size = Path({os.fspath(path)!r}).stat().st_size
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
-journal.append([(1, 1.0, 1.0), (2, 2.0, 1.0)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 60, resource.RLIM_INFINITY))
+journal.append(Entry(1.0, {{1: 1.0}}))
+journal.append(Entry(1.0, {{2: 1.0}}))
 try:
-    journal.append([(3, 3.0, 1.0)])
+    journal.append(Entry(1.0, {{3: 1.0}}))
 except OSError:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    journal.append([(4, 4.0, 1.0)])
+    journal.append(Entry(1.0, {{4: 1.0}}))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     journal = Journal.open(path, write=False)
     assert journal.notice is None
-    assert journal.records["draw"].tolist() == [1, 2, 4]
+    assert [list(entry.coefficients) for entry in journal.entries] == [[1], [2], [4]]

@@ -161,7 +161,7 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     at = {int(step) for step in range(60) if 6 in broken._order(step)}
     assert run.steps == min(at)
     replayed = pz.load(bundle, threads=1, packed=False)
-    run.rebuild(replayed)
+    run.replay_onto(replayed)
     for name in model.weights:
         np.testing.assert_allclose(model.weights[name], replayed.weights[name], rtol=0, atol=1e-6)
     resumed = pz.Trainer.resume(tmp_path / "run", Growing())

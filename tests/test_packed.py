@@ -124,10 +124,11 @@ def test_a_record_of_packed_training_replays(tiny_bundle: Path, tiny_data: Path,
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == b"".join(model.weights._bytes())
     for choice in (True, False):
         other = pz.load(tiny_bundle, threads=1, packed=choice)
-        with nullcontext() if choice else pytest.warns(UserWarning, match="are not packed .*unlike its record"):
+        with nullcontext() if choice else pytest.warns(UserWarning, match="are not packed .*unlike its journal"):
             resumed = pz.Trainer.resume(tmp_path / "run", data, model=other)
         assert resumed.model.weights.sha256() == model.weights.sha256()
-        resumed._journal.close()  # type: ignore[union-attr]
+        assert resumed._writer is not None
+        resumed._writer.close()
 
 
 def test_written_and_read_weights(tiny_bundle: Path) -> None:

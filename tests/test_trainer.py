@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,8 @@ def test_replay_of_any_step_with_and_without_snapshot(
     images = [image(model.weights)]
     train(model, data, tmp_path / "run", snapshot_every=7, callback=lambda _: images.append(image(model.weights)))
     run = pz.Run(tmp_path / "run")
-    names = sorted(path.name for path in (run.path / "snapshots").iterdir())
-    assert names == ["step-00000028.json", "step-00000028.safetensors"]
+    names = sorted(os.fspath(path.relative_to(run.path / "snapshots")) for path in run.path.glob("snapshots/*/*"))
+    assert names == ["step-00000028/snapshot.json", "step-00000028/weights.safetensors"]
     for step in (0, 1, 27, 28, 29, 30):
         run.replay(tmp_path / "out", step=step)
         assert (tmp_path / "out" / "weights.safetensors").read_bytes() == images[step], step
@@ -229,11 +229,11 @@ def test_a_run_is_not_overwritten(tiny_bundle: Path, model: pz.Model, data: pz.D
 
 def test_a_damaged_snapshot_is_passed_over(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
     train(model, data, tmp_path / "run", snapshot_every=7)
-    snapshot = tmp_path / "run" / "snapshots" / "step-00000028.safetensors"
+    snapshot = tmp_path / "run" / "snapshots" / "step-00000028" / "weights.safetensors"
     content = bytearray(snapshot.read_bytes())
     content[-9] ^= 1
     snapshot.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged or of another run"):
+    with pytest.warns(UserWarning, match="step-00000028/weights.safetensors: damaged: SHA-256 is"):
         pz.Run(tmp_path / "run").replay(tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
 
@@ -268,7 +268,7 @@ def test_the_metric_is_one_that_the_graph_gives(model: pz.Model, data: pz.Datase
     optimizer = pz.MeZO(model, lr=0.02, seed=3)
     trainer = pz.Trainer(model, optimizer, data, eval=data, steps=90, batch_size=32, eval_every=10, patience=8)
     trainer.fit()
-    assert trainer.metric == "loss"
+    assert trainer.loop.metric == "loss"
     assert optimizer.step_number == 90
     with pytest.raises(ValueError, match="no output that gives the metric 'accuracy'"):
         pz.Trainer(model, optimizer, data, eval=data, eval_every=1, patience=1, metric="accuracy")
@@ -354,28 +354,98 @@ def test_grouping_by_length_takes_padding_away_and_resumes_to_the_same_bits(tiny
     with pytest.raises(RuntimeError):
         train_grouped("stopped", stop)
     resumed = pz.Trainer.resume(tmp_path / "stopped", data)
-    assert resumed.group_by_length
+    assert resumed.loop.group_by_length
     resumed.fit()
     assert image(resumed.model.weights) == image(whole.model.weights)
 
 
-def test_records_that_say_nothing_of_grouping_resume_without(
-    tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header["loop"].pop("group_by_length"), r"header.loop has not the fields .* group_by_length"),
+        (lambda header: header.update(more=1), "header has not the fields .* more"),
+        (lambda header: header["loop"].update(steps="30"), "header.loop.steps is '30', expected <class 'int'>"),
+        (lambda header: header["loop"].update(steps=0), "header.loop: steps must be at least 1, got 0"),
+        (lambda header: header.update(data=None), "header.data is None, expected an object"),
+    ],
+)
+def test_a_header_of_another_kind_is_refused(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
 ) -> None:
-    train(model, data, tmp_path / "whole")
-    stopped = pz.load(tiny_bundle, threads=1)
-    trainer = pz.Trainer(stopped, pz.MeZO(stopped, lr=0.02, seed=3), data, run=tmp_path / "new", steps=30, batch_size=8)
-    trainer.callback = lambda progress: setattr(trainer, "stop_requested", progress.info.step == 4)
-    trainer.fit()
-    past = pz.Run(tmp_path / "new")
-    assert past.header["trainer"].pop("group_by_length") is False
-    (tmp_path / "old").mkdir()
-    journal = Journal.create(tmp_path / "old" / "journal.pzj", past.header)
-    journal.append([(int(record["draw"]), record["coefficient"], record["lr"]) for record in past.records])
-    journal.close()
-    resumed = pz.Trainer.resume(tmp_path / "old", data)
+    train(model, data, tmp_path / "run", steps=1)
+    header = Journal.open(tmp_path / "run" / "journal.pzj", write=False).header
+    change(header)
+    (tmp_path / "other").mkdir()
+    Journal.create(tmp_path / "other" / "journal.pzj", header).close()
+    with pytest.raises(pz.JournalError, match=f"other/journal.pzj: {message}"):
+        pz.Run(tmp_path / "other")
+
+
+class Counting(pz.MeZO):
+    """Has a state from step to step that an update depends on, as momentum has."""
+
+    method = "counting"
+
+    def __init__(self, model: pz.Model, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.total = np.zeros(1)
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.total = state["total"]
+
+    def probe(self, draws: Sequence[int], lr: float) -> Any:
+        coefficients = yield from super().probe(draws, lr)
+        if all(map(math.isfinite, coefficients.values())):
+            self.total += 1
+        return {draw: value / float(self.total[0] or 1) for draw, value in coefficients.items()}
+
+
+def test_a_resumed_run_has_the_state_of_its_snapshot(
+    tiny_bundle: Path, data: pz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketzo.optim.methods.METHODS", {"counting": Counting})
+    images = []
+    for name, stop in ("whole", 31), ("run", 14):
+        model = pz.load(tiny_bundle, threads=1)
+        trainer = pz.Trainer(
+            model, Counting(model, lr=0.02), data, run=tmp_path / name, steps=30, batch_size=8, snapshot_every=7
+        )
+
+        def end(progress: pz.Progress, trainer: pz.Trainer = trainer, stop: int = stop) -> None:
+            trainer.stop_requested = progress.info.step == stop - 1
+
+        trainer.callback = end
+        trainer.fit()
+        images.append(image(model.weights))
+    resumed = pz.Trainer.resume(tmp_path / "run", data)
+    assert isinstance(resumed.optimizer, Counting)
+    assert resumed.optimizer.total == 14
     resumed.fit()
-    assert image(resumed.model.weights) == image(model.weights)
+    assert image(resumed.model.weights) == images[0] != images[1]
+    state = tmp_path / "run" / "snapshots" / "step-00000028" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="state.safetensors: damaged"):
+        pz.Run(tmp_path / "run").replay(tmp_path / "out")
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_no_journal(
+    tiny_bundle: Path, data: pz.Dataset, tmp_path: Path
+) -> None:
+    for fails_at, left in (0, set()), (1, {"journal.pzj", "metrics.jsonl"}):
+        model = pz.load(tiny_bundle, threads=1)
+        calls = iter(range(100))
+
+        def objective(outputs: Any, batch: Any, calls: Any = calls, fails_at: int = fails_at) -> float:
+            if next(calls) >= 2 * fails_at:
+                raise RuntimeError("out of luck")
+            return 1.0
+
+        with pytest.raises(RuntimeError, match="out of luck"):
+            train(model, data, tmp_path / f"{fails_at}", objective=objective)
+        assert {path.name for path in (tmp_path / f"{fails_at}").iterdir()} == left
 
 
 # ---- the next batch --------------------------------------------------------------------------------------------------
@@ -467,7 +537,7 @@ def test_no_thread_outlives_a_run_that_is_broken_off(
 # ---- ends that come early --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [lambda m: pz.MeZO(m, lr=0.02), lambda m: pz.FZOO(m, lr=0.02, directions=3)])
+@pytest.mark.parametrize("method", [lambda m: pz.MeZO(m, lr=0.02), lambda m: pz.FZOO(m, lr=0.02, queries=3)])
 @pytest.mark.parametrize("stop", [1, 6, 7, 8, 29])
 def test_resume_after_a_stop_gives_the_same_bits(
     tiny_bundle: Path, data: pz.Dataset, tmp_path: Path, method: Callable[[pz.Model], pz.Optimizer], stop: int
@@ -510,11 +580,10 @@ def test_resume_after_a_stop_gives_the_same_bits(
 
 def test_resume_goes_on_from_a_torn_record(tiny_bundle: Path, data: pz.Dataset, tmp_path: Path) -> None:
     whole = pz.load(tiny_bundle, threads=1)
-    train(whole, data, tmp_path / "run", optimizer=pz.FZOO(whole, lr=0.02, directions=3))
+    train(whole, data, tmp_path / "run", optimizer=pz.FZOO(whole, lr=0.02, queries=3))
     path = tmp_path / "run" / "journal.pzj"
-    # 2 records and a half of the last step's 3 are lost with it: the whole step is.
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.warns(UserWarning, match="the last 10 bytes are an incomplete record"):
+    path.write_bytes(path.read_bytes()[:-37])  # of the last step's 48
+    with pytest.warns(UserWarning, match="the last 11 bytes are an incomplete entry"):
         resumed = pz.Trainer.resume(tmp_path / "run", data)
     assert resumed.optimizer.step_number == 29
     resumed.fit()
@@ -587,7 +656,7 @@ if (Path(run) / "journal.pzj").exists():
     trainer = pz.Trainer.resume(run, train, eval=train)
 else:
     model = pz.load(bundle, threads=1)
-    optimizer = pz.FZOO(model, lr=0.003, seed=9, directions=3)
+    optimizer = pz.FZOO(model, lr=0.003, seed=9, queries=3)
     trainer = pz.Trainer(
         model, optimizer, train, eval=train, run=run, steps=int(steps), batch_size=8, eval_every=50, snapshot_every=70
     )
@@ -612,11 +681,11 @@ def test_killed_again_and_again_and_resumed_the_bits_are_the_same(
 
     subprocess.run(command("whole"), check=True, stdout=subprocess.DEVNULL)
     journal = tmp_path / "run" / "journal.pzj"
-    header = (tmp_path / "whole" / "journal.pzj").stat().st_size - 60 * steps
+    header = (tmp_path / "whole" / "journal.pzj").stat().st_size - 48 * steps
     rng = np.random.default_rng()
 
     def recorded() -> int:
-        return (journal.stat().st_size - header) // 60 if journal.exists() else 0
+        return (journal.stat().st_size - header) // 48 if journal.exists() else 0
 
     for kill in range(kills):
         # where this life waits for its end, so that there is something left to the next

@@ -19,8 +19,9 @@ from pocketzo.errors import (
     TrainingError,
 )
 from pocketzo.formats.bundle import Bundle
+from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import Group
+from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.mezo import MeZO
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.optim.schedule import Schedule
@@ -34,6 +35,7 @@ from pocketzo.train.trainer import Progress, Trainer
 __all__ = [
     "FZOO",
     "Batch",
+    "Block",
     "Bundle",
     "BundleError",
     "Columns",
@@ -41,13 +43,13 @@ __all__ = [
     "Dataset",
     "DeadWeightError",
     "Error",
-    "Group",
     "JournalError",
     "MeZO",
     "MemoryLimitError",
     "MissingExtraError",
     "Model",
     "Optimizer",
+    "ParamGroup",
     "Progress",
     "Run",
     "Schedule",

@@ -166,3 +166,7 @@ if forced := os.environ.get("POCKETZO_ISA"):
         use(forced)
     except ValueError as error:
         raise ValueError(f"POCKETZO_ISA: {error}") from None
+
+
+Distribution = Direction
+noise = normal

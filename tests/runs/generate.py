@@ -22,7 +22,7 @@ from pocketzo.formats.safetensors import file_sha256
 BASE = Path(__file__).parent / "base"
 METHODS: dict[str, Callable[[pz.Model], pz.Optimizer]] = {
     "mezo": lambda model: pz.MeZO(model, lr=0.02, seed=3, weight_decay=0.1, schedule=pz.Schedule("linear", 40)),
-    "fzoo": lambda model: pz.FZOO(model, lr=1e-3, seed=5, groups=[pz.Group("classifier", lr=10, eps=3)]),
+    "fzoo": lambda model: pz.FZOO(model, lr=1e-3, seed=5, groups=[pz.ParamGroup("classifier", lr=10, eps=3)]),
 }
 
 

@@ -69,7 +69,7 @@ def evaluate(
         kernels.set_threads(threads)
     loaded = load(bundle, threads=threads)
     if run is not None:
-        run.rebuild(loaded, step=number)
+        run.replay_onto(loaded, step=number)
     result = evaluate_model(loaded, examples, batch_size=batch_size)
     if as_json:
         click.echo(json.dumps(for_json({name: result.get(name) for name in ("accuracy", "loss", "count")})))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pocketzo.cli.runs import as_run
 from pocketzo.doctor import packing
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import file_sha256
-from pocketzo.train.run import Run
+from pocketzo.train.run import JOURNAL, Run
 
 
 @click.command(cls=Command)
@@ -76,22 +77,24 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 def _run_facts(run: Run) -> dict[str, Any]:
     evaluations = {line["step"]: line["eval"] for line in run.metrics() if "eval" in line and line["step"] <= run.steps}
-    source = run.header["data"]["source"]
-    method = {name: value for name, value in run.header["method"].items() if name != "trained"}
+    recipe = run.recipe
+    source = recipe.data.source
+    method = {name: value for name, value in recipe.method.items() if name != "trained"}
     return {
         "kind": "run",
         "path": os.fspath(run.path),
         "steps_done": run.steps,
-        "steps": run.header["trainer"]["steps"],
-        "journal_bytes": (run.path / "journal.pzj").stat().st_size,
+        "steps": recipe.loop.steps,
+        "journal_bytes": (run.path / JOURNAL).stat().st_size,
         "method": method,
-        "trained": len(run.header["method"]["trained"]),
-        "trainer": run.header["trainer"],
-        "base": run.header["model"],
-        "data": {name: source.get(name) for name in ("train", "eval")},
-        "before": source.get("before"),
+        "trained": len(recipe.method["trained"]),
+        "loop": asdict(recipe.loop),
+        "session": asdict(recipe.session),
+        "base": asdict(recipe.model),
+        "data": {"train": source.train, "eval": source.eval},
+        "before": source.before,
         "last": evaluations[max(evaluations)] if evaluations else None,
         "best_step": run.best_step if evaluations else None,
         "best": evaluations.get(run.best_step) if evaluations else None,
-        "spec": run.header["spec"],
+        "spec": run.spec,
     }

@@ -13,7 +13,7 @@ import click  # noqa: TID253
 
 from pocketzo.data.columns import Columns
 from pocketzo.data.readers import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
-from pocketzo.optim.groups import Group
+from pocketzo.optim.groups import ParamGroup
 
 
 def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -25,7 +25,7 @@ def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | Non
     return value
 
 
-def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[Group, ...]:
+def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
     """Parse ``PATTERN:lr=X,eps=Y`` options."""
     groups = []
     for value in values:
@@ -40,7 +40,7 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
             if name not in ("lr", "eps") or not pattern:
                 raise click.BadParameter(f"{value!r}: expected PATTERN:lr=NUMBER,eps=NUMBER, or one of the two")
         regex(context, param, pattern)
-        groups.append(Group(pattern, **settings))
+        groups.append(ParamGroup(pattern, **settings))
     return tuple(groups)
 
 

@@ -58,7 +58,7 @@ class _Display:
     """How training goes: live on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, trainer: Trainer, seconds_between_lines: float = 10.0) -> None:
-        self._steps = trainer.steps
+        self._steps = trainer.loop.steps
         self._first = trainer.optimizer.step_number
         self._interval = seconds_between_lines
         self._live = Live(console=err, auto_refresh=False) if err.is_terminal and not err.is_dumb_terminal else None

@@ -31,10 +31,10 @@ def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | N
     """  # noqa: D301
     past = Run(run)
     refuse_existing(output, force=force)
-    if output.resolve() == Path(past.header["model"]["bundle"] if base is None else base).resolve():
+    if output.resolve() == Path(past.recipe.model.bundle if base is None else base).resolve():
         raise BundleError(f"{output}: is the base of {run}, which the run could not be replayed without")
     if past.notice:
         note(f"note: {past.notice}")
     number = chosen_step(past, step, best)
     past.replay(output, step=number, bundle=base)
-    say(f"{output}: {run} after step {number} of {past.header['trainer']['steps']}")
+    say(f"{output}: {run} after step {number} of {past.recipe.loop.steps}")

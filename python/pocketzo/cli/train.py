@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click  # noqa: TID253
 from click.core import ParameterSource  # noqa: TID253
@@ -24,18 +21,19 @@ from pocketzo.data.order import Order
 from pocketzo.errors import JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.cores import thread_counts
-from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import Group
-from pocketzo.optim.mezo import MeZO
-from pocketzo.optim.optimizer import Optimizer
+from pocketzo.optim.block import Block
+from pocketzo.optim.groups import ParamGroup
+from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.evaluate import evaluate
 from pocketzo.train.plot import plot_run
-from pocketzo.train.run import Run, recorded_packing
+from pocketzo.train.recipe import Source
+from pocketzo.train.resume import resume as resume_run
+from pocketzo.train.resume import use_threads
+from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.trainer import Trainer
 
-_METHODS: Mapping[str, type[Optimizer]] = {"mezo": MeZO, "fzoo": FZOO}
 _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 
 
@@ -48,9 +46,9 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option("--steps", type=int, default=1000, help="Length of the run in steps.")
 @click.option(
     "--method",
-    type=click.Choice(sorted(_METHODS)),
+    type=click.Choice(list(METHODS)),
     default="fzoo",
-    help="fzoo: 1 + --directions forwards a step, one direction each; mezo: 2 forwards a step, one direction.",
+    help="fzoo: 1 + --queries forwards a step; mezo: 2 forwards for each of --queries.",
 )
 @click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo]")
 @click.option("--eps", type=float, default=1e-3, help="How far weights are shifted to see the loss change.")
@@ -73,11 +71,18 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     "A new head wants more than a pretrained body: --group classifier:lr=10,eps=10",
 )
 @click.option(
-    "--direction",
+    "--distribution",
     type=click.Choice(["gaussian", "rademacher"]),
-    help="How directions are drawn.  [default: rademacher for fzoo, gaussian for mezo]",
+    help="Of the directions' elements.  [default: rademacher for fzoo, gaussian for mezo]",
 )
-@click.option("--directions", type=int, default=8, help="Directions a step (fzoo).")
+@click.option("--queries", type=int, metavar="N", help="Directions a step.  [default: 8 for fzoo, 1 for mezo]")
+@click.option(
+    "--block",
+    type=float,
+    metavar="SHARE",
+    help="Perturb and move only a random share of the tensors each step, such as 0.25: for short texts and small "
+    "batches, where moving weights takes as long as the forwards.  [default: all tensors]",
+)
 @click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Of the lr.")
 @click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: 10 times a run]")
@@ -123,9 +128,10 @@ def train(
     seed: int,
     weight_decay: float,
     trainable: str | None,
-    groups: tuple[Group, ...],
-    direction: str | None,
-    directions: int,
+    groups: tuple[ParamGroup, ...],
+    distribution: str | None,
+    queries: int | None,
+    block: float | None,
     schedule: str,
     warmup: int,
     eval_every: int | None,
@@ -160,16 +166,15 @@ def train(
             given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
             if given and option.expose_value and option.name not in allowed:
                 raise click.UsageError(f"{option.opts[-1]} cannot be changed by --resume: it is in the run's record")
-        _train(*_resumed(resume, bundle, data, eval_data, max_memory))
+        trainer = resume_run(resume, bundle=bundle, train=data, eval=eval_data, max_memory=max_memory)
+        _train(_noted(trainer), resume)
         return
     if bundle is None or data is None or output is None:
         missing = "BUNDLE" if bundle is None else "--data" if data is None else "-o"
         raise click.UsageError(f"{missing} is missing: a new run needs BUNDLE, --data and -o; an old one --resume")
-    if method != "fzoo" and context.get_parameter_source("directions") == ParameterSource.COMMANDLINE:
-        raise click.UsageError("--directions belongs to --method fzoo")
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
-    past = Run(output) if (output / "journal.pzj").exists() else None
+    past = Run(output) if (output / JOURNAL).exists() else None
     if past is None and os.path.lexists(output) and not _is_empty_folder(output):
         raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
     read = Bundle.read(bundle)
@@ -179,11 +184,11 @@ def train(
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []
     if past is not None:  # these two are not to be compared but taken over, where they are not given
-        recorded = past.header["trainer"]
-        pairs = ("threads", recorded["threads"], threads), ("packed", bool(recorded_packing(recorded)), packed)
+        session = past.recipe.session
+        pairs = ("threads", session.threads, threads), ("packed", session.packed, packed)
         others = [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
-        threads = _recorded_threads(recorded)
-        packed = packed or (None if recorded_packing(recorded) else False)
+        threads = use_threads(session)
+        packed = packed or (None if session.packed else False)
     elif threads is not None:
         kernels.set_threads(threads)
     # Only what is to be timed needs a batch.
@@ -192,8 +197,7 @@ def train(
         model = load(
             read, threads=threads, batch=first, packed="auto" if packed is None else packed, max_memory=max_memory
         )
-    settings: dict[str, Any] = {"directions": directions} if method == "fzoo" else {}
-    optimizer = _METHODS[method](
+    optimizer = METHODS[method](
         model,
         lr=_LR[method] if lr is None else lr,
         eps=eps,
@@ -201,9 +205,10 @@ def train(
         weight_decay=weight_decay,
         trainable=trainable,
         groups=groups,
-        direction=direction,  # type: ignore[arg-type]  # click has checked it
+        distribution=distribution,  # type: ignore[arg-type]  # click has checked it
+        queries=queries,
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]
-        **settings,
+        subset=None if block is None else Block(block),
     )
     trainer = Trainer(
         model,
@@ -229,9 +234,12 @@ def train(
         _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
         return
     before = None if held_out is None else for_json(evaluate(model, held_out, batch_size=batch_size))
-    source = {"train": data.resolve(), "eval": None if eval_data is None else eval_data.resolve()}
-    trainer.source = {name: None if path is None else os.fspath(path) for name, path in source.items()}
-    trainer.source |= {"columns": asdict(columns), "before": before}
+    trainer.source = Source(
+        train=os.fspath(data.resolve()),
+        eval=None if eval_data is None else os.fspath(eval_data.resolve()),
+        before=before,
+        columns=columns,
+    )
     timed = fact("forward_seconds", model.forward_seconds)
     note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {kernels.isa()} kernels, "
@@ -241,46 +249,18 @@ def train(
     _train(trainer, output)
 
 
-def _recorded_threads(recorded: Mapping[str, Any]) -> int:
-    """Return the threads of a run's forwards, and have the kernels use as many where the user had chosen them."""
-    threads = int(recorded["threads"])
-    if recorded.get("forward_seconds") is None:
-        kernels.set_threads(threads)
-    return threads
-
-
 def _is_empty_folder(path: Path) -> bool:
     """Whether nothing is in it but a file that a killed process had begun to write."""
     return path.is_dir() and all(re.fullmatch(r"\..*\.part", entry.name) for entry in path.iterdir())
 
 
-def _resumed(
-    run: Path, bundle: Path | None, data: Path | None, eval_data: Path | None, max_memory: int | None
-) -> tuple[Trainer, Path]:
-    past = Run(run)
-    recorded = past.header["data"]["source"]
-    if "train" not in recorded and data is None:
-        raise JournalError(f"{run}: its record does not say where the data is: name it with --data")
-    columns = Columns(**recorded.get("columns", {}))
-    read = Bundle.read(past.header["model"]["bundle"] if bundle is None else bundle)
-    examples = load_dataset(recorded["train"] if data is None else data, read, columns=columns)
-    held_out_path = recorded.get("eval") if eval_data is None else eval_data
-    held_out = None if held_out_path is None else load_dataset(held_out_path, read, columns=columns)
-    threads = _recorded_threads(past.header["trainer"])
-    packed = recorded_packing(past.header["trainer"])
-    model = None
-    if bundle is not None or max_memory is not None:
-        model = load(read, threads=threads, packed=packed, max_memory=max_memory)
-    return _noted(Trainer.resume(run, examples, eval=held_out, model=model)), run
-
-
 def _noted(trainer: Trainer) -> Trainer:
     """Say where a run that is taken up stands."""
     step = trainer.optimizer.step_number
-    if step >= trainer.steps:
-        note(f"{trainer.run}: all {trainer.steps} steps are done")
+    if step >= trainer.loop.steps:
+        note(f"{trainer.run}: all {trainer.loop.steps} steps are done")
     else:
-        note(f"{trainer.run}: going on after step {step} of {trainer.steps}")
+        note(f"{trainer.run}: going on after step {step} of {trainer.loop.steps}")
     return trainer
 
 
@@ -289,25 +269,25 @@ def _train(trainer: Trainer, run: Path) -> None:
     try:
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
+        if not (run / JOURNAL).exists():
+            raise MemoryLimitError(f"{error}. Stopped in the first step, so that there is no journal") from None
         done = Run(run).steps
-        if not done:  # a record of nothing would only be in the way of other settings
-            for name in "journal.pzj", "metrics.jsonl":
-                (run / name).unlink(missing_ok=True)
-            raise MemoryLimitError(f"{error}. Stopped in the first step, so that there is no record") from None
         raise MemoryLimitError(
-            f"{error}. Stopped after step {done} of {trainer.steps}; to go on: {again} --max-memory SIZE"
+            f"{error}. Stopped after step {done} of {trainer.loop.steps}; to go on: {again} --max-memory SIZE"
         ) from None
     done = trainer.optimizer.step_number
     past = Run(run)
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
     _print_summary(past)
-    if stopped_by is not None and done < trainer.steps:
-        say(f"stopped after step {done} of {trainer.steps}; to go on: {again}")
+    if stopped_by is not None and done < trainer.loop.steps:
+        say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
-    if done < trainer.steps:
-        say(f"ended after step {done} of {trainer.steps}: {trainer.patience} evaluations without a better one")
-    data = past.header["data"]["source"].get("eval") or "FILE"
+    if done < trainer.loop.steps:
+        say(
+            f"ended after step {done} of {trainer.loop.steps}: {trainer.loop.patience} evaluations without a better one"
+        )
+    data = past.recipe.data.source.eval or "FILE"
     best = "" if past.best_step == past.steps else " --best"
     say(f"evaluate:  pocketzo eval {quoted(run)} --data {quoted(data)}{best}")
     say(f"get the tuned bundle:  pocketzo replay {quoted(run)} -o tuned{best}")
@@ -323,11 +303,11 @@ def plot_or_note(run: Path) -> None:
 
 def _print_summary(past: Run) -> None:
     evaluations = {line["step"]: line["eval"] for line in past.metrics() if "eval" in line}
-    before = past.header["data"]["source"].get("before")
+    before = past.recipe.data.source.before
     if evaluations:
         last, best = max(evaluations), past.best_step
         columns = {"before": before} if before else {}
         columns |= {f"after step {last}": evaluations[last], f"best, step {best}": evaluations[best]}
         out.print(evaluation_table(columns))
-    journal = past.path / "journal.pzj"
+    journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")

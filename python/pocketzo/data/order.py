@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo.formats.bundle import ORDER_ID
 from pocketzo.kernels import normal
-
-_ORDER_TENSOR = 0xFFFFFFFF  # no weight has this id, so the order of the data shares no noise with the directions
 
 
 class Data(Protocol):
@@ -78,4 +77,4 @@ class Order:
         whole[:] = whole.reshape(count, self._batch_size)[shuffled].ravel()
 
     def _noise(self, n: int, epoch: int, offset: int = 0) -> NDArray[np.float32]:
-        return normal(n, seed=self._seed, tensor=_ORDER_TENSOR, draw=epoch, offset=offset)
+        return normal(n, seed=self._seed, tensor=ORDER_ID, draw=epoch, offset=offset)

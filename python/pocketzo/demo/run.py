@@ -27,12 +27,13 @@ from pocketzo.errors import Error
 from pocketzo.formats.files import atomic_file
 from pocketzo.machine.memory import process_memory, reset_peak
 from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import Group
+from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.schedule import Schedule
 from pocketzo.prepare import prepare
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.recipe import Source
 from pocketzo.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ DIRECTIONS: Final = 8
 AXES: Final = 12
 LR: Final = 1e-4
 EPS: Final = 5e-4
-HEAD: Final = Group("classifier", lr=1000.0, eps=100.0)
+HEAD: Final = ParamGroup("classifier", lr=1000.0, eps=100.0)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def run_demo(
         model,
         lr=LR,
         eps=EPS,
-        directions=DIRECTIONS,
+        queries=DIRECTIONS,
         seed=seed,
         groups=[HEAD],
         schedule=Schedule("linear", steps),
@@ -203,11 +204,7 @@ def run_demo(
         steps=steps,
         run=output / "run",
         eval_every=max(1, steps // 5),
-        source={
-            "train": os.fspath(messages("train")),
-            "eval": os.fspath(messages("test")),
-            "before": before,
-        },
+        source=Source(train=os.fspath(messages("train")), eval=os.fspath(messages("test")), before=dict(before)),
     )
     say(f"training: {steps} steps of {optimizer.forwards} forward passes and no backward pass")
     reset_peak()

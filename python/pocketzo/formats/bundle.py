@@ -32,7 +32,11 @@ DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
-_RESERVED_ID = 0xFFFFFFFF
+ORDER_ID: Final = 0xFFFFFFFF
+"""The id of no weight: its noise is the order of the data."""
+
+BLOCK_ID: Final = 0xFFFFFFFE
+"""The id of no weight: its noise chooses the tensors of a step (:class:`pocketzo.optim.block.Block`)."""
 
 
 @dataclass(frozen=True)
@@ -252,8 +256,9 @@ class Bundle:
 def tensor_ids(names: Iterable[str]) -> dict[str, int]:
     """Give each name its 32-bit id, a function of the set of names alone.
 
-    It is the first 4 bytes, little endian, of the name's SHA-256. Where two names meet, the later one in sorted order
-    takes the hash of its name with a zero byte appended, and so on; 0xFFFFFFFF is given to none.
+    An id is the first 4 bytes, little endian, of the name's SHA-256. Where two names meet, the later one in sorted
+    order takes the hash of its name with a zero byte appended, and so on; :data:`ORDER_ID` and :data:`BLOCK_ID` are
+    given to none.
 
     Returns
     -------
@@ -261,7 +266,7 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
         In sorted order of the names.
     """
     ids: dict[str, int] = {}
-    used = {_RESERVED_ID}
+    used = {ORDER_ID, BLOCK_ID}
     for name in sorted(names):
         text = name.encode()
         while (number := int.from_bytes(hashlib.sha256(text).digest()[:4], "little")) in used:

@@ -1,10 +1,28 @@
-"""The record of a run: what it started from, and one line of 20 bytes for every direction that was drawn.
+"""The journal of a run: what it started from, and one entry a step, from which the weights can be rebuilt.
 
-A journal is the magic ``PZOJ``, the length of the header (u32), the header (JSON), its CRC-32 (u32), and then records
-of draw (u64), coefficient (f32), learning rate (f32) and CRC-32 (u32); all little-endian. The CRC of a record covers
-the header's CRC, the record's number and its content, so that no record passes for another one.
+All numbers are little-endian. A journal is
 
-A step that moved nothing (a loss that was not finite) has coefficient and learning rate 0.
+======  ==============================================================================================
+bytes   content
+======  ==============================================================================================
+4       ``PZOJ``
+u32     length of the header in bytes
+..      the header, JSON in UTF-8
+u32     CRC-32 of the header
+..      the entries
+======  ==============================================================================================
+
+and an entry is
+
+======  ==============================================================================================
+u32     number of directions n, at least 1
+f32     learning rate
+n times u64 draw, f32 coefficient: what times the direction was subtracted from the weights
+u32     CRC-32 of the entry up to here, continued from the CRC-32 of the entry before (of the header, for the first)
+======  ==============================================================================================
+
+so that no entry passes for another one. A step that was undone (a loss was not finite) has coefficients and learning
+rate 0. ``docs/formats.md`` specifies this for readers in other languages.
 """
 
 from __future__ import annotations
@@ -13,12 +31,9 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, BinaryIO, NamedTuple
 
 from pocketzo.errors import JournalError
 from pocketzo.formats.files import atomic_file
@@ -29,11 +44,31 @@ try:
 except ImportError:  # no such module on Windows
     fcntl = None  # type: ignore[assignment]
 
-RECORD = np.dtype([("draw", "<u8"), ("coefficient", "<f4"), ("lr", "<f4"), ("crc", "<u4")])
-"""A record as it stands in the file: ``coefficient`` is what the update multiplied the direction by, up to sign."""
+__all__ = ["Entry", "Journal"]
+
 _MAGIC = b"PZOJ"
-_FORMAT = 1
-_BODY = struct.Struct("<Qff")
+_FORMAT = 2
+_HEAD = struct.Struct("<If")
+_DIRECTION = struct.Struct("<Qf")
+_CRC = struct.Struct("<I")
+_PAIR = struct.Struct("<II")
+_MOST_DIRECTIONS = 1 << 20
+_MOST_SCANNED = 1 << 10  # in a search after damage, where nearly every offset is none of an entry
+
+
+class Entry(NamedTuple):
+    """What one step did.
+
+    Attributes
+    ----------
+    lr : float
+        The learning rate, a float32; 0 if the step was undone.
+    coefficients : mapping of int to float
+        By draw (64-bit), in the order of the update: what times the direction was subtracted, a float32.
+    """
+
+    lr: float
+    coefficients: Mapping[int, float]
 
 
 class Journal:
@@ -41,34 +76,28 @@ class Journal:
 
     Attributes
     ----------
+    path : Path
+        The file.
     header : dict
         What was given to :meth:`create`, and ``format`` and ``spec``, the versions.
-    records : ndarray
-        dtype :data:`RECORD`; those that the file held when it was opened.
+    entries : list of Entry
+        Those that the file held when it was opened.
     notice : str or None
-        What was wrong at the end of the file and has been cut off.
+        What was wrong at the end of the file and has been dropped.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        file: BinaryIO,
-        header: dict[str, Any],
-        crc: int,
-        records: NDArray[np.void],
-        notice: str | None,
-    ) -> None:
+    def __init__(self, path: Path, file: BinaryIO, contents: _Contents) -> None:
         self.path = path
-        self.header = header
-        self.records = records
-        self.notice = notice
+        self.header = contents.header
+        self.entries = contents.entries
+        self.notice = contents.notice
         self._file = file
-        self._crc = crc
-        self._count = len(records)
+        self._ends = contents.ends  # offset behind the header, and behind each entry
+        self._crcs = contents.crcs  # likewise
 
     @classmethod
-    def create(cls, path: Path, header: dict[str, Any]) -> Journal:
-        """Begin a journal; a :class:`JournalError` where one is there."""
+    def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
+        """Begin a journal; a :class:`JournalError` if the file exists."""
         if path.exists():
             raise JournalError(f"{path} is there already: resume that run, or choose another folder")
         with atomic_file(path) as file:
@@ -86,7 +115,7 @@ class Journal:
         Raises
         ------
         JournalError
-            It is no journal, of another version, damaged before its end, or in use.
+            The file is no journal, of another version, damaged before its end, or in use.
         """
         try:
             file = path.open("r+b" if write else "rb", buffering=0)
@@ -98,46 +127,50 @@ class Journal:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise JournalError(f"{path}: another process is writing to this run") from None
-            data = file.read()
-            header, crc, start = _read_header(path, data)
-            records, notice = _read_records(path, data, start, crc)
-            if write and notice:
-                file.truncate(start + records.nbytes)
+            contents = _read(path, file.read())
+            if write and contents.notice:
+                file.truncate(contents.ends[-1])
                 file.seek(0, os.SEEK_END)
             if not write:
                 file.close()
-            return cls(path, file, header, crc, records, notice)
+            return cls(path, file, contents)
         except BaseException:
             file.close()
             raise
 
-    def append(self, records: Sequence[tuple[int, float, float]]) -> None:
-        """Append the (draw, coefficient, lr) of one step, in one write: a killed process leaves whole records."""
-        data = bytearray()
-        for number, (draw, coefficient, lr) in enumerate(records, self._count):
-            body = _BODY.pack(draw, coefficient, lr)
-            data += body + struct.pack("<I", _checksum(self._crc, number, body))
-        start = self._file.tell()
+    @property
+    def count(self) -> int:
+        """Entries in the file now."""
+        return len(self._ends) - 1
+
+    def append(self, entry: Entry) -> None:
+        """Append a step in one write: a killed process leaves whole entries."""
+        body = _HEAD.pack(len(entry.coefficients), entry.lr)
+        body += b"".join(_DIRECTION.pack(*item) for item in entry.coefficients.items())
+        crc = zlib.crc32(body, self._crcs[-1])
+        left = memoryview(body + _CRC.pack(crc))
+        size = len(left)
         try:
-            left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
         except BaseException:  # a full disk takes a part
-            self._file.truncate(start)
-            self._file.seek(start)
+            self._cut(self._ends[-1])
             raise
-        self._count += len(records)
+        self._ends.append(self._ends[-1] + size)
+        self._crcs.append(crc)
 
     def truncate(self, count: int) -> None:
-        """Drop the records after the first ``count``."""
-        self.records = self.records[:count]
-        end = self._file.seek(0, os.SEEK_END) - (self._count - count) * RECORD.itemsize
+        """Drop the entries after the first ``count``."""
+        self.entries = self.entries[:count]
+        self._cut(self._ends[count])
+        del self._ends[count + 1 :], self._crcs[count + 1 :]
+
+    def _cut(self, end: int) -> None:
         self._file.truncate(end)
         self._file.seek(end)
-        self._count = count
 
     def sync(self) -> None:
-        """Have the system write it to storage."""
+        """Have the system write the file to storage."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -145,8 +178,70 @@ class Journal:
         self._file.close()
 
 
-def _checksum(header_crc: int, number: int, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(struct.pack("<Q", number), header_crc))
+class _Contents(NamedTuple):
+    header: dict[str, Any]
+    entries: list[Entry]
+    notice: str | None
+    ends: list[int]
+    crcs: list[int]
+
+
+def _read(path: Path, data: bytes) -> _Contents:
+    header, crc, start = _read_header(path, data)
+    entries, ends, crcs = [], [start], [crc]
+    while (found := _entry(data, ends[-1], crcs[-1])) is not None:
+        entry, end, crc = found
+        entries.append(entry)
+        ends.append(end)
+        crcs.append(crc)
+    rest = len(data) - ends[-1]
+    if rest and _goes_on(data, ends[-1], crcs[-1]):
+        raise JournalError(
+            f"{path}: entry {len(entries)}, at byte {ends[-1]}, is damaged, and there are good ones after it: its "
+            f"checksum does not match its content"
+        )
+    notice = None
+    if rest:
+        notice = (
+            f"{path}: the last {rest} bytes are an incomplete entry and were dropped; {len(entries)} entries are good"
+        )
+    return _Contents(header, entries, notice, ends, crcs)
+
+
+def _entry(data: bytes, start: int, before: int) -> tuple[Entry, int, int] | None:
+    """Return the entry at an offset, the offset behind it and its CRC; None if there is no whole and good one."""
+    end = _end(data, start)
+    if end is None:
+        return None
+    crc = zlib.crc32(memoryview(data)[start : end - _CRC.size], before)
+    if _CRC.unpack_from(data, end - _CRC.size) != (crc,):
+        return None
+    count, lr = _HEAD.unpack_from(data, start)
+    coefficients = dict(_DIRECTION.iter_unpack(memoryview(data)[start + _HEAD.size : end - _CRC.size]))
+    return (Entry(lr, coefficients), end, crc) if len(coefficients) == count else None
+
+
+def _end(data: bytes, start: int) -> int | None:
+    """Return where an entry would end by its number of directions, if that is within the file."""
+    if start + _HEAD.size > len(data):
+        return None
+    count, _ = _HEAD.unpack_from(data, start)
+    end: int = start + _HEAD.size + count * _DIRECTION.size + _CRC.size
+    return end if 1 <= count <= _MOST_DIRECTIONS and end <= len(data) else None
+
+
+def _goes_on(data: bytes, start: int, before: int) -> bool:
+    """Whether a good entry begins anywhere after a bad one; each can be checked by the CRC that precedes it."""
+    end = _end(data, start)
+    if end is not None:  # perhaps it is the CRC that is damaged
+        crc = zlib.crc32(memoryview(data)[start : end - _CRC.size], before)
+        if _entry(data, end, crc) is not None:
+            return True
+    for at in range(start + _CRC.size, len(data) - _HEAD.size, _CRC.size):
+        before, count = _PAIR.unpack_from(data, at - _CRC.size)
+        if 1 <= count <= _MOST_SCANNED and _entry(data, at, before) is not None:
+            return True
+    return False
 
 
 def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
@@ -159,40 +254,16 @@ def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
     (crc,) = struct.unpack_from("<I", data, 8 + length)
     if zlib.crc32(text) != crc:
         raise JournalError(f"{path}: the header is damaged: its checksum is {zlib.crc32(text):08x}, expected {crc:08x}")
-    header = json.loads(text)
-    if header["format"] != _FORMAT:
-        raise JournalError(f"{path}: format version {header['format']}; this PocketZO reads version {_FORMAT}")
-    if header["spec"] != SPEC_VERSION:
+    try:
+        header = json.loads(text)
+        version, spec = header["format"], header["spec"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise JournalError(f"{path}: the header is not that of a journal: {error}") from None
+    if version != _FORMAT:
+        raise JournalError(f"{path}: format version {version}; this PocketZO reads version {_FORMAT}")
+    if spec != SPEC_VERSION:
         raise JournalError(
-            f"{path}: recorded with version {header['spec']} of the noise specification; this PocketZO has version "
+            f"{path}: recorded with version {spec} of the noise specification; this PocketZO has version "
             f"{SPEC_VERSION} and would compute other weights"
         )
     return header, crc, 12 + length
-
-
-def _read_records(path: Path, data: bytes, start: int, header_crc: int) -> tuple[NDArray[np.void], str | None]:
-    count, rest = divmod(len(data) - start, RECORD.itemsize)
-    records = np.frombuffer(data, RECORD, count, start)
-    body = memoryview(data)
-    good = [
-        _checksum(header_crc, i, body[at : at + _BODY.size]) == crc
-        for i, (at, crc) in enumerate(
-            zip(range(start, start + count * RECORD.itemsize, RECORD.itemsize), records["crc"].tolist(), strict=True)
-        )
-    ]
-    whole = count
-    while whole and not good[whole - 1]:
-        whole -= 1
-    if not all(good[:whole]):
-        bad = good.index(False)
-        raise JournalError(
-            f"{path}: record {bad} (of {count}, at byte {start + bad * RECORD.itemsize}) is damaged, and there are "
-            f"good ones after it: its checksum does not match its content"
-        )
-    notice = None
-    if whole < count or rest:
-        dropped = len(data) - start - whole * RECORD.itemsize
-        notice = (
-            f"{path}: the last {dropped} bytes are an incomplete record and have been dropped; {whole} records are good"
-        )
-    return records[:whole].copy(), notice

@@ -25,7 +25,7 @@ class Tunable(Protocol):
 
 
 @dataclass(frozen=True)
-class Group:
+class ParamGroup:
     """Settings for the weights whose names match ``pattern`` (``re.search``), as factors of the optimizer's own.
 
     A new head wants a larger ``lr`` and ``eps`` than a pretrained body. A factor of 0 for ``lr`` keeps weights as they

@@ -1,23 +1,50 @@
-"""The methods by name."""
+"""The methods, and the ways to choose a step's tensors, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import Group, Tunable
+from pocketzo.optim.groups import ParamGroup, Tunable
 from pocketzo.optim.mezo import MeZO
-from pocketzo.optim.optimizer import Optimizer
+from pocketzo.optim.optimizer import Optimizer, Subset
 from pocketzo.optim.schedule import Schedule
 
-METHODS: Mapping[str, type[Optimizer]] = {cls.method: cls for cls in (MeZO, FZOO)}
+METHODS: Mapping[str, type[Optimizer]] = {
+    "fzoo": FZOO,
+    "mezo": MeZO,
+}
+SUBSETS: Mapping[str, type[Subset]] = {
+    "block": Block,
+}
 
 
-def restore(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
-    """Make the optimizer whose :meth:`Optimizer.settings` were recorded."""
+def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
+    """Make the optimizer whose :meth:`Optimizer.settings` were recorded.
+
+    Parameters
+    ----------
+    model : Tunable
+        Its weights are those that the recorded optimizer began with, or a copy of them.
+    settings : mapping
+        As :meth:`Optimizer.settings` returned them; a round trip through JSON does not matter.
+
+    Raises
+    ------
+    ValueError
+        The method or the subset is unknown, or a setting is not one of its own.
+    """
     arguments = dict(settings)
-    trained = set(arguments.pop("trained"))
-    arguments["groups"] = [Group(**group) for group in arguments["groups"]]
-    arguments["schedule"] = Schedule(**arguments["schedule"])
-    return METHODS[arguments.pop("method")](model, trainable=trained.__contains__, **arguments)
+    try:
+        method = METHODS[arguments.pop("method")]
+        trained = frozenset(arguments.pop("trained"))
+        subset = arguments.pop("subset")
+        if subset is not None:
+            arguments["subset"] = SUBSETS[subset["name"]](**{k: v for k, v in subset.items() if k != "name"})
+        arguments["groups"] = [ParamGroup(**group) for group in arguments["groups"]]
+        arguments["schedule"] = Schedule(**arguments["schedule"])
+        return method(model, trainable=trained.__contains__, **arguments)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {error}") from None

@@ -1,7 +1,9 @@
-"""Zeroth-order methods: the step that PocketZO exists for.
+"""The step that PocketZO exists for, written once for all zeroth-order methods.
 
-What it is not: there is no gradient, no optimizer state and no copy of a weight. A direction z is regenerated from
-(seed, tensor, draw) whenever it is needed; what a step leaves behind is one number a direction.
+A method (:mod:`pocketzo.optim.mezo`, :mod:`pocketzo.optim.fzoo`) says at which points it wants the loss and what it
+concludes. Everything else is here: moving the weights in place, undoing a step that failed, the entry for the journal,
+replay. There is no gradient and no copy of a weight: a direction z is regenerated from (seed, tensor, draw) whenever it
+is needed, and a step is saved as one number a direction.
 """
 
 from __future__ import annotations
@@ -10,25 +12,35 @@ import math
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo._core import Segments
 from pocketzo.formats.bundle import TensorSpec
-from pocketzo.formats.journal import Journal
-from pocketzo.kernels import Direction
-from pocketzo.optim.groups import Group, Tunable, select
-from pocketzo.optim.pending import pay
-from pocketzo.optim.program import TERM, Part, Use, float32
+from pocketzo.formats.journal import Entry
+from pocketzo.kernels import Distribution
+from pocketzo.optim.groups import ParamGroup, Tunable, select
+from pocketzo.optim.pending import flush, uninterrupted
+from pocketzo.optim.program import Part, Point, Program, float32
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.model import Model
 
-Objective = Callable[[Model], float]
+Objective: TypeAlias = Callable[[Model], float]
+
+
+class Subset(Protocol):
+    """Which of the trained tensors a step perturbs and moves; :class:`pocketzo.optim.block.Block` is one."""
+
+    def __call__(self, *, seed: int, step: int, count: int) -> Sequence[int]:
+        """Return the numbers of a step's tensors, out of ``count``: a function of the arguments alone."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name in :data:`pocketzo.optim.methods.SUBSETS`, and the arguments that make an equal one."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,16 @@ class StepInfo:
     step : int
         Its number, from 0.
     loss : float
-        The best estimate that the step has of the loss where the weights were.
+        The step's best estimate of the loss at the weights that it began with.
     losses : tuple of float
-        All of them, in order.
+        All losses, in the order of evaluation.
     lr : float
-        The learning rate used, 0 where the step was undone.
+        The learning rate used; 0 if the step was undone.
     skipped : bool
-        A loss was not finite, and the step was undone.
+        Whether the step was undone, because a loss or an update was not finite.
+    coefficients : dict of int to float
+        By draw, the multiple of the direction that was subtracted from the weights: lr times the projected gradient
+        for MeZO.
     """
 
     step: int
@@ -54,10 +69,11 @@ class StepInfo:
     losses: tuple[float, ...]
     lr: float
     skipped: bool
+    coefficients: Mapping[int, float]
 
 
 class Optimizer(ABC):
-    """What all methods share: which weights move and how, the draw numbers, the journal.
+    """What all methods share: which weights move and how, the draws, the step and its replay.
 
     Parameters
     ----------
@@ -66,24 +82,30 @@ class Optimizer(ABC):
     lr : float
         Learning rate at its peak.
     eps : float
-        How far weights are shifted along a direction to see the loss change.
+        Size of a shift along a direction.
     seed : int
         64-bit; with it, every direction of the run is fixed.
     weight_decay : float
-        Each step takes ``lr * weight_decay`` of every matrix off; vectors (biases, norms) are spared.
+        Each step subtracts ``lr * weight_decay`` of every matrix; vectors (biases, norms) are spared.
     trainable : str or callable, optional
         Regular expression (``re.search``) or predicate on names that narrows what is trained.
-    groups : sequence of Group
+    groups : sequence of ParamGroup
         The first whose pattern matches a name applies.
-    direction : {"gaussian", "rademacher"}, optional
-        How directions are drawn; each method has its own default.
+    distribution : {"gaussian", "rademacher"}, optional
+        Of the directions' elements; each method has its own default.
+    queries : int, optional
+        Directions a step; each method has its own default.
     schedule : Schedule, optional
         Constant by default.
+    subset : Subset, optional
+        Which tensors each step perturbs and moves, such as ``Block(0.25)``; all by default.
 
     Attributes
     ----------
     step_number : int
         Steps taken so far.
+    next_draw : int
+        The first draw of the next step; the draws of a run count up from 0.
     names : tuple of str
         The weights that are trained.
     parameters : int
@@ -91,7 +113,9 @@ class Optimizer(ABC):
     """
 
     method: ClassVar[str]
-    default_direction: ClassVar[Direction]
+    default_distribution: ClassVar[Distribution]
+    default_queries: ClassVar[int]
+    least_queries: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -102,9 +126,11 @@ class Optimizer(ABC):
         seed: int = 0,
         weight_decay: float = 0.0,
         trainable: str | Callable[[str], bool] | None = None,
-        groups: Sequence[Group] = (),
-        direction: Direction | None = None,
+        groups: Sequence[ParamGroup] = (),
+        distribution: Distribution | None = None,
+        queries: int | None = None,
         schedule: Schedule | None = None,
+        subset: Subset | None = None,
     ) -> None:
         for name, value, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0)):
             if not (math.isfinite(value) and value >= least):
@@ -119,50 +145,181 @@ class Optimizer(ABC):
         self.seed = seed
         self.weight_decay = weight_decay
         self.groups = tuple(groups)
-        self.direction: Direction = direction or self.default_direction
-        if self.direction not in ("gaussian", "rademacher"):
-            raise ValueError(f"direction must be 'gaussian' or 'rademacher', got {self.direction!r}")
+        self.distribution: Distribution = distribution or self.default_distribution
+        if self.distribution not in ("gaussian", "rademacher"):
+            raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {self.distribution!r}")
+        self.queries = self.default_queries if queries is None else queries
+        if self.queries < self.least_queries:
+            raise ValueError(f"queries must be at least {self.least_queries} for {self.method}, got {self.queries}")
         self.schedule = schedule or Schedule()
+        self.subset = subset
         self.step_number = 0
-        self.journal: Journal | None = None
-        tensors = select(model, trainable)
-        self.names = tuple(tensor.name for tensor in tensors)
-        self.parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-        self._parts = self._make_parts(tensors)
+        self.next_draw = 0
+        self._tensors = select(model, trainable)
+        self.names = tuple(tensor.name for tensor in self._tensors)
+        self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
+        for group in self.groups:
+            if not any(re.search(group.pattern, name) for name in self.names):
+                raise ValueError(f"group {group.pattern!r} matches none of the {len(self.names)} trained weights")
+        self._parts = self._make_parts(self._tensors)
+        self._pending = self._parts  # those that the last step moved
         self._lock = threading.RLock()  # another thread may look at the weights just when a step begins
 
-    @property
-    @abstractmethod
-    def draws(self) -> int:
-        """Directions, and so records, a step."""
-
-    @property
-    @abstractmethod
-    def forwards(self) -> int:
-        """Evaluations of the objective a step."""
+    # ---- a method ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def step(self, objective: Objective) -> StepInfo:
+    def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
+        """Yield the points at which the loss is wanted, receive each loss, and return the coefficients of the update.
+
+        The weights start and end at the point ``{}``. In replay, and after a failure, every loss is NaN: the points may
+        not depend on the losses but for how many draws are used.
+
+        Parameters
+        ----------
+        draws : sequence of int
+            The step's directions.
+        lr : float
+            The coefficients are proportional to it; 1 gives the estimate of the gradient itself.
+
+        Returns
+        -------
+        dict of int to float
+            By draw, in order: what times the direction is subtracted from the weights.
+        """
+
+    def loss(self, losses: Sequence[float]) -> float:
+        """Return the best estimate of the loss at the point ``{}``."""
+        return sum(losses) / len(losses)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return what a method keeps from step to step beside the counts, for a snapshot."""
+        return {}
+
+    def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Take what :meth:`state` returned."""
+        if state:
+            raise ValueError(f"{self.method} keeps no state, got {', '.join(state)}")
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    @uninterrupted()
+    def step(self, objective: Objective, record: Callable[[Entry], None] | None = None) -> StepInfo:
         """Take one step; an interrupt (Ctrl-C) waits for its end.
 
-        The last pass over the weights may be left to the next step, which does it and its own first shift in one.
-        Whatever looks at the weights before that (reading, saving, running the model) has it done, and sees them
-        unshifted.
+        The last pass over the weights is left to the next step, which merges it with its own first shift. Reading,
+        saving and running the model apply it before they begin, so that nobody sees shifted weights.
 
-        If the objective raises, or a loss is not finite, the step is undone as one with a gradient of zero.
+        If the objective raises, or a loss is not finite, the step is undone: it becomes one whose coefficients are 0.
+        Its bits do not depend on where it failed.
 
         Parameters
         ----------
         objective : callable
             Gets the model, whose weights are shifted at that moment, and returns the loss as a float.
+        record : callable, optional
+            Gets the step's entry before any weight is updated. If it raises, the weights are as if the step had been
+            undone.
         """
+        number = self.step_number
+        lr = float32(self.lr * self.schedule(number))
+        parts = self._parts_of(number)
+        losses: list[float] = []
+        failure: BaseException | None = None
+        at: Point = {}
+        walk = self.probe(range(self.next_draw, self.next_draw + self.queries), lr)
+        try:
+            point = next(walk)
+            while True:
+                self._move(parts, at, point)
+                at, loss = point, math.nan
+                if failure is None:
+                    try:
+                        loss = float(objective(cast(Model, self.model)))
+                        losses.append(loss)
+                    except BaseException as error:  # the rest of the walk still leaves its roundings
+                        failure = error
+                point = walk.send(loss if math.isfinite(loss) else math.nan)
+        except StopIteration as stop:
+            coefficients = {draw: float32(value) for draw, value in stop.value.items()}
+        except BaseException:  # of the method itself
+            self._move(parts, at, {})
+            raise
+        skipped = failure is not None or not self._finite(coefficients)
+        undone = Entry(0.0, dict.fromkeys(coefficients, 0.0))
+        entry = undone if skipped else Entry(lr, coefficients)
+        try:
+            if record is not None:
+                record(entry)
+            self._advance(entry)
+        except BaseException:  # a step that is not on record may not move anything
+            entry = undone
+            raise
+        finally:
+            self._defer(parts, at, entry)
+        if failure is not None:
+            raise failure
+        return StepInfo(number, self.loss(losses), tuple(losses), entry.lr, skipped, entry.coefficients)
 
-    @abstractmethod
-    def uses(self, draws: Sequence[int], coefficients: Sequence[float], lr: float, part: Part) -> list[Use]:
-        """Return everything that one recorded step does to the weights of a part, to be replayed."""
+    @property
+    def forwards(self) -> int:
+        """Evaluations of the objective a step."""
+        return sum(1 for _ in self._points(range(self.queries)))
+
+    def _points(self, draws: Sequence[int]) -> Iterator[Point]:
+        walk = self.probe(draws, 0.0)
+        with suppress(StopIteration):
+            point = next(walk)
+            while True:
+                yield point
+                point = walk.send(math.nan)
+
+    def _finite(self, coefficients: Mapping[int, float]) -> bool:
+        largest = max(part.lr for part in self._parts)
+        return all(math.isfinite(float32(largest * coefficient)) for coefficient in coefficients.values())
+
+    def _advance(self, entry: Entry) -> None:
+        self.step_number += 1
+        self.next_draw = max(entry.coefficients) + 1
+
+    # ---- replay ------------------------------------------------------------------------------------------------------
+
+    def replay(self, entries: Sequence[Entry]) -> None:
+        """Do to the weights what recorded steps did, in one pass over them.
+
+        Parameters
+        ----------
+        entries : sequence of Entry
+            The steps that follow those taken so far.
+        """
+        walks = [
+            (self.step_number + i, entry, list(self._points(list(entry.coefficients))))
+            for i, entry in enumerate(entries)
+        ]
+        parts, steps = self._parts, None
+        if self.subset is not None:
+            parts = [part for tensor in self._tensors for part in self._make_parts([tensor])]
+            steps = [set(self._chosen(number)) for number, _, _ in walks]
+        programs = []
+        for index, part in enumerate(parts):
+            program = self._program(part)
+            for i, (_, entry, points) in enumerate(walks):
+                if steps is None or index in steps[i]:
+                    at: Point = {}
+                    for point in points:
+                        program.move(at, point)
+                        at = point
+                    program.update(at, entry.coefficients, entry.lr)
+            programs.append(program)
+        self._apply(parts, programs)
+        self.skip(entries)
+
+    def skip(self, entries: Sequence[Entry]) -> None:
+        """Count recorded steps as taken, where the weights are those after them already."""
+        for entry in entries:
+            self._advance(entry)
 
     def settings(self) -> dict[str, Any]:
-        """Return what, with the model, makes an equal optimizer through :func:`restore`."""
+        """Return what, with the model, makes an equal optimizer: :func:`pocketzo.optim.methods.from_settings`."""
         return {
             "method": self.method,
             "lr": self.lr,
@@ -170,107 +327,72 @@ class Optimizer(ABC):
             "seed": self.seed,
             "weight_decay": self.weight_decay,
             "groups": [asdict(group) for group in self.groups],
-            "direction": self.direction,
+            "distribution": self.distribution,
+            "queries": self.queries,
             "schedule": asdict(self.schedule),
+            "subset": None if self.subset is None else self.subset.settings(),
             "trained": list(self.names),
         }
 
-    def replay(self, records: NDArray[np.void]) -> None:
-        """Do to the weights what the recorded steps did, in one pass over them.
-
-        Parameters
-        ----------
-        records : ndarray
-            dtype :data:`pocketzo.formats.journal.RECORD`; whole steps, following the weights as they are.
-        """
-        if len(records) % self.draws:
-            raise ValueError(f"whole steps have a multiple of {self.draws} records, got {len(records)}")
-
-        def uses(part: Part) -> list[Use]:
-            uses = []
-            for at in range(0, len(records), self.draws):
-                step = records[at : at + self.draws]
-                lr = float(step["lr"][0])
-                uses += self.uses(step["draw"].tolist(), step["coefficient"].tolist(), lr, part)
-            return uses
-
-        self._apply(uses)
-        self.step_number += len(records) // self.draws
+    # ---- passes over the weights -------------------------------------------------------------------------------------
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[Part]:
-        plain = Group("")
+        plain = ParamGroup("")
         members: dict[tuple[float, float, bool, bool], list[Any]] = {}
         for tensor in tensors:
             group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
-            decay = self.weight_decay > 0 and len(tensor.shape) > 1
-            key = group.lr, group.eps, decay, tensor.dtype == "float16"
+            if not 0 < float32(self.eps * group.eps) < math.inf:
+                raise ValueError(f"eps must be a positive float32, got {self.eps * group.eps}")
+            decays = self.weight_decay > 0 and len(tensor.shape) > 1
+            key = group.lr, group.eps, decays, tensor.dtype != "float32"
             members.setdefault(key, []).extend(self.model.weights.segments(tensor.name))
-        for group in self.groups:
-            if not any(re.search(group.pattern, tensor.name) for tensor in tensors):
-                raise ValueError(f"group {group.pattern!r} matches none of the {len(tensors)} trained weights")
-        parts = [Part(Segments(weights), *key) for key, weights in members.items()]
+        return [
+            Part(Segments(segments), lr, eps, decays, is_16bit)
+            for (lr, eps, decays, is_16bit), segments in members.items()
+        ]
+
+    def _parts_of(self, step: int) -> list[Part]:
+        if self.subset is None:
+            return self._parts
+        return self._make_parts([self._tensors[i] for i in self._chosen(step)])
+
+    def _chosen(self, step: int) -> Sequence[int]:
+        assert self.subset is not None
+        return self.subset(seed=self.seed, step=step, count=len(self._tensors))
+
+    def _program(self, part: Part) -> Program:
+        return Program(part, eps=self.eps, weight_decay=self.weight_decay)
+
+    def _move(self, parts: list[Part], before: Point, after: Point) -> None:
+        programs = []
         for part in parts:
-            if not 0 < self._eps(part) < math.inf:
-                raise ValueError(f"eps must be a positive float32, got {self.eps * part.eps}")
-        return parts
+            programs.append(self._program(part))
+            programs[-1].move(before, after)
+        self._apply(parts, programs)
 
-    def _terms(self, uses: Sequence[Use]) -> bytes:
-        rademacher = self.direction == "rademacher"
-        return b"".join(
-            TERM.pack(self.seed, draw, *scales, *(0.0,) * (3 - len(scales)), decay, len(scales), rademacher, rounding)
-            for draw, scales, decay, rounding in uses
-        )
+    def _pack(self, program: Program) -> bytes:
+        return program.pack(self.seed, rademacher=self.distribution == "rademacher")
 
-    def _apply(self, uses: Callable[[Part], Sequence[Use]]) -> None:
-        """Pay what is owed and do this, in one pass over the weights."""
+    def _apply(self, parts: list[Part], programs: Sequence[Program]) -> None:
+        """Apply what is pending, and these, in one pass over the weights where they are the same parts."""
         with self._lock:
-            if not any(part.owed for part in self._parts):
-                self.model.weights.settle()  # what another optimizer owes
-            for part in self._parts:
-                part.apply(self._terms(uses(part)))
+            if not any(part.pending for part in self._pending):
+                self.model.weights.settle()  # what is pending of another optimizer
+            if parts is not self._pending:
+                for part in self._pending:
+                    part.apply()
+            for part, program in zip(parts, programs, strict=True):
+                part.apply(self._pack(program))
 
-    def _owe(self, uses: Callable[[Part], Sequence[Use]]) -> None:
-        """Leave this to the next pass, or to whoever looks at the weights before it.
+    def _defer(self, parts: list[Part], at: Point, entry: Entry) -> None:
+        """Leave the return from a point, and the update, to the next pass.
 
-        A term rounds as in a pass of its own, so that looking does not change a bit of what follows.
+        A term rounds as in a pass of its own, so that when it is applied does not change a bit.
         """
         # Nothing here refers back to the model, which would then be kept until the garbage collector came by.
-        self.model.weights.defer(partial(pay, self._parts, self._lock))
-        for part in self._parts:
-            part.owed = self._terms(uses(part))
-
-    def _evaluate(self, objective: Objective) -> float:
-        return float(objective(cast(Model, self.model)))
-
-    def _shift(self, *shifts: tuple[int, float]) -> None:
-        """Shift the weights along directions, by multiples of eps."""
-        self._apply(lambda part: self._shifts(shifts, part))
-
-    def _shifts(self, shifts: Sequence[tuple[int, float]], part: Part) -> list[Use]:
-        return [Use(draw, self._scales(factor, part)) for draw, factor in shifts]
-
-    def _scales(self, factor: float, part: Part) -> list[float]:
-        # fp16 weights go back to where they were before they go on to the other side, as both ways round alike: else
-        # each step would leave the roundings of three shifts, two thirds of a unit.
-        if part.half and abs(factor) > 1.0:
-            return [factor / 2 * self._eps(part)] * 2
-        return [factor * self._eps(part)]
-
-    def _eps(self, part: Part) -> float:
-        return float32(self.eps * part.eps)
-
-    def _decay(self, lr: float, part: Part) -> float:
-        return float32(lr * part.lr * self.weight_decay) if part.decay else 0.0
-
-    def _record(self, draws: Sequence[int], coefficients: Sequence[float], lr: float) -> None:
-        if self.journal is not None:
-            self.journal.append([(d, c, lr) for d, c in zip(draws, coefficients, strict=True)])
-        self.step_number += 1
-
-    def _applicable(self, coefficients: Sequence[float]) -> bool:
-        """Whether an update by these stays finite for every part."""
-        largest = max(part.lr for part in self._parts)
-        return all(math.isfinite(float32(largest * coefficient)) for coefficient in coefficients)
-
-    def _lr(self) -> float:
-        return float32(self.lr * self.schedule(self.step_number))
+        self.model.weights.defer(partial(flush, parts, self._lock))
+        for part in parts:
+            program = self._program(part)
+            program.update(at, entry.coefficients, entry.lr)
+            part.pending = self._pack(program)
+        self._pending = parts

@@ -1,4 +1,4 @@
-"""Passes that are left to the next one, and Ctrl-C."""
+"""Passes over the weights that are left to the next step, and Ctrl-C in the middle of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pocketzo.optim.program import Part
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C: between two passes over the weights an exception would leave them half shifted."""
+    """Hold back Ctrl-C: an exception between two passes over the weights would leave them half shifted."""
     elsewhere = threading.current_thread() is not threading.main_thread()  # only the main thread gets signals
     if elsewhere or signal.getsignal(signal.SIGINT) is None:  # and a handler that is not Python's cannot be put back
         yield
@@ -31,9 +31,9 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def pay(parts: Sequence[Part], lock: threading.RLock) -> None:
-    """Apply what is owed to the parts."""
-    if any(part.owed for part in parts):
+def flush(parts: Sequence[Part], lock: threading.RLock) -> None:
+    """Apply the pending terms of some parts."""
+    if any(part.pending for part in parts):
         with uninterrupted(), lock:
             for part in parts:
                 part.apply()

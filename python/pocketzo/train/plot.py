@@ -56,7 +56,7 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     lines = list(past.metrics())
     steps, losses = _series([(line["step"], line["loss"]) for line in lines if "loss" in line])
     evaluations = [(line["step"], line["eval"]) for line in lines if "eval" in line]
-    before = past.header["data"]["source"].get("before")  # stored there by the command line
+    before = past.recipe.data.source.before
     if before:
         evaluations.insert(0, (0, before))
     eval_steps, eval_losses = _series([(step, result.get("loss")) for step, result in evaluations])
@@ -66,10 +66,10 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     figure = Figure(figsize=(7.2, 1.2 + 2.5 * panels), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes: list[Any] = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0].tolist()
-    method = past.header["method"]
+    method = past.recipe.method
     figure.suptitle(
         f"{past.path.resolve().name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
-        f"batch {past.header['trainer']['batch_size']}, seed {method['seed']}",
+        f"batch {past.recipe.loop.batch_size}, seed {method['seed']}",
         fontsize=10,
     )
     axes[0].plot(steps, losses, color=_RAW, linewidth=0.8, label="training, each step's batch")

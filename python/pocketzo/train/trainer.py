@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
-from pocketzo.formats.files import atomic_file
-from pocketzo.formats.journal import Journal
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.machine import cores
 from pocketzo.optim.optimizer import Optimizer, StepInfo
+from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.evaluate import evaluate
-from pocketzo.train.run import Run, finite, recorded_packing, run_seal, score
-
-# The settings of a trainer that its record holds and a resumed one takes over.
-_OPTIONS = "batch_size", "steps", "eval_every", "metric", "patience", "snapshot_every", "max_skipped", "group_by_length"
+from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
+from pocketzo.train.run import Run, finite, score
+from pocketzo.train.writer import RunWriter
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,8 @@ class Trainer:
         lengths, an array of shape [n].
     max_skipped : int
         So many steps in a row with a loss that is not finite end the run with an error.
-    source : dict, optional
-        Kept in the header as ``data``: where the data came from.
+    source : Source, optional
+        Kept in the header: where the data came from.
     callback : callable, optional
         Called after every step with a :class:`Progress`.
     """
@@ -112,25 +108,26 @@ class Trainer:
         snapshot_every: int | None = None,
         group_by_length: bool = False,
         max_skipped: int = 10,
-        source: Mapping[str, Any] | None = None,
+        source: Source | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> None:
-        for name, value in (
-            ("batch_size", batch_size),
-            ("steps", steps),
-            ("max_skipped", max_skipped),
-            ("eval_every", 1 if eval_every is None else eval_every),
-            ("patience", 1 if patience is None else patience),
-            ("snapshot_every", 1 if snapshot_every is None else snapshot_every),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if metric is None:
             metric = "loss" if model.bundle.logits is None else "accuracy"
         if metric not in ("accuracy", "loss"):
             raise ValueError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
         if {"accuracy": model.bundle.logits, "loss": model.bundle.loss}[metric] is None and patience is not None:
             raise ValueError(f"{model.bundle.path}: the graph has no output that gives the metric {metric!r}")
+        loop = Loop(
+            steps=steps,
+            batch_size=batch_size,
+            eval_every=eval_every,
+            metric=metric,
+            patience=patience,
+            snapshot_every=snapshot_every,
+            group_by_length=group_by_length,
+            max_skipped=max_skipped,
+            objective="loss" if objective is None else getattr(objective, "__qualname__", "custom"),
+        )
         if not len(train):
             raise ValueError("train has no examples")
         if patience is not None and (eval is None or eval_every is None):
@@ -151,24 +148,16 @@ class Trainer:
         self.optimizer = optimizer
         self.train = train
         self.eval = eval
-        self.batch_size = batch_size
-        self.steps = steps
         self.run = None if run is None else Path(run)
         self.objective = objective
-        self.eval_every = eval_every
-        self.metric = metric
-        self.patience = patience
-        self.snapshot_every = snapshot_every
-        self.group_by_length = group_by_length
-        self.max_skipped = max_skipped
-        self.source = dict(source or {})
+        self.loop = loop
+        self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self._evaluations: dict[int, dict[str, float]] = {}
         self._skipped = 0
-        self._journal: Journal | None = None
-        self._metrics: TextIO | None = None
+        self._writer: RunWriter | None = None
 
     @classmethod
     def resume(
@@ -181,9 +170,10 @@ class Trainer:
         objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Trainer:
-        """Take a run up where its record ends; on the same machine the final weights are the same as without a break.
+        """Go on with a run after its last step; on the same machine the final weights are the same as without a break.
 
-        That takes the threads and the packing of the record, and a warning says where they are others.
+        For that the session has the threads and the layout of weights that the journal names; a warning says where
+        they differ.
 
         Parameters
         ----------
@@ -197,9 +187,8 @@ class Trainer:
             As before.
         """
         past = Run(run)
-        settings = past.header["trainer"]
-        for name, data in (("train", train), ("eval", eval)):
-            expected = past.header["data"][name]
+        recipe = past.recipe
+        for name, data, expected in ("train", train, recipe.data.train), ("eval", eval, recipe.data.eval):
             got = None if data is None else data.fingerprint
             if got != expected:
                 raise JournalError(
@@ -208,64 +197,61 @@ class Trainer:
                 )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
-            from pocketzo.runtime.load import load
-
-            model = load(base, threads=settings["threads"], packed=recorded_packing(settings))
-        usable = len(cores.usable())
-        if model.threads > usable:
-            warnings.warn(
-                f"{past.path}: goes on with the {model.threads} threads of its record, on which the roundings of "
-                f"losses may depend, though that is slow with fewer cores to use ({usable})",
-                stacklevel=2,
-            )
-        if model.packed != bool(settings.get("packed")):
-            became = "packed" if model.packed else f"not packed ({model.unpacked_because})"
-            warnings.warn(
-                f"{past.path}: goes on with weights that are {became}, unlike its record: losses round otherwise, so "
-                f"that the run ends near where it would have ended, but not at the same bits",
-                stacklevel=2,
-            )
-        optimizer = past.rebuild(model)
+            model = load(base, threads=recipe.session.threads, packed=recipe.session.packing)
+        _warn_of_differences(model, past)
+        loop = asdict(recipe.loop)
+        del loop["objective"]
         trainer = cls(
             model,
-            optimizer,
+            past.replay_onto(model),
             train,
             eval=eval,
             run=run,
             objective=objective,
-            source=past.header["data"]["source"],
+            source=recipe.data.source,
             callback=callback,
-            **{name: settings[name] for name in _OPTIONS if name in settings},  # older records have no group_by_length
+            **loop,
         )
         trainer._take_up(past)
         return trainer
 
+    def _take_up(self, past: Run) -> None:
+        steps = self.optimizer.step_number
+        self._writer = RunWriter.resume(past, steps)
+        self._evaluations = {
+            line["step"]: line["eval"] for line in past.metrics() if "eval" in line and line["step"] <= steps
+        }
+        for entry in reversed(past.entries[:steps]):
+            if entry.lr or any(entry.coefficients.values()):
+                break
+            self._skipped += 1
+
     def differences(self, past: Run) -> list[str]:
-        """Say in which settings a recorded run and this trainer differ; :meth:`resume` would take those of the record.
+        """Return the settings in which a recorded run and this trainer differ; :meth:`resume` takes those of the run.
 
         The data and the base bundle are not compared, as resuming checks them, and neither are threads and packing.
         """
-        here = json.loads(json.dumps(self._settings()))  # as the record has it: lists, no tuples
-        method, settings = past.header["method"], past.header["trainer"]
-        pairs = [(name, method.get(name), here["method"].get(name)) for name in {**method, **here["method"]}]
-        pairs += [(name, settings[name], here["trainer"][name]) for name in _OPTIONS if name in settings]
-        implied: set[str] = set()  # by others, which are named
-        if settings["steps"] != self.steps:
+        method = json.loads(json.dumps(self.optimizer.settings()))  # as the journal has it: lists, no tuples
+        there = {**past.recipe.method, **asdict(past.recipe.loop)}
+        here = {**method, **asdict(self.loop)}
+        implied = {"objective"}  # not to be compared: a function
+        if there["steps"] != here["steps"]:
             implied |= {"schedule", "eval_every"}
-        if method["method"] != here["method"]["method"]:
-            implied |= set(method) ^ set(here["method"])
+        if there["method"] != here["method"]:
+            implied |= {"distribution", "queries"}
         return [
-            f"other weights are trained ({len(there)} there, {len(now)} here)"
+            f"other weights are trained ({len(there[name])} there, {len(here[name])} here)"
             if name == "trained"
-            else f"{name} is {there} there and {now} here"
-            for name, there, now in pairs
-            if there != now and name not in implied
+            else f"{name} is {there[name]} there and {here[name]} here"
+            for name in here
+            if there[name] != here[name] and name not in implied
         ]
 
     def fit(self) -> None:
         """Train to the end, or until :attr:`stop_requested` is set or evaluations stop improving.
 
-        An exception of the objective ends the run; the record ends before that step, and :meth:`resume` takes it again.
+        An exception of the objective ends the run; the journal ends before that step, and :meth:`resume` takes it
+        again. A run that ends so in its first step leaves no journal.
 
         Raises
         ------
@@ -274,61 +260,63 @@ class Trainer:
         JournalError
             The run folder holds a run already.
         """
-        if self.run is not None and self._journal is None:
-            self._begin()
+        began = self.run is not None and self._writer is None
+        if began:
+            self._writer = self._begin()
         try:
-            with ThreadPoolExecutor(1) as helper, contextlib.ExitStack() as stack:
-                if self.run is not None:
-                    self._metrics = stack.enter_context((self.run / "metrics.jsonl").open("a", buffering=1))
-                self._loop(helper)
+            with ThreadPoolExecutor(1) as helper:
+                self._train(helper)
+        except Exception:
+            if began and self._writer is not None and not self._writer.steps:
+                self._writer.discard()
+            raise
         finally:
-            self._metrics = None
-            self.optimizer.journal = None
-            if self._journal is not None:
-                self._journal.sync()
-                self._journal.close()
-                self._journal = None
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
-    def _loop(self, helper: ThreadPoolExecutor) -> None:
-        optimizer = self.optimizer
+    def _train(self, helper: ThreadPoolExecutor) -> None:
+        optimizer, loop = self.optimizer, self.loop
         ahead: Future[Batch] | None = None
-        synced = time.monotonic()
         while True:
             step = optimizer.step_number
-            # What a killed run owed after its last step.
+            # A killed run may have missed the evaluation after its last step.
             if step and self._eval_due(step) and step not in self._evaluations:
                 self._evaluate(step)
-            if step >= self.steps or self.stop_requested or self._out_of_patience():
+            if step >= loop.steps or self.stop_requested or self._out_of_patience():
                 return
             started = time.perf_counter()
             batch = (ahead or helper.submit(self._batch, step)).result()
-            ahead = helper.submit(self._batch, step + 1) if step + 1 < self.steps else None
-            try:
-                info = optimizer.step(lambda model, batch=batch: self._loss(model, batch))  # type: ignore[misc]
-            except Exception:
-                # The step was undone but for roundings. Without it on record, a resume takes it again.
-                if self._journal is not None:
-                    self._journal.truncate(step * optimizer.draws)
-                raise
+            ahead = helper.submit(self._batch, step + 1) if step + 1 < loop.steps else None
+            info = self._step(batch)
             if ahead is not None:
                 ahead.exception()  # waits, and leaves what was raised to the step that needs the batch
             seconds = time.perf_counter() - started
             self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
-            if self._journal is not None and time.monotonic() - synced > 30:
-                self._journal.sync()
-                synced = time.monotonic()
             evaluation = self._evaluate(step + 1) if self._eval_due(step + 1) else None
-            if self.snapshot_every and (step + 1) % self.snapshot_every == 0 and self.run is not None:
-                self._snapshot(step + 1)
+            if loop.snapshot_every and (step + 1) % loop.snapshot_every == 0 and self._writer is not None:
+                self._writer.snapshot(optimizer)
             if self.callback is not None:
-                self.callback(Progress(info, self.steps, seconds, evaluation))
-            if self._skipped >= self.max_skipped:
+                self.callback(Progress(info, loop.steps, seconds, evaluation))
+            if self._skipped >= loop.max_skipped:
                 raise TrainingError(
                     f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
                     f"are as before them. Try a smaller lr or eps"
                     + (", or a bundle in float32: fp16 ends at 65504" if self.model.bundle.is_half else "")
                 )
+
+    def _step(self, batch: Batch) -> StepInfo:
+        step, writer = self.optimizer.step_number, self._writer
+        try:
+            return self.optimizer.step(
+                lambda model: self._loss(model, batch), None if writer is None else writer.append
+            )
+        except Exception:
+            # The step was undone but for roundings. As the journal ends before it, a resumed run takes it again.
+            if writer is not None:
+                writer.truncate(step)
+            raise
 
     def _batch(self, step: int) -> Batch:
         return self.train.batch(self._order(step))
@@ -338,100 +326,73 @@ class Trainer:
             return model.loss(batch)
         return float(self.objective(model.run(batch), batch))
 
-    def _begin(self) -> None:
+    def _begin(self) -> RunWriter:
         assert self.run is not None
         if self.optimizer.step_number:
-            raise ValueError("the optimizer has taken steps already, which a new record would not hold")
+            raise ValueError("the optimizer has taken steps already, which a new journal would not hold")
         bundle = self.model.bundle
         base_sha256 = file_sha256(bundle.weights_path)
         if self.model.weights.sha256() != base_sha256:
             raise ValueError(
-                f"the weights in memory are not those of {bundle.path}, from which the record would be replayed: save "
+                f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save "
                 f"the model, load what was saved, and train that"
             )
-        header = {
-            "model": {
-                "bundle": os.fspath(bundle.path.resolve()),
-                "graph_sha256": bundle.graph_sha256,
-                "weights_sha256": base_sha256,
-            },
-            **self._settings(),
-            "data": {
-                "train": self.train.fingerprint,
-                "eval": None if self.eval is None else self.eval.fingerprint,
-                "source": self.source,
-            },
-        }
-        self.run.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal.create(self.run / "journal.pzj", header)
-        self.optimizer.journal = self._journal
-        (self.run / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(self.run / "snapshots", ignore_errors=True)
-
-    def _settings(self) -> dict[str, dict[str, Any]]:
-        return {
-            "method": self.optimizer.settings(),
-            "trainer": {
-                "draws": self.optimizer.draws,
-                **{name: getattr(self, name) for name in _OPTIONS},
-                "threads": self.model.threads,
-                "forward_seconds": dict(self.model.forward_seconds) or None,
-                "packed": self.model.packed,
-                "objective": "loss" if self.objective is None else getattr(self.objective, "__qualname__", "custom"),
-            },
-        }
-
-    def _take_up(self, past: Run) -> None:
-        journal = Journal.open(past.path / "journal.pzj")
-        if journal.notice:
-            warnings.warn(journal.notice, stacklevel=3)
-        steps = self.optimizer.step_number
-        journal.truncate(steps * self.optimizer.draws)
-        self._journal = self.optimizer.journal = journal
-        lines = [line for line in past.metrics() if line["step"] <= steps]
-        with atomic_file(past.path / "metrics.jsonl") as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        for pattern in ".*.part", "snapshots/.*.part":  # left by a process that was killed while it wrote
-            for left in past.path.glob(pattern):
-                left.unlink(missing_ok=True)
-        self._evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
-        whole = journal.records["lr"].reshape(steps, self.optimizer.draws)[:, 0]
-        coefficients = journal.records["coefficient"].reshape(steps, self.optimizer.draws)
-        while self._skipped < steps and not whole[-1 - self._skipped] and not coefficients[-1 - self._skipped].any():
-            self._skipped += 1
+        model = self.model
+        recipe = Recipe(
+            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256),
+            method=self.optimizer.settings(),
+            loop=self.loop,
+            session=Session(
+                threads=model.threads,
+                forward_seconds={str(n): seconds for n, seconds in model.forward_seconds.items()} or None,
+                packed=model.packed,
+            ),
+            data=DataUsed(
+                train=self.train.fingerprint,
+                eval=None if self.eval is None else self.eval.fingerprint,
+                source=self.source,
+            ),
+        )
+        return RunWriter.begin(self.run, recipe)
 
     def _eval_due(self, step: int) -> bool:
         if self.eval is None:
             return False
-        return step == self.steps or (self.eval_every is not None and step % self.eval_every == 0)
+        every = self.loop.eval_every
+        return step == self.loop.steps or (every is not None and step % every == 0)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         assert self.eval is not None
-        result = evaluate(self.model, self.eval, batch_size=self.batch_size)
+        result = evaluate(self.model, self.eval, batch_size=self.loop.batch_size)
         self._evaluations[step] = result
         self._log({"step": step, "eval": {name: finite(value) for name, value in result.items()}})
         return result
 
     def _out_of_patience(self) -> bool:
-        if self.patience is None or not self._evaluations:
+        if self.loop.patience is None or not self._evaluations:
             return False
         steps = sorted(self._evaluations)
-        best = max(steps, key=lambda step: score(self._evaluations[step], self.metric))
-        return len(steps) - 1 - steps.index(best) >= self.patience
-
-    def _snapshot(self, step: int) -> None:
-        assert self.run is not None
-        folder = self.run / "snapshots"
-        folder.mkdir(exist_ok=True)
-        assert self._journal is not None
-        path = folder / f"step-{step:08d}.safetensors"
-        self.model.weights.save(path)
-        with atomic_file(path.with_suffix(".json")) as file:
-            file.write(json.dumps(run_seal(self._journal.header, self.model.weights.sha256())).encode())
-        for other in folder.glob("step-*"):
-            if other.stem != path.stem:
-                other.unlink()
+        best = max(steps, key=lambda step: score(self._evaluations[step], self.loop.metric))
+        return len(steps) - 1 - steps.index(best) >= self.loop.patience
 
     def _log(self, line: Mapping[str, Any]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(line) + "\n")
+        if self._writer is not None:
+            self._writer.log(line)
+
+
+def _warn_of_differences(model: Model, past: Run) -> None:
+    session = past.recipe.session
+    usable = len(cores.usable())
+    if model.threads > usable:
+        warnings.warn(
+            f"{past.path}: goes on with the {model.threads} threads of its journal, on which the roundings of losses "
+            f"may depend, though that is slow with fewer cores to use ({usable})",
+            stacklevel=3,
+        )
+    if model.packed != session.packed:
+        became = "packed" if model.packed else f"not packed ({model.unpacked_because})"
+        warnings.warn(
+            f"{past.path}: goes on with weights that are {became}, unlike its journal: losses round otherwise, so that "
+            f"the run ends near where it would have ended, but not at the same bits",
+            stacklevel=3,
+        )

@@ -1,0 +1,51 @@
+"""Block: each step perturbs and moves a random share of the tensors only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pocketzo.formats.bundle import BLOCK_ID
+from pocketzo.kernels import noise
+
+
+@dataclass(frozen=True)
+class Block:
+    """A random share of the trained tensors, another one each step, for any method.
+
+    The passes over the weights shrink to this share, while a forward costs what it did. That pays where the passes are
+    a large part of a step: short sequences and small batches. LeZO (Wang et al., arXiv 2410.09823) and MeZO-BCD (Park
+    et al., arXiv 2501.19099) choose whole layers; here the unit is a tensor.
+
+    Attributes
+    ----------
+    share : float
+        In (0, 1]: of the tensors, rounded to a whole number of them, at least one.
+    """
+
+    share: float
+
+    name: ClassVar[str] = "block"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"block must be greater than 0 and at most 1, got {self.share}")
+
+    def __call__(self, *, seed: int, step: int, count: int) -> list[int]:
+        """Return the numbers of the tensors of one step, sorted: a function of the arguments alone.
+
+        Parameters
+        ----------
+        seed, step : int
+            64-bit, unsigned.
+        count : int
+            Number of tensors.
+        """
+        order = np.argsort(noise(count, seed=seed, tensor=BLOCK_ID, draw=step), kind="stable")
+        return sorted(order[: max(1, round(self.share * count))].tolist())
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name, and the arguments that make an equal one."""
+        return {"name": self.name, "share": self.share}
