@@ -394,7 +394,8 @@ def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -
 def test_info(workspace: Workspace) -> None:
     bundle = json.loads(good("info", workspace.base, "--json"))
     assert bundle["kind"] == "bundle"
-    assert bundle["labels"] == list(LABELS)
+    assert bundle["task"] == {"name": "classification", "settings": {"labels": list(LABELS)}}
+    assert bundle["sets"] == {"all": bundle["trainable"]}
     assert bundle["tuned"] is False
     assert bundle["parameters"] >= bundle["trainable"] > 1000
     assert {tensor["name"] for tensor in bundle["tensors"]} >= {"classifier.weight", "embedding.weight"}
@@ -404,7 +405,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["method"]["method"] == "fzoo"
     assert run["last"]["count"] == 45
     assert bundle["packing"] == "can be packed: 2 matrices, 0.0 MB"
-    assert "red, green, blue" in good("info", workspace.base)
+    assert re.search(r"task +classification, labels red, green, blue *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
 

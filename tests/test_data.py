@@ -25,7 +25,7 @@ from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import BundleError, DataError, MissingExtraError
-from pocketzo.formats.bundle import Bundle, ValueSpec
+from pocketzo.formats.bundle import Bundle, TaskSpec, ValueSpec
 
 WORDS = ["a", "b", "good", "bad", "film", "the", "is", "not", "one", "two", "three"]
 LETTERS = [chr(code) for code in range(33, 127)]
@@ -84,7 +84,7 @@ def make_bundle(tokenizer_path: Path) -> MakeBundle:
             outputs=(ValueSpec("loss", "float32", ()), ValueSpec("logits", "float32", ("batch", classes))),
             loss="loss",
             logits="logits",
-            labels=labels,
+            task=TaskSpec("classification", {} if labels is None else {"labels": list(labels)}),
             max_length=max_length,
             tokenizer=tokenizer,
             graph_sha256="",

@@ -15,7 +15,18 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.bundle import (
+    FLOATS,
+    MODEL,
+    TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    TaskSpec,
+    TensorSpec,
+    ValueSpec,
+    staged_folder,
+    tensor_ids,
+)
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.liveness import probe_batch
 
@@ -132,14 +143,20 @@ def prepare(
         bundle = Bundle(
             path=folder,
             tensors=tuple(
-                TensorSpec(weight.name, ids[weight.name], weight.dtype.name, weight.array.shape, weight.name in chosen)
+                TensorSpec(
+                    weight.name,
+                    ids[weight.name],
+                    weight.dtype.name,
+                    weight.array.shape,
+                    sets=("all",) if weight.name in chosen else (),
+                )
                 for weight in weights
             ),
             inputs=inputs,
             outputs=outputs,
             loss=loss,
             logits=logits,
-            labels=class_names,
+            task=_task(outputs, logits, class_names),
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
             graph_sha256=file_sha256(folder / MODEL),
@@ -151,6 +168,12 @@ def prepare(
         del session  # which maps a file of the folder that is now renamed
         bundle.write_description()
     return Bundle.read(out)
+
+
+def _task(outputs: Sequence[ValueSpec], logits: str | None, labels: tuple[str, ...] | None) -> TaskSpec | None:
+    rank = next((len(value.shape) for value in outputs if value.name == logits), 0)
+    name = {2: "classification", 3: "token-classification"}.get(rank)
+    return None if name is None else TaskSpec(name, {} if labels is None else {"labels": list(labels)})
 
 
 def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:
