@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from described import CLS, PAD, SEP, WORDS, described_bundle, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sizes import full_or_small
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 import pocketzo as pz
 from pocketzo.data.batch import Batch
@@ -25,38 +26,13 @@ from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import BundleError, DataError, MissingExtraError
-from pocketzo.formats.bundle import Bundle, TaskSpec, ValueSpec
-
-WORDS = ["a", "b", "good", "bad", "film", "the", "is", "not", "one", "two", "three"]
-LETTERS = [chr(code) for code in range(33, 127)]
-PAD, CLS, SEP = 5, 2, 3  # a pad id other than 0, so that it cannot be right by chance
+from pocketzo.formats.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a WordPiece tokenizer that asks for padding and truncation of its own, which must not come through."""
-    pieces = [
-        "[X]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[Y]",
-        "[PAD]",
-        *WORDS,
-        *LETTERS,
-        *("##" + letter for letter in LETTERS),
-    ]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    tokenizer.enable_padding(length=64, pad_id=PAD, pad_token="[PAD]")
-    tokenizer.enable_truncation(3)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
+    write_tokenizer(path)
     return path
 
 
@@ -65,34 +41,7 @@ MakeBundle = Callable[..., Bundle]
 
 @pytest.fixture(scope="session")
 def make_bundle(tokenizer_path: Path) -> MakeBundle:
-    def make(
-        *,
-        inputs: dict[str, tuple[str, tuple[int | str, ...]]] | None = None,
-        labels: tuple[str, ...] | None = ("negative", "positive"),
-        classes: int | str = 2,
-        max_length: int | None = 64,
-        path: Path = tokenizer_path.parent,
-        tokenizer: str | None = "tokenizer.json",
-    ) -> Bundle:
-        if inputs is None:
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            inputs = dict.fromkeys(names, ("int64", ("batch", "sequence"))) | {"labels": ("int64", ("batch",))}
-        return Bundle(
-            path=path,
-            tensors=(),
-            inputs=tuple(ValueSpec(name, dtype, shape) for name, (dtype, shape) in inputs.items()),
-            outputs=(ValueSpec("loss", "float32", ()), ValueSpec("logits", "float32", ("batch", classes))),
-            loss="loss",
-            logits="logits",
-            task=TaskSpec("classification", {} if labels is None else {"labels": list(labels)}),
-            max_length=max_length,
-            tokenizer=tokenizer,
-            graph_sha256="",
-            base_sha256="",
-            header_sha256="",
-        )
-
-    return make
+    return lambda path=tokenizer_path.parent, **options: described_bundle(path, **options)
 
 
 @pytest.fixture(scope="session")

@@ -15,20 +15,10 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.formats.bundle import (
-    FLOATS,
-    MODEL,
-    TOKENIZER,
-    WEIGHTS,
-    Bundle,
-    TaskSpec,
-    TensorSpec,
-    ValueSpec,
-    staged_folder,
-    tensor_ids,
-)
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.liveness import probe_batch
+from pocketzo.tasks.registry import task_for
 
 if TYPE_CHECKING:
     from pocketzo.onnx_graph import Weight
@@ -127,6 +117,9 @@ def prepare(
             raise BundleError(f"{model}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
         if class_names is not None and logits is None:
             raise BundleError(f"{model}: labels given, but the graph has no output 'logits' to which they could belong")
+        task = task_for(inputs, outputs, logits, class_names)
+        if class_names is not None and task is None:
+            raise BundleError(f"{model}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
 
         write(
             folder / WEIGHTS,
@@ -156,7 +149,7 @@ def prepare(
             outputs=outputs,
             loss=loss,
             logits=logits,
-            task=_task(outputs, logits, class_names),
+            task=task,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
             graph_sha256=file_sha256(folder / MODEL),
@@ -168,12 +161,6 @@ def prepare(
         del session  # which maps a file of the folder that is now renamed
         bundle.write_description()
     return Bundle.read(out)
-
-
-def _task(outputs: Sequence[ValueSpec], logits: str | None, labels: tuple[str, ...] | None) -> TaskSpec | None:
-    rank = next((len(value.shape) for value in outputs if value.name == logits), 0)
-    name = {2: "classification", 3: "token-classification"}.get(rank)
-    return None if name is None else TaskSpec(name, {} if labels is None else {"labels": list(labels)})
 
 
 def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import click  # noqa: TID253
 
 from pocketzo.data.columns import Columns
-from pocketzo.data.readers import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES
 from pocketzo.optim.groups import ParamGroup
+from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.registry import TASKS
 
 
 def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -42,6 +43,15 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
         regex(context, param, pattern)
         groups.append(ParamGroup(pattern, **settings))
     return tuple(groups)
+
+
+def metric_names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Parse names of metrics, several with commas between."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(names))
 
 
 PATH = click.Path(path_type=Path)
@@ -78,11 +88,7 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
-_COLUMNS = {
-    "text": ("text", TEXT_NAMES),
-    "text_pair": ("second text", PAIR_NAMES),
-    "label": ("label", LABEL_NAMES),
-}
+_HOLDS = {"text": "text", "text_pair": "second text", "label": "label"}
 
 
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,10 +100,10 @@ def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*arguments, columns=Columns(**given), **options)
 
     for field in reversed(fields(Columns)):
-        what, names = _COLUMNS[field.name]
+        names = dict.fromkeys(name for task in TASKS.values() for name in task.columns.get(field.name, ()))
         with_columns = click.option(
             f"--{field.name.replace('_', '-')}-column",
             metavar="NAME",
-            help=f"Column that holds the {what}.  [default: {', '.join(names)}]",
+            help=f"Column that holds the {_HOLDS[field.name]}.  [default: {', '.join(names)}]",
         )(with_columns)
     return with_columns
