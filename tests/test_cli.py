@@ -342,6 +342,21 @@ def test_eval_for_people(workspace: Workspace) -> None:
     assert re.fullmatch(pattern, good("eval", workspace.run, "--data", workspace.dev))
 
 
+def test_eval_prints_the_metrics_that_are_asked_for(workspace: Workspace, tmp_path: Path) -> None:
+    words = "eval", workspace.run, "--data", workspace.dev, "--metric"
+    result = json.loads(good(*words, "f1,matthews", "--metric", "loss", "--metric", "f1", "--json"))
+    assert list(result) == ["f1", "matthews", "loss", "count"]
+    weights_after(workspace.run, tmp_path / "tuned")
+    model = pz.load(tmp_path / "tuned", threads=1)
+    data = pz.load_dataset(workspace.dev, model.bundle)
+    assert result == pytest.approx(pz.evaluate(model, data, metrics=["f1", "matthews", "loss"]), rel=1e-5)
+    pattern = r"perplexity \d\.\d+ · accuracy \d+\.\d % · 45 examples · after step 60\n"
+    assert re.fullmatch(pattern, good(*words, "perplexity, accuracy"))
+    process = pocketzo(*words, "f1,recall")
+    assert process.returncode == 2
+    assert "'recall' is not one of accuracy, f1, matthews, loss, perplexity" in process.stderr
+
+
 def test_eval_of_a_bundle_takes_no_step(workspace: Workspace) -> None:
     process = pocketzo("eval", workspace.base, "--data", workspace.dev, "--best")
     assert process.returncode == 2

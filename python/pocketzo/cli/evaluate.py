@@ -16,6 +16,7 @@ from pocketzo.cli.options import (
     best_option,
     column_options,
     json_option,
+    metric_names,
     step_option,
     threads_option,
 )
@@ -25,11 +26,21 @@ from pocketzo.data.load import load_dataset
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.load import load
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
+from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.registry import task_of
 
 
 @click.command("eval", cls=Command)
 @click.argument("model", type=PATH, metavar="BUNDLE|RUN")
 @click.option("--data", type=PATH, required=True, metavar="FILE", help="Examples: .jsonl, .tsv, .csv or .npz.")
+@click.option(
+    "--metric",
+    "metrics",
+    callback=metric_names,
+    multiple=True,
+    metavar="NAME",
+    help=f"What to print: {', '.join(METRICS)}; repeatable, or several with commas.  [default: the task's, and loss]",
+)
 @json_option
 @step_option
 @best_option
@@ -40,6 +51,7 @@ from pocketzo.tasks.evaluate import evaluate as evaluate_model
 def evaluate(
     model: Path,
     data: Path,
+    metrics: tuple[str, ...],
     as_json: bool,
     step: int | None,
     best: bool,
@@ -53,9 +65,10 @@ def evaluate(
     Prints accuracy, mean loss, and the count of examples; null, or "-", for what the graph does not give.
 
     \b
-    Example:
+    Examples:
       pocketzo eval runs/first --data dev.tsv --json
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
+      pocketzo eval base --data dev.tsv --metric f1,matthews
     """  # noqa: D301
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
@@ -70,11 +83,13 @@ def evaluate(
     loaded = load(bundle, threads=threads)
     if run is not None:
         run.replay_onto(loaded, step=number)
-    result = evaluate_model(loaded, examples, batch_size=batch_size)
+    result = evaluate_model(loaded, examples, batch_size=batch_size, metrics=metrics or None)
+    names = metrics or (task_of(bundle).default_metric, "loss")
     if as_json:
-        click.echo(json.dumps(for_json({name: result.get(name) for name in ("accuracy", "loss", "count")})))
+        click.echo(json.dumps(for_json({name: result.get(name) for name in (*names, "count")})))
     else:
         say(
-            f"accuracy {metric_text('accuracy', result)} · loss {metric_text('loss', result)} · "
-            f"{len(examples)} examples" + ("" if run is None else f" · after step {number}")
+            " · ".join(f"{name} {metric_text(name, result)}" for name in names)
+            + f" · {len(examples)} examples"
+            + ("" if run is None else f" · after step {number}")
         )
