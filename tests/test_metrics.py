@@ -16,7 +16,7 @@ from sklearn import metrics as sklearn  # type: ignore[import-untyped]
 
 import pocketzo as pz
 from pocketzo.tasks.metrics import METRICS, Found, Metric, metric_named
-from pocketzo.tasks.objective import objective
+from pocketzo.tasks.objective import metric_objective
 
 OF_PREDICTIONS = [metric for metric in METRICS.values() if metric.of == "predictions"]
 PEERS = {
@@ -82,9 +82,10 @@ def test_the_better_predictions_have_the_better_score(metric: Metric) -> None:
     evaluations = [{metric.name: metric(Found(None, predictions, labels))} for predictions in errors]
     scores = [metric.score(evaluation) for evaluation in evaluations]
     assert scores == sorted(scores, reverse=True)
-    costs = [metric.cost(Found(None, predictions, labels)) for predictions in errors]
+    costs = [metric.cost(metric(Found(None, predictions, labels))) for predictions in errors]
     assert costs == sorted(costs)
     assert costs[0] == pytest.approx(0)
+    assert metric.cost_name == f"1 - {metric.name}"
 
 
 @pytest.mark.parametrize("metric", OF_PREDICTIONS, ids=lambda metric: metric.name)
@@ -92,7 +93,7 @@ def test_without_a_label_or_with_scores_that_are_nan_there_is_no_value(metric: M
     nothing = np.array([], np.int64)
     assert math.isnan(metric(Found(0.5, nothing, nothing)))
     assert math.isnan(metric(Found(0.5, np.array([0, -1]), np.array([0, 1]))))
-    assert math.isnan(metric.cost(Found(0.5, nothing, nothing)))
+    assert math.isnan(metric.cost(math.nan))
     assert metric.score({metric.name: math.nan}) == -math.inf
 
 
@@ -114,7 +115,8 @@ def test_what_a_metric_needs_must_be_there(metric: Metric) -> None:
 def test_loss_and_perplexity(loss: float, perplexity: float) -> None:
     assert METRICS["perplexity"](Found(loss)) == pytest.approx(perplexity, rel=1e-12, nan_ok=True)
     assert METRICS["loss"](Found(loss)) == pytest.approx(loss, nan_ok=True)
-    assert METRICS["perplexity"].cost(Found(loss)) == pytest.approx(perplexity, nan_ok=True)
+    assert METRICS["perplexity"].cost(3.5) == 3.5
+    assert METRICS["perplexity"].cost_name == "perplexity"
     assert METRICS["loss"].score({"loss": 1.0}) > METRICS["loss"].score({"loss": 2.0})
     assert METRICS["loss"].score({"loss": None}) == METRICS["loss"].score({}) == -math.inf
 
@@ -147,4 +149,4 @@ def test_a_new_metric_is_one_entry_of_the_table(
     result = pz.evaluate(model, data, metrics=["mistakes", "accuracy"])
     assert result["mistakes"] == pytest.approx(120 * (1 - result["accuracy"]))
     batch = data.batch(np.arange(120))
-    assert objective("mistakes", model.bundle)(model.run(batch), batch) == result["mistakes"]
+    assert metric_objective("mistakes", model.bundle)(model.run(batch), batch) == result["mistakes"]

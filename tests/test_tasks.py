@@ -20,7 +20,7 @@ from pocketzo.errors import BundleError, DataError, TrainingError
 from pocketzo.formats.bundle import Bundle, TaskSpec, ValueSpec
 from pocketzo.tasks.base import IGNORED
 from pocketzo.tasks.classification import Classification
-from pocketzo.tasks.objective import objective
+from pocketzo.tasks.objective import metric_objective
 from pocketzo.tasks.registry import TASKS, task_for, task_of
 from pocketzo.tasks.tokens import TokenClassification
 
@@ -335,7 +335,7 @@ def test_a_model_that_gives_nan_has_no_metrics(model: pz.Model, data: pz.Dataset
     got = pz.evaluate(model, data, metrics=EVERY)
     assert all(math.isnan(got[name]) for name in EVERY)
     batch = data.batch(np.arange(4))
-    assert math.isnan(objective("accuracy", model.bundle)(model.run(batch), batch))
+    assert math.isnan(metric_objective("accuracy", model.bundle)(model.run(batch), batch))
 
 
 def test_what_cannot_be_evaluated_is_said(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
@@ -363,7 +363,7 @@ def test_what_cannot_be_evaluated_is_said(model: pz.Model, data: pz.Dataset, tmp
 def test_an_objective_is_its_metric_of_the_batch_to_be_minimised(model: pz.Model, data: pz.Dataset, name: str) -> None:
     value = pz.evaluate(model, data, batch_size=120, metrics=[name])[name]
     batch = data.batch(np.arange(120))
-    minimised = objective(name, model.bundle)
+    minimised = metric_objective(name, model.bundle)
     cost = minimised(model.run(batch, minimised.outputs), batch)
     assert cost == (value if name in ("loss", "perplexity") else 1 - value)
     assert cost == minimised(model.run(batch), dict(batch))
@@ -373,11 +373,11 @@ def test_an_objective_is_its_metric_of_the_batch_to_be_minimised(model: pz.Model
 def test_an_objective_needs_labels_and_its_output(model: pz.Model, data: pz.Dataset) -> None:
     batch = {name: values for name, values in data.batch(np.arange(3)).items() if name != "labels"}
     with pytest.raises(ValueError, match="metric 'f1' needs predictions and labels"):
-        objective("f1", model.bundle)(model.run(batch), batch)
+        metric_objective("f1", model.bundle)(model.run(batch), batch)
     with pytest.raises(ValueError, match="no output that gives the metric 'f1'"):
-        objective("f1", dataclasses.replace(model.bundle, logits=None))
+        metric_objective("f1", dataclasses.replace(model.bundle, logits=None))
     with pytest.raises(ValueError, match="metric must be one of"):
-        objective("F1", model.bundle)
+        metric_objective("F1", model.bundle)
 
 
 def test_each_task_says_what_it_is() -> None:

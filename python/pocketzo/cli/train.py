@@ -26,7 +26,7 @@ from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
-from pocketzo.tasks.evaluate import evaluate
+from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
 from pocketzo.train.resume import resume as resume_run
@@ -88,8 +88,15 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option("--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: 10 times a run]")
 @click.option(
     "--metric",
-    type=click.Choice(["accuracy", "loss"]),
-    help="What the best is judged by.  [default: accuracy; loss for a graph without logits]",
+    type=click.Choice(list(METRICS)),
+    help="What the best is judged by.  [default: as --objective; for the loss, accuracy if there are logits]",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(list(METRICS)),
+    default="loss",
+    help="What is minimised, of each step's batch; 1 - metric, where higher is better. accuracy, f1 and matthews are "
+    "piecewise constant, so that small batches and a small --eps show no difference.",
 )
 @click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without a better one.")
 @click.option(
@@ -136,6 +143,7 @@ def train(
     warmup: int,
     eval_every: int | None,
     metric: str | None,
+    objective: str,
     patience: int | None,
     snapshot_every: int | None,
     group_by_length: bool,
@@ -220,6 +228,7 @@ def train(
         run=output,
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         metric=metric,
+        objective=objective,
         patience=patience,
         snapshot_every=snapshot_every,
         group_by_length=group_by_length,
@@ -233,7 +242,7 @@ def train(
             )
         _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
         return
-    before = None if held_out is None else for_json(evaluate(model, held_out, batch_size=batch_size))
+    before = None if held_out is None else for_json(trainer.evaluate())
     trainer.source = Source(
         train=os.fspath(data.resolve()),
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),

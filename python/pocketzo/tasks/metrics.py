@@ -79,9 +79,14 @@ class Metric:
             return math.nan
         return float(self.function(found.predictions, found.labels))
 
-    def cost(self, found: Found) -> float:
-        """Return a number that is smaller the better the model is: the value, or 1 - value if higher is better."""
-        return 1.0 - self(found) if self.higher_is_better else self(found)
+    def cost(self, value: float) -> float:
+        """Return a number that is smaller the better a value is: the value, or 1 - value if higher is better."""
+        return 1.0 - value if self.higher_is_better else value
+
+    @property
+    def cost_name(self) -> str:
+        """What :meth:`cost` is called."""
+        return f"1 - {self.name}" if self.higher_is_better else self.name
 
     def score(self, evaluation: Mapping[str, float | None]) -> float:
         """Return a number that is larger the better an evaluation is; -inf without a finite value."""

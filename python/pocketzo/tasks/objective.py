@@ -40,10 +40,10 @@ class MetricObjective:
         ValueError
             The batch has no labels.
         """
-        return self.metric.cost(self.task.found(outputs, batch))
+        return self.metric.cost(self.metric(self.task.found(outputs, batch)))
 
 
-def objective(name: str, bundle: Bundle) -> MetricObjective:
+def metric_objective(name: str, bundle: Bundle) -> MetricObjective:
     """Return the objective that a metric is, for a model.
 
     Parameters
