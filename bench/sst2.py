@@ -81,7 +81,7 @@ class Batches:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.data.fingerprint.encode() + self.items.astype("<i8").tobytes()).hexdigest()
 
-    def batch(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def batch(self, indices: NDArray[np.int64]) -> pz.Batch:
         return self.data.batch(self.items[indices].ravel())
 
 
