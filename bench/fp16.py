@@ -53,7 +53,7 @@ def worker(work: str, shape: str, bundle: str, batch: str) -> None:
             {
                 "peak": peak_rss(),
                 "architecture": platform.machine(),
-                "computes_in_fp16": pz._core.has_half_arithmetic(),
+                "computes_in_fp16": pz._core.has_fp16_arithmetic(),
                 "onnxruntime": onnxruntime.__version__,
             }
         )

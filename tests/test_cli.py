@@ -841,7 +841,7 @@ def test_the_known_answers_are_those_of_the_reference() -> None:
     count = 1 << 16
     start = reference.normal(*near, 0, count)
 
-    def stepped(kind: reference.Direction) -> reference.F32:
+    def stepped(kind: reference.Distribution) -> reference.F32:
         terms = [reference.Term(near[0], 42, (1e-3,), 1e-2, kind), reference.Term(near[0], 43, (-2e-3,), 0.0, kind)]
         return reference.apply(start, terms, tensor=near[1])
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pocketzo._core import MAX_THREADS, has_half_arithmetic
+from pocketzo._core import MAX_THREADS, has_fp16_arithmetic
 from pocketzo._core import threads as kernel_threads
 from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, UnpackableError
 from pocketzo.formats.bundle import Bundle
@@ -138,7 +138,7 @@ def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: 
     model = _load_unpacked(bundle, threads, verify, reason)
     model.max_memory = max_memory
     if bundle.is_half:
-        if not has_half_arithmetic():
+        if not has_fp16_arithmetic():
             warnings.warn(
                 "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is slow",
                 stacklevel=3,
