@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from pocketzo import kernels
 from pocketzo._core import __version__, has_fp16_arithmetic
-from pocketzo.errors import UnpackableError
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
-from pocketzo.runtime.layout import learn, matrices
+from pocketzo.runtime.layout import detect_layout, matrices
 
-__all__ = ["examine", "packing", "self_test", "speed"]
+__all__ = ["examine", "prepacking", "self_test", "speed"]
 
 EXTRAS: Final = {
     "cli": ("click", "rich"),
@@ -151,7 +151,7 @@ def examine() -> dict[str, Any]:
         "machine": platform.machine(),
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
-        "packing": packing(),
+        "prepacking": prepacking(),
         "fp16": has_fp16_arithmetic(),
         "isa": kernels.isa(),
         "available": kernels.available(),
@@ -168,20 +168,20 @@ def examine() -> dict[str, Any]:
     }
 
 
-def packing(bundle: Bundle | None = None) -> str:
-    """Tell whether weights, those of a bundle if one is given, can be used packed here, and why not.
+def prepacking(bundle: Bundle | None = None) -> str:
+    """Tell whether weights, those of a bundle if one is given, can be prepacked here, and why not.
 
-    That they are live in the session is proved when the bundle is loaded.
+    That they are live in the session is checked when the bundle is loaded.
     """
     try:
-        layout = learn()
+        layout = detect_layout()
         if bundle is None:
-            return f"can be packed, in blocks of {layout.depth} rows and panels of 16 columns"
+            return f"can be prepacked, in blocks of {layout.depth} rows and panels of 16 columns"
         found = matrices(bundle)
-    except UnpackableError as error:
-        return f"unpacked: {error}"
+    except NotPrepackableError as error:
+        return f"not prepacked: {error}"
     size = sum(4 * matrix.packing.size for matrix in found)
-    return f"can be packed: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
+    return f"can be prepacked: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:
