@@ -112,7 +112,7 @@ def peer(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        print(f"skipped: {name} is not installed (pip install '.[bench]')", file=sys.stderr, flush=True)
+        print(f"skipped: {name} is not installed (pip install --group bench)", file=sys.stderr, flush=True)
         return None
 
 

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from sst2 import SST2
 
 from pocketzo.demo import minilm
-
-SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 
 Array = npt.NDArray[Any]
 

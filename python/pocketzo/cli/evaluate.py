@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import click  # noqa: TID253
+import click
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
@@ -69,7 +69,7 @@ def evaluate(
       pocketzo eval runs/first --data dev.tsv --json
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
       pocketzo eval base --data dev.tsv --metric f1,matthews
-    """  # noqa: D301
+    """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     run = as_run(model)

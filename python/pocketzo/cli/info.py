@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
-from rich.table import Table  # noqa: TID253
+import click
+from rich.table import Table
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import fact, out, print_facts
@@ -32,7 +32,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
     \b
     Example:
       pocketzo info base --tensors
-    """  # noqa: D301
+    """
     run = as_run(path)
     if run is not None:
         facts = _run_facts(run)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.data.columns import Columns
 from pocketzo.optim.groups import ParamGroup

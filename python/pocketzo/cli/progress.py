@@ -8,11 +8,11 @@ import time
 from types import FrameType
 from typing import Self
 
-import click  # noqa: TID253
-from rich.live import Live  # noqa: TID253
-from rich.progress_bar import ProgressBar  # noqa: TID253
-from rich.table import Table  # noqa: TID253
-from rich.text import Text  # noqa: TID253
+import click
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from pocketzo.cli.console import duration, err, metric_text, note, size_text
 from pocketzo.machine.memory import process_memory

@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-import click  # noqa: TID253
-from click.core import ParameterSource  # noqa: TID253
+import click
+from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
@@ -167,7 +167,7 @@ def train(
       pocketzo train base --data train.tsv --eval dev.tsv -o runs/first \\
           --steps 400 --group classifier:lr=10,eps=10
       pocketzo train --resume runs/first
-    """  # noqa: D301
+    """
     if resume is not None:
         allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
         for option in context.command.params:
