@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import pocketzo as pz
-from pocketzo.kernels import Direction
+from pocketzo.kernels import Distribution
 
 SIZE = 1 << 26  # elements, 256 MiB
 Weights = NDArray[np.float32]
@@ -38,20 +38,20 @@ def measure(benchmark: BenchmarkFixture, work: Callable[[], object]) -> None:
         benchmark.extra_info["ns an element"] = benchmark.stats.stats.median / SIZE * 1e9
 
 
-@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
-def test_perturb(benchmark: BenchmarkFixture, weights: Weights, threads: int, direction: Direction) -> None:
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_perturb(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Distribution) -> None:
     measure(
         benchmark,
-        lambda: pz.kernels.perturb(weights, seed=1, tensor=2, draw=3, scale=1e-3, direction=direction),
+        lambda: pz.kernels.perturb(weights, seed=1, tensor=2, draw=3, scale=1e-3, distribution=distribution),
     )
 
 
-@pytest.mark.parametrize("direction", ["gaussian", "rademacher"])
-def test_step(benchmark: BenchmarkFixture, weights: Weights, threads: int, direction: Direction) -> None:
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_step(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Distribution) -> None:
     measure(
         benchmark,
         lambda: pz.kernels.step(
-            weights, seed=1, tensor=2, draw=3, scale=1e-3, next_draw=4, next_scale=1e-3, direction=direction
+            weights, seed=1, tensor=2, draw=3, scale=1e-3, next_draw=4, next_scale=1e-3, distribution=distribution
         ),
     )
 

@@ -24,7 +24,7 @@ from pocketzo import _core
 from pocketzo.runtime import session as model_module
 
 MODELS = Path(__file__).parent / "models"
-HALF = _core.has_half_arithmetic()
+HALF = _core.has_fp16_arithmetic()
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def prepare_half(folder: Path, nodes: list[onnx.NodeProto], **constants: NDArray
     return pz.prepare(folder / "m", folder / "b", dtype="float16")
 
 
-WEIGHT = pz.kernels.normal(12, seed=1, tensor=1, draw=1).reshape(4, 3)
+WEIGHT = pz.kernels.noise(12, seed=1, tensor=1, draw=1).reshape(4, 3)
 PRODUCT = helper.make_node("MatMul", ["x", "w"], ["y"])
 
 

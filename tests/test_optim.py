@@ -94,7 +94,7 @@ def test_mezo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> No
     opt = pz.MeZO(model, lr=lr, eps=eps, seed=11)
     for draw in range(3):
         z = {
-            name: pz.kernels.normal(view.size, seed=11, tensor=tensor_id(fresh, name), draw=draw).reshape(view.shape)
+            name: pz.kernels.noise(view.size, seed=11, tensor=tensor_id(fresh, name), draw=draw).reshape(view.shape)
             for name, view in fresh.weights.items()
         }
         start = dict(fresh.weights)
@@ -119,8 +119,8 @@ def test_fzoo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> No
     start = dict(fresh.weights)
     u = [
         {
-            name: pz.kernels.normal(
-                view.size, seed=3, tensor=tensor_id(fresh, name), draw=i, direction="rademacher"
+            name: pz.kernels.noise(
+                view.size, seed=3, tensor=tensor_id(fresh, name), draw=i, distribution="rademacher"
             ).reshape(view.shape)
             for name, view in fresh.weights.items()
         }
@@ -556,7 +556,7 @@ def test_groups_scale_lr_and_eps(model: pz.Model, fresh: pz.Model) -> None:
     opt.step(watching(seen))
     for name, view in fresh.weights.items():
         eps = 1e-2 if "classifier" in name else 1e-3
-        z = pz.kernels.normal(view.size, seed=1, tensor=tensor_id(fresh, name), draw=0).reshape(view.shape)
+        z = pz.kernels.noise(view.size, seed=1, tensor=tensor_id(fresh, name), draw=0).reshape(view.shape)
         np.testing.assert_allclose(seen[0][name] - view, eps * z, atol=1e-6)
 
 

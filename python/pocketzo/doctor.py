@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo import kernels
-from pocketzo._core import __version__, has_half_arithmetic
+from pocketzo._core import __version__, has_fp16_arithmetic
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
@@ -70,8 +70,8 @@ def self_test() -> dict[str, list[str]]:
 def _failed(isa: str) -> list[str]:
     kernels.use(isa)
 
-    def stepped(direction: kernels.Direction, dtype: str = "float32") -> NDArray[Any]:
-        w = kernels.normal(_COUNT, **_NEAR).astype(dtype)
+    def stepped(distribution: kernels.Distribution, dtype: str = "float32") -> NDArray[Any]:
+        w = kernels.noise(_COUNT, **_NEAR).astype(dtype)
         kernels.step(
             w,
             seed=_SEED,
@@ -81,15 +81,15 @@ def _failed(isa: str) -> list[str]:
             decay=1e-2,
             next_draw=43,
             next_scale=-2e-3,
-            direction=direction,
+            distribution=distribution,
         )
         return w
 
     streams: dict[str, Callable[[], NDArray[Any]]] = {
-        "normal": lambda: kernels.normal(_COUNT, **_NEAR),
-        "normal, far": lambda: kernels.normal(_COUNT, **_FAR, offset=17179344875),
-        "rademacher": lambda: kernels.normal(_COUNT, **_NEAR, direction="rademacher"),
-        "rademacher, far": lambda: kernels.normal(_COUNT, **_FAR, offset=549755682795, direction="rademacher"),
+        "normal": lambda: kernels.noise(_COUNT, **_NEAR),
+        "normal, far": lambda: kernels.noise(_COUNT, **_FAR, offset=17179344875),
+        "rademacher": lambda: kernels.noise(_COUNT, **_NEAR, distribution="rademacher"),
+        "rademacher, far": lambda: kernels.noise(_COUNT, **_FAR, offset=549755682795, distribution="rademacher"),
         "step, normal": lambda: stepped("gaussian"),
         "step, rademacher": lambda: stepped("rademacher"),
         "step, fp16": lambda: stepped("gaussian", "float16"),
@@ -107,23 +107,23 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
     Returns
     -------
     dict of str to dict of str to float
-        By direction and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
+        By distribution and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
     """
     w = np.zeros(count, np.float32)
     threads = kernels.threads()
     result: dict[str, dict[str, float]] = {"gaussian": {}, "rademacher": {}}
-    directions: tuple[kernels.Direction, ...] = ("gaussian", "rademacher")
+    distributions: tuple[kernels.Distribution, ...] = ("gaussian", "rademacher")
     try:
         for number in sorted({1, threads}):
             kernels.set_threads(number)
-            for direction in directions:
+            for distribution in distributions:
                 times = []
                 for draw in range(repeats):
                     started = time.perf_counter()
-                    kernels.perturb(w, seed=0, tensor=0, draw=draw, scale=1e-3, direction=direction)
+                    kernels.perturb(w, seed=0, tensor=0, draw=draw, scale=1e-3, distribution=distribution)
                     times.append(time.perf_counter() - started)
                 name = f"{number} thread" + ("s" if number > 1 else "")
-                result[direction][name] = round(min(times) / count * 1e9, 3)
+                result[distribution][name] = round(min(times) / count * 1e9, 3)
     finally:
         kernels.set_threads(threads)
     return result
@@ -153,7 +153,7 @@ def examine() -> dict[str, Any]:
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
         "prepacking": prepacking(),
-        "fp16": has_half_arithmetic(),
+        "fp16": has_fp16_arithmetic(),
         "isa": kernels.isa(),
         "available": kernels.available(),
         "cores": {

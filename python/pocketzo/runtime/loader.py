@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnxruntime as ort
 
-from pocketzo._core import has_half_arithmetic
+from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import Error, MemoryLimitError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import resident_memory
@@ -56,7 +56,7 @@ class Loader:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
         model = self._load_plain(reason)
         if self.bundle.is_fp16:
-            if not has_half_arithmetic():
+            if not has_fp16_arithmetic():
                 warnings.warn(
                     "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is "
                     "slow",

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo._core import has_half_arithmetic
+from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import watch
@@ -140,7 +140,7 @@ class Model:
         logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
         widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
         casts = 0
-        if self.bundle.is_fp16 and not has_half_arithmetic():  # the runtime copies a weight to use it
+        if self.bundle.is_fp16 and not has_fp16_arithmetic():  # the runtime copies a weight to use it
             casts = max(4 * math.prod(tensor.shape) for tensor in self.bundle.tensors)
         return 2 * 4 * math.prod(shape) * widest + casts + SMALL
 

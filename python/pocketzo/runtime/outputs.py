@@ -29,7 +29,7 @@ def probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
             batch[value.name] = (np.arange(np.prod(shape, dtype=int)).reshape(shape) % 8).astype(dtype)
         else:
             noise = np.empty(shape, np.float32)
-            generate(noise, seed=0, tensor=0, draw=0, offset=0, direction="gaussian")
+            generate(noise, seed=0, tensor=0, draw=0, offset=0, distribution="gaussian")
             batch[value.name] = noise.astype(dtype)
     return batch
 
