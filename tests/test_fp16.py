@@ -188,7 +188,7 @@ def test_it_is_not_prepacked_and_says_where_it_is_slow(half_bundle: Path) -> Non
 
 def test_the_session_computes_in_fp16(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not HALF:
-        pytest.skip("this processor does not compute in fp16, so that the runtime casts weights")
+        pytest.skip("this processor does not compute in fp16, so that onnxruntime casts weights")
     monkeypatch.setitem(model_module._OPTIONS, "enable_profiling", True)
     monkeypatch.setitem(model_module._OPTIONS, "profile_file_prefix", str(tmp_path / "profile"))
     for bundle in (pz.Bundle.read(half_bundle), *(prepared(tmp_path, name) for name in ("bert-old", "opt-old"))):

@@ -83,7 +83,7 @@ def test_a_forward_pass_is_broken_off_before_the_limit(bundle: Path) -> None:
     assert model.max_memory is not None
     expected = model.loss(tokens(2))
     reset_peak()
-    with pytest.raises(pz.MemoryLimitError, match=r"1000 x 250 tokens was broken off: .* Take a smaller batch"):
+    with pytest.raises(pz.MemoryLimitError, match=r"1000 x 250 tokens was stopped: .* Take a smaller batch"):
         model.loss(tokens(LARGE))
     peak = process_memory()[1]
     assert peak is not None
@@ -106,10 +106,10 @@ def test_where_the_system_does_not_tell_a_limit_is_refused(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_STATM", tmp_path / "statm")
-    with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
+    with pytest.raises(pz.Error, match=r"the memory limit cannot be enforced: .*statm"):
         pz.load(bundle, prepack=False, max_memory=10**12)
     (tmp_path / "statm").write_text("")
-    with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
+    with pytest.raises(pz.Error, match=r"the memory limit cannot be enforced: .*statm"):
         pz.load(bundle, prepack=False, max_memory=10**12)
     pz.load(bundle, prepack=False)
 
@@ -123,7 +123,7 @@ def test_a_run_that_cannot_be_watched_is_refused(bundle: Path) -> None:
         with contextlib.suppress(OSError):
             while True:
                 files.append(os.open("/dev/null", os.O_RDONLY))
-        with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*Too many open files"):
+        with pytest.raises(pz.Error, match=r"the memory limit cannot be enforced: .*Too many open files"):
             model.loss(tokens(2))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

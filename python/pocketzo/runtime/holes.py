@@ -1,10 +1,10 @@
-"""A file of holes in the place of prepacked weights, for onnxruntime to map.
+"""A file of holes that onnxruntime maps as prepacked weights.
 
-onnxruntime packs a weight when it creates a session. If the graph names a file that holds the packed bytes, and they
-have the hash that it has computed from its own, it maps the file's and drops its own. As the mapping is to be replaced
-by memory that the kernels write, the content does not matter: the file is holes, which take no storage, but for one
-mark a matrix. onnxruntime shares packed bytes that are equal, so that without marks two matrices of one shape would be
-one mapping.
+When onnxruntime creates a session, it reads a weight, packs it and computes a hash. If the graph names packed bytes in
+a file under this hash, it maps those and drops its own. The mappings are then replaced by memory that the kernels write
+(:func:`pocketzo.runtime.prepack.open_session`), so that the content of the file does not matter: the weights as stored
+and as packed are holes, which take no storage, except for one mark each. The marks make the hashes of two matrices of
+one shape differ; with equal hashes the second one would get a private copy.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layout) -> dict[str, int]:
     """Write a file of holes, and make a graph's float32 weights point into it.
 
-    Large matrices all map the same pages, so that the file is about three times as long as the largest. Matrix i has
-    its mark at element i * page, which is where the one mark of these pages is seen from the offset of its mapping.
-    Small matrices have pages of their own, and marks of different values.
+    Large matrices all map the same pages with one mark, so that the file is about three times as long as the largest.
+    Their mappings start at different offsets, so that matrix i has the mark at the first element of its page i. Small
+    matrices have pages of their own, and marks of different values.
 
     Parameters
     ----------
     path : Path
     graph : message
-        Changed: where its weights are, the order of its nodes, and a second name for each shared matrix.
+        Changed in place: where its weights are, the order of its nodes, and a second name for each shared matrix.
     matrices : sequence of Matrix
         At least one.
     layout : Layout
@@ -47,23 +47,23 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
     Returns
     -------
     dict of str to int
-        By weight, the offset of its packed bytes.
+        By weight, the offset of its packed bytes in the file.
 
     Raises
     ------
     NotPrepackableError
-        The file system has less room than the file could take without holes.
+        The file system has less room than the file would take without holes.
     """
     matrices = sorted(matrices, key=lambda matrix: matrix.nbytes, reverse=True)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for tensor in tensors.values():  # the session is given these, but the graph has to say where they are
+    for tensor in tensors.values():  # the session is given these, but the graph must name a file
         if tensor.data_location == EXTERNAL and tensor.data_type == FLOAT:
             _point(tensor, path.name, 0)
     _put_first(graph, matrices[0])
     step = _PAGE // 4
     largest = matrices[0].nbytes
     plain = max(_nbytes(tensor) for tensor in graph.initializer)
-    stored_mark = _whole_pages(max(largest, plain))  # may be the last element of the first matrix to see it
+    stored_mark = _whole_pages(max(largest, plain))  # may be the last element of a matrix that maps it
     packed_mark = 2 * stored_mark + len(matrices) * _PAGE
     end = packed_mark + _whole_pages(largest) + _PAGE
     offsets = {}
@@ -76,13 +76,13 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
             element = layout.locate(packing, at) if packing.size > 2 * len(matrices) * step else None
             if element is not None:
                 stored, packed = stored_mark - 4 * element, packed_mark - 4 * at
-            else:  # a page between any two, or the system makes one mapping of them
+            else:  # a page between any two, or Linux merges their mappings
                 value, at, stored = number + 2.0, 0, end
                 packed = stored + _whole_pages(matrix.nbytes) + _PAGE
                 end = packed + _whole_pages(matrix.nbytes) + _PAGE
                 _mark(file, stored, value)
                 _mark(file, packed, value)
-            blob = np.zeros(packing.size, np.float32)  # the system's zero page, but for the mark
+            blob = np.zeros(packing.size, np.float32)  # takes no memory: the zero page, but for the mark
             blob[at] = value
             tensor = _second_name(graph, tensors[matrix.name]) if matrix.shared else tensors[matrix.name]
             key = f"{matrix.operator}+{packed_hash(blob)}"
@@ -94,10 +94,10 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
 
 
 def _put_first(graph: Any, matrix: Matrix) -> None:
-    """Have onnxruntime pack a matrix first.
+    """Have onnxruntime pack a matrix before all others.
 
-    It packs in the order of the file, and sorts nodes by itself. While it packs a matrix, it holds it three times; the
-    largest one comes before it has mapped, and read, what there is of the others.
+    It packs in the order of the file, and sorts the nodes itself. While it packs a matrix, it holds it three times, so
+    the largest one comes first, when no pages of the others are resident yet.
     """
     first = next(node for node in graph.node if node.op_type in PRODUCTS and node.input[1] == matrix.name)
     nodes = [first, *(node for node in graph.node if node is not first)]
@@ -106,7 +106,7 @@ def _put_first(graph: Any, matrix: Matrix) -> None:
 
 
 def _second_name(graph: Any, tensor: Any) -> Any:
-    """Return a copy of a tensor that its product reads; all other nodes still read the tensor."""
+    """Add a copy of a tensor for its product to read; all other nodes still read the tensor itself."""
     copy = graph.initializer.add()
     copy.CopyFrom(tensor)
     copy.name = f"{tensor.name}/packed"
@@ -130,7 +130,7 @@ def embed_constants(graph: Any, bundle: Bundle) -> None:
 
 
 def _check_room(path: Path, size: int) -> None:
-    # In a file system in memory a hole that is read takes a page, and where there is none left the reader is killed.
+    # In a file system in memory, reading a hole takes a page, and where none is left the process is killed (SIGBUS).
     system = os.statvfs(path.parent)
     free = system.f_bavail * system.f_frsize
     if free < size:

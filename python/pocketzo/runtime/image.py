@@ -19,7 +19,7 @@ from pocketzo.formats.safetensors import read_header
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Memory for the bytes of ``weights.safetensors``, but for weights that are kept elsewhere.
+    """Memory for the bytes of ``weights.safetensors``, except for weights that are kept elsewhere.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Image:
 
     @classmethod
     def allocate(cls, bundle: Bundle, without: Collection[str] = ()) -> Self:
-        """Make an image of zeros, which takes memory as it is written.
+        """Allocate an image of zeros; pages become resident when they are written.
 
         Parameters
         ----------

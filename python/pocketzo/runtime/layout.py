@@ -1,4 +1,4 @@
-"""The layout of onnxruntime's prepacked matrices, which is detected and not documented."""
+"""The layout of onnxruntime's prepacked matrices. It is not documented, and so it is detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PADS: Final = 16, 32, 64
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of prepacked matrices, as :class:`_core.Packing` describes that of one matrix.
+    """The layout of all prepacked matrices; :class:`_core.Packing` describes that of one matrix.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Location:
     Attributes
     ----------
     memory : ndarray of float32, shape (packing.size,)
-        A session multiplies by it.
+        What a session multiplies by.
     packing : Packing
     """
 
@@ -73,7 +73,7 @@ class Location:
 
 @functools.cache
 def detect_layout() -> Layout:
-    """Have onnxruntime prepack a ramp, and return the layout in which each value is where it was found.
+    """Have onnxruntime prepack a ramp, and return the layout that puts each value where onnxruntime has put it.
 
     Raises
     ------
@@ -108,7 +108,8 @@ def _operator_layout(operator: str, *, transposed: bool) -> Layout:
 
 
 def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> NDArray[np.float32]:
-    """Return the memory by which onnxruntime multiplies in the place of a weight."""
+    """Return a weight as onnxruntime prepacks it."""
+    model = _product(operator, weight, transposed=transposed)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -121,7 +122,6 @@ def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
                 ("optimized_model_external_initializers_min_size_in_bytes", "0"),
             ):
                 options.add_session_config_entry(f"session.{key}", value)
-            model = _product(operator, weight, transposed=transposed)
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
             saved = onnx_messages().Model.FromString(Path(folder, "packed.onnx").read_bytes())
             blob = Path(folder, "packed.bin").read_bytes()

@@ -1,8 +1,7 @@
 """Checks that a session sees what is written to its weights.
 
-They are made on weights that are noise. A session that optimises nothing folds and packs nothing, and so is the
-reference: if another session had a stale copy of any weight, the outputs of the two would differ by far more than
-roundings.
+The weights are filled with noise for them. The reference is a session that optimises nothing, and so has no copy of a
+weight: if another session had a stale copy of one, the outputs of the two would differ by far more than roundings.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pocketzo.runtime.weights import Weights
 Verify = Literal["auto", "fast", "full"]
 """How weights are checked; see :func:`pocketzo.load`."""
 
-_AFFORDABLE = 2.0  # seconds that "auto" spends on changing one weight after the other
+_AFFORDABLE = 2.0  # seconds; if "full" takes longer, "auto" is "fast"
 
 
 def check_plain(model: Model, verify: Verify) -> None:
@@ -70,7 +69,7 @@ def check_prepacked(model: Model, expected: NDArray[np.float64], verify: Verify)
     ----------
     model : Model
     expected : ndarray of float64
-        What :func:`noise_outputs` has returned.
+        The result of :func:`noise_outputs`.
     verify : {"auto", "fast", "full"}
 
     Raises
@@ -90,14 +89,14 @@ def check_prepacked(model: Model, expected: NDArray[np.float64], verify: Verify)
 
 
 def noise_outputs(bundle: Bundle) -> NDArray[np.float64]:
-    """Return what a session that optimises nothing computes on noise, from weights that are freed again."""
+    """Return the outputs of a session that optimises nothing, over weights of noise, which are freed at the end."""
     weights = Weights(bundle)
     read_as_noise(weights, bundle)
     return unoptimised_outputs(bundle, weights.image.values)
 
 
 def unseen_weights(model: Model) -> list[str]:
-    """Change one trainable weight after the other, and return the names of those that move no output."""
+    """Change one trainable weight after the other, and return the names of those that change no output."""
 
     def outputs() -> NDArray[np.float64]:
         return float_outputs(model.bundle, model._session)
@@ -108,8 +107,8 @@ def unseen_weights(model: Model) -> list[str]:
         write_noise(model.weights, [tensor], draw=1)
         after = outputs()
         if np.array_equal(before, after, equal_nan=True):
-            # It may be live and without effect, as the bias of attention keys is: the softmax takes it out again. A
-            # weight that is not a number shows wherever it is read.
+            # It may be live and without effect, as is the bias of attention keys, which the softmax cancels. A NaN
+            # shows wherever it is read.
             model.weights.fill(tensor.name, np.nan)
             if np.isnan(outputs()).sum() <= np.isnan(before).sum():
                 unseen.append(tensor.name)
@@ -147,7 +146,7 @@ def read_as_noise(weights: Weights, bundle: Bundle) -> None:
 
 
 def write_noise(weights: Weights, tensors: Iterable[TensorSpec], draw: int = 0) -> None:
-    """Write noise of a size that keeps activations moderate, so that every weight matters: a head may be zeros."""
+    """Write noise, scaled so that activations stay moderate and every weight matters: a stored head may be zeros."""
     for tensor in tensors:
         shape = tensor.shape
         terms = np.zeros(1, TERM)

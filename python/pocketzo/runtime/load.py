@@ -1,4 +1,4 @@
-"""Loading a bundle: what the user may ask for."""
+"""``pocketzo.load``: checks its arguments and chooses the number of threads."""
 
 from __future__ import annotations
 
@@ -29,34 +29,39 @@ def load(
     verify: Verify = "auto",
     max_memory: int | None = None,
 ) -> Model:
-    """Load a bundle so that session and weights share one memory, and prove that they do.
+    """Load a bundle into a session that shares one buffer with the weights, and check that it does.
 
     Parameters
     ----------
     bundle : path or Bundle
-        A folder written by ``pocketzo prepare``, or what :meth:`Bundle.read` made of it.
+        A folder written by ``pocketzo prepare``, or the result of :meth:`Bundle.read`.
     threads : int, optional
-        Threads of the session; by default as many as there are fast cores. Those of the kernels are others, see
-        :func:`pocketzo.kernels.set_threads`; by default the session has no more than they.
+        Threads of the session; by default the number of fast cores, but no more than the kernels have. The kernels'
+        threads are set by :func:`pocketzo.kernels.set_threads`.
     batch : mapping of str to ndarray, optional
         If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
-        there are fast cores, and as many as there are cores, and the quickest number is taken. Best a batch as those
-        to come. It takes no more memory than training, and up to a second, or one pass, a number. The number may
-        change the roundings of losses: give ``threads`` where two runs have to be the same.
+        there are fast cores, and as many as there are cores, and the quickest number is taken. The batch should be like
+        those to come. Timing takes no more memory than training, and up to a second, or one pass, a number. The number
+        may change the roundings of losses: give ``threads`` where two runs have to be the same.
     prepack : bool or "auto"
-        Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
-        twice as fast, or as they are stored. "auto" prepacks where it can and otherwise warns and works; True insists.
-        fp16 weights are never prepacked.
-        The weights that training makes are the same for the same record; losses differ in their roundings.
+        Whether to use onnxruntime's prepacked weight layout, which makes forward passes up to twice as fast, or the
+        plain layout of the file. "auto" prepacks where it is possible, and otherwise warns and uses the plain layout;
+        True raises an error there. fp16 weights are never prepacked. The weights that a journal yields are the same in
+        both layouts; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
-        How it is proved that each trainable weight is live. "fast" fills all of them with noise and compares the
-        outputs with those of a second session that optimises nothing, and so reads every weight where it stands; this
-        takes two short runs. "full" also changes one weight after the other and wants to see the outputs move, which
-        takes a short run a weight and finds those that nothing uses, too. "auto" is "full" where that takes less than
-        two seconds or so, as it does up to some 100 M parameters.
+        How to check that each trainable weight is live. "fast" fills all of them with noise and compares the outputs
+        with those of a second session that optimises nothing, and so reads every weight where it is; this takes two
+        short runs. "full" also changes one weight after the other and expects the outputs to change, which takes a
+        short run a weight and also finds weights that nothing uses. "auto" is "full" where that takes less than about
+        two seconds, as it does up to some 100 M parameters.
     max_memory : int, optional
-        Bytes of this process that may be resident. Loading is refused where the weights would take more, and a run of
-        the model is broken off before it does; a step of training is then undone, and the run can be resumed.
+        Limit on the resident memory of this process, in bytes. Loading is refused where the weights would take more. A
+        run of the model is stopped before it exceeds the limit; a step of training is then undone, and the run can be
+        resumed.
+
+    Returns
+    -------
+    Model
 
     Raises
     ------
@@ -67,8 +72,10 @@ def load(
     MemoryLimitError
         ``max_memory`` is less than loading takes, with figures.
     Error
-        ``prepack`` is True, and the weights cannot be prepacked here; says why. Or a limit is given, and the system
-        does not report how much memory this process takes.
+        ``prepack`` is True and the weights cannot be prepacked here; says why. Or ``max_memory`` is given and the
+        system does not report how much memory this process takes.
+    TypeError, ValueError
+        An argument is of the wrong type, or out of range.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
     _check_integer("threads", threads, MAX_THREADS)

@@ -1,4 +1,4 @@
-"""From a bundle to a model, by the settings of one object."""
+"""Loading a bundle as a model: prepacked where possible, else plain."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Loader:
     forward_seconds: Mapping[int, float]
 
     def load(self) -> Model:
-        """Load the bundle; warnings name the caller of the caller."""
+        """Load the bundle. Warnings are attributed to the caller of :func:`pocketzo.load`."""
         reason = "as asked for"
         if self.prepack:
             try:
                 return self._load_prepacked()
-            except (NotPrepackableError, MemoryError, OSError) as error:  # the plain layout may do with less
+            except (NotPrepackableError, MemoryError, OSError) as error:  # the plain layout may need less
                 reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
                 if self.prepack is True:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
@@ -80,7 +80,7 @@ class Loader:
                 check_room(self.bundle, self.max_memory, plan.matrices)
             except MemoryLimitError as error:
                 raise NotPrepackableError(str(error)) from None
-        expected = noise_outputs(self.bundle)  # before there is prepacked memory: never more than one copy of a weight
+        expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
         image = Image.allocate(self.bundle, without=plan.only_prepacked)
         session, locations = open_session(plan, image.values, self.threads)
         weights = Weights(self.bundle, image, locations)

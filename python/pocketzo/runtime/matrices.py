@@ -25,7 +25,8 @@ class Matrix:
     operator : str
         One of :data:`PRODUCTS`.
     shared : bool
-        Whether other nodes read the weight, too, as with a tied embedding. It is then also kept as it is stored.
+        Whether other nodes read the weight, too, such as an embedding that is also the output projection. It is then
+        also kept in the plain layout.
     packing : Packing
     """
 

@@ -1,12 +1,12 @@
 """Prepacked weights that are live: the session multiplies by the memory that the kernels write.
 
-onnxruntime's matrix product is faster on a second factor that it has prepacked. By default it packs a copy, in which no
-later write to the weight is seen. It can also map packed bytes from a file. :func:`open_session` gives it a file of
-holes (:mod:`pocketzo.runtime.holes`) and then puts fresh memory at the addresses of those mappings. The weights are
-written into that, in the prepacked layout, so that there is one copy of each.
+onnxruntime multiplies faster by a second factor that it has prepacked. By default it prepacks a copy, and later writes
+to the weight have no effect. It can also map packed bytes from a file. :func:`open_session` gives it a file of holes
+(:mod:`pocketzo.runtime.holes`) and then replaces the mappings by fresh memory at the same addresses. The weights are
+written there in the prepacked layout, so that there is one copy of each.
 
-The layout is no part of onnxruntime's interface. :func:`pocketzo.runtime.layout.detect_layout` finds it out; where it
-is not known, :class:`NotPrepackableError` says so, and the plain layout is used.
+The layout is not part of onnxruntime's interface. :func:`pocketzo.runtime.layout.detect_layout` detects it; where it is
+unknown, :class:`NotPrepackableError` is raised, and the plain layout is used.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def open_session(
     ----------
     plan : Plan
     values : mapping of str to OrtValue
-        All float32 weights but those that are only prepacked; they must outlive the session.
+        All float32 weights except those that are only prepacked; they must outlive the session.
     threads : int
 
     Returns
     -------
     session : InferenceSession
     locations : dict of str to Location
-        By weight, the memory, which keeps the session alive; all zeros, to be filled before the session runs.
+        By weight. The memory is zero, and must be written before the session runs; it keeps the session alive.
 
     Raises
     ------

@@ -11,8 +11,8 @@ import onnxruntime as ort
 from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 
-# onnxruntime's optimisations that put a copy, made when the session is created, in the place of weights: scaled,
-# transposed, blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
+# onnxruntime's optimisations that replace weights by a copy, made when the session is created: scaled, transposed,
+# blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
 _COPYING_OPTIMIZERS = [
     "AttentionFusion",
     "ConvAddFusion",
@@ -35,7 +35,8 @@ _OPTIONS = {
     "enable_mem_pattern": False,  # it plans memory for one shape of batch, beside what the first run took
 }
 _ENTRIES = {
-    # A thread that spins during a run is at the next operator at once; after it, it would keep a core from the kernels.
+    # A thread that spins during a run starts the next operator at once; after the run it would take a core from the
+    # kernels.
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
@@ -77,7 +78,7 @@ def create_session(
     Raises
     ------
     BundleError or NotPrepackableError
-        onnxruntime refuses the graph, as it was prepared or with prepacked weights.
+        onnxruntime refuses the graph: without or with prepacked weights.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = _LEVEL if level is None else level

@@ -1,4 +1,4 @@
-"""How many threads a session takes."""
+"""The number of threads of a session."""
 
 from __future__ import annotations
 
@@ -50,5 +50,5 @@ def time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memor
 
 
 def quickest(seconds: Mapping[int, float]) -> int:
-    """Return the number of threads with the least time, or a smaller one that is as good: it keeps the phone cooler."""
+    """Return the number of threads with the least time, or a smaller one within 5 %, which keeps the phone cooler."""
     return min(threads for threads, took in seconds.items() if took <= 1.05 * min(seconds.values()))

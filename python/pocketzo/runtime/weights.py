@@ -1,4 +1,4 @@
-"""The weights of a bundle in memory, by name: what a session reads and the kernels write."""
+"""The weights of a bundle in memory: a session reads them, the kernels write them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Weights(Mapping[str, NDArray[Any]]):
     bundle : Bundle
         The names and shapes of the weights; their bytes come by :meth:`read`.
     image : Image, optional
-        Memory of the weights in the plain layout; by default a new image of all of them.
+        Memory of the weights in the plain layout; by default all of them, allocated now.
     locations : mapping of str to Location, optional
-        Prepacked memory: of the weights that the image is without, and a second copy of some that it has.
+        Prepacked memory: of each weight that is not in the image, and a second copy of some that are.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Weights(Mapping[str, NDArray[Any]]):
     def defer(self, finish: Callable[[], None]) -> None:
         """Have ``finish`` apply what is pending as soon as the weights are read or written.
 
-        It is called at every access, until another one takes its place, and does nothing when nothing is pending.
+        It is called at every access, until another one replaces it, and does nothing when nothing is pending.
         """
         self.flush()
         self._finish = finish
