@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, save
 
 import pocketzo as pz
-from pocketzo.machine import memory
+from pocketzo.machine import cores, memory
 from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, watch
+from pocketzo.runtime import loader
+from pocketzo.runtime.model import SMALL
 
 WIDTH, LAYERS = 16, 12
 MB = 10**6
@@ -134,6 +136,27 @@ def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path, prepack: bo
 def test_loading_is_refused_with_figures(bundle: Path) -> None:
     with pytest.raises(pz.MemoryLimitError, match=r"loading takes \d+ MB .* and the limit is 1 MB"):
         pz.load(bundle, max_memory=MB)
+
+
+def test_forwards_are_timed_within_the_limit(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "thread_counts", lambda: [1, 2])
+    limit = resident_memory() + 2 * 16 * MB + (16 << 20) + 50 * MB
+    with pytest.raises(pz.MemoryLimitError, match=r"1000 x 250 tokens was stopped"):
+        pz.load(bundle, batch=tokens(LARGE), prepack=False, max_memory=limit)
+
+
+def test_where_the_limit_is_too_small_to_prepack_the_plain_layout_is_used(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "resident_memory", lambda: 0)
+    size = (tiny_bundle / "weights.safetensors").stat().st_size
+    limit = size + size // 16 + SMALL  # enough to load, but not to hold a matrix three times while it is packed
+    with pytest.warns(UserWarning, match=r"weights are not prepacked, which is slower: .*loading takes"):
+        model = pz.load(tiny_bundle, threads=1, max_memory=limit)
+    assert (model.prepacked, model.max_memory) == (False, limit)
+    with pytest.raises(pz.MemoryLimitError, match="loading takes"):
+        pz.load(tiny_bundle, threads=1, max_memory=limit - 1)
+    assert pz.load(tiny_bundle, threads=1, max_memory=10**9).prepacked
 
 
 def test_where_the_system_reports_no_memory_a_limit_is_refused(

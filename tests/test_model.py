@@ -148,8 +148,9 @@ def test_each_check_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, v
         pz.load(bundle, threads=1, verify=verify)
 
 
-def test_the_check_leaves_the_weights_as_they_are(tiny_bundle: Path) -> None:
-    model = pz.load(tiny_bundle, threads=1)
+@pytest.mark.parametrize("prepack", [True, False])
+def test_the_check_leaves_the_weights_as_they_are(tiny_bundle: Path, prepack: bool) -> None:
+    model = pz.load(tiny_bundle, threads=1, prepack=prepack)
     assert b"".join(model.weights._bytes()) == (tiny_bundle / "weights.safetensors").read_bytes()
 
 

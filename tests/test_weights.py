@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import pocketzo as pz
 from pocketzo.errors import BundleError
+from pocketzo.formats.safetensors import file_sha256
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Layout, Location
 from pocketzo.runtime.weights import Weights
@@ -35,6 +38,20 @@ def made(bundle: pz.Bundle, prepacked: Iterable[str], shared: Iterable[str]) -> 
     return Weights(bundle, Image.allocate(bundle, without=set(prepacked) - set(shared)), locations)
 
 
+def assert_equal(weights: Weights, expected: Mapping[str, NDArray[Any]]) -> None:
+    """Every weight has the expected value, in all memory in which it is kept."""
+    assert list(weights) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(weights[name], value)
+        for memory, _, packing in weights.segments(name):
+            out = np.empty_like(value)
+            if packing is None:
+                out[...] = memory
+            else:
+                packing.unpack(memory, out, 0)
+            np.testing.assert_array_equal(out, value)
+
+
 @pytest.fixture
 def bundle(tiny_bundle: Path) -> pz.Bundle:
     return pz.Bundle.read(tiny_bundle)
@@ -45,33 +62,24 @@ def test_weights_are_usable_when_made(
     bundle: pz.Bundle, prepacked: list[str], shared: list[str], tmp_path: Path
 ) -> None:
     weights = made(bundle, prepacked, shared)
-    floats = [tensor for tensor in bundle.tensors if tensor.dtype == "float32"]
-    assert list(weights) == [tensor.name for tensor in floats]
-    for tensor in floats:
-        np.testing.assert_array_equal(weights[tensor.name], np.zeros(tensor.shape, np.float32))
-        assert len(weights.segments(tensor.name)) == 1 + (tensor.name in shared)
+    shapes = {tensor.name: tensor.shape for tensor in bundle.tensors if tensor.dtype == "float32"}
+    assert_equal(weights, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    assert [name for name in shapes if len(weights.segments(name)) == 2] == shared
     weights.read()
     whole = Weights(bundle)
     whole.read()
-    for name, stored in whole.items():
-        np.testing.assert_array_equal(weights[name], stored)
+    assert_equal(weights, whole)
     weights.save(tmp_path / "saved")
     assert (tmp_path / "saved").read_bytes() == bundle.weights_path.read_bytes()
     rng = np.random.default_rng(1)
-    for tensor in floats:
-        value = rng.standard_normal(tensor.shape, np.float32)
-        weights[tensor.name] = whole[tensor.name] = value
-        for memory, _, packing in weights.segments(tensor.name):
-            out = np.empty_like(value)
-            if packing is None:
-                out[...] = memory
-            else:
-                packing.unpack(memory, out, 0)
-            np.testing.assert_array_equal(out, value)
+    for name, shape in shapes.items():
+        weights[name] = whole[name] = rng.standard_normal(shape, np.float32)
+    assert_equal(weights, whole)
     assert weights.sha256() == whole.sha256()
-    weights.read(tmp_path / "saved")
-    weights.save(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == bundle.weights_path.read_bytes()
+    for each in (weights, whole):
+        each.read(tmp_path / "saved")
+    assert_equal(weights, whole)
+    assert weights.sha256() == file_sha256(bundle.weights_path)
 
 
 @pytest.mark.parametrize(("prepacked", "shared"), KEPT, ids=str)
