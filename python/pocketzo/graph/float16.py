@@ -1,0 +1,118 @@
+"""Have a graph compute in float16, and check what it then computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnxruntime as ort
+from onnx import ModelProto, helper
+
+from pocketzo.bundle import Bundle
+from pocketzo.errors import BundleError
+from pocketzo.graph.proto import replace, sorted_nodes
+from pocketzo.graph.read import expose_activations, read_model
+from pocketzo.graph.weight import Weight
+from pocketzo.model import probe_batch
+
+MOST_FLOAT16: Final = 65504.0
+
+
+def to_float16(model: ModelProto, weights: Iterable[Weight]) -> ModelProto:
+    """Have a graph compute in float16 what it computes in float32, between inputs and outputs of the old types.
+
+    Parameters
+    ----------
+    model : ModelProto
+        As :func:`extract_weights` left it.
+    weights : iterable of Weight
+        Those in float32 are marked to be stored in float16.
+
+    Returns
+    -------
+    ModelProto
+
+    Raises
+    ------
+    BundleError
+        If a weight is too large for float16.
+    """
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    ends = [value.name for value in (*model.graph.input, *model.graph.output)]
+    for weight in weights:
+        dtype = helper.np_dtype_to_tensor_dtype(weight.array.dtype)
+        # As inputs, since the converter would read and keep initializers.
+        model.graph.input.append(helper.make_tensor_value_info(weight.name, dtype, weight.array.shape))
+        if weight.array.dtype == np.float32:
+            weight.stored = "float16"
+            largest = np.abs(weight.array).max(initial=0)
+            if weight.parameter and largest > MOST_FLOAT16:
+                raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {MOST_FLOAT16}")
+            if largest > MOST_FLOAT16:  # what masks is as good
+                weight.array = np.clip(weight.array, -MOST_FLOAT16, MOST_FLOAT16)
+    blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
+    model = convert_float_to_float16(model, keep_io_types=ends, op_block_list=blocked)
+    replace(model.graph.input, [value for value in model.graph.input if value.name in ends])
+    replace(model.graph.node, sorted_nodes(model.graph))  # the converter leaves its casts at the end
+    return model
+
+
+def check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) -> None:
+    """Run the model as it was and as it is in float16 on a small batch, and refuse one that becomes another.
+
+    On processors without fp16 arithmetic the runtime computes in float32, so that what overflows would only be seen
+    elsewhere: hence a look at each value of the model as it was.
+    """
+    proto = read_model(source)
+    names = [value.name for value in proto.graph.output]
+    expose_activations(proto)
+    original = open_unoptimised(source, proto.SerializeToString())
+    batch = probe_batch(bundle)
+    advice = "prepare the model in float32"
+    try:
+        asked = {value.name for value in original.get_inputs()}
+        values = original.run(None, {name: array for name, array in batch.items() if name in asked})
+        got = session.run(names, batch)
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise BundleError(f"{source}: a run on a probing batch failed: {error}") from error
+    floats = [
+        (output.name, value)
+        for output, value in zip(original.get_outputs(), values, strict=True)
+        if isinstance(value, np.ndarray) and value.dtype == np.float32
+    ]
+    for name, value in floats:
+        largest = value[np.isfinite(value)].max(initial=0)  # what is far below zero is a mask
+        if largest > MOST_FLOAT16:
+            raise BundleError(
+                f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
+                f"{MOST_FLOAT16:g}: {advice}"
+            )
+    found = dict(zip(names, got, strict=True))
+    for name, expected in floats:
+        if name in found:
+            size = np.abs(expected).max(initial=0, where=np.isfinite(expected))
+            apart = np.abs(found[name] - expected).max(initial=0, where=np.isfinite(expected))
+            if not apart <= 0.05 * size + 1e-3:
+                raise BundleError(
+                    f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
+                    f"constant may be beyond 6e-08 .. {MOST_FLOAT16:g}): {advice}"
+                )
+
+
+def open_unoptimised(source: Path, graph: str | bytes) -> ort.InferenceSession:
+    """Open a graph as it is, so that weights are only mapped."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_prepacking", "1")  # so that the weights are only mapped
+    if isinstance(graph, bytes):
+        folder = os.fspath(source.parent.resolve())
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise BundleError(f"{source}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
