@@ -45,7 +45,7 @@ MASKED = -10_000.0
 def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
     """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
     import pocketzo as pz
-    from pocketzo.demo.minilm import Checkpoint, build_onnx
+    from pocketzo.export.bert import Checkpoint, build_onnx
     from pocketzo.safetensors import write
 
     bundle = folder / (name if dtype == "float32" else f"{name}-{dtype}")

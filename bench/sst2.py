@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 import pocketzo as pz
 from pocketzo.demo import minilm
+from pocketzo.export.bert import build_onnx
 
 SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 PER_CLASS = 512
@@ -200,7 +201,7 @@ def main() -> None:
     checkpoint = minilm.find_checkpoint(arguments.checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        minilm.build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
+        build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
         bundle = pz.prepare(
             folder / "model.onnx", folder / "bundle", tokenizer=checkpoint.tokenizer, labels=("0", "1"), max_length=128
         )

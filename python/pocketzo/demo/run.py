@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from pocketzo import kernels
 from pocketzo.data import Dataset, load_dataset
-from pocketzo.demo.minilm import build_onnx, find_checkpoint, linear_probe
+from pocketzo.demo.minilm import find_checkpoint
+from pocketzo.demo.probe import linear_probe
 from pocketzo.errors import Error
+from pocketzo.export.bert import build_onnx
 from pocketzo.files import atomic_file
 from pocketzo.memory import process_memory, reset_peak
 from pocketzo.model import Model, load
