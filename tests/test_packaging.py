@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 import pocketzo as pz
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("click", "matplotlib", "onnx", "rich", "safetensors", "tokenizers", "torch", "transformers")
+OPTIONAL = ("click", "matplotlib", "onnx", "onnx_ir", "rich", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

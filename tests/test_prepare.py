@@ -203,15 +203,16 @@ print(len(bundle.tensors), peak - before)
     assert kilobytes < 2048 * 2048 * 4 / 1024 * 3
 
 
-def test_the_module_says_which_extra_is_missing() -> None:
+@pytest.mark.parametrize("package", ["onnx", "onnx_ir"])
+def test_the_module_says_which_extra_is_missing(package: str) -> None:
     script = """
 import sys
-sys.modules["onnx"] = None
+sys.modules[sys.argv[1]] = None
 from pocketzo.prepare import prepare
 try:
     prepare("m.onnx", "out")
 except ImportError as error:
     print(type(error).__name__, error)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert re.match(r"MissingExtraError .*pip install 'pocketzo\[prepare\]'", result.stdout)
+    result = subprocess.run([sys.executable, "-c", script, package], capture_output=True, text=True, check=True)
+    assert re.match(rf"MissingExtraError .*'{package}'.*pip install 'pocketzo\[prepare\]'", result.stdout)

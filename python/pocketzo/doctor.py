@@ -24,7 +24,7 @@ __all__ = ["examine", "packing", "self_test", "speed"]
 EXTRAS: Final = {
     "cli": ("click", "rich"),
     "text": ("tokenizers",),
-    "prepare": ("onnx",),
+    "prepare": ("onnx", "onnx-ir"),
     "plot": ("matplotlib",),
 }
 

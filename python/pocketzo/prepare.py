@@ -81,13 +81,13 @@ def prepare(
         from pocketzo.graph.extract import extract_weights, point_to_weights
         from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
         from pocketzo.graph.loss import add_loss
-        from pocketzo.graph.read import describe, drop_provenance, read_model
+        from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
-        raise MissingExtraError("onnx", "prepare") from error
+        raise MissingExtraError(error.name or "onnx", "prepare") from error
 
-    model = Path(model)
-    if not model.is_file():
-        raise BundleError(f"{model}: no such file")
+    source = Path(model)
+    if not source.is_file():
+        raise BundleError(f"{source}: no such file")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     class_names = _checked_labels(labels)
@@ -99,22 +99,24 @@ def prepare(
 
     with staged_folder(out) as folder:
         try:
-            proto = read_model(model)
-            weights = extract_weights(proto, model.parent)
+            onnx_model = read_model(source)
+            weights = extract_weights(onnx_model, source.parent)
             chosen = _choose(weights, wanted)
-            drop_provenance(proto)
+            drop_provenance(onnx_model)
             if dtype == "float16":
-                proto = to_float16(proto, weights)
-            loss, logits = add_loss(proto)
-            inputs = tuple(map(describe, proto.graph.input))
-            outputs = tuple(map(describe, proto.graph.output))
+                onnx_model = to_float16(onnx_model, weights)
+            loss, logits = add_loss(onnx_model)
+            inputs = tuple(map(describe, onnx_model.graph.inputs))
+            outputs = tuple(map(describe, onnx_model.graph.outputs))
         except (BundleError, DeadWeightError) as error:
-            raise type(error)(f"{model}: {error}") from None
+            raise type(error)(f"{source}: {error}") from None
         classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
         if class_names is not None and isinstance(classes, int) and classes != len(class_names):
-            raise BundleError(f"{model}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
+            raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
         if class_names is not None and logits is None:
-            raise BundleError(f"{model}: labels given, but the graph has no output 'logits' to which they could belong")
+            raise BundleError(
+                f"{source}: labels given, but the graph has no output 'logits' to which they could belong"
+            )
 
         write(
             folder / WEIGHTS,
@@ -122,9 +124,9 @@ def prepare(
             {weight.name: weight.dtype for weight in weights},
         )
         entries = read_header(folder / WEIGHTS)
-        point_to_weights(proto, weights, WEIGHTS, entries)
-        (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
-        session = open_unoptimised(model, os.fspath(folder / MODEL))
+        point_to_weights(onnx_model, weights, WEIGHTS, entries)
+        (folder / MODEL).write_bytes(to_bytes(onnx_model))
+        session = open_unoptimised(source, os.fspath(folder / MODEL))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         ids = tensor_ids(entries)
@@ -146,7 +148,7 @@ def prepare(
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
         if dtype == "float16":
-            check_float16(model, bundle, session)
+            check_float16(source, bundle, session)
         del session  # which maps a file of the folder that is now renamed
         bundle.write_description()
     return Bundle.read(out)
@@ -161,11 +163,11 @@ def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str
     if not chosen:
         raise BundleError(f"'trainable' matches none of the {len(parameters)} weights, such as {parameters[0].name!r}")
     for weight in chosen:
-        if weight.dead is not None:
+        if weight.folded_by is not None:
             raise DeadWeightError(
-                f"node {weight.dead} makes another tensor of weight {weight.name!r} and constants alone, so that the "
-                "runtime computes it only once and sees no change of the weight; export the model with dynamic axes "
-                "and constants folded, or leave this weight out of 'trainable'"
+                f"node {weight.folded_by} makes another tensor of weight {weight.name!r} and constants alone, so that "
+                "the runtime computes it only once and sees no change of the weight; export the model with dynamic "
+                "axes and constants folded, or leave this weight out of 'trainable'"
             )
     return {weight.name for weight in chosen}
 

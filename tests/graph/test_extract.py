@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from graphs import (
+    MODELS,
     Live,
     linear,
     model_of,
@@ -84,6 +87,57 @@ def test_a_weight_used_inside_of_a_branch(tmp_path: Path) -> None:
         np.testing.assert_allclose(before, run(path, {"x": feed["x"], "flag": feed["flag"]})["logits"], rtol=1e-6)
         live.weights[name] *= 2
         np.testing.assert_allclose(live.outputs(feed)[0], 2 * before, rtol=1e-6)
+
+
+def test_tensors_of_one_name_in_two_branches(tmp_path: Path) -> None:
+    """As exporters' merged decoders have them: names belong to the inner graph."""
+
+    def branch(name: str, seed: int) -> onnx.GraphProto:
+        output = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["batch", 3])
+        scale = helper.make_node("Constant", [], ["scale"], value=weight("scale", 3, seed=seed))
+        nodes = [scale, node("MatMul", "x W", "y"), node("Mul", "y scale", f"{name}_out")]
+        return helper.make_graph(nodes, name, [], [output], [weight("W", 4, 3, seed=seed)])
+
+    choose = helper.make_node("If", ["flag"], ["logits"], then_branch=branch("a", 1), else_branch=branch("b", 2))
+    inputs = [("x", TensorProto.FLOAT, ("batch", 4)), ("flag", TensorProto.BOOL, ())]
+    path = model_of(tmp_path / "m.onnx", [choose], [], inputs=inputs)
+    bundle = prepare(path, tmp_path / "out")
+    assert len(trainable_names(bundle)) == 4
+    for flag in np.array(True), np.array(False):
+        feed = {"x": np.ones((1, 4), np.float32), "flag": flag}
+        labels = {"labels": np.array([0])}
+        np.testing.assert_array_equal(
+            run(bundle.model_path, feed | labels)["logits"], run(path, feed)["logits"], err_msg=f"flag {flag}"
+        )
+
+
+def test_scalars_stay_scalars(tmp_path: Path) -> None:
+    """``Range`` takes nothing else."""
+    zero, three, one = (numpy_helper.from_array(np.array(n, np.float32), f"n{n}") for n in (0, 3, 1))
+    nodes = [node("Range", "n0 n3 n1", "r"), node("MatMul", "x fc.weight", "y"), node("Add", "y r", "logits")]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("fc.weight", 4, 3), zero, three, one])
+    bundle = prepare(path, tmp_path / "out")
+    x = np.ones((2, 4), np.float32)
+    result = run(bundle.model_path, {"x": x, "labels": np.array([0, 1])})
+    np.testing.assert_array_equal(result["logits"], run(path, {"x": x})["logits"])
+
+
+def test_nodes_in_any_order(tmp_path: Path) -> None:
+    nodes = [node("MatMul", "x t", "logits"), node("Transpose", "val_1", "t"), node("Identity", "fc.weight", "val_1")]
+    bundle = prepare(model_of(tmp_path / "m.onnx", nodes, [weight("fc.weight", 3, 4)]), tmp_path / "out")
+    assert [(tensor.name, tensor.shape) for tensor in bundle.tensors] == [("fc.weight", (4, 3))]
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_external_data_behind_a_link(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    """As in the cache of the Hugging Face hub."""
+    for name in "bert-new-external.onnx", "bert-new-external.onnx.data":
+        shutil.copy(MODELS / name, tmp_path / name)
+    (tmp_path / "snapshot").mkdir()
+    for name in "bert-new-external.onnx", "bert-new-external.onnx.data":
+        link(tmp_path / "snapshot" / name, tmp_path / name)
+    bundle = prepare(tmp_path / "snapshot" / "bert-new-external.onnx", tmp_path / "out")
+    assert bundle.base_sha256 == prepare(MODELS / "bert-new.onnx", tmp_path / "whole").base_sha256
 
 
 def test_functions_in_the_model_are_inlined(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from graphs import (
     model_of,
     node,
     run,
+    trainable_names,
     weight,
 )
 from onnx import TensorProto, helper
@@ -106,16 +107,29 @@ def test_values_inside_that_are_called_labels_or_loss_give_way(tmp_path: Path) -
     assert result["loss"].shape == ()
 
 
+@pytest.mark.parametrize("name", ["labels", "loss"])
+def test_a_weight_that_is_called_labels_or_loss_gives_way(tmp_path: Path, name: str) -> None:
+    path = model_of(tmp_path / "m.onnx", [node("MatMul", f"x {name}", "logits")], [weight(name, 4, 3)])
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {f"{name}.2"}
+    feed = {"x": np.ones((1, 4), np.float32)}
+    result = run(bundle.model_path, feed | {"labels": np.array([2])})
+    np.testing.assert_array_equal(result["logits"], run(path, feed)["logits"])
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
         ({"outputs": [("logits", ("a", "b", "c", 3))]}, "'logits'.*shape"),
         ({"inputs": [("x", 1, ("n", 4)), ("labels", 7, ("n",))]}, "input 'labels' but no output 'loss'"),
+        ({"inputs": [("x", 1, ("n", 4)), ("loss", 1, ("n",))]}, "input 'loss'"),
         ({"outputs": [("logits", ("n", 3)), ("loss", ("n", 3))]}, "'loss' is not a scalar"),
     ],
 )
 def test_a_loss_that_cannot_be_made_is_refused(tmp_path: Path, options: dict[str, Any], fault: str) -> None:
-    nodes = [node("MatMul", "x fc.weight", "logits"), node("Abs", "logits", "loss")]
+    nodes = [node("MatMul", "x fc.weight", "logits")]
+    if "inputs" not in options:
+        nodes.append(node("Abs", "logits", "loss"))
     path = model_of(tmp_path / "m.onnx", nodes, [weight("fc.weight", 4, 3)], **options)
     with pytest.raises(BundleError, match=fault):
         prepare(path, tmp_path / "out")

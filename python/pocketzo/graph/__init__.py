@@ -1,4 +1,6 @@
-"""ONNX graphs: read, rewrite and write them.
+"""ONNX graphs: read, rewrite, build and write them.
 
-Its modules need the package ``onnx``; the rest of the package imports them where it needs them.
+Graphs are held as ``onnx_ir`` has them: a value knows its producer and its readers, in inner graphs too, and keeps its
+identity whatever it is called. Its modules need the packages ``onnx`` and ``onnx_ir``; the rest of PocketZO imports
+them where a graph is prepared or exported, and nowhere else.
 """

@@ -13,32 +13,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from math import prod
 from pathlib import Path
+from typing import Final
 
 import numpy as np
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
 from pocketzo.errors import BundleError
 from pocketzo.graph.external import ExternalFiles
 from pocketzo.graph.folded import find_folded
-from pocketzo.graph.names import is_generated, name_weights, title_of
-from pocketzo.graph.proto import FLOATS, all_nodes, replace, subgraphs
+from pocketzo.graph.loss import RESERVED
+from pocketzo.graph.names import is_generated, name_weights, title_of, unique, value_names
 from pocketzo.graph.tied import connect, settle, unify_equal_matrices
 from pocketzo.graph.views import fold_views
-from pocketzo.graph.weight import Draft, Use, Weight
+from pocketzo.graph.weight import Array, Constant, Draft, Weight
 from pocketzo.safetensors import DTYPES, Entry
 
-INLINE_BYTES = 1024  # constants that are no weights stay in the graph up to this size, as in onnx and onnxruntime
+_FLOATS: Final = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+_INLINE_BYTES = 1024  # constants that are no weights stay in the graph up to this size, as in onnx and onnxruntime
 
 
-def extract_weights(model: ModelProto, folder: Path) -> list[Weight]:
+def extract_weights(model: ir.Model, folder: Path) -> list[Weight]:
     """Take the weights out of a graph, and rewrite it so that each node reads its weights as they are returned.
 
     Parameters
     ----------
-    model : ModelProto
-        As :func:`read_model` returns it; changed in place. :func:`point_to_weights` completes it.
+    model : Model
+        As :func:`read_model` returns it; changed in place. Its weights are initializers without elements, until
+        :func:`point_to_weights` completes them.
     folder : Path
         Where the files of external data are.
 
@@ -54,51 +56,40 @@ def extract_weights(model: ModelProto, folder: Path) -> list[Weight]:
     DeadWeightError
         If a tied weight is used in ways that cannot read one stored tensor.
     """
-    draft = Draft(model.graph)
-    _collect(draft, ExternalFiles(folder), model.graph)
-    draft.root = {name: name for name in draft.tensors}
-    draft.label = {name: None if is_generated(name) else name for name in draft.tensors}
+    draft = _collect(model.graph, ExternalFiles(folder))
     unify_equal_matrices(draft)
     fold_views(draft)
-    draft.uses = {name: [] for name in draft.tensors}
-    draft.nodes = list(all_nodes(draft.graph))
-    for node in draft.nodes:
-        for index, name in enumerate(node.input):
-            draft.readers[name].append(node)
-            if name in draft.tensors:
-                draft.uses[name].append(Use(node, index))
-
-    families: defaultdict[str, list[str]] = defaultdict(list)
-    for name, uses in draft.uses.items():
-        if uses:
-            families[draft.root[name]].append(name)
-    dead = find_folded(draft)
+    families: defaultdict[ir.Value, list[Constant]] = defaultdict(list)
+    for constant in draft.constants.values():
+        if constant.value.uses():
+            families[constant.root].append(constant)
+    folded = find_folded(draft)
+    taken = value_names(draft.graph) | set(RESERVED)
     weights: list[Weight] = []
-    for root, names in families.items():
-        members = settle(draft, names)
-        for weight in members:
-            weight.dead = dead.get(root)
-            weight.parameter = weight.parameter or weight.dead is not None
+    for root, family in families.items():
+        for weight in settle(draft, family):
+            weight.folded_by = folded.get(root)
+            weight.parameter = weight.parameter or weight.folded_by is not None
             if weight.parameter and weight.array.dtype != np.float32:
                 raise BundleError(
-                    f"weight {weight.name!r} of node {title_of((weight.uses + weight.transposed)[0].node)} is "
+                    f"weight {weight.name!r} of node {title_of((weight.uses + weight.transposed)[0][0])} is "
                     f"{weight.array.dtype.name}; this version needs float32, so export the model in float32"
                 )
-        weights += members
-    weights = _keep_small_constants(draft, weights)
-    name_weights(draft, weights)
+            if weight.parameter or _is_large(weight.array):
+                weights.append(weight)
+            else:
+                _put_back(draft.graph, weight, taken)
+    name_weights(weights, taken)
     connect(draft, weights)
-    produced = {output for node in draft.graph.node for output in node.output}
-    replace(draft.graph.value_info, [value for value in draft.graph.value_info if value.name in produced])
     return weights + draft.large
 
 
-def point_to_weights(model: ModelProto, weights: Iterable[Weight], location: str, entries: Mapping[str, Entry]) -> None:
+def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, entries: Mapping[str, Entry]) -> None:
     """Declare the weights in the graph as external data.
 
     Parameters
     ----------
-    model : ModelProto
+    model : Model
         As :func:`extract_weights` left it; changed in place.
     weights : iterable of Weight
     location : str
@@ -108,62 +99,47 @@ def point_to_weights(model: ModelProto, weights: Iterable[Weight], location: str
     """
     for weight in weights:
         entry = entries[weight.name]
-        tensor = model.graph.initializer.add(
+        value = model.graph.initializers.pop(weight.name)  # and behind the others, in the order of the weights
+        value.const_value = ir.ExternalTensor(
+            location,
+            entry.start,
+            entry.stop - entry.start,
+            ir.DataType.from_numpy(weight.dtype),
+            shape=ir.Shape(weight.array.shape),
             name=weight.name,
-            dims=weight.array.shape,
-            data_type=helper.np_dtype_to_tensor_dtype(weight.dtype),
-            data_location=TensorProto.EXTERNAL,
         )
-        for key, value in ("location", location), ("offset", entry.start), ("length", entry.stop - entry.start):
-            tensor.external_data.add(key=key, value=str(value))
+        model.graph.initializers.add(value)
 
 
-def _collect(draft: Draft, files: ExternalFiles, graph: GraphProto) -> None:
-    """Take all floating-point tensors out of a graph and its subgraphs; make the others part of it."""
-    outputs = {value.name for value in graph.output}
-    kept = []
-    for tensor in graph.initializer:
-        array = files.open(tensor)
-        if tensor.name in outputs or tensor.name in draft.tensors:
-            kept.append(numpy_helper.from_array(array, tensor.name))
-        elif tensor.data_type in FLOATS:
-            draft.tensors[tensor.name] = array
-        elif array.nbytes > INLINE_BYTES and array.dtype.name in DTYPES.values() and graph is draft.graph:
-            draft.large.append(Weight(tensor.name, array))
-        elif tensor.data_location == TensorProto.EXTERNAL:
-            kept.append(numpy_helper.from_array(array, tensor.name))
-        else:
-            kept.append(tensor)
-    replace(graph.initializer, kept)
-
-    nodes = []
-    for node in graph.node:
-        value = next((item.t for item in node.attribute if item.name == "value"), None)
-        name = node.output[0] if node.output else ""
-        if (
-            node.op_type == "Constant"
-            and value is not None
-            and value.data_type in FLOATS
-            and prod(value.dims) > 1
-            and name not in outputs | draft.tensors.keys()
-        ):
-            draft.tensors[name] = files.open(value)
-        else:
-            nodes.append(node)
-    if len(nodes) < len(graph.node):
-        replace(graph.node, nodes)
-    for subgraph in subgraphs(graph.node):
-        _collect(draft, files, subgraph)
+def _collect(graph: ir.Graph, files: ExternalFiles) -> Draft:
+    """Take the floating-point constants out of a graph; make the others part of it, the large ones excepted."""
+    draft = Draft(graph)
+    for scope in (graph, *graph.subgraphs()):
+        for value in tuple(scope.initializers.values()):
+            tensor = value.const_value
+            if tensor is None or isinstance(tensor, ir.StringTensor):
+                continue
+            name = str(value.name)
+            array = files.read(tensor)
+            value.const_value = ir.tensor(array, tensor.dtype, name)
+            if value.is_graph_output():
+                continue
+            if tensor.dtype in _FLOATS:
+                scope.initializers.pop(name)
+                draft.constants[value] = Constant(value, array, value, None if is_generated(name) else name)
+            elif _is_large(array):
+                value.const_value = None
+                draft.large.append(Weight(name, array))
+    return draft
 
 
-def _keep_small_constants(draft: Draft, weights: list[Weight]) -> list[Weight]:
-    """Put constants that are no weights back into the graph, the large ones excepted."""
-    stored = []
-    for weight in weights:
-        if weight.parameter or (weight.array.nbytes > INLINE_BYTES and weight.array.dtype.name in DTYPES.values()):
-            stored.append(weight)
-        else:
-            draft.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight.array), weight.name))
-            for node, index in weight.uses:
-                node.input[index] = weight.name
-    return stored
+def _is_large(array: Array) -> bool:
+    return array.nbytes > _INLINE_BYTES and array.dtype.name in DTYPES.values()
+
+
+def _put_back(graph: ir.Graph, weight: Weight, taken: set[str]) -> None:
+    """Make a constant that is no weight part of the graph again."""
+    value = ir.val(unique(weight.name, taken), const_value=ir.tensor(weight.array))
+    graph.initializers.add(value)
+    for node, index in weight.uses:
+        node.replace_input_with(index, value)

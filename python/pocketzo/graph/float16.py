@@ -8,32 +8,31 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
-from onnx import ModelProto, helper
 
 from pocketzo.bundle import Bundle
 from pocketzo.errors import BundleError
-from pocketzo.graph.proto import replace, sorted_nodes
-from pocketzo.graph.read import expose_activations, read_model
+from pocketzo.graph.read import from_proto, read_model, to_bytes
 from pocketzo.graph.weight import Weight
 from pocketzo.model import probe_batch
 
 MOST_FLOAT16: Final = 65504.0
 
 
-def to_float16(model: ModelProto, weights: Iterable[Weight]) -> ModelProto:
+def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
     """Have a graph compute in float16 what it computes in float32, between inputs and outputs of the old types.
 
     Parameters
     ----------
-    model : ModelProto
-        As :func:`extract_weights` left it.
+    model : Model
+        As :func:`extract_weights` left it; not to be used afterwards.
     weights : iterable of Weight
         Those in float32 are marked to be stored in float16.
 
     Returns
     -------
-    ModelProto
+    Model
 
     Raises
     ------
@@ -42,22 +41,23 @@ def to_float16(model: ModelProto, weights: Iterable[Weight]) -> ModelProto:
     """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
-    ends = [value.name for value in (*model.graph.input, *model.graph.output)]
+    graph = model.graph
+    ends = [value.name for value in (*graph.inputs, *graph.outputs)]
     for weight in weights:
-        dtype = helper.np_dtype_to_tensor_dtype(weight.array.dtype)
-        # As inputs, since the converter would read and keep initializers.
-        model.graph.input.append(helper.make_tensor_value_info(weight.name, dtype, weight.array.shape))
+        graph.inputs.append(graph.initializers.pop(weight.name))  # the converter would read and keep initializers
         if weight.array.dtype == np.float32:
-            weight.stored = "float16"
+            weight.storage_dtype = "float16"
             largest = np.abs(weight.array).max(initial=0)
             if weight.parameter and largest > MOST_FLOAT16:
                 raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {MOST_FLOAT16}")
             if largest > MOST_FLOAT16:  # what masks is as good
                 weight.array = np.clip(weight.array, -MOST_FLOAT16, MOST_FLOAT16)
     blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
-    model = convert_float_to_float16(model, keep_io_types=ends, op_block_list=blocked)
-    replace(model.graph.input, [value for value in model.graph.input if value.name in ends])
-    replace(model.graph.node, sorted_nodes(model.graph))  # the converter leaves its casts at the end
+    model = from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=ends, op_block_list=blocked))
+    for value in tuple(model.graph.inputs):
+        if value.name not in ends:
+            model.graph.inputs.remove(value)
+            model.graph.initializers.add(value)
     return model
 
 
@@ -67,10 +67,8 @@ def check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) -
     On processors without fp16 arithmetic the runtime computes in float32, so that what overflows would only be seen
     elsewhere: hence a look at each value of the model as it was.
     """
-    proto = read_model(source)
-    names = [value.name for value in proto.graph.output]
-    expose_activations(proto)
-    original = open_unoptimised(source, proto.SerializeToString())
+    names, graph = _with_activations(source)
+    original = open_unoptimised(source, graph)
     batch = probe_batch(bundle)
     advice = "prepare the model in float32"
     try:
@@ -101,6 +99,20 @@ def check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) -
                     f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
                     f"constant may be beyond 6e-08 .. {MOST_FLOAT16:g}): {advice}"
                 )
+
+
+def _with_activations(source: Path) -> tuple[list[str], bytes]:
+    """Return the names of a graph's outputs, and the graph with all that it computes from its inputs as outputs."""
+    model = read_model(source)
+    graph = model.graph
+    names = [str(value.name) for value in graph.outputs]
+    computed = set(graph.inputs)
+    for node in graph:
+        if not computed.isdisjoint(node.inputs):
+            values = [value for value in node.outputs if value.name]
+            computed.update(values)
+            graph.outputs.extend(value for value in values if not value.is_graph_output())
+    return names, to_bytes(model)
 
 
 def open_unoptimised(source: Path, graph: str | bytes) -> ort.InferenceSession:

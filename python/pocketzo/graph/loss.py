@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
 from pocketzo.errors import BundleError
-from pocketzo.graph.proto import dtype_of, rename_value, shape_of, value_names
-from pocketzo.graph.weight import Array
+from pocketzo.graph.build import Builder
+from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.read import dtype_of, shape_of
 
 IGNORED_LABEL: Final = -100
+"""The label of a token that does not count in the loss, as everywhere in the field."""
+RESERVED: Final = ("labels", "loss")
+"""What the input and the output are called that are added."""
 
 
-def add_loss(model: ModelProto) -> tuple[str | None, str | None]:
+def add_loss(model: ir.Model) -> tuple[str | None, str | None]:
     """Find the loss of a graph, or add it to one that ends in class scores.
 
     The loss is the mean cross-entropy of an int64 input ``labels``: of shape [batch] for logits [batch, classes], or
@@ -32,8 +35,8 @@ def add_loss(model: ModelProto) -> tuple[str | None, str | None]:
         If the graph has logits but a loss cannot be added.
     """
     graph = model.graph
-    outputs = {value.name: value for value in graph.output}
-    floats = [value for value in graph.output if value.type.tensor_type.elem_type == TensorProto.FLOAT]
+    outputs = {value.name: value for value in graph.outputs}
+    floats = [value for value in graph.outputs if value.dtype == ir.DataType.FLOAT]
     logits = outputs.get("logits")
     if "loss" in outputs:
         if any(size != 1 for size in shape_of(outputs["loss"]) or ()):
@@ -45,48 +48,45 @@ def add_loss(model: ModelProto) -> tuple[str | None, str | None]:
         return None, None
 
     shape = shape_of(logits)
-    if shape is None or len(shape) not in (2, 3) or logits.type.tensor_type.elem_type != TensorProto.FLOAT:
+    if shape is None or len(shape) not in (2, 3) or logits.dtype != ir.DataType.FLOAT:
         raise BundleError(
             f"no loss can be added to the graph's output {logits.name!r}: expected float32 of shape [batch, classes] "
             f"or [batch, sequence, classes], got {dtype_of(logits)} of shape {shape}"
         )
-    if any(value.name == "labels" for value in graph.input):
+    if any(value.name == "labels" for value in graph.inputs):
         raise BundleError("the graph has an input 'labels' but no output 'loss'; export it with both, or with neither")
-    for name in "labels", "loss":
-        if name in value_names(graph):
-            rename_value(graph, name, f"{name}_in_graph")
-    _append_cross_entropy(graph, logits.name, shape)
+    if any(value.name == "loss" for value in graph.inputs):
+        raise BundleError("the graph has an input 'loss', as the output that is added; export it under another name")
+    _free_names(graph, RESERVED)
+    _append_cross_entropy(graph, logits, shape)
     return "loss", logits.name
 
 
-def _append_cross_entropy(graph: GraphProto, logits: str, shape: Sequence[int | str]) -> None:
+def _free_names(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Call values otherwise that have these names, in inner graphs too."""
+    taken = value_names(graph)
+    for node in graph.all_nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value.name in names:
+                value.name = unique(f"{value.name}_in_graph", taken)
+
+
+def _append_cross_entropy(graph: ir.Graph, logits: ir.Value, shape: Sequence[int | str]) -> None:
     """Add the input ``labels`` and the output ``loss``, as log-sum-exp: the log of a softmax is off near 0 and 1."""
-    graph.input.append(helper.make_tensor_value_info("labels", TensorProto.INT64, shape[:-1]))
-    graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
-
-    def constant(name: str, array: Array) -> str:
-        graph.initializer.append(numpy_helper.from_array(array, f"pocketzo.loss.{name}"))
-        return f"pocketzo.loss.{name}"
-
-    def node(op_type: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        graph.node.append(helper.make_node(op_type, inputs, [name], f"pocketzo.loss.{op_type}_{name}", **attributes))
-        return name
-
-    last = constant("last_axis", np.array([-1], np.int64))
-    log_p = node("LogSoftmax", [logits], "pocketzo.loss.log_probabilities", axis=-1)
+    build = Builder(graph, "pocketzo.loss.")
+    labels = build.input("labels", ir.DataType.INT64, shape[:-1])
+    last = build.constant([-1])
+    log_p = build.op("LogSoftmax", logits, axis=-1)
     if len(shape) == 2:
-        index = node("Unsqueeze", ["labels", last], "pocketzo.loss.index")
-        chosen = node("GatherElements", [log_p, index], "pocketzo.loss.chosen", axis=-1)
-        node("Neg", [node("ReduceMean", [chosen], "pocketzo.loss.mean", keepdims=0)], "loss")
-        return
-    ignored = node("Equal", ["labels", constant("ignored_label", np.array(IGNORED_LABEL))], "pocketzo.loss.ignored")
-    label = node("Where", [ignored, constant("any_label", np.array(0)), "labels"], "pocketzo.loss.label")
-    index = node("Unsqueeze", [label, last], "pocketzo.loss.index")
-    chosen = node("GatherElements", [log_p, index], "pocketzo.loss.chosen", axis=-1)
-    chosen = node("Squeeze", [chosen, last], "pocketzo.loss.chosen_by_token")
-    zero, one = constant("zero", np.array(0, np.float32)), constant("one", np.array(1, np.float32))
-    counted = node("Where", [ignored, zero, chosen], "pocketzo.loss.counted")
-    weight = node("Where", [ignored, zero, one], "pocketzo.loss.weight")
-    total = node("ReduceSum", [counted], "pocketzo.loss.total", keepdims=0)
-    count = node("ReduceSum", [weight], "pocketzo.loss.count", keepdims=0)
-    node("Neg", [node("Div", [total, count], "pocketzo.loss.mean")], "loss")
+        chosen = build.op("GatherElements", log_p, build.op("Unsqueeze", labels, last), axis=-1)
+        mean = build.op("ReduceMean", chosen, keepdims=0)
+    else:
+        ignored = build.op("Equal", labels, build.constant(IGNORED_LABEL))
+        label = build.op("Where", ignored, build.constant(0), labels)
+        chosen = build.op("GatherElements", log_p, build.op("Unsqueeze", label, last), axis=-1)
+        chosen = build.op("Squeeze", chosen, last)
+        zero, one = build.constant(0.0), build.constant(1.0)
+        total = build.op("ReduceSum", build.op("Where", ignored, zero, chosen), keepdims=0)
+        count = build.op("ReduceSum", build.op("Where", ignored, zero, one), keepdims=0)
+        mean = build.op("Div", total, count)
+    build.output(build.op("Neg", mean, name="loss"), ir.DataType.FLOAT, [])

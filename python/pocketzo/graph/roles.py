@@ -1,4 +1,4 @@
-"""What operators use as weights, and what torch calls it."""
+"""Which inputs of which operators are weights, and what torch calls them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from pocketzo.graph.weight import Array, Draft, Use
+from pocketzo.graph.weight import Array, Constant, Draft, Use
 
 ROLES: Final[Mapping[str, Mapping[int, str]]] = {
     "MatMul": {0: "weight", 1: "weight"},
@@ -27,9 +27,7 @@ ROLES: Final[Mapping[str, Mapping[int, str]]] = {
     "RMSNormalization": {1: "weight"},
     "SimplifiedLayerNormalization": {1: "weight"},
 }
-
-
-ELEMENTWISE = {
+ELEMENTWISE: Final = {
     "Abs",
     "Add",
     "Cast",
@@ -45,21 +43,21 @@ ELEMENTWISE = {
     "Sub",
 }
 
-
+# Tables that torch modules keep beside their parameters: rotary position embeddings.
 _BUFFER = re.compile(r"(^|[._])(inv_freq|(cos|sin)_cached?)$")
 
 
-def is_buffer(draft: Draft, name: str) -> bool:
+def is_buffer(constant: Constant) -> bool:
     """Return whether a tensor is a table that a torch module keeps beside its parameters."""
-    return _BUFFER.search(draft.label[name] or "") is not None
+    return _BUFFER.search(constant.label or "") is not None
 
 
-def role_of(draft: Draft, name: str, use: Use) -> str | None:
-    """Return what a use makes of a tensor, such as "weight" or "bias"; None if it is a mere constant there."""
+def role_of(draft: Draft, constant: Constant, use: Use) -> str | None:
+    """Return what a node uses a tensor as, such as "weight" or "bias"; None if it is a mere constant there."""
     node, index = use
-    array = draft.tensors[name]
+    array = constant.array
     role = ROLES.get(node.op_type, {}).get(index)
-    if role is None or array.ndim == 0 or array.size == 0 or is_buffer(draft, name) or id(node) in draft.constant_nodes:
+    if role is None or array.ndim == 0 or array.size == 0 or is_buffer(constant) or node in draft.constant_nodes:
         return None
     match node.op_type:
         case "MatMul" if index == 0 and array.ndim != 2:  # rotary frequencies are multiplied from the left

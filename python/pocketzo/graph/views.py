@@ -1,76 +1,63 @@
-"""Nodes that only look at the elements of a tensor in another way."""
+"""Nodes that only view the elements of a tensor in another way."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+import onnx_ir as ir
 
 from pocketzo.graph.names import is_generated
-from pocketzo.graph.proto import replace
-from pocketzo.graph.weight import Array, Draft
+from pocketzo.graph.weight import Array, Constant, Draft
 
 
 def fold_views(draft: Draft) -> None:
     """Replace each node that only views a tensor by that view; the graph's order lets chains fold in one pass."""
-    outputs = {value.name for value in draft.graph.output}
-    integers = _integers(draft.graph)
-    nodes = []
-    for node in draft.graph.node:
-        source = node.input[0] if node.input else ""
-        view = None
-        if source in draft.tensors and node.output[0] not in outputs:
-            view = _view(node, draft.tensors[source], integers)
-        if view is None:
-            nodes.append(node)
+    for node in draft.graph:
+        source = draft.constants.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+        if source is None or node.outputs[0].is_graph_output():
             continue
-        name = node.output[0]
-        draft.tensors[name] = view
-        draft.root[name] = draft.root[source]
+        try:
+            array = _view(node, source.array)
+        except ValueError:  # the runtime will say what is wrong with it
+            array = None
+        if array is None:
+            continue
+        name = str(node.outputs[0].name)
         named = node.op_type == "Identity" and not is_generated(name)
-        draft.label[name] = name if named else draft.label[source]
-    replace(draft.graph.node, nodes)
+        value = ir.Value(name=name)
+        node.outputs[0].replace_all_uses_with(value)
+        draft.graph.remove(node, safe=True)
+        draft.constants[value] = Constant(value, array, source.root, name if named else source.label)
 
 
-def _view(node: NodeProto, array: Array, integers: Mapping[str, Array]) -> Array | None:
-    """Return what a node makes of an array, if it only looks at the same elements another way."""
-    attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    second = integers.get(node.input[1]) if len(node.input) > 1 else None
+def _view(node: ir.Node, array: Array) -> Array | None:
+    """Return the view of an array that a node computes; None if it computes anything else."""
+    attributes = node.attributes
+    second = _integers(node.inputs[1]) if len(node.inputs) > 1 else None
     match node.op_type:
         case "Identity":
             return array
-        case "Cast" if helper.tensor_dtype_to_np_dtype(attributes["to"]) == array.dtype:
+        case "Cast" if attributes.get_int("to") == ir.DataType.from_numpy(array.dtype):
             return array
         case "Transpose":
-            return array.transpose(attributes.get("perm"))
+            return array.transpose(attributes.get_ints("perm"))
         case "Unsqueeze" if second is not None:
             return np.expand_dims(array, tuple(second.tolist()))
         case "Squeeze" if second is not None:
             return np.squeeze(array, tuple(second.tolist()))
-        case "Squeeze" if len(node.input) == 1:
+        case "Squeeze" if len(node.inputs) == 1:
             return np.squeeze(array)
         case "Reshape" if second is not None:
-            keep = not attributes.get("allowzero", 0)
+            keep = not attributes.get_int("allowzero", 0)
             return array.reshape([array.shape[i] if n == 0 and keep else n for i, n in enumerate(second.tolist())])
         case "Flatten":
-            axis = attributes.get("axis", 1) % (array.ndim + 1)
+            axis = attributes.get_int("axis", 1) % (array.ndim + 1)
             return array.reshape(prod(array.shape[:axis]), -1)
     return None
 
 
-def _integers(graph: GraphProto) -> dict[str, Array]:
-    """Return the integer constants of a graph, which shapes and axes are made of."""
-    integers = {}
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.INT64:
-            integers[tensor.name] = numpy_helper.to_array(tensor)
-    for node in graph.node:
-        if node.op_type == "Constant":
-            attribute = node.attribute[0]
-            if attribute.name == "value" and attribute.t.data_type == TensorProto.INT64:
-                integers[node.output[0]] = numpy_helper.to_array(attribute.t)
-            elif attribute.name == "value_ints":
-                integers[node.output[0]] = np.array(attribute.ints, np.int64)
-    return integers
+def _integers(value: ir.Value | None) -> Array | None:
+    """Return the elements of a constant that shapes and axes are made of."""
+    tensor = None if value is None else value.const_value
+    return tensor.numpy() if tensor is not None and tensor.dtype == ir.DataType.INT64 else None
