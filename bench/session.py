@@ -42,6 +42,7 @@ def worker(variant: str, shape: str, bundle: str, batch: str, threads: str) -> N
     import onnxruntime as ort
 
     from pocketzo.runtime import load, session
+    from pocketzo.runtime.loader import Loader
 
     change = VARIANTS.get(variant, {"system": variant})
     session._OPTIONS.update(change.get("options", {}))
@@ -49,13 +50,11 @@ def worker(variant: str, shape: str, bundle: str, batch: str, threads: str) -> N
     if "level" in change:
         session._LEVEL = getattr(ort.GraphOptimizationLevel, change["level"])
     if "threads" in change:
-        create = load.create_session  # type: ignore[attr-defined]
 
-        def fewer(*arguments: Any, **options: Any) -> ort.InferenceSession:
-            graph, values, _ = arguments
-            return create(graph, values, change["threads"], **options)
+        def fewer(*arguments: Any, **settings: Any) -> Loader:
+            return Loader(*arguments, **{**settings, "threads": change["threads"]})
 
-        load.create_session = fewer  # type: ignore[attr-defined]  # the kernels keep their threads
+        load.Loader = fewer  # type: ignore[assignment,attr-defined]  # the kernels keep their threads
     step.worker(change.get("system", "prepacked"), shape, bundle, batch, threads)
 
 

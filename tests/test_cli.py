@@ -620,7 +620,7 @@ def test_a_limit_on_memory_is_kept_or_refused(workspace: Workspace, tmp_path: Pa
     assert "the limit is 2 MB" in refused("train", "--resume", tmp_path / "run", "--max-memory", "2M")
     hidden = "from pathlib import Path\nimport pocketzo.machine.memory\npocketzo.machine.memory._STATM = Path('/none')"
     line = refused("train", workspace.base, *data, "-o", tmp_path / "new", "--max-memory", "2G", before=hidden)
-    assert "a limit on memory cannot be kept: the system does not tell how much is used" in line
+    assert "the memory limit cannot be enforced: the memory in use cannot be read" in line
     assert not (tmp_path / "new").exists()
 
 
@@ -629,15 +629,15 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
     full = "import pocketzo\npocketzo.Model._reserve = lambda model, shape: 2 * 10**9"
     process = pocketzo(*command, "--max-memory", "2G", before=full)
     assert process.returncode == 1
-    assert "was broken off" in process.stderr
+    assert "was stopped" in process.stderr
     assert "Stopped in the first step, so that there is no journal" in process.stderr
     good(*command, "--batch-size", 4)
 
 
 def test_going_on_without_prepacked_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(workspace.run, tmp_path / "run")
-    not_prepackable = "from pocketzo.errors import NotPrepackableError\nfrom pocketzo.runtime import load\n"
-    not_prepackable += "def refuse(bundle):\n  raise NotPrepackableError('no room')\nload.matrices_of = refuse"
+    not_prepackable = "from pocketzo.errors import NotPrepackableError\nfrom pocketzo.runtime import loader\n"
+    not_prepackable += "def refuse(bundle):\n  raise NotPrepackableError('no room')\nloader.plan_prepacking = refuse"
     process = pocketzo("train", "--resume", tmp_path / "run", before=not_prepackable)
     assert process.returncode == 0
     assert "goes on with weights that are not prepacked (no room), unlike its journal" in " ".join(

@@ -53,7 +53,7 @@ def without(kinds: list[tuple[int, int]], *, capacity: bool = False, frequency: 
     return [(None if capacity else a, None if frequency else b) for a, b in kinds]
 
 
-# ---- what the system tells -------------------------------------------------------------------------------------------
+# ---- cores, as the system reports ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def without(kinds: list[tuple[int, int]], *, capacity: bool = False, frequency: 
         (without(THREE_KINDS, capacity=True), None, 4, [1, 2, 4, 8]),
         (ALIKE, None, 4, [1, 2, 4]),
         (NEARLY_ALIKE, None, 3, [1, 2, 3]),
-        # Capacities are not told of all: they cannot be compared with frequencies.
+        # Not all capacities are reported, and they cannot be compared with frequencies.
         ([(None, 2_000_000), *PHONE[1:]], None, 2, [1, 2, 8]),
         ([(0, speed) for _, speed in PHONE], None, 2, [1, 2, 8]),  # nor is this a capacity
         ([(0, 0)] * 3, None, 3, [1, 2, 3]),
@@ -90,7 +90,7 @@ def test_speeds_are_those_of_the_usable_cores(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"fast\n", b"\xff\xfe"])
-def test_a_file_that_holds_no_number_is_passed_over(machine: Machine, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_holds_no_number_is_ignored(machine: Machine, tmp_path: Path, content: bytes) -> None:
     machine(PHONE)
     (tmp_path / "cpu" / "cpu3" / "cpu_capacity").write_bytes(content)
     assert cores.speeds() == [2_000_000] * 6 + [2_400_000] * 2
@@ -146,7 +146,7 @@ def test_the_quickest_number_is_taken(seconds: dict[int, float], quickest: int) 
 
 
 class Sessions:
-    """Watches which sessions are made for timing, and makes their forwards take a time of its own."""
+    """Lists the sessions that are made for timing, and sets the time that their forwards take."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
         self.timed: list[int] = []
@@ -231,10 +231,10 @@ def test_a_batch_without_labels_can_be_timed(machine: Machine, tiny_bundle: Path
     assert set(loaded.forward_seconds) == {1, 2, 8}
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+# ---- the journal -----------------------------------------------------------------------------------------------------
 
 
-def test_the_record_has_the_choice_and_a_resume_keeps_to_it(
+def test_the_journal_has_the_choice_and_a_resume_keeps_to_it(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     machine(ALIKE)
@@ -261,7 +261,7 @@ def test_the_record_has_the_choice_and_a_resume_keeps_to_it(
     assert pz.Run(tmp_path / "run").steps == 3
 
 
-def test_without_a_choice_the_record_says_so(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_without_a_choice_the_journal_says_so(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     loaded = pz.load(tiny_bundle, threads=1)
     data = pz.load_dataset(tiny_data, loaded.bundle)
     pz.Trainer(loaded, pz.MeZO(loaded, lr=1e-3), data, steps=1, run=tmp_path / "run").fit()
@@ -269,7 +269,7 @@ def test_without_a_choice_the_record_says_so(tiny_bundle: Path, tiny_data: Path,
     assert (recorded.threads, recorded.forward_seconds) == (1, None)
 
 
-def test_the_weights_follow_from_the_record_whatever_the_threads(
+def test_the_weights_follow_from_the_journal_whatever_the_threads(
     tiny_bundle: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     digests = set()

@@ -21,10 +21,10 @@ from sizes import full_or_small
 
 import pocketzo as pz
 from pocketzo import _core
-from pocketzo.runtime import session as model_module
+from pocketzo.runtime import session
 
 MODELS = Path(__file__).parent / "models"
-HALF = _core.has_fp16_arithmetic()
+FP16 = _core.has_fp16_arithmetic()
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +39,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The same model in fp16 and in fp32."""
     folder = tmp_path_factory.mktemp(request.param)
     graph = MODELS / f"{request.param}.onnx"
-    return pz.prepare(graph, folder / "half", dtype="float16"), pz.prepare(graph, folder / "single")
+    return pz.prepare(graph, folder / "fp16", dtype="float16"), pz.prepare(graph, folder / "fp32")
 
 
 @pytest.fixture(scope="session")
-def half_bundle(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("half")
+def fp16_bundle(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fp16")
     pz.prepare(tiny_onnx, folder / "bundle", labels=["red", "green", "blue"], max_length=16, dtype="float16")
     return folder / "bundle"
 
@@ -65,18 +65,18 @@ def batch_of(bundle: pz.Bundle) -> dict[str, NDArray[Any]]:
 
 
 def test_the_graph_computes_the_same_and_every_weight_is_live(pair: tuple[pz.Bundle, pz.Bundle]) -> None:
-    half, single = pair
-    assert half.is_fp16
-    assert not single.is_fp16
-    assert {tensor.dtype for tensor in half.tensors} == {"float16"}
-    assert [(t.name, t.id, t.shape, t.trainable) for t in half.tensors] == [
-        (t.name, t.id, t.shape, t.trainable) for t in single.tensors
+    fp16, fp32 = pair
+    assert fp16.is_fp16
+    assert not fp32.is_fp16
+    assert {tensor.dtype for tensor in fp16.tensors} == {"float16"}
+    assert [(t.name, t.id, t.shape, t.trainable) for t in fp16.tensors] == [
+        (t.name, t.id, t.shape, t.trainable) for t in fp32.tensors
     ]
-    assert (half.inputs, half.outputs) == (single.inputs, single.outputs)
-    onnx.checker.check_model(half.model_path, full_check=True)
-    batch = batch_of(half)
-    a = pz.load(half, threads=1, verify="full")
-    b = pz.load(single, threads=1, prepack=False)
+    assert (fp16.inputs, fp16.outputs) == (fp32.inputs, fp32.outputs)
+    onnx.checker.check_model(fp16.model_path, full_check=True)
+    batch = batch_of(fp16)
+    a = pz.load(fp16, threads=1, verify="full")
+    b = pz.load(fp32, threads=1, prepack=False)
     for name in b.weights:
         np.testing.assert_array_equal(a.weights[name], b.weights[name].astype(np.float16))
         b.weights[name] = a.weights[name]
@@ -97,16 +97,16 @@ def test_the_loss_is_computed_in_fp32(pair: tuple[pz.Bundle, pz.Bundle]) -> None
     assert abs(outputs["loss"] - expected) < 1e-6  # one unit of fp16 would be 5e-4
 
 
-def test_a_weight_that_is_not_seen_is_refused(half_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # At the highest level the runtime folds the casts that it makes where it has no fp16 operator: no lies here either.
-    if HALF:
-        pytest.skip("where the processor computes in fp16, the runtime makes no casts of weights")
-    monkeypatch.setattr(model_module, "_FP16_LEVEL", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+def test_a_weight_that_is_not_seen_is_refused(fp16_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # At the highest level onnxruntime folds the casts that it makes where it has no fp16 operator into stale copies.
+    if FP16:
+        pytest.skip("where the processor computes in fp16, onnxruntime makes no casts of weights")
+    monkeypatch.setattr(session, "_FP16_LEVEL", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     with pytest.raises(pz.DeadWeightError, match="does not see what is written to"):
-        pz.load(half_bundle, threads=1)
+        pz.load(fp16_bundle, threads=1)
 
 
-def prepare_half(folder: Path, nodes: list[onnx.NodeProto], **constants: NDArray[Any] | float) -> pz.Bundle:
+def prepare_fp16(folder: Path, nodes: list[onnx.NodeProto], **constants: NDArray[Any] | float) -> pz.Bundle:
     """Prepare in fp16 a graph that makes logits [n, 3] of x [n, 4]."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
     y = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3])
@@ -152,7 +152,7 @@ def test_what_float16_cannot_hold_is_refused(
     tmp_path: Path, nodes: list[onnx.NodeProto], constants: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(pz.BundleError, match=said):
-        prepare_half(tmp_path, nodes, **constants)
+        prepare_fp16(tmp_path, nodes, **constants)
     assert not (tmp_path / "b").exists()
 
 
@@ -165,7 +165,7 @@ def test_a_mask_beyond_float16_masks(tmp_path: Path) -> None:
     ]
     table = np.full((200, 3), np.finfo(np.float32).min)  # too large to stay in the graph
     constants = {"table": table, "start": np.array([0]), "end": np.array([1]), "keep": np.array([True, True, False])}
-    bundle = prepare_half(tmp_path, nodes, w=WEIGHT, **constants)
+    bundle = prepare_fp16(tmp_path, nodes, w=WEIGHT, **constants)
     x = np.ones((2, 4), np.float32)
     np.testing.assert_array_equal(pz.load(bundle, threads=1).run({"x": x}, ["logits"])["logits"][:, 2], 0)
 
@@ -175,23 +175,23 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
         pz.prepare(MODELS / "bert-old.onnx", tmp_path / "b", dtype="bfloat16")  # type: ignore[arg-type]
 
 
-def test_it_is_not_prepacked_and_says_where_it_is_slow(half_bundle: Path) -> None:
+def test_it_is_not_prepacked_and_says_where_it_is_slow(fp16_bundle: Path) -> None:
     with pytest.raises(pz.Error, match="cannot be prepacked: fp16 weights are read as they are stored"):
-        pz.load(half_bundle, prepack=True)
+        pz.load(fp16_bundle, prepack=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = pz.load(half_bundle, threads=1)
+        model = pz.load(fp16_bundle, threads=1)
     assert not model.prepacked
-    slow = [] if HALF else ["this processor does not compute in fp16: onnxruntime converts each weight at every use"]
+    slow = [] if FP16 else ["this processor does not compute in fp16: onnxruntime converts each weight at every use"]
     assert [str(warning.message).partition(", which")[0] for warning in caught] == slow
 
 
-def test_the_session_computes_in_fp16(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not HALF:
-        pytest.skip("this processor does not compute in fp16, so that the runtime casts weights")
-    monkeypatch.setitem(model_module._OPTIONS, "enable_profiling", True)
-    monkeypatch.setitem(model_module._OPTIONS, "profile_file_prefix", str(tmp_path / "profile"))
-    for bundle in (pz.Bundle.read(half_bundle), *(prepared(tmp_path, name) for name in ("bert-old", "opt-old"))):
+def test_the_session_computes_in_fp16(fp16_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not FP16:
+        pytest.skip("this processor does not compute in fp16, so that onnxruntime casts weights")
+    monkeypatch.setitem(session._OPTIONS, "enable_profiling", True)
+    monkeypatch.setitem(session._OPTIONS, "profile_file_prefix", str(tmp_path / "profile"))
+    for bundle in (pz.Bundle.read(fp16_bundle), *(prepared(tmp_path, name) for name in ("bert-old", "opt-old"))):
         model = pz.load(bundle, threads=1, verify="fast")
         model.run(batch_of(bundle))
         events = json.loads(Path(model._session.end_profiling()).read_text())
@@ -214,9 +214,9 @@ def prepared(folder: Path, name: str) -> pz.Bundle:
 
 @pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO])
 def test_a_run_is_recorded_resumed_and_replayed_to_the_same_bits(
-    half_bundle: Path, tiny_data: Path, tmp_path: Path, method: Any
+    fp16_bundle: Path, tiny_data: Path, tmp_path: Path, method: Any
 ) -> None:
-    bundle = pz.Bundle.read(half_bundle)
+    bundle = pz.Bundle.read(fp16_bundle)
     data = pz.load_dataset(tiny_data, bundle)
 
     def trainer(run: str) -> pz.Trainer:
@@ -273,16 +273,16 @@ def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
                 optimizer.step(partial(pz.Model.loss, batch=batch))
             curve.append(model.loss(batch))
         curves.append(curve)
-    single, half = np.array(curves)
-    assert np.all(np.diff(single) < -0.01)
-    np.testing.assert_allclose(half, single, rtol=0, atol=0.05 * (single[0] - single[-1]))
+    fp32, fp16 = np.array(curves)
+    assert np.all(np.diff(fp32) < -0.01)
+    np.testing.assert_allclose(fp16, fp32, rtol=0, atol=0.05 * (fp32[0] - fp32[-1]))
 
 
 @pytest.mark.parametrize(("method", "rms", "share"), [(pz.MeZO, 3e-3, 0.3), (pz.FZOO, 5e-5, 0.06)])
-def test_weights_hardly_drift_when_nothing_is_learned(half_bundle: Path, method: Any, rms: float, share: float) -> None:
+def test_weights_hardly_drift_when_nothing_is_learned(fp16_bundle: Path, method: Any, rms: float, share: float) -> None:
     # docs/fp16.md has the figures. Shifted to nearest and back, a weight ends where it began, unless it was so small
     # that a shift took bits off it.
-    model = pz.load(half_bundle, threads=1)
+    model = pz.load(fp16_bundle, threads=1)
     names = [name for name in model.weights if model.weights[name].ndim == 2]
     before = np.concatenate([np.ravel(model.weights[name].astype(np.float64)) for name in names])
     optimizer = method(model, lr=0.0)

@@ -55,11 +55,11 @@ def test_every_weight_is_live(model: pz.Model) -> None:
         np.testing.assert_array_equal(before, model.run(BATCH)["logits"])
 
 
-def test_extra_arrays_of_a_batch_are_passed_over(model: pz.Model) -> None:
+def test_extra_arrays_of_a_batch_are_ignored(model: pz.Model) -> None:
     assert model.loss({**BATCH, "weights of the moon": np.zeros(3)}) == model.loss(BATCH)
 
 
-def test_a_batch_without_inputs_is_told_so(model: pz.Model) -> None:
+def test_a_batch_without_inputs_is_refused_by_name(model: pz.Model) -> None:
     with pytest.raises(ValueError, match=r"the graph's inputs are input_ids, .*; got pixels"):
         model.run({"pixels": np.zeros(3)})
 
@@ -84,7 +84,7 @@ def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: P
 
 
 def with_graph(bundle: Path, out: Path, nodes: list[onnx.NodeProto]) -> Path:
-    """A copy of the tiny bundle with another graph behind ``mean``, in disregard of what preparing would have done."""
+    """A copy of the tiny bundle with another graph behind ``mean``, without what preparing would have done."""
     shutil.copytree(bundle, out)
     model = onnx.load(out / "model.onnx", load_external_data=False)
     kept = [node for node in model.graph.node if not {"dense_0", "normed"} & set(node.output)]
@@ -137,7 +137,7 @@ def test_unused_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("verify", ["fast", "full"])
-def test_each_proof_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, verify: Literal["fast", "full"]) -> None:
+def test_each_check_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, verify: Literal["fast", "full"]) -> None:
     nodes = [
         NORM,
         helper.make_node("Neg", ["dense.weight"], ["negative"]),
@@ -148,13 +148,13 @@ def test_each_proof_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, v
         pz.load(bundle, threads=1, verify=verify)
 
 
-def test_the_proof_leaves_the_weights_as_they_are(tiny_bundle: Path) -> None:
+def test_the_check_leaves_the_weights_as_they_are(tiny_bundle: Path) -> None:
     model = pz.load(tiny_bundle, threads=1)
     assert b"".join(model.weights._bytes()) == (tiny_bundle / "weights.safetensors").read_bytes()
 
 
-def test_all_layers_of_a_zero_head_are_proved(tiny_bundle: Path, tmp_path: Path) -> None:
-    # With a zero head no other weight moves the output; the proof must not depend on the stored values.
+def test_all_layers_of_a_zero_head_are_checked(tiny_bundle: Path, tmp_path: Path) -> None:
+    # With a zero head no other weight moves the output; the check must not depend on the stored values.
     model = pz.load(tiny_bundle, threads=1)
     model.weights["classifier.weight"] = 0
     model.save(tmp_path / "zero")
@@ -162,8 +162,8 @@ def test_all_layers_of_a_zero_head_are_proved(tiny_bundle: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("graph", sorted(MODELS.glob("*.onnx")), ids=lambda path: path.stem)
-def test_exported_models_load_with_the_full_proof(graph: Path, tmp_path: Path) -> None:
-    # Their biases of attention keys move no output but by roundings; a proof that wants to see movement is not enough.
+def test_exported_models_load_with_the_full_check(graph: Path, tmp_path: Path) -> None:
+    # Their biases of attention keys move no output but by roundings; to expect movement is not enough.
     bundle = pz.prepare(graph, tmp_path / "bundle")
     assert any(tensor.trainable for tensor in bundle.tensors)
     pz.load(bundle, threads=1, verify="full")

@@ -1,4 +1,4 @@
-"""Models whose weights are prepacked and live, and what happens where that cannot be."""
+"""Models whose weights are prepacked and live, and the plain layout where that is not possible."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ import pocketzo as pz
 from pocketzo import _core
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.safetensors import file_sha256
-from pocketzo.runtime import layout
-from pocketzo.runtime.liveness import outputs_match
+from pocketzo.runtime import layout, prepack
+from pocketzo.runtime.image import Image
+from pocketzo.runtime.matrices import find_matrices
+from pocketzo.runtime.outputs import outputs_match
 
 MODELS = Path(__file__).parent / "models"
 
@@ -80,14 +82,14 @@ def test_prepacked_and_plain_compute_the_same(bundle: pz.Bundle) -> None:
         a, b = (model.run(batch) for model in models)
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
-        for model in models:  # the second round is on weights that were moved where they lie
+        for model in models:  # the second round is on weights that were moved in place
             pz.MeZO(model, lr=1e-2, eps=1e-2, seed=move).step(lambda _: 1.0)
 
 
 def test_every_prepacked_weight_is_live_wherever_it_is_read(bundle: pz.Bundle) -> None:
     model = pz.load(bundle, threads=1, prepack=True)
     batch = batch_of(bundle)
-    assert model.weights._locations
+    assert model.weights.locations
     rng = np.random.default_rng(0)
     for name in model.weights:
         for memory, _, _ in model.weights.segments(name):  # two for a tied weight: each one has to show
@@ -109,14 +111,14 @@ def test_a_tied_weight_has_two_locations_and_one_value(tmp_path: Path) -> None:
     for _ in range(3):
         optimizer.step(lambda _: next(losses))
     value = model.weights[tied]  # the plain location
-    location = model.weights._locations[tied]
+    location = model.weights.locations[tied]
     out = np.empty_like(value)
     location.packing.unpack(location.memory, out, 0)
     assert out.tobytes() == value.tobytes()
     assert not np.array_equal(out, pz.load(bundle, prepack=False).weights[tied])
 
 
-def test_a_record_of_prepacked_training_replays(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_journal_of_prepacked_training_replays(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = pz.load_dataset(tiny_data, pz.Bundle.read(tiny_bundle))
     model = pz.load(tiny_bundle, threads=1, prepack=True)
     pz.Trainer(model, pz.MeZO(model, lr=1e-2), data, steps=20, run=tmp_path / "run", snapshot_every=8).fit()
@@ -146,11 +148,11 @@ def test_written_and_read_weights(tiny_bundle: Path) -> None:
     np.testing.assert_array_equal(model.weights["dense.weight"], stored)
 
 
-# ---- where it is not understood --------------------------------------------------------------------------------------
+# ---- where it is not possible ----------------------------------------------------------------------------------------
 
 
 def refuse() -> layout.Layout:
-    raise NotPrepackableError("this runtime is a stranger")
+    raise NotPrepackableError("this runtime is unknown")
 
 
 def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: bool) -> _core.Packing:
@@ -161,10 +163,10 @@ def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: b
 @pytest.mark.parametrize(
     ("target", "substitute", "reason"),
     [
-        ("layout.detect_layout", refuse, "this runtime is a stranger"),
-        ("layout.onnx_messages", refuse, "this runtime is a stranger"),
-        ("prepack._mappings", lambda path: {}, "did not map the prepacked weight"),
-        # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the check sees
+        ("prepack.detect_layout", refuse, "this runtime is unknown"),
+        ("prepack.onnx_messages", refuse, "this runtime is unknown"),
+        ("prepack.file_mappings", lambda path: {}, "did not map the prepacked weight"),
+        # not the bytes that onnxruntime packs: it says so, or silently uses its own, which the check finds
         (
             "layout.Layout.packing",
             other_packing,
@@ -172,13 +174,14 @@ def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: b
         ),
     ],
 )
-def test_what_is_not_understood_is_used_in_the_plain_layout(
+def test_where_prepacking_fails_the_plain_layout_is_used(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str, substitute: Callable[..., Any], reason: str
 ) -> None:
-    layout.detect_layout()  # kept for the process, so that it does not itself see a substitute
+    layout.detect_layout()  # cached for the process, so that it does not see the substitute
     monkeypatch.setattr(f"pocketzo.runtime.{target}", substitute)
-    with pytest.warns(UserWarning, match=f"weights are not prepacked, which is slower: .*({reason})"):
+    with pytest.warns(UserWarning, match=f"weights are not prepacked, which is slower: .*({reason})") as warned:
         model = pz.load(tiny_bundle, threads=1)
+    assert warned[0].filename == __file__  # of the caller, not of the package
     assert not model.prepacked
     assert model.not_prepacked_because is not None
     expected = pz.load(tiny_bundle, threads=1, prepack=False)
@@ -189,19 +192,19 @@ def test_what_is_not_understood_is_used_in_the_plain_layout(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_without_a_place_for_files_weights_are_used_in_the_plain_layout(
+def test_without_temporary_files_the_plain_layout_is_used(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
 ) -> None:
     layout.detect_layout()
     if not known:
-        monkeypatch.setattr(layout, "detect_layout", layout.detect_layout.__wrapped__)
+        monkeypatch.setattr(prepack, "detect_layout", layout.detect_layout.__wrapped__)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(UserWarning, match="no temporary file can be made"):
         assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
 def test_a_full_file_system_is_a_reason_not_to_prepack(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In one that lies in memory, to look at a hole for which there is no page left would kill the process (SIGBUS).
+    # In one in memory, reading a hole for which there is no page left would kill the process (SIGBUS).
     layout.detect_layout()
     full = SimpleNamespace(f_bavail=1, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: full)
@@ -209,18 +212,18 @@ def test_a_full_file_system_is_a_reason_not_to_prepack(tiny_bundle: Path, monkey
         assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
-def test_without_memory_for_a_prepacked_model_weights_are_used_in_the_plain_layout(
+def test_without_memory_for_a_prepacked_model_the_plain_layout_is_used(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("pocketzo.runtime.load.open_session", refuse)
+    monkeypatch.setattr("pocketzo.runtime.loader.open_session", refuse)
     with pytest.warns(UserWarning, match="weights are not prepacked, which is slower: MemoryError"):
         assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
-def test_a_temporary_folder_of_any_name_will_do(
+def test_a_temporary_folder_may_have_any_name(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     odd = tmp_path / "a  b\nc\\012 (deleted) é"
@@ -238,7 +241,7 @@ def test_outputs_match() -> None:
 
 
 def test_weights_outlive_their_model(tiny_bundle: Path) -> None:
-    # The memory belongs to a mapping of the session's, which must stay as long as anybody can reach it.
+    # The memory belongs to a mapping of the session's, which must stay as long as anything refers to it.
     model = pz.load(tiny_bundle, threads=1, prepack=True)
     weights, expected = model.weights, model.weights.sha256()
     memory = weights.segments("dense.weight")[0][0]
@@ -268,7 +271,7 @@ def prepared(path: Path, nodes: list[onnx.NodeProto], weights: list[TensorProto]
     return pz.prepare(path / "m.onnx", path / "bundle")
 
 
-def test_a_weight_of_two_products_is_used_in_the_plain_layout(tmp_path: Path) -> None:
+def test_a_weight_of_two_products_is_not_prepacked(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("Tanh", ["a"], ["b"]),
@@ -279,7 +282,23 @@ def test_a_weight_of_two_products_is_used_in_the_plain_layout(tmp_path: Path) ->
         assert not pz.load(bundle, threads=1).prepacked
 
 
-def test_a_graph_without_products_is_used_in_the_plain_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda graph: graph.input.add(name="dense.weight"), "dense.weight is an input of the graph"),
+        (lambda graph: graph.node[0].attribute.add(name="body").g.node.add(), r"has control flow \(\w+\)"),
+    ],
+    ids=["input", "control flow"],
+)
+def test_graphs_that_are_not_prepacked(tiny_bundle: Path, change: Callable[[Any], object], reason: str) -> None:
+    plan = prepack.plan_prepacking(pz.Bundle.read(tiny_bundle))
+    assert {matrix.name for matrix in plan.matrices} == {"dense.weight", "classifier.weight"}
+    change(plan.model.graph)
+    with pytest.raises(NotPrepackableError, match=reason):
+        find_matrices(plan.bundle, plan.model.graph, plan.layout)
+
+
+def test_a_graph_without_products_is_not_prepacked(tmp_path: Path) -> None:
     bundle = prepared(tmp_path / "m", [helper.make_node("Mul", ["x", "w"], ["logits"])], [weight("w", 1, 4)])
     with pytest.warns(UserWarning, match="the graph multiplies by no weight"):
         assert not pz.load(bundle, threads=1).prepacked
@@ -297,7 +316,7 @@ def test_prepack_must_be_a_choice(tiny_bundle: Path) -> None:
 # ---- shapes where equal matrices, many small ones and padding meet ---------------------------------------------------
 
 
-def test_many_small_matrices_are_told_apart(tmp_path: Path) -> None:
+def test_many_small_matrices_are_kept_apart(tmp_path: Path) -> None:
     # The runtime shares prepacked bytes that are equal, and 40 small matrices are the same holes but for their marks.
     count = 40
     nodes, values, at = [], [], "x"
@@ -308,7 +327,7 @@ def test_many_small_matrices_are_told_apart(tmp_path: Path) -> None:
         at = out
     bundle = prepared(tmp_path / "m", nodes, values)
     model = pz.load(bundle, threads=1, prepack=True, verify="full")
-    assert len(model.weights._locations) == count
+    assert len(model.weights.locations) == count
 
 
 @pytest.mark.parametrize("sizes", [(4, 600, 50, 4), (4, 1030, 1, 4), (4, 33, 515, 4), (4, 2048, 640, 4)])
@@ -323,8 +342,29 @@ def test_odd_shapes(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     assert trained(bundle, tmp_path / "a", prepack=True) == trained(bundle, tmp_path / "b", prepack=False)
 
 
+def test_the_graph_is_read_once_and_left_as_it_is(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, reads, read_bytes = pz.Bundle.read(tiny_bundle), [], Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        if path == bundle.model_path:
+            reads.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    assert pz.load(bundle, threads=1, prepack=True).prepacked
+    assert len(reads) == 1
+    plan = prepack.plan_prepacking(bundle)
+    before = plan.model.SerializeToString()
+    image = Image.allocate(bundle, without=plan.only_prepacked)
+    session, locations = prepack.open_session(plan, image.values, 1)
+    assert set(locations) == plan.only_prepacked == {"dense.weight", "classifier.weight"}
+    assert all(not location.memory.any() for location in locations.values())
+    assert plan.model.SerializeToString() == before
+    del session
+
+
 def test_nothing_is_left_behind(tiny_bundle: Path, tmp_path: Path) -> None:
-    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], prepack=True).weights._locations))"
+    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], prepack=True).weights.locations))"
     done = subprocess.run(
         [sys.executable, "-c", script, tiny_bundle],
         env={**os.environ, "TMPDIR": os.fspath(tmp_path)},

@@ -1,4 +1,4 @@
-"""What this installation can do here: the instruction sets and their self-test, cores, memory, versions."""
+"""``pocketzo doctor``: instruction sets and their self-test, cores, memory, versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
-from pocketzo.runtime.layout import detect_layout, matrices
+from pocketzo.runtime.layout import detect_layout
+from pocketzo.runtime.prepack import plan_prepacking
 
 __all__ = ["examine", "prepacking", "self_test", "speed"]
 
@@ -38,8 +39,8 @@ _COUNT = 1 << 16
 
 # CRC-32 of 65,536 little-endian numbers. The first four are the first CRCs of the lines normal_crc and rademacher_crc
 # in tests/vectors/answers.txt; the others apply two directions, with weight decay between, to the first stream, the
-# last in fp16. All come from tests/vectors/reference.py, which does in numpy what cpp/SPEC.md says; tests/test_cli.py
-# does so again.
+# last in fp16. All come from tests/vectors/reference.py, which implements cpp/SPEC.md in numpy; tests/test_cli.py
+# computes them again.
 ANSWERS: Final = {
     "normal": 0x33DBAC66,
     "normal, far": 0xAC30A971,
@@ -57,7 +58,7 @@ def self_test() -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        By instruction set, which of :data:`ANSWERS` it failed to give; all empty where all is well.
+        By instruction set, the names in :data:`ANSWERS` of the tests that failed.
     """
     before = kernels.isa()
     try:
@@ -129,13 +130,12 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
 
 
 def examine() -> dict[str, Any]:
-    """Find out everything that ``pocketzo doctor`` tells; takes about a second.
+    """Collect everything that ``pocketzo doctor`` prints; takes about a second.
 
     Returns
     -------
     dict
-        Of plain values, for JSON. ``ok`` is whether the self-test was passed; sizes are in bytes, ``speed`` is in
-        nanoseconds a weight.
+        Values for JSON. ``ok`` is whether the self-test passed; sizes are in bytes, ``speed`` in nanoseconds a weight.
     """
     failed = self_test()
     total, available = system_memory()
@@ -169,19 +169,19 @@ def examine() -> dict[str, Any]:
 
 
 def prepacking(bundle: Bundle | None = None) -> str:
-    """Tell whether weights, those of a bundle if one is given, can be prepacked here, and why not.
+    """Describe whether weights, those of a bundle if one is given, can be prepacked here, and if not, why.
 
-    That they are live in the session is checked when the bundle is loaded.
+    :func:`pocketzo.load` checks that they are live in the session, too.
     """
     try:
-        layout = detect_layout()
         if bundle is None:
+            layout = detect_layout()
             return f"can be prepacked, in blocks of {layout.depth} rows and panels of 16 columns"
-        found = matrices(bundle)
+        matrices = plan_prepacking(bundle).matrices
     except NotPrepackableError as error:
         return f"not prepacked: {error}"
-    size = sum(4 * matrix.packing.size for matrix in found)
-    return f"can be prepacked: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
+    size = sum(matrix.nbytes for matrix in matrices)
+    return f"can be prepacked: {len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

@@ -8,7 +8,7 @@ class Error(Exception):
 
 
 class BundleError(Error):
-    """A bundle is incomplete, damaged or not what it says, or a model cannot be made into one."""
+    """A bundle is incomplete or damaged, or a model cannot be prepared as one."""
 
 
 class DeadWeightError(Error):
@@ -20,7 +20,7 @@ class DataError(Error):
 
 
 class JournalError(Error):
-    """A run's record is damaged or does not belong to what it is used with."""
+    """A run's journal is damaged, or belongs to another model, other data or other settings."""
 
 
 class TrainingError(Error):
@@ -28,7 +28,7 @@ class TrainingError(Error):
 
 
 class MemoryLimitError(Error):
-    """What was to be done would have taken more memory than it may."""
+    """The memory limit would be exceeded."""
 
 
 class MissingExtraError(Error, ImportError):
@@ -38,5 +38,5 @@ class MissingExtraError(Error, ImportError):
         super().__init__(f"this needs the package {package!r}, which is not installed: pip install 'pocketzo[{extra}]'")
 
 
-class NotPrepackableError(Exception):
-    """Why weights cannot be packed and live here."""
+class NotPrepackableError(Error):
+    """Weights cannot be prepacked and live on this system; the plain layout is used instead."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
-from pocketzo.runtime.liveness import probe_batch
+from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.registry import task_for
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pocketzo.errors import Error
 @click.command(cls=Command)
 @json_option
 def doctor(as_json: bool) -> None:
-    """Tell what this machine and this installation have, and test the kernels; exit code 1 if they fail.
+    """Describe this machine and this installation, and test the kernels; exit code 1 if they fail.
 
     \b
     Example:

@@ -1,1 +1,1 @@
-"""What the machine has: cores and memory."""
+"""Cores and memory of the machine."""

@@ -1,6 +1,6 @@
-"""How much memory the machine has and this process takes, and a limit on the latter.
+"""The memory of the machine and of this process, and a limit on the latter.
 
-What is meant is resident memory: the weights, what a forward pass computes with, Python and its libraries.
+Memory is resident memory: the weights, the buffers of a forward pass, Python and its libraries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INTERVAL = 0.002  # seconds between two readings, which take some 10 us each
 
 
 def system_memory() -> tuple[int | None, int | None]:
-    """Return the machine's memory and what of it is available, in bytes; None where the system does not tell."""
+    """Return the machine's total and available memory in bytes; None where the system does not report it."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
@@ -33,10 +33,10 @@ def system_memory() -> tuple[int | None, int | None]:
 
 
 def process_memory() -> tuple[int | None, int | None]:
-    """Return the memory of this process in bytes, resident now and at its peak; None where the system is silent."""
+    """Return the current and the peak memory of this process in bytes; None where the system does not report it."""
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-        # Not ru_maxrss: it outlives exec, and so may be that of the program that started this one.
+        # Not ru_maxrss: it survives exec, so that it may be the peak of the program that started this one.
         return int(lines["VmRSS"].split()[0]) * 1024, int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         try:
@@ -48,18 +48,18 @@ def process_memory() -> tuple[int | None, int | None]:
 
 
 def reset_peak() -> None:
-    """Let the peak of :func:`process_memory` begin anew from what is resident now, where the system allows it."""
+    """Reset the peak of :func:`process_memory` to the current memory, where the system allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident_memory() -> int:
-    """Return the memory of this process that is resident now, in bytes, which takes microseconds.
+    """Return the current memory of this process in bytes. It takes microseconds.
 
     Raises
     ------
     Error
-        The system does not tell.
+        The system does not report it.
     """
     with _statm() as file:
         return _resident(file)
@@ -70,7 +70,7 @@ def _statm() -> Iterator[int]:
     try:
         file = os.open(_STATM, os.O_RDONLY)
     except OSError as error:
-        raise _silent(error) from None
+        raise _unreadable(error) from None
     try:
         yield file
     finally:
@@ -81,12 +81,12 @@ def _resident(file: int) -> int:
     try:
         return int(os.pread(file, 128, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, IndexError, OSError, ValueError) as error:
-        raise _silent(error) from None
+        raise _unreadable(error) from None
 
 
-def _silent(error: Exception) -> Error:
+def _unreadable(error: Exception) -> Error:
     reason = f"{_STATM}: {getattr(error, 'strerror', None) or error}"
-    return Error(f"a limit on memory cannot be kept: the system does not tell how much is used ({reason})")
+    return Error(f"the memory limit cannot be enforced: the memory in use cannot be read ({reason})")
 
 
 @contextmanager
@@ -96,12 +96,12 @@ def watch(most: int, stop: Callable[[], None]) -> Iterator[list[int]]:
     Yields
     ------
     list of int
-        Gets the reading that was too much, if there is one.
+        Empty, or the reading that exceeded ``most``.
     """
     readings: list[int] = []
     done = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while True:
             now = _resident(file)
             if now > most:
@@ -110,8 +110,8 @@ def watch(most: int, stop: Callable[[], None]) -> Iterator[list[int]]:
             if readings or done.wait(_INTERVAL):
                 return
 
-    with _statm() as file:  # kept open, as this could fail later for want of file descriptors
-        thread = threading.Thread(target=look, name="memory", daemon=True)
+    with _statm() as file:  # kept open: opening it could fail later, when file descriptors have run out
+        thread = threading.Thread(target=poll, name="memory", daemon=True)
         thread.start()
         try:
             yield readings

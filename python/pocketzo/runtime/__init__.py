@@ -1,1 +1,1 @@
-"""A bundle in onnxruntime: weights that the session reads where the kernels write."""
+"""A bundle in onnxruntime: the session reads weights from the memory that the kernels write."""

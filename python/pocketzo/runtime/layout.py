@@ -1,4 +1,4 @@
-"""The layout of onnxruntime's prepacked matrices."""
+"""The layout of onnxruntime's prepacked matrices. It is not documented, and so it is detected."""
 
 from __future__ import annotations
 
@@ -16,38 +16,36 @@ from numpy.typing import NDArray
 
 from pocketzo._core import Packing, packed_hash
 from pocketzo.errors import NotPrepackableError
-from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.machine.mappings import MAPS
+from pocketzo.runtime.onnx_proto import FLOAT, INT, onnx_messages
 
-OTHER_OPERATORS: Final = ["GemmActivationFusion", "MatMulAddFusion", "MatMulScaleFusion", "MatmulTransposeFusion"]
-"""onnxruntime's optimisations that turn a product into another operator, by whose name packed bytes are found."""
-FLOAT: Final = 1  # TensorProto.FLOAT
 _PANEL: Final = 16
-MAPS: Final = Path("/proc/self/maps")
+_DEPTHS: Final = 256, 128, 512, 64
+_PADS: Final = 16, 32, 64
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How this runtime packs, as :class:`_core.Packing` describes it.
+    """The layout of all prepacked matrices; :class:`_core.Packing` describes that of one matrix.
 
     Attributes
     ----------
     depth : int
         Rows of a block.
     pad : int
-        What the number of columns is rounded up to a multiple of.
+        The number of columns is rounded up to a multiple of this.
     """
 
     depth: int
     pad: int
 
     def packing(self, rows: int, columns: int, *, transposed: bool) -> Packing:
-        """Return where the elements of one matrix are."""
+        """Return where the elements of a matrix of ``rows`` x ``columns`` are."""
         stride = -(-columns // self.pad) * self.pad
         return Packing(rows=rows, columns=columns, stride=stride, depth=self.depth, transposed=transposed)
 
     def locate(self, packing: Packing, at: int) -> int | None:
-        """Return the logical number of the element at a place in packed memory; None for padding."""
+        """Return the logical index of the element at an index in prepacked memory; None for padding."""
         stride = packing.size // packing.rows
         block, rest = divmod(at, self.depth * stride)
         height = min(self.depth, packing.rows - block * self.depth)
@@ -59,29 +57,15 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A weight that is the second factor of one product.
+class Location:
+    """Prepacked memory of one weight.
 
     Attributes
     ----------
-    name : str
-        Of the weight.
-    operator : str
-        "MatMul" or "Gemm".
-    shared : bool
-        Whether another node reads the weight, too. It is then also kept as it is stored: a tied embedding.
+    memory : ndarray of float32, shape (packing.size,)
+        What a session multiplies by.
     packing : Packing
     """
-
-    name: str
-    operator: str
-    shared: bool
-    packing: Packing
-
-
-@dataclass(frozen=True)
-class Location:
-    """Memory that a session multiplies by."""
 
     memory: NDArray[np.float32]
     packing: Packing
@@ -89,17 +73,17 @@ class Location:
 
 @functools.cache
 def detect_layout() -> Layout:
-    """Have the runtime pack a ramp and find out where each value went.
+    """Have onnxruntime prepack a ramp, and return the layout that puts each value where onnxruntime has put it.
 
     Raises
     ------
     NotPrepackableError
-        It does not pack, or in a way that is not understood.
+        onnxruntime does not prepack, or in a layout that is not known here, or the system does not allow it.
     """
     if not os.access(MAPS, os.R_OK):
-        raise NotPrepackableError(f"the system does not tell what is mapped where ({MAPS})")
+        raise NotPrepackableError(f"the mappings of this process cannot be read ({MAPS})")
     operators = ("MatMul", False), ("Gemm", False), ("Gemm", True)
-    found = {_pack_ramp(operator, transposed=transposed) for operator, transposed in operators}
+    found = {_operator_layout(operator, transposed=transposed) for operator, transposed in operators}
     if len(found) > 1:
         raise NotPrepackableError(
             f"onnxruntime {ort.__version__} prepacks operators differently: {sorted(map(str, found))}"
@@ -107,22 +91,25 @@ def detect_layout() -> Layout:
     return found.pop()
 
 
-def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
+def _operator_layout(operator: str, *, transposed: bool) -> Layout:
     rows, columns = 600, 70  # two blocks of 256 and a part, four panels of 16 and a part
     ramp = np.arange(1, rows * columns + 1, dtype=np.float32)
-    messages = onnx_messages()
-    model = messages.Model(ir_version=8, opset_import=[messages.Opset(version=17)])
-    graph = model.graph
-    graph.name = "ramp"
-    node = graph.node.add(op_type=operator, input=["x", "w"], output=["y"])
-    if transposed:
-        node.attribute.add(name="transB", i=1, type=2)
-    for value, width in ((graph.input.add(name="x"), rows), (graph.output.add(name="y"), columns)):
-        value.type.tensor_type.elem_type = FLOAT
-        value.type.tensor_type.shape.dim.add(dim_param="n")
-        value.type.tensor_type.shape.dim.add(dim_value=width)
-    weight = graph.initializer.add(name="w", data_type=FLOAT, dims=[columns, rows] if transposed else [rows, columns])
-    weight.raw_data = ramp.tobytes()
+    packed = _prepack(operator, ramp.reshape((columns, rows) if transposed else (rows, columns)), transposed=transposed)
+    for depth, pad in itertools.product(_DEPTHS, _PADS):
+        layout = Layout(depth, pad)
+        packing = layout.packing(rows, columns, transposed=transposed)
+        if packing.size != len(packed):
+            continue
+        expected = np.zeros_like(packed)
+        packing.pack(expected, ramp, 0)
+        if np.array_equal(expected, packed):
+            return layout
+    raise NotPrepackableError(f"onnxruntime {ort.__version__} prepacks a {operator} in a layout that is not known")
+
+
+def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> NDArray[np.float32]:
+    """Return a weight as onnxruntime prepacks it."""
+    model = _product(operator, weight, transposed=transposed)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -136,7 +123,7 @@ def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
             ):
                 options.add_session_config_entry(f"session.{key}", value)
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            saved = messages.Model.FromString(Path(folder, "packed.onnx").read_bytes())
+            saved = onnx_messages().Model.FromString(Path(folder, "packed.onnx").read_bytes())
             blob = Path(folder, "packed.bin").read_bytes()
     except OSError as error:
         raise NotPrepackableError(f"no temporary file can be made: {error}") from None
@@ -152,55 +139,22 @@ def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
         raise NotPrepackableError(
             f"onnxruntime {ort.__version__} names prepacked weights in a way that is not known: {key}"
         )
-    for depth, pad in itertools.product((256, 128, 512, 64), (16, 32, 64)):
-        layout = Layout(depth, pad)
-        if layout.packing(rows, columns, transposed=transposed).size != len(packed):
-            continue
-        expected = np.zeros_like(packed)
-        layout.packing(rows, columns, transposed=transposed).pack(expected, ramp, 0)
-        if np.array_equal(expected, packed):
-            return layout
-    raise NotPrepackableError(f"onnxruntime {ort.__version__} prepacks a {operator} in a layout that is not known")
+    return packed
 
 
-def matrices(bundle: Bundle) -> list[Matrix]:
-    """Return the weights of a bundle that can be prepacked.
-
-    Raises
-    ------
-    NotPrepackableError
-        There are none, or the graph uses them in a way that would leave a copy behind.
-    """
-    return find_matrices(
-        bundle, onnx_messages().Model.FromString(bundle.model_path.read_bytes()).graph, detect_layout()
-    )
-
-
-def find_matrices(bundle: Bundle, graph: Any, layout: Layout) -> list[Matrix]:
-    """Return the matrices of a graph that can be prepacked; see :func:`matrices`."""
-    shapes = {spec.name: spec.shape for spec in bundle.tensors if spec.dtype == "float32" and len(spec.shape) == 2}
-    if bundle.is_fp16:
-        raise NotPrepackableError("fp16 weights are read as they are stored")
-    inputs = {value.name for value in graph.input}
-    uses: dict[str, list[tuple[Any, int]]] = {}
-    for node in graph.node:
-        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise NotPrepackableError(f"the graph has control flow ({node.op_type})")
-        for index, name in enumerate(node.input):
-            if name in shapes:
-                uses.setdefault(name, []).append((node, index))
-    found = []
-    for name, readers in uses.items():
-        products = [node for node, index in readers if index == 1 and node.op_type in ("MatMul", "Gemm")]
-        if not products:
-            continue
-        if len(products) > 1 or name in inputs:
-            raise NotPrepackableError(f"{name} is a factor of {len(products)} products, and each would prepack a copy")
-        (node,) = products
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        rows, columns = reversed(shapes[name]) if transposed else shapes[name]
-        packing = layout.packing(rows, columns, transposed=transposed)
-        found.append(Matrix(name, node.op_type, len(readers) > 1, packing))
-    if not found:
-        raise NotPrepackableError("the graph multiplies by no weight")
-    return found
+def _product(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> Any:
+    """Return a model that multiplies its input by a weight."""
+    messages = onnx_messages()
+    model = messages.Model(ir_version=8, opset_import=[messages.Opset(version=17)])
+    graph = model.graph
+    graph.name = "ramp"
+    node = graph.node.add(op_type=operator, input=["x", "w"], output=["y"])
+    if transposed:
+        node.attribute.add(name="transB", i=1, type=INT)
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+    for value, width in ((graph.input.add(name="x"), rows), (graph.output.add(name="y"), columns)):
+        value.type.tensor_type.elem_type = FLOAT
+        value.type.tensor_type.shape.dim.add(dim_param="n")
+        value.type.tensor_type.shape.dim.add(dim_value=width)
+    graph.initializer.add(name="w", data_type=FLOAT, dims=weight.shape, raw_data=weight.tobytes())
+    return model

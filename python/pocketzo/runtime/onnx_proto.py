@@ -1,4 +1,4 @@
-"""The part of ONNX's messages that is needed where the package onnx is missing."""
+"""The part of ONNX's protobuf messages that prepacking needs: phones have no package onnx."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Any, Final
 
 from pocketzo.errors import NotPrepackableError
 
-# The part of ONNX's messages that is needed here (number, name, type; * is repeated), as the package onnx does not
-# exist on a phone. Fields that are not named survive reading and writing.
+FLOAT: Final = 1  # TensorProto.FLOAT
+EXTERNAL: Final = 1  # TensorProto.EXTERNAL
+INT: Final = 2  # AttributeProto.INT
+
+# By message, its fields: number, name and type, * if repeated. Fields that are not listed survive reading and writing.
 _SCHEMA: Final[Mapping[str, str]] = {
     "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
     "Opset": "1 domain string, 2 version int64",
@@ -32,7 +35,13 @@ _SCHEMA: Final[Mapping[str, str]] = {
 
 @functools.cache
 def onnx_messages() -> Any:
-    """Return the message classes of :data:`_SCHEMA`."""
+    """Return the message classes of :data:`_SCHEMA`, as attributes.
+
+    Raises
+    ------
+    NotPrepackableError
+        The package protobuf is not installed.
+    """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError:

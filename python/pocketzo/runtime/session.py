@@ -10,11 +10,9 @@ import onnxruntime as ort
 
 from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.layout import OTHER_OPERATORS
-from pocketzo.runtime.weights import Weights
 
-# onnxruntime's optimisations that put a copy, made when the session is created, in the place of weights: scaled,
-# transposed, blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
+# onnxruntime's optimisations that replace weights by a copy, made when the session is created: scaled, transposed,
+# blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
 _COPYING_OPTIMIZERS = [
     "AttentionFusion",
     "ConvAddFusion",
@@ -25,9 +23,11 @@ _COPYING_OPTIMIZERS = [
     "TransposeOptimizer",
     "TransposeOptimizer_CPUExecutionProvider",
 ]
+# Those that turn a product into another operator: prepacked bytes are found by the operator's name.
+_FUSING_OPTIMIZERS = ["GemmActivationFusion", "MatMulAddFusion", "MatMulScaleFusion", "MatmulTransposeFusion"]
 
 
-# Measured by bench/session.py; the figures stand in bench/README.md.
+# Measured by bench/session.py; the figures are in bench/README.md.
 _LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
 _FP16_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # above it, casts of fp16 weights are folded into copies
 _OPTIONS = {
@@ -35,20 +35,23 @@ _OPTIONS = {
     "enable_mem_pattern": False,  # it plans memory for one shape of batch, beside what the first run took
 }
 _ENTRIES = {
-    # A thread that spins during a run is at the next operator at once; after it, it would keep a core from the kernels.
+    # A thread that spins during a run starts the next operator at once; after the run it would take a core from the
+    # kernels.
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
 
 
-def optimization_level(bundle: Bundle) -> ort.GraphOptimizationLevel:
-    """Return the level at which weights stay live."""
-    return _FP16_LEVEL if bundle.is_fp16 else _LEVEL
+def open_plain(bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int) -> ort.InferenceSession:
+    """Create a session over weights in the plain layout, with the optimisations that keep them live."""
+    level = _FP16_LEVEL if bundle.is_fp16 else _LEVEL
+    return create_session(bundle.model_path, values, threads, prepacked=False, level=level)
 
 
-def ort_values(weights: Weights) -> dict[str, ort.OrtValue]:
-    """Return weights as values that a session shares."""
-    return {name: ort.OrtValue.ortvalue_from_numpy(view) for name, view in weights.plain.items()}
+def open_unoptimised(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
+    """Create a session that folds and packs nothing, and so reads every weight where it is."""
+    level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return create_session(bundle.model_path, values, 1, prepacked=False, level=level)
 
 
 def create_session(
@@ -57,18 +60,35 @@ def create_session(
     threads: int,
     *,
     prepacked: bool,
-    level: ort.GraphOptimizationLevel = _LEVEL,
+    level: ort.GraphOptimizationLevel | None = None,
 ) -> ort.InferenceSession:
-    """Create a session over a graph whose weights are supplied."""
+    """Create a session over a graph whose weights are supplied.
+
+    Parameters
+    ----------
+    graph : Path
+    values : mapping of str to OrtValue
+        The weights; they must outlive the session.
+    threads : int
+    prepacked : bool
+        Whether the graph's file names prepacked bytes, by which the session is to multiply.
+    level : GraphOptimizationLevel, optional
+        All optimisations by default.
+
+    Raises
+    ------
+    BundleError or NotPrepackableError
+        onnxruntime refuses the graph: without or with prepacked weights.
+    """
     options = ort.SessionOptions()
-    options.graph_optimization_level = level
+    options.graph_optimization_level = _LEVEL if level is None else level
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     disabled = _COPYING_OPTIMIZERS
     if prepacked:
-        disabled = disabled + OTHER_OPERATORS
+        disabled = disabled + _FUSING_OPTIMIZERS
     else:
-        # A packed copy of a weight would be used in place of the weight.
+        # A prepacked copy of a weight would be used in place of the weight.
         options.add_session_config_entry("session.disable_prepacking", "1")
     for name, value in _OPTIONS.items():
         setattr(options, name, value)
