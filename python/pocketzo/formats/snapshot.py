@@ -8,8 +8,8 @@ A snapshot is a folder ``step-00000100`` with
 ``snapshot.json``        the position in the journal, and the SHA-256 of the other files
 =======================  ============================================================================================
 
-It is written beside and renamed, so that a killed process leaves a whole snapshot or none. ``docs/formats.md``
-specifies this for readers in other languages.
+It is written beside and renamed, so that a killed process leaves the snapshot before it or the whole new one.
+``docs/formats.md`` specifies this for readers in other languages.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def write_snapshot(
 ) -> Path:
     """Write a snapshot into the folder of a run's snapshots, and remove those that were there.
 
+    At every moment the old snapshot or the new one is there and whole.
+
     Parameters
     ----------
     folder : Path
@@ -55,30 +57,35 @@ def write_snapshot(
         The method's own; may be empty.
     """
     final = folder / f"step-{position.step:08d}"
-    beside = folder / f".{final.name}.{os.getpid()}.part"
-    replaced = folder / f".{final.name}.{os.getpid()}.old.part"
-    for path in beside, replaced:
-        shutil.rmtree(path, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write_weights(beside / _WEIGHTS)
-        if state:
-            write(beside / _STATE, state.items())
-        files = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
-        with atomic_file(beside / _DESCRIPTION) as file:
-            file.write(strict_json.dump(_description(position) | {"files": files}))
-        if final.exists():  # a folder cannot be renamed over another one
-            final.rename(replaced)
-        beside.rename(final)
-    except BaseException:
+    if not _is_whole(final, position):
+        beside = folder / f".{final.name}.{os.getpid()}.part"
         shutil.rmtree(beside, ignore_errors=True)
-        if replaced.exists():
-            replaced.rename(final)
-        raise
-    for path in (*folder.glob("step-*"), replaced):
+        beside.mkdir(parents=True)
+        try:
+            write_weights(beside / _WEIGHTS)
+            if state:
+                write(beside / _STATE, state.items())
+            files = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
+            with atomic_file(beside / _DESCRIPTION) as file:
+                file.write(strict_json.dump(_description(position) | {"files": files}))
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or of entries that the journal has lost
+            beside.rename(final)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    for path in folder.glob("step-*"):
         if path != final:
             shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def _is_whole(path: Path, position: Position) -> bool:
+    """Whether a snapshot is there: a run that lost the end of its journal comes to the position again."""
+    try:
+        check_snapshot(path, position)
+    except JournalError:
+        return False
+    return True
 
 
 def snapshots(folder: Path) -> Iterator[tuple[int, Path]]:
