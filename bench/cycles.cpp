@@ -1,8 +1,7 @@
-// For cycles.py to trace: `cycles OPERATION N` runs an operation of the NEON set on N blocks, `two` on N tiles.
+// Traced by cycles.py: `cycles OPERATION N` runs an operation of the NEON set on N blocks; `two` runs on N tiles.
 #include <cstdlib>
 #include <cstring>
 
-#include "pocketzo/kernels.h"
 #include "sets.h"
 
 using namespace pocketzo;
@@ -30,11 +29,11 @@ int main(int argc, char** argv) {
   } else if (std::strcmp(operation, "shrink") == 0) {
     kNeon.shrink(w, 64 * n, 1e-3f);
   } else if (std::strncmp(operation, "gaussian", 8) == 0 && scales <= 3) {
-    kNeon.gaussian(walk, kKey, kScale, scales);
+    kNeon.gaussian[scales](walk, kKey, kScale);
   } else if (std::strncmp(operation, "rademacher", 10) == 0 && scales <= 3) {
-    kNeon.rademacher(walk, kKey, kScale, scales);
+    kNeon.rademacher[scales](walk, kKey, kScale);
   } else if (std::strcmp(operation, "two") == 0) {
-    for (std::size_t i = 0; i < 2 * n; ++i) kNeon.gaussian(tile, kKey, kScale, 1);
+    for (std::size_t i = 0; i < 2 * n; ++i) kNeon.gaussian[1](tile, kKey, kScale);
   } else {
     return 2;
   }

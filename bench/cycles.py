@@ -1,13 +1,13 @@
-"""Instructions and cycles an element of the NEON kernels on three cores, without an Arm machine.
+"""Instructions and estimated cycles per element of the NEON kernels on three cores, without an Arm machine.
 
     python bench/cycles.py [--compiler zig|gcc] [--json FILE]
 
-The object file that goes into the wheel (cmake/aarch64-zig.cmake) runs under qemu, which logs each instruction. What a
-call on 2 n blocks executes beyond one on n blocks is the count, which is exact, and what llvm-mca takes for the one
-beyond the other are the cycles. It assumes that all memory is in the first-level cache and every branch foreseen. So
-the figures compare kernels and find stalls; they are not times. gcc is Debian's, which builds the C++ tests.
+The object file of the wheel (cmake/aarch64-zig.cmake) runs under qemu, which logs each instruction. The difference
+between a call on 2 n blocks and one on n blocks gives both figures: the instruction count, which is exact, and the
+cycles that llvm-mca estimates. llvm-mca assumes first-level cache hits and correctly predicted branches. So the
+figures compare kernels and find stalls; they are not times. gcc is Debian's, which builds the C++ tests.
 
-Needs llvm-mca and llvm-objdump 19 (older ones take every large core for a Cortex-A57), qemu-aarch64-static, cmake,
+Needs llvm-mca and llvm-objdump 19 (older ones model every large core as a Cortex-A57), qemu-aarch64-static, cmake,
 ninja, and zig or aarch64-linux-gnu-g++: apt install llvm-19 qemu-user-static; pip install cmake ninja ziglang.
 """
 
@@ -53,7 +53,7 @@ def output(*command: str | Path, text: str | None = None) -> str:
 
 
 def find_tools(compiler: str) -> Tools:
-    """Find what is needed, or name what is missing."""
+    """Find the tools, or exit naming those that are missing."""
     build = COMPILERS[compiler][1]
     names = ["llvm-mca-19", "llvm-objdump-19", "qemu-aarch64-static", "cmake", "ninja", build[0]]
     if missing := [name for name in names if shutil.which(name) is None]:
@@ -73,13 +73,13 @@ def build(tools: Tools, toolchain: str, folder: Path) -> Path:
 
 
 def disassemble(tools: Tools, program: Path) -> dict[int, str]:
-    """Return the kernels' instructions by address, such that llvm-mca reads them one after the other."""
+    """Return the kernels' instructions by address, as text that llvm-mca reads as a straight run."""
     code, inside = {}, False
     for line in output(tools.objdump, "-d", "--no-show-raw-insn", program).splitlines():
         if match := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             inside = "8pocketzo" in match[1]
         elif inside and (match := re.match(r"\s*([0-9a-f]+):\s+(.*?)\s*(//.*)?$", line)):
-            # Wherever a branch goes, its target is the next line of the trace.
+            # The next line of the trace is the target of every branch.
             code[int(match[1], 16)] = re.sub(r"0x[0-9a-f]+ <.*>", "here", match[2])
     return code
 
@@ -93,7 +93,7 @@ def trace(tools: Tools, program: Path, code: dict[int, str], operation: str, n: 
 
 
 def cycles(tools: Tools, core: str, lines: list[str]) -> int:
-    """Return what llvm-mca says of a straight run of instructions."""
+    """Return llvm-mca's estimate for a straight run of instructions."""
     source = "\n".join(["here:", *lines, ""])
     arguments = ["-mtriple=aarch64", f"-mcpu={core}", "-iterations=1", "-call-latency=1", "-instruction-info=0"]
     report = output(tools.mca, *arguments, "-resource-pressure=0", text=source)
@@ -127,7 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tools = find_tools(arguments.compiler)
-    described = {**machine(), "busy": 0.0}  # whatever else runs: nothing is timed
+    described = {**machine(), "busy": 0.0}  # nothing is timed, so that other load does not matter
     described["versions"] = {
         "pocketzo": described["versions"]["pocketzo"],
         "clang" if arguments.compiler == "zig" else "gcc": version(*tools.compiler, "--version"),

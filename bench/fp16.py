@@ -1,4 +1,4 @@
-"""Peak memory of training fp16 weights, beside that of running them.
+"""Peak memory of training fp16 weights, beside that of inference.
 
     python bench/fp16.py [--python INTERPRETER] [--shape xglm-564m] [--batch 1x8] [--models DIR] [--json FILE]
 
@@ -6,9 +6,10 @@
     running    loading, then two forwards
     training   loading, then two MeZO steps
 
-Each is a process of its own, all at once, of the interpreter given: that of the aarch64 test bed (CONTRIBUTING.md)
-shows a phone's fp16 operators, under qemu, whose own memory is in every figure. What a forward takes is the peak of
-running less those of the imports and the weights. `--dtype float32` measures the same for fp32.
+Each runs in a process of its own, all three at once, with the given interpreter. That of the aarch64 test bed
+(CONTRIBUTING.md) uses a phone's fp16 operators under qemu; every figure then includes qemu's own memory. The memory of
+a forward is the peak of `running` less the peak of `imports` and the size of the weights. `--dtype float32` measures
+fp32.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WORK = ("imports", "running", "training")
 
 
 def worker(work: str, shape: str, bundle: str, batch: str) -> None:
-    """Do one kind of work and print what there is to know of this process."""
+    """Do one kind of work; print the peak memory of this process and the platform as JSON."""
     import platform
     import warnings
 
@@ -37,7 +38,7 @@ def worker(work: str, shape: str, bundle: str, batch: str) -> None:
 
     import pocketzo as pz
 
-    warnings.simplefilter("ignore")  # where fp16 is slow
+    warnings.simplefilter("ignore")  # about fp16 being slow here
     if work != "imports":
         inputs = make_batch(shape, *map(int, batch.split("x")))
         model = pz.load(bundle, threads=1, packed=False, verify="fast")
@@ -73,7 +74,7 @@ def main() -> None:
         bundle = make_bundle(arguments.shape, folder, arguments.dtype)
         command = [arguments.python, __file__, "worker"]
         words = [arguments.shape, str(bundle), arguments.batch]
-        # All at once: a process's memory does not depend on the others, and an emulator takes minutes for each.
+        # All at once: their memory is independent, and each takes minutes under an emulator.
         workers = {work: subprocess.Popen([*command, work, *words], stdout=subprocess.PIPE, text=True) for work in WORK}
         rows: dict[str, Any] = {}
         for work, process in workers.items():

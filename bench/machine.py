@@ -1,4 +1,4 @@
-"""What every figure is shown with: the machine, the versions, the command."""
+"""Common to the scripts: the machine, versions and command of a measurement, spreads, and memory readings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import numpy as np
 
 
 def machine() -> dict[str, Any]:
-    """Describe where this runs."""
-    import pocketzo as pz  # not above: step.py's peers must not carry it in their memory
+    """Describe the machine, the versions and the command."""
+    import pocketzo as pz  # not above: it would count in the memory of step.py's peers
 
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -41,12 +42,18 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "busy": busy(),
         "versions": versions,
-        "command": " ".join(["python", Path(sys.argv[0]).as_posix().removeprefix(f"{Path.cwd()}/"), *sys.argv[1:]]),
+        "command": command(["python", *sys.argv]),
     }
 
 
+def command(words: Sequence[str]) -> str:
+    """Join a command line, without folders of this machine: where models are kept changes no figure."""
+    line = re.sub(r" --(models|json|plot|work) \S+", "", " ".join(words))
+    return line.replace(f"{Path.cwd()}/", "")
+
+
 def busy() -> float:
-    """Share of the processors' time that others use while this process sleeps for a second."""
+    """Return the share of CPU time that other processes use while this one sleeps for a second."""
 
     def times() -> tuple[int, int]:
         user, nice, system, idle, waiting, *others = map(int, stat.read_text().split("\n")[0].split()[1:])
@@ -62,17 +69,17 @@ def busy() -> float:
 
 
 class Run:
-    """Describes the machine as it is before a measurement, and writes the results with it at the end."""
+    """Describes the machine before a measurement, and adds that description to the results."""
 
     def __init__(self) -> None:
         self.machine = machine()
         if self.machine["busy"] > 0.05:
-            share = f"{self.machine['busy']:.0%} of its processors' time"
-            print(f"the machine has other work ({share}): figures are not to be trusted", file=sys.stderr, flush=True)
+            share = f"other processes use {self.machine['busy']:.0%} of its CPU time"
+            print(f"the machine is busy ({share}): do not rely on these figures", file=sys.stderr, flush=True)
         self.began = time.perf_counter()
 
     def finish(self, results: Any, path: Path | None) -> dict[str, Any]:
-        """Return results with the machine; write them as JSON, if a path is given."""
+        """Return the results with the machine; if a path is given, write them there as JSON."""
         seconds = time.perf_counter() - self.began
         report: dict[str, Any] = rounded({"machine": {**self.machine, "seconds": seconds}, "results": results})
         if path is not None:
@@ -82,13 +89,13 @@ class Run:
 
 
 def write(path: Path | None, results: Any) -> None:
-    """Write results with the machine as JSON, if a path is given."""
+    """If a path is given, write the results with the machine there as JSON."""
     if path is not None:
         path.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:
-    """Keep five digits of every float, so that the files stay small and their differences readable."""
+    """Round every float to five significant digits, which keeps the files small and their diffs readable."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -99,25 +106,25 @@ def rounded(value: Any) -> Any:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles of repeated measurements."""
+    """Return the median, quartiles and mean of repeated measurements, and their number."""
     low, median, high = np.quantile(np.asarray(seconds), (0.25, 0.5, 0.75)).tolist()
-    return {"median": median, "low": low, "high": high, "repeats": len(seconds)}
+    return {"median": median, "low": low, "high": high, "mean": float(np.mean(seconds)), "repeats": len(seconds)}
 
 
 def peer(name: str) -> Any:
-    """Import what this is compared with, or say that it is skipped and return None.
+    """Import a module to compare with; if it is not installed, report that it is skipped and return None.
 
-    Peers are imported by name: what is not installed must be an error neither here nor for the type checker.
+    Imports by name, so that neither Python nor the type checker fails where a peer is not installed.
     """
     try:
         return importlib.import_module(name)
     except ImportError:
-        print(f"skipped: {name} is not installed (pip install '.[bench]')", file=sys.stderr, flush=True)
+        print(f"skipped: {name} is not installed (pip install --group bench)", file=sys.stderr, flush=True)
         return None
 
 
 def status() -> dict[str, int]:
-    """Bytes of memory that /proc/self/status reports for this process: VmHWM (peak), VmRSS and what it consists of."""
+    """Return the memory of this process by /proc/self/status, in bytes: VmHWM (the peak), VmRSS and its three parts."""
     result = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -127,5 +134,5 @@ def status() -> dict[str, int]:
 
 
 def peak_rss() -> int:
-    """Peak resident memory of this process in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     return status()["VmHWM"]

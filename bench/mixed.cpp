@@ -1,4 +1,4 @@
-// A pass over the weights on a machine of fast and slow cores, which are simulated; bench/mixed.py runs it.
+// A noise pass over the weights on simulated fast and slow cores; run by bench/mixed.py.
 //
 //   mixed FAST SLOW RATIO spin|sleep ROUNDS
 //
@@ -19,6 +19,8 @@
 #include <functional>
 #include <thread>
 #include <vector>
+
+#include "kernel_set.h"
 
 namespace {
 
@@ -46,11 +48,11 @@ void number_this_thread() {
   my_end = Clock::now();
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   number_this_thread();
   const double slowness = my_number < fast ? 1.0 : ratio;
   const auto began = Clock::now();
-  fast_set.gaussian(walk, key, scale, scale_count);
+  fast_set.gaussian[1](walk, key, scale);
   if (sleeps) {
     // From the end that was due: what a thread oversleeps is made good by the next unit.
     const auto lasts = kUnitTime * (slowness * static_cast<double>(walk.count) / kUnitBlocks);
@@ -80,7 +82,7 @@ void equal_split(std::vector<float>& w, unsigned threads) {
     running.emplace_back([&w, &key, begin = units * t / threads, end = units * (t + 1) / threads] {
       for (std::uint64_t unit = begin; unit < end; ++unit) {
         const std::uint64_t first = unit * kUnitBlocks;
-        gaussian({w.data() + first * kBlock, 16, kBlock, first, 1, kUnitBlocks}, key, &kScale, 1);
+        gaussian({w.data() + first * kBlock, 16, kBlock, first, 1, kUnitBlocks}, key, &kScale);
       }
     });
   }
@@ -101,7 +103,7 @@ int main(int argc, char** argv) {
   const int rounds = std::atoi(argv[5]);
 
   pocketzo::KernelSet mixed = fast_set;
-  mixed.gaussian = gaussian;
+  mixed.gaussian[1] = gaussian;
   pocketzo::use(mixed);
   std::vector<float> w((sleeps ? 352 : 1024) * kUnitBlocks * kBlock);  // MiniLM's 23 M, or 67 M
   const pocketzo::Segment segment{w.data(), w.size(), 0, 2};

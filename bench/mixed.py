@@ -1,9 +1,10 @@
-"""A pass over the weights on fast and slow cores together, which are simulated.
+"""A noise pass on fast and slow cores together; the cores are simulated.
 
     python bench/mixed.py [--rounds 9] [--json FILE]
 
-Builds mixed.cpp (`cmake --preset release`), which says how, and lets it run. Slow cores are 2.8 times as slow as fast
-ones: a cortex-a55 at 2.0 GHz takes 13 cycles a normal, a cortex-a78 at 2.4 GHz 5.6, by the targets of the kernels.
+Builds and runs mixed.cpp (`cmake --preset release`), which describes the simulation. Slow cores are 2.8 times as slow
+as fast ones: by the kernels' targets, a Gaussian takes 13 cycles on a Cortex-A55 at 2.0 GHz and 5.6 on a Cortex-A78 at
+2.4 GHz.
 """
 
 from __future__ import annotations

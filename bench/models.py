@@ -1,6 +1,6 @@
-"""Models with random weights in the shapes of well-known ones, made without torch.
+"""Models in the shapes of well-known ones, with random weights, made without torch.
 
-Packages are imported where they are used: what step.py compares with must not carry them in its memory.
+Packages are imported where they are used, so that they do not count in the memory of step.py's peers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SHAPES = {
     "xglm-564m": Shape(24, 16, 1024, 4096, 256008, 2050, causal=True),
     "opt-1.3b": Shape(24, 32, 2048, 8192, 50272, 2050, causal=True),
 }
-OPT_OFFSET = 2  # of the positions in their table, as in the published models
+OPT_OFFSET = 2  # the first position's row in the table, as in the published models
 MASKED = -10_000.0
 
 
 def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
-    """Return the bundle of a shape in ``folder``, where it is prepared if it is not there yet."""
+    """Return the bundle of a shape in ``folder``; prepare it if it does not exist."""
     import pocketzo as pz
     from pocketzo.demo.minilm import Checkpoint, build_onnx
     from pocketzo.formats.safetensors import write
@@ -72,7 +72,7 @@ def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = 
 
 
 def normal(name: str, *size: int) -> Array:
-    """Random weights; those of a name are always the same."""
+    """Return random weights, a function of their name and size."""
     import pocketzo as pz
 
     z = pz.kernels.normal(prod(size), seed=0, tensor=zlib.crc32(name.encode()), draw=0)
@@ -81,7 +81,7 @@ def normal(name: str, *size: int) -> Array:
 
 
 def fill_classifier(weights: Path) -> None:
-    """A new head is all zeros, and then every model of two classes has the same loss."""
+    """Fill the classifier with random weights: with a head of zeros, every model of two classes has the same loss."""
     from pocketzo.formats.safetensors import DTYPES, read_header
 
     entry = read_header(weights)["classifier.weight"]
@@ -226,7 +226,7 @@ def build_decoder(shape: Shape, graph: Path, weights: Path) -> None:
 
 
 def make_batch(name: str, batch: int, tokens: int) -> dict[str, NDArray[np.int64]]:
-    """Random tokens, all of them real ones, and labels."""
+    """Return random tokens without padding, and labels."""
     shape = SHAPES[name]
     rng = np.random.default_rng(1)
     ids = rng.integers(0, shape.vocabulary, (batch, tokens))
@@ -244,7 +244,7 @@ def parameters(bundle: Path) -> int:
 
 
 def activations(bundle: Path, batch: int, tokens: int) -> int:
-    """Return the bytes of intermediate tensors alive at once, at most, by shape inference."""
+    """Return the most bytes of intermediate tensors that are alive at once, by shape inference."""
     import onnx
     from onnx import shape_inference
 

@@ -1,14 +1,14 @@
-"""Passes over weights beyond the caches: this against numpy, MKL and torch, and against the memory's speed.
+"""Noise passes over weights larger than the caches: PocketZO against numpy, MKL and torch, and memory bandwidth.
 
     python bench/noise.py [--mib 1024] [--rounds 5] [--threads 1 2] [--json FILE]
 
-`w += s z` draws z and adds it; the step pass adds two z. The bound is an in-place scale, `w *= s`: it reads and writes
-each element once and multiplies it once; the fastest of several loops counts, for each number of threads. All are
-measured in turn, round after round, and the medians compared.
+`w += s z` draws z and adds it; the step pass adds two z. The bound is an in-place scale, `w *= s`, which reads,
+multiplies and writes each element once: the fastest of several implementations, for each number of threads. All are
+measured in turn for several rounds, and their medians are compared.
 
-numpy, mkl_random and MKL itself (vsRngGaussian and cblas_saxpy by ctypes) run as fast as they can be made to: blocks
-that stay in the cache, a generator a thread. torch runs as MeZO calls it: all of z in one torch.normal, then the sum.
-The scalar set, which the processor and not the memory limits, works on a sixteenth of the array.
+numpy, mkl_random and MKL itself (vsRngGaussian and cblas_saxpy by ctypes) run in their fastest form: blocks that stay
+in the cache, one generator per thread. torch runs as MeZO's code calls it: all of z by one torch.normal, then the sum.
+The scalar set is bound by computation, not by memory; it works on a sixteenth of the array.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Weights = NDArray[np.float32]
 
 BLOCK = 1 << 16  # elements, 256 KiB: z stays in the second-level cache
 SCALE = 1e-3
-REST = 0.3  # seconds between libraries: OpenMP's threads spin for 0.2 s after their work
-SLOW = 2  # rounds of what is at least ten times slower than the bound
+REST = 0.3  # seconds between libraries: OpenMP threads spin for 0.2 s after their work
+SLOW = 2  # rounds of entries at least ten times slower than the bound
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Entry:
 
 
 def in_threads(work: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Run each in a thread of its own."""
+    """Return a function that runs each in a thread of its own."""
     if len(work) == 1:
         return work[0]
     pool = ThreadPoolExecutor(len(work))
@@ -73,7 +73,7 @@ def parts(w: Weights, threads: int) -> list[Weights]:
 
 def ours(w: Weights, threads: int) -> list[Entry]:
     entries = []
-    # Decay alone is w = fma(-decay, w, w): the bound by the loop and the threads that the noise passes use.
+    # A term with decay alone is w = fma(-decay, w, w): the bound, by the loop and the threads of the noise passes.
     segments = _core.Segments([(w, 2)])
     decay = np.zeros(1, _core.TERM)
     decay["decay"] = 1e-4
@@ -89,10 +89,10 @@ def ours(w: Weights, threads: int) -> list[Entry]:
     whole = w
     for isa in pz.kernels.available():
         w = whole[: whole.size // 16] if isa == "scalar" else whole
-        for direction in ("gaussian", "rademacher"):
-            known: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3, "scale": SCALE, "direction": direction}
-            entry(isa, f"add {direction}", partial(pz.kernels.perturb, w, **known))
-            entry(isa, f"step {direction}", partial(pz.kernels.step, w, **known, next_draw=4, next_scale=-SCALE))
+        for distribution in ("gaussian", "rademacher"):
+            known: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3, "scale": SCALE, "direction": distribution}
+            entry(isa, f"add {distribution}", partial(pz.kernels.perturb, w, **known))
+            entry(isa, f"step {distribution}", partial(pz.kernels.step, w, **known, next_draw=4, next_scale=-SCALE))
         if isa != "scalar":
             entry(isa, "scale", partial(segments.apply, decay))
     return entries
@@ -133,7 +133,7 @@ def by_mkl_random(w: Weights, threads: int) -> list[Entry]:
     def add(part: Weights) -> None:
         generator = mkl_random.MKLRandomState(3, brng="PHILOX4X32X10")
         for at in range(0, part.size, BLOCK):
-            z = generator.standard_normal(BLOCK, method="BoxMuller2")  # float64: it has no other type
+            z = generator.standard_normal(BLOCK, method="BoxMuller2")  # float64, its only type
             np.multiply(z, SCALE, out=z)
             part[at : at + BLOCK] += z
 
@@ -147,10 +147,10 @@ def by_mkl(w: Weights, threads: int) -> list[Entry]:
     except PackageNotFoundError:
         libraries = []
     if not libraries:
-        print("skipped: MKL's libmkl_rt is not installed (pip install '.[bench]')", file=sys.stderr, flush=True)
+        print("skipped: MKL's libmkl_rt is not installed (pip install --group bench)", file=sys.stderr, flush=True)
         return []
     mkl = ctypes.CDLL(libraries[-1])
-    mkl.MKL_Set_Threading_Layer(1)  # sequential: the threads are ours
+    mkl.MKL_Set_Threading_Layer(1)  # sequential: this script makes the threads
     philox, box_muller_2 = 16 << 20, 1
     mkl.cblas_saxpy.argtypes = [
         ctypes.c_int,
@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     run = Run()
-    memory = mmap.mmap(-1, arguments.mib << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # as weights lie, on whole lines
+    memory = mmap.mmap(-1, arguments.mib << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # page-aligned, as weights
     memory.madvise(mmap.MADV_HUGEPAGE)
     w = np.frombuffer(memory, np.float32)
     w[:] = 0.02

@@ -1,4 +1,4 @@
-"""How time and memory grow: with parameters, with tokens, with threads.
+"""Time and memory of a step against parameters, tokens and threads.
 
     python bench/scale.py [--models DIR] [--rounds 3] [--json FILE]
 
@@ -6,8 +6,8 @@
     tokens       BERT-base's shape, 1 x 16 to 16 x 128 tokens, 2 threads
     threads      BERT-base's shape, 8 x 64 tokens, 1 and 2 threads
 
-Each is a MeZO step, with weights as the library chooses them, beside two forwards by onnxruntime with its default
-settings; measured as in step.py.
+Each point is a MeZO step, with the weight layout that the library chooses, beside two forwards by onnxruntime with its
+default settings, measured as in step.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What each choice among the session's options is worth, and whether a noise pass can hide behind a forward.
+"""Effect of each session option on a step, and of running a noise pass and a forward at the same time.
 
     python bench/session.py [--models DIR] [--shapes bert-base] [--batches 1x16 8x64] [--rounds 4] [--json FILE]
 
-Each variant changes one setting of the shipped ones (pocketzo/model.py), in a process of its own, and takes MeZO steps
-in turn with the others as in step.py. At the end a forward and a noise pass over all weights run at the same time.
+Each variant changes one of PocketZO's settings, in a process of its own, and takes MeZO steps in turn with the others,
+as in step.py. At the end a forward and a noise pass over all weights run at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tables import session_table
 
 SPIN, STOP = "session.intra_op.allow_spinning", "session.force_spinning_stop"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as shipped": {},
+    "PocketZO's settings": {},
     "threads do not spin": {"entries": {SPIN: "0"}},
     "threads spin on after a run": {"entries": {STOP: "0"}},
     "no arena": {"options": {"enable_cpu_mem_arena": False}},
@@ -33,8 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "graph optimisation: basic": {"level": "ORT_ENABLE_BASIC"},
     "denormals are zero": {"entries": {"session.set_denormal_as_zero": "1"}},
     "one thread for the session": {"threads": 1},
-    "unpacked weights": {"system": "unpacked"},
-    "unpacked weights, one thread for the session": {"system": "unpacked", "threads": 1},
+    "plain layout": {"system": "plain"},
+    "plain layout, one thread for the session": {"system": "plain", "threads": 1},
 }
 
 
@@ -56,11 +56,11 @@ def worker(variant: str, shape: str, bundle: str, batch: str, threads: str) -> N
             return create(graph, values, change["threads"], **options)
 
         load.create_session = fewer  # type: ignore[attr-defined]  # the kernels keep their threads
-    step.worker(change.get("system", "packed"), shape, bundle, batch, threads)
+    step.worker(change.get("system", "prepacked"), shape, bundle, batch, threads)
 
 
 def overlap(shape: str, bundle: Path, batch: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Time a forward, a noise pass over the same weights, and both at once; medians of all rounds."""
+    """Time a forward, a noise pass over the same weights, and both at once; return the medians of all rounds."""
     import pocketzo as pz
 
     pz.kernels.set_threads(threads)

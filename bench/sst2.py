@@ -2,6 +2,9 @@
 
     python bench/sst2.py [SST2_FOLDER] [--threads 2] [--seed 0] [--json FILE]
 
+The folder (default: the environment variable SST2) has train.tsv and dev.tsv: sentence, tab, 0 or 1. Both are read
+whole first, which checks the reader and the tokenizer on real data.
+
 Trains on 1,024 sentences of train.tsv (512 a class, drawn by seed 0). First the head alone: the body does not move
 meanwhile, so its embeddings of the training sentences are computed once (32 forwards of 32) and each evaluation of the
 objective is one small matrix product in numpy. Then all parameters, every evaluation a forward through the graph. The
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 import tempfile
 import time
@@ -29,7 +33,9 @@ from numpy.typing import NDArray
 import pocketzo as pz
 from pocketzo.demo import minilm
 
-SST2 = Path(__file__).parents[2] / "shared" / "data" / "sst2"
+SST2 = Path(os.environ.get("SST2") or "sst2")
+SENTENCES = {"train": (6_920, 3_610), "dev": (872, 444)}  # how many, and how many of them positive
+CLS, SEP = 101, 102  # the tokens that begin and end a sentence
 PER_CLASS = 512
 BATCH = 32
 DIRECTIONS = 16
@@ -75,8 +81,21 @@ class Batches:
     def fingerprint(self) -> str:
         return hashlib.sha256(self.data.fingerprint.encode() + self.items.astype("<i8").tobytes()).hexdigest()
 
-    def batch(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def batch(self, indices: NDArray[np.int64]) -> pz.Batch:
         return self.data.batch(self.items[indices].ravel())
+
+
+def read_whole(folder: Path, name: str, bundle: pz.Bundle) -> pz.Dataset:
+    """Read a file of SST-2, and exit where the data set is not what SST-2 must give."""
+    data = pz.load_dataset(folder / f"{name}.tsv", bundle)
+    assert data.label_ids is not None
+    if (got := (len(data), int(data.label_ids.sum()))) != SENTENCES[name]:
+        sys.exit(f"{folder}: {name}.tsv must have (sentences, positive ones) {SENTENCES[name]}, got {got}")
+    batch = data.batch(np.arange(32))
+    last = batch["input_ids"][np.arange(32), batch["attention_mask"].sum(axis=1) - 1]
+    if (batch["input_ids"][:, 0] != CLS).any() or (last != SEP).any():
+        sys.exit(f"{folder}: the sentences of {name}.tsv must begin with token {CLS} and end with {SEP}")
+    return data
 
 
 def subset(source: Path, chosen: NDArray[np.int64], out: Path) -> Path:
@@ -204,12 +223,13 @@ def main() -> None:
         bundle = pz.prepare(
             folder / "model.onnx", folder / "bundle", tokenizer=checkpoint.tokenizer, labels=("0", "1"), max_length=128
         )
+        read_whole(arguments.data, "train", bundle)
+        dev = read_whole(arguments.data, "dev", bundle)
         chosen, others = split(arguments.data / "train.tsv")
         training = pz.load_dataset(subset(arguments.data / "train.tsv", chosen, folder / "train.tsv"), bundle)
+        evaluated = dev
         if arguments.held_out:
             evaluated = pz.load_dataset(subset(arguments.data / "train.tsv", others, folder / "held-out.tsv"), bundle)
-        else:
-            evaluated = pz.load_dataset(arguments.data / "dev.tsv", bundle)
         model = pz.load(bundle, threads=arguments.threads)
         batches = Batches(training, seed=arguments.seed)
         report = Report("held-out" if arguments.held_out else "dev")

@@ -1,16 +1,17 @@
-"""Seconds a step and peak memory: this, MeZO in PyTorch as its paper does it, and two plain forwards.
+"""Time and peak memory of a MeZO step: PocketZO, MeZO in PyTorch as its paper's code does it, and two plain forwards.
 
-    python bench/step.py [--models DIR] [--shapes minilm ...] [--batches 8x64 ...] [--systems packed ...] [--json FILE]
+    python bench/step.py [--models DIR] [--shapes minilm ...] [--batches 8x64 ...] [--systems torch ...] [--json FILE]
 
-    forwards   two forwards by onnxruntime with its default settings, the loss output only: what a step cannot go below
-    running    two forwards by the live session of this, without training
-    packed     a MeZO step of this, the weights in the runtime's packed layout
-    unpacked   the same, the weights in the plain layout
-    torch      a MeZO step in PyTorch (torch_mezo.py)
+    forwards    two forwards by onnxruntime with its default settings, loss output only: the lower bound of a step
+    running     two forwards by PocketZO's session, without training
+    prepacked   a MeZO step of PocketZO, the weights in onnxruntime's prepacked layout
+    plain       a MeZO step of PocketZO, the weights in the model's own layout
+    torch       a MeZO step in PyTorch (torch_peers.py)
 
-Models have random weights in the shapes of well-known ones. Each system is a process of its own, fresh for every shape
-and batch; all of them are loaded, and then measured in turn, round after round, a few steps at a time. Where memory
-does not hold all at once, each goes beside the forwards alone. Peak memory (VmHWM) includes loading.
+The models have the shapes of well-known ones and random weights. Each system runs in a process of its own, a new one
+for every shape and batch. All systems are loaded, and then measured in turn for several rounds, a few steps at a time.
+If memory cannot hold all of them at once, each is measured beside the forwards alone. Peak memory (VmHWM) includes
+loading.
 """
 
 from __future__ import annotations
@@ -26,43 +27,60 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from machine import Run, peer, spread, status
 from models import SHAPES, activations, make_batch, make_bundle, parameters
 from tables import step_table
 
-SYSTEMS = ("forwards", "running", "packed", "unpacked", "torch")
+SYSTEMS = ("forwards", "running", "prepacked", "plain", "torch")
 BATCHES = ("1x16", "8x64", "16x128")
-# Peak memory in multiples of the weights' size, about; it decides what is measured side by side.
-HELD = {"forwards": 1.2, "running": 1.15, "packed": 1.15, "unpacked": 1.15, "default": 1.15, "torch": 2.0}
+# Approximate peak memory in multiples of the weights' size; decides which systems are loaded at the same time.
+HELD = {"forwards": 1.2, "running": 1.15, "prepacked": 1.15, "plain": 1.15, "default": 1.15, "torch": 2.0}
 LR = 1e-6
-SAME_LOSS = 1e-3  # relative: that all systems compute the same model
-PATIENCE = 30  # seconds of a group's rounds after which three of them are enough
-TORCH_PATIENCE = 12  # seconds after which torch leaves out the rounds that are left
+# The systems of methods.py: each makes an optimizer, given the package and a model.
+METHODS: dict[str, Callable[[Any, Any], Any]] = {
+    "MeZO": lambda pz, model: pz.MeZO(model, lr=LR),
+    "MeZO, queries=4": lambda pz, model: pz.MeZO(model, lr=LR, queries=4),
+    "MeZO, block=0.25": lambda pz, model: pz.MeZO(model, lr=LR, subset=pz.Block(0.25)),
+    "FZOO": lambda pz, model: pz.FZOO(model, lr=LR),
+    "FZOO, block=0.25": lambda pz, model: pz.FZOO(model, lr=LR, subset=pz.Block(0.25)),
+}
+SAME_LOSS = 1e-3  # relative tolerance of the check that all systems compute the same model
+PATIENCE = 30  # seconds; once a group has taken as long, three rounds are enough
+TORCH_PATIENCE = 12  # seconds; once its steps have taken as long, torch skips the remaining rounds
 
 Cell = dict[str, Any]
 
 
-# ---- in the process of one system
+# ---- in the child process of one system
 
 
 class UnusableError(Exception):
-    """A system cannot run here; says why."""
+    """A system cannot run here; the message gives the reason."""
 
 
-def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tuple[Callable[[], object], float]:
-    """Load a system; return what takes one step, and the loss before the first."""
+class System(NamedTuple):
+    """A loaded system."""
+
+    step: Callable[[], object]
+    loss: float  # before the first step
+    forwards: int = 2  # of a step
+
+
+def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> System:
+    """Load a system of this script, of memory.py or of methods.py."""
     count, tokens = map(int, batch.split("x"))
     inputs = make_batch(shape, count, tokens)
-    if system == "torch":
+    if system in ("torch", "adamw"):
         import torch
-        from torch_mezo import Peer
+        import torch_peers
 
         torch.set_num_threads(threads)
-        mezo = Peer(torch, bundle, SHAPES[shape], lr=LR)
-        return lambda: mezo.step(lambda: mezo.loss(inputs)), mezo.loss(inputs)
+        method = torch_peers.MeZO if system == "torch" else torch_peers.AdamW
+        theirs = method(torch, bundle, SHAPES[shape], lr=LR)
+        return System(lambda: theirs.step(inputs), theirs.loss(inputs))
     if system == "forwards":
         import onnxruntime as ort
 
@@ -74,25 +92,25 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> tu
             session.run(["loss"], inputs)
             return float(session.run(["loss"], inputs)[0])
 
-        return forwards, forwards()
+        return System(forwards, forwards())
 
     import pocketzo as pz
 
     pz.kernels.set_threads(threads)
-    packed: bool | Literal["auto"] = "auto" if system in ("running", "default") else system == "packed"
+    prepack: bool | Literal["auto"] = system == "prepacked" if system in ("prepacked", "plain") else "auto"
     try:
-        model = pz.load(bundle, threads=threads, packed=packed)
+        model = pz.load(bundle, threads=threads, packed=prepack)
     except pz.Error as error:
         raise UnusableError(str(error)) from None
     loss = model.loss(inputs)
     if system == "running":
-        return lambda: (model.loss(inputs), model.loss(inputs)), loss
-    optimizer = pz.MeZO(model, lr=LR)
-    return lambda: optimizer.step(lambda m: m.loss(inputs)), loss
+        return System(lambda: (model.loss(inputs), model.loss(inputs)), loss)
+    optimizer = METHODS.get(system, METHODS["MeZO"])(pz, model)
+    return System(lambda: optimizer.step(lambda m: m.loss(inputs)), loss, optimizer.forwards)
 
 
 class Sampler:
-    """Looks every 10 ms what the resident memory consists of, and keeps the largest."""
+    """Samples the parts of the resident memory every 10 ms, and keeps the largest sample."""
 
     def __init__(self) -> None:
         self.largest = status()
@@ -113,11 +131,11 @@ class Sampler:
 
 
 def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> None:
-    """Answer a line of JSON for each number of steps that is asked for; without any, report the memory and end."""
+    """Take as many steps as each input line says and answer with their seconds; at the end, report the memory."""
     sampler = Sampler()
     began = time.perf_counter()
     try:
-        step, loss = start(system, shape, Path(bundle), batch, int(threads))
+        step, loss, forwards = start(system, shape, Path(bundle), batch, int(threads))
     except UnusableError as error:
         print(json.dumps({"error": str(error)}))
         return
@@ -129,7 +147,7 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
         if warm > 1:
             break
     sample = sampler.stop()
-    print(json.dumps({"loading": loading, "loss": loss, "warm": warm}), flush=True)
+    print(json.dumps({"loading": loading, "loss": loss, "forwards": forwards, "warm": warm}), flush=True)
     for line in sys.stdin:
         seconds = []
         for _ in range(int(line)):
@@ -141,11 +159,11 @@ def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> No
     print(json.dumps({"peak": peak, "at_peak": {key: sample[key] for key in ("RssAnon", "RssFile", "RssShmem")}}))
 
 
-# ---- in the process that asks
+# ---- in the parent process
 
 
 class Worker:
-    """A system in a fresh process."""
+    """A system in a child process."""
 
     def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int, script: str) -> None:
         command = [sys.executable, script, "--worker", system, shape, str(bundle), batch, str(threads)]
@@ -174,13 +192,13 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"the process of {self.system} ended with {self.process.wait()}")
+            sys.exit(f"the process of {self.system} ended with exit code {self.process.wait()}")
         return json.loads(line)
 
 
 @contextmanager
 def ended(worker: Worker) -> Iterator[Worker]:
-    """End the process even where a measurement failed."""
+    """End the process even if a measurement fails."""
     try:
         yield worker
     finally:
@@ -196,7 +214,7 @@ def available_memory() -> int:
 
 
 def groups(systems: Sequence[str], weights: int) -> list[list[str]]:
-    """Which systems are in memory together."""
+    """Return which systems are loaded at the same time."""
     budget = 0.85 * available_memory()
 
     def held(group: Sequence[str]) -> float:
@@ -227,7 +245,7 @@ def measure(
     rounds: int = 5,
     script: str = __file__,
 ) -> Cell:
-    """Measure systems on one batch of one model; ``script`` is what each process runs."""
+    """Measure systems on one batch of one model; ``script`` is the file that each child process runs."""
     count, tokens = map(int, batch.split("x"))
     weights = 4 * parameters(bundle)
     rows: dict[str, Any] = {}
@@ -245,7 +263,7 @@ def measure(
                 loss = each.started["loss"]
                 reference = loss if reference is None else reference
                 if abs(loss - reference) > SAME_LOSS * abs(reference):
-                    sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, others at {reference}")
+                    sys.exit(f"{shape}, {batch}: {each.system} starts at a loss of {loss}, the others at {reference}")
             began = time.perf_counter()
             for number in range(rounds):
                 if number >= 3 and time.perf_counter() - began > PATIENCE:
@@ -259,11 +277,9 @@ def measure(
                 seconds = [value for part in each.rounds for value in part]
                 row = {"system": each.system, **spread(seconds), **each.started, **each.finish()}
                 if forwards is not None:
-                    ratios = [
-                        np.median(mine) / np.median(two) for mine, two in zip(each.rounds, forwards, strict=False)
-                    ]
-                    row["ratio"] = spread(ratios)
-                # The forwards beside other systems are measured more than once; the first figures stand.
+                    pairs = zip(each.rounds, forwards, strict=False)
+                    row["ratio"] = spread([np.median(mine) / np.median(two) for mine, two in pairs])
+                # With several groups, the forwards are measured several times; the first measurement is kept.
                 rows.setdefault(each.system, row)
     return {
         "shape": shape,
@@ -277,15 +293,13 @@ def measure(
 
 
 def usable(systems: Sequence[str]) -> list[str]:
-    """Leave out, saying so, what cannot be measured here."""
-    chosen = list(systems)
-    if "torch" in chosen and peer("torch") is None:
-        chosen.remove("torch")
-    return chosen
+    """Return the systems that can be measured here; report those that are skipped."""
+    of_torch = {"torch", "adamw"} & {*systems}
+    return list(systems) if not of_torch or peer("torch") else [name for name in systems if name not in of_torch]
 
 
 def planned(shape: str, batch: str) -> list[str]:
-    """Leave out what would take minutes and say little: running where not 8 x 64, torch on a few tokens of OPT."""
+    """Return the systems measured by default: running only at 8 x 64, and torch not on OPT at 1 x 16 (minutes)."""
     return [
         system
         for system in SYSTEMS
@@ -315,7 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", nargs="+", metavar="BxT", help=f"default: {' '.join(BATCHES)}; OPT without the last"
     )
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all, where that does not take too long")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all, except those that take too long")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")

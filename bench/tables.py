@@ -1,7 +1,7 @@
-"""The tables of README.md and bench/README.md, made from the figures in bench/results/.
+"""Generates the tables of README.md and bench/README.md from the figures in bench/results/.
 
-    python bench/tables.py            # rewrite what stands between the markers <!-- table: NAME --> and <!-- end -->
-    python bench/tables.py --check    # change nothing; fail if a table is not what the figures say, or there are none
+    python bench/tables.py            # rewrite the text between the markers <!-- table: NAME --> and <!-- end -->
+    python bench/tables.py --check    # change nothing; fail if a table differs from its figures, or they are missing
 
 The scripts that measure print their tables by the same functions.
 """
@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ NOISE_TARGETS = {
 }
 TORCH_NOISE_TARGET = 20  # times torch.normal + add, 2 threads
 
-# Of cycles.py. Cycles an element by llvm-mca, in the order of CORES.
+# The cores of cycles.py; CYCLE_TARGETS are in this order, in cycles per element by llvm-mca.
 CORES = {"cortex-a55": "Cortex-A55", "neoverse-n1": "Neoverse N1 (A76 to A78)", "neoverse-v1": "Neoverse V1 (X1)"}
 OPERATIONS = {
     "gaussian1": "w += s z, Gaussian",
@@ -61,7 +62,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def caption(*reports: Report) -> str:
-    """Machine, cores, versions, dates and commands of some results, once where they are the same."""
+    """Return machines, versions, dates and commands of some results, each distinct one once."""
     machines = [report["machine"] for report in reports]
     places = list(
         dict.fromkeys(f"{m['cpu']} ({m['isa']}), {m['cores']} cores, {m['memory'] / 2**30:.0f} GiB" for m in machines)
@@ -72,9 +73,7 @@ def caption(*reports: Report) -> str:
             if version not in versions.setdefault(name, []):
                 versions[name].append(version)
     dates = sorted({m["date"] for m in machines})
-    # where the models were kept and the figures written changes nothing
-    commands = list(dict.fromkeys(re.sub(r" --(models|json|plot) \S+", "", f"`{m['command']} `") for m in machines))
-    commands = [command.replace(" `", "`") for command in commands]
+    commands = dict.fromkeys(f"`{m['command']}`" for m in machines)
     busy = max(m["busy"] for m in machines)
     return (
         f"*{'; '.join(places)}{f', {busy:.0%} busy with other work' if busy > 0.05 else ''}; "
@@ -84,13 +83,13 @@ def caption(*reports: Report) -> str:
 
 
 def verdict(value: float, target: float, *, at_most: bool, unit: str = "") -> str:
-    """Say what the target is and whether it is met."""
+    """Return the target and whether it is met."""
     met = value <= target if at_most else value >= target
     return f"{'<=' if at_most else '>='} {target:g}{unit}: {'met' if met else 'not met'}"
 
 
 def of_noise(report: Report) -> tuple[dict[tuple[str, str, int], Report], dict[int, Report]]:
-    """Rows by system, work and threads; and for each number of threads the fastest in-place scale."""
+    """Return the rows by system, work and threads, and the fastest in-place scale for each number of threads."""
     rows = {(row["system"], row["work"], row["threads"]): row for row in report["results"]["rows"]}
     bounds: dict[int, Report] = {}
     for (_, work, threads), row in rows.items():
@@ -105,7 +104,7 @@ def noise_table(report: Report) -> list[str]:
     threads = sorted(bounds)
     header = ["", ""]
     for n in threads:
-        header += [f"{n} thread{'s' * (n > 1)}, ns an element", "of the bound"]
+        header += [f"{n} thread{'s' * (n > 1)}, ns per element", "of the bound"]
     body = []
     for system, work in dict.fromkeys((system, work) for system, work, _ in rows):
         target = NOISE_TARGETS.get((system, work))
@@ -142,11 +141,19 @@ def noise_table(report: Report) -> list[str]:
 
 SYSTEM = {
     "forwards": "two forwards, onnxruntime's defaults",
-    "running": "two forwards, live session",
-    "packed": "**step, packed**",
-    "unpacked": "**step, unpacked**",
+    "running": "two forwards, PocketZO's session",
+    "prepacked": "**step, prepacked**",
+    "plain": "**step, plain layout**",
     "torch": "step, PyTorch",
 }
+
+
+def size(value: float) -> str:
+    """Bytes in powers of 10."""
+    for unit, digits, name in ((1e9, 2, "GB"), (1e6, 1, "MB")):
+        if value >= unit:
+            return f"{value / unit:.{digits}f} {name}"
+    return f"{value / 1e3:.1f} kB"
 
 
 def seconds(value: float) -> str:
@@ -154,7 +161,7 @@ def seconds(value: float) -> str:
 
 
 def of_steps(report: Report) -> dict[tuple[str, str, str], Report]:
-    """Rows by shape, batch and system."""
+    """Return the rows by shape, batch and system."""
     return {
         (cell["shape"], cell["batch"], row["system"]): row
         for cell in report["results"]["cells"]
@@ -163,7 +170,7 @@ def of_steps(report: Report) -> dict[tuple[str, str, str], Report]:
 
 
 def step_targets(report: Report) -> list[list[str]]:
-    """Return what is compared, the value and whether the target is met, for all that was measured."""
+    """Return a row for each target that was measured: what is compared, the value, the verdict."""
     rows = of_steps(report)
     result = []
 
@@ -172,8 +179,8 @@ def step_targets(report: Report) -> list[list[str]]:
             result.append([what, f"{value:.3f}{unit}", verdict(value, target, at_most=at_most, unit=unit)])
 
     def best(shape: str, batch: str) -> Report | None:
-        """Packed steps, which are the default where the runtime's layout is understood."""
-        return rows.get((shape, batch, "packed"), rows.get((shape, batch, "unpacked")))
+        """Return the row of prepacked weights, which are the default where they are possible."""
+        return rows.get((shape, batch, "prepacked"), rows.get((shape, batch, "plain")))
 
     for shape, batch, target in (
         ("roberta-large", "1x16", 2.7),
@@ -191,10 +198,10 @@ def step_targets(report: Report) -> list[list[str]]:
         add(f"times as fast as {what}", torch["median"] / ours["median"], 4, at_most=False)
         add(f"peak memory / {what}", ours["peak"] / torch["peak"], 0.6)
     for shape, system, target in (
-        ("roberta-large", "packed", 1.75),
-        ("roberta-large", "unpacked", 1.55),
-        ("opt-1.3b", "packed", 6.2),
-        ("opt-1.3b", "unpacked", 5.8),
+        ("roberta-large", "prepacked", 1.75),
+        ("roberta-large", "plain", 1.55),
+        ("opt-1.3b", "prepacked", 6.2),
+        ("opt-1.3b", "plain", 5.8),
     ):
         row = rows.get((shape, "8x64", system))
         add(f"peak memory, {shape}, 8x64, {system}", row["peak"] / 1e9 if row else None, target, unit=" GB")
@@ -230,9 +237,9 @@ def step_table(report: Report) -> list[str]:
     return [
         caption(report),
         "",
-        f"{threads} threads. Medians (and quartiles); the ratio is the median of those of the rounds, in which all "
-        "systems take turns. MB are 10^6 bytes, of a fresh process, loading included; anonymous, mapped from files and "
-        "shared memory as seen by samples every 10 ms.",
+        f"{threads} threads. Medians (and quartiles). All systems take turns in each round; the ratio is the median "
+        "over the rounds. MB are 10^6 bytes; the peak is that of a fresh process, loading included. Its parts "
+        "(anonymous memory, file mappings, shared memory) are those of the largest of samples taken every 10 ms.",
         "",
         *markdown(
             ["model, batch", "", "time", "/ two forwards", "peak MB", "anonymous + file + shared", "loading"], body
@@ -241,8 +248,43 @@ def step_table(report: Report) -> list[str]:
     ]
 
 
+TITLES = {
+    "minilm": "MiniLM",
+    "bert-base": "BERT-base",
+    "roberta-large": "RoBERTa-large",
+    "xglm-564m": "XGLM-564M",
+    "opt-1.3b": "OPT-1.3B",
+}
+TRAINING = {"default": "PocketZO (MeZO)", "torch": "MeZO in PyTorch", "adamw": "AdamW in PyTorch"}
+
+
+def memory_table(report: Report) -> list[str]:
+    results = report["results"]
+    body = []
+    for curve in results["curves"]:
+        steps = [end - start for start, end in pairwise([curve["loaded"], *curve["steps"]])]
+        body.append(
+            [
+                TRAINING[curve["system"]],
+                f"{curve['peak'] / 1e6:,.0f}",
+                f"{curve['peak'] / results['weights']:.2f}",
+                f"{curve['loaded']:.1f} s",
+                ", ".join(map(seconds, steps)),
+            ]
+        )
+    return [
+        caption(report),
+        "",
+        f"{TITLES[results['shape']]}'s shape, {results['batch']}, float32: {results['weights'] / 1e6:,.0f} MB of "
+        f"weights; {results['threads']} threads. The peak is that of a fresh process, loading included; loading "
+        "includes the interpreter's start and one forward.",
+        "",
+        *markdown(["", "peak MB", "/ weights", "loading", "steps"], body),
+    ]
+
+
 def of_accuracy(report: Report) -> dict[str, Report]:
-    """Seconds a step and to the target of each system, over its runs; the latter only if all reached it."""
+    """Return the seconds per step of each system, and its mean seconds to the target if all its runs reached it."""
     result: dict[str, Report] = {}
     for name in dict.fromkeys(run["system"] for run in report["results"]["runs"]):
         ends = [run["curve"][-1] for run in report["results"]["runs"] if run["system"] == name]
@@ -273,10 +315,43 @@ def accuracy_table(report: Report) -> list[str]:
         caption(report),
         "",
         f"MeZO, lr {results['lr']:g} and eps {results['eps']:g} (10 times these for the head), batches of 32, "
-        f"{results['threads']} threads; a run ends at {results['target']:.0%} of dev, evaluated every "
+        f"{results['threads']} threads. A run ends at an accuracy of {results['target']:.0%} on dev, evaluated every "
         f"{results['every']} steps, or after {results['steps']} steps.",
         "",
-        *markdown(["", "a step", "steps", "dev accuracy then", f"mean time to {results['target']:.0%}"], body),
+        *markdown(["", "a step", "steps", "final dev accuracy", f"mean time to {results['target']:.0%}"], body),
+    ]
+
+
+# Mean time of a step over that of as many default forwards, by shape, batch and method.
+METHOD_TARGETS = {("roberta-large", "1x16", "MeZO, block=0.25"): 1.5}
+
+
+def methods_table(report: Report) -> list[str]:
+    cells = report["results"]["cells"]
+    header, body, targets = ["", "forwards"], [], []
+    for cell in cells:
+        header += [f"{cell['batch']}: a step", "/ as many default forwards"]
+    for rows in zip(*(cell["rows"] for cell in cells), strict=True):
+        method, count = rows[0]["system"], rows[0]["forwards"]
+        if method == "forwards":
+            two = [row["mean"] for row in rows]
+            continue
+        line = [method, str(count)]
+        for cell, row, both in zip(cells, rows, two, strict=True):
+            ratio = row["mean"] / (both * count / 2)
+            line += [seconds(row["mean"]), f"{ratio:.2f}"]
+            where = (cell["shape"], cell["batch"], method)
+            if target := METHOD_TARGETS.get(where):
+                targets.append([", ".join(where), f"{ratio:.3f}", verdict(ratio, target, at_most=True)])
+        body.append(line)
+    return [
+        caption(report),
+        "",
+        f"{TITLES[cells[0]['shape']]}'s shape, {cells[0]['threads']} threads. Means over at least "
+        f"{min(row['repeats'] for cell in cells for row in cell['rows'])} steps.",
+        "",
+        *markdown(header, body),
+        *targets_table(targets),
     ]
 
 
@@ -292,7 +367,7 @@ def session_table(report: Report) -> list[str]:
         caption(report),
         "",
         f"A MeZO step, {cells[0]['shape']}'s shape, {cells[0]['threads']} threads, beside two forwards by onnxruntime "
-        "with its default settings, as in `step.py`; each row changes one setting.",
+        "with its default settings, as in `step.py`. Each row changes one setting.",
         "",
         *markdown(header, rows),
     ]
@@ -300,8 +375,8 @@ def session_table(report: Report) -> list[str]:
         alone = row["forward"] + row["pass"]
         lines += [
             "",
-            f"A forward of {row['batch']} takes {seconds(row['forward'])}, a noise pass {seconds(row['pass'])}, both "
-            f"at once {seconds(row['both'])}: {row['both'] / alone:.2f} of one after the other.",
+            f"At {row['batch']} a forward takes {seconds(row['forward'])}, a noise pass {seconds(row['pass'])}, and "
+            f"both together {seconds(row['both'])}: {row['both'] / alone:.2f} of the time of one after the other.",
         ]
     return lines
 
@@ -315,7 +390,7 @@ def loop_table(report: Report) -> list[str]:
         ]
         for row in report["results"]["rows"]
     ]
-    return [caption(report), "", *markdown(["", "ms a step", "target"], rows)]
+    return [caption(report), "", *markdown(["", "ms per step", "target"], rows)]
 
 
 def cycles_table(report: Report) -> list[str]:
@@ -334,11 +409,11 @@ def cycles_table(report: Report) -> list[str]:
     return [
         caption(report),
         "",
-        "An element, without a call's own set-up. Instructions are counted, and exact. Cycles are what llvm-mca makes "
-        "of them: it takes all memory for first-level cache and every branch for foreseen, and its Cortex-A55 looks "
+        "Per element, without the set-up of a call. Instruction counts are exact. Cycles are estimates by llvm-mca, "
+        "which assumes first-level cache hits and correctly predicted branches; its model of the Cortex-A55 seems "
         "optimistic for 128-bit operations.",
         "",
-        *markdown(["", "instructions", *CORES.values(), "targets", "the worst of them"], body),
+        *markdown(["", "instructions", *CORES.values(), "targets", "worst / target"], body),
     ]
 
 
@@ -373,7 +448,7 @@ def scale_table(report: Report) -> list[str]:
     ]
 
 
-FP16_TARGET = 1.15  # times the weights and what a forward takes
+FP16_TARGET = 1.15  # times the memory of the weights and of a forward
 
 
 def fp16_table(report: Report) -> list[str]:
@@ -399,16 +474,16 @@ def fp16_table(report: Report) -> list[str]:
             ],
             [
                 row("weights", results["weights"]),
-                row("a forward's own", forward),
-                row("peak of an interpreter with its imports", peaks["imports"]),
-                row("peak of running", peaks["running"], f"{peaks['running'] / needed:.2f}"),
+                row("a forward", forward),
+                row("peak of an interpreter that has imported the package", peaks["imports"]),
+                row("peak of inference", peaks["running"], f"{peaks['running'] / needed:.2f}"),
                 row(
                     "peak of training",
                     peaks["training"],
                     f"{ratio:.2f} ({verdict(ratio, FP16_TARGET, at_most=True)})",
                 ),
                 row(
-                    "less the imports",
+                    "peak of training, less the imports",
                     peaks["training"] - peaks["imports"],
                     f"{(peaks['training'] - peaks['imports']) / needed:.2f}",
                 ),
@@ -423,7 +498,7 @@ def mixed_table(report: Report) -> list[str]:
         cores = (
             f"{row['fast']} fast, {row['slow']} slow by {row['slowness']:g}" if row["slow"] else f"{row['fast']} alike"
         )
-        # What cores that lose no time take, by what the fast ones alone took.
+        # The time if no core were ever idle, from the time of the fast ones alone.
         bound = row["alone"]["median"] * row["fast"] / (row["fast"] + row["slow"] / row["slowness"])
         medians = {name: row[name]["median"] for name in ("alone", "split", "units")}
         body.append(
@@ -436,27 +511,27 @@ def mixed_table(report: Report) -> list[str]:
                 f"{bound / medians['units']:.2f}",
             ]
         )
-    header = ["cores", "simulated", "fast ones alone", "equal split", "small units, as shipped"]
+    header = ["cores", "simulated", "fast ones alone", "equal split", "small units (PocketZO)"]
     return [
         caption(report),
         "",
-        "w += s z, Gaussian; medians (and quartiles). Asleep: threads that sleep for most of the 1 ms that a unit of "
-        "2^16 elements is to take on a fast core, 352 units (MiniLM's 23 M weights). Idling: real cores, of which one "
-        "idles after each call of the kernel, 1024 units. The bound is what the cores' speeds add up to.",
+        "w += s z, Gaussian; medians (and quartiles). Asleep: a unit of 2^16 elements takes 1 ms on a fast core, most "
+        "of which its thread sleeps; 352 units (MiniLM's 23 M weights). Idling: real cores, one of which idles after "
+        "each kernel call; 1024 units. The bound is the sum of the cores' speeds.",
         "",
         *markdown([*header, "times as fast as the split", "of the bound"], body),
     ]
 
 
 def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
-    """The README's: some rows of the others."""
+    """Return the README's table: some rows of the others."""
     steps = of_steps(step)
     body = []
     for shape, title in (
         ("roberta-large", "RoBERTa-large's shape (355 M)"),
         ("opt-1.3b", "OPT-1.3B's shape (1,316 M)"),
     ):
-        found = [steps.get((shape, "8x64", name)) for name in ("packed", "unpacked", "forwards", "torch")]
+        found = [steps.get((shape, "8x64", name)) for name in ("prepacked", "plain", "forwards", "torch")]
         if any(found):
             body.append([f"{title}, 8 x 64 tokens: a step", *(seconds(row["median"]) if row else "" for row in found)])
             body.append(
@@ -477,15 +552,48 @@ def summary_table(noise: Report, step: Report, accuracy: Report) -> list[str]:
     target = f"{accuracy['results']['target']:.0%}"
     what = f"SST-2, MiniLM from a zero head, MeZO: {target} of dev"
     body.append([what, times.get("pocketzo", ""), "", "", times.get("torch", "")])
-    header = ["", "PocketZO", "unpacked weights", "two plain forwards", "MeZO in PyTorch"]
+    header = ["", "PocketZO", "PocketZO, plain layout", "two forwards", "MeZO in PyTorch"]
     return [caption(noise, step, accuracy), "", *markdown(header, body)]
+
+
+def ratios_table(step: Report, memory: Report, loop: Report) -> list[str]:
+    """Return the ratios of the README's first screen: speed, memory and size of a journal, with their baselines."""
+
+    def ratio(ours: float, theirs: float) -> str:
+        if ours >= theirs:
+            return f"{ours / theirs:.2f}"
+        times = theirs / ours
+        return f"1 / {times:.1f}" if times < 100 else f"1 / {float(f'{times:.2g}'):,.0f}"
+
+    results = memory["results"]
+    shape, batch, weights = results["shape"], results["batch"], results["weights"]
+    peaks = {curve["system"]: curve["peak"] for curve in results["curves"]}
+    steps = of_steps(step)
+    times = {system: steps[shape, batch, system]["median"] for system in ("prepacked", "forwards", "torch")}
+    journal = loop["results"]["journal"]
+    body = []
+
+    def add(what: str, ours: float, baseline: str, theirs: float, show: Callable[[float], str]) -> None:
+        body.append([what, show(ours), f"{baseline}: {show(theirs)}", ratio(ours, theirs)])
+
+    add("a MeZO step", times["prepacked"], "MeZO in PyTorch", times["torch"], seconds)
+    add("", times["prepacked"], "two forwards alone", times["forwards"], seconds)
+    add("peak memory, loading included", peaks["default"], "MeZO in PyTorch", peaks["torch"], size)
+    add("", peaks["default"], "AdamW in PyTorch", peaks["adamw"], size)
+    add("", peaks["default"], "the weights", weights, size)
+    add(f"journal of {journal['steps']:,} MeZO steps", journal["bytes"], "the weights", weights, size)
+    header = [f"{TITLES[shape]}'s shape, {batch.replace('x', ' x ')} tokens", "PocketZO", "baseline", "ratio"]
+    return [*markdown(header, body), "", f"<sub>{caption(step, memory, loop).strip('*')}</sub>"]
 
 
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "summary": (("noise", "step", "accuracy"), summary_table),
+    "ratios": (("step", "memory", "loop"), ratios_table),
     "noise": (("noise",), noise_table),
     "step": (("step",), step_table),
+    "memory": (("memory",), memory_table),
     "scale": (("scale",), scale_table),
+    "methods": (("methods",), methods_table),
     "session": (("session",), session_table),
     "loop": (("loop",), loop_table),
     "mixed": (("mixed",), mixed_table),
@@ -496,7 +604,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 
 
 def rewritten(text: str, where: Path) -> tuple[str, bool]:
-    """Return a document with the tables that the figures that are there make, and whether these are all."""
+    """Return a document with its tables made from the figures, and whether all the figures were there."""
     complete = True
 
     def table(match: re.Match[str]) -> str:
@@ -535,7 +643,7 @@ def main() -> None:
             path.write_text(new, encoding="utf-8")
             print(f"{path.relative_to(ROOT)}: rewritten")
     if arguments.check and differ:
-        sys.exit("the tables are not what the figures say, or figures are missing; run python bench/tables.py")
+        sys.exit("a table differs from its figures, or figures are missing; run python bench/tables.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-// AVX2 and FMA, eight lanes. Compiled with -mavx2 -mfma, run only where dispatch.cpp saw both.
+// AVX2, FMA and F16C, eight lanes. Compiled with -mavx2 -mfma -mf16c; runs only where dispatch.cpp found all three.
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -106,7 +105,7 @@ inline __m256 horner(__m256 p, const float (&coefficient)[N], __m256 t) noexcept
   return p;
 }
 
-// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
+// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words.
 class Transform {
  public:
   Transform(__m256i x, __m256i y) noexcept : x_(x), y_(y) {}
@@ -181,7 +180,7 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
 // Software-pipelined: while eight quads are transformed, the words of the next are finished and those after them begun.
 // The order is that of avx512.cpp, and counts here too: 110 cycles a block in cache on Zen 5, others take up to 125.
 template <unsigned Count>
-void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   const __m256i to_other_half = Philox::stride(8), to_next_block = Philox::stride(walk.step * 16 - 8);
@@ -223,7 +222,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
-void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   const __m256i sign = broadcast(kSign);
@@ -256,17 +255,6 @@ void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept
   }
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&gaussian_n<0>) kByCount[] = {gaussian_n<0>, gaussian_n<1>, gaussian_n<2>, gaussian_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
-void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&rademacher_n<0>) kByCount[] = {rademacher_n<0>, rademacher_n<1>, rademacher_n<2>,
-                                                     rademacher_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
 void shrink(float* w, std::size_t n, float decay) noexcept {
   const __m256 c = _mm256_set1_ps(decay);
   std::size_t i = 0;
@@ -274,7 +262,13 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
     const __m256 v = _mm256_loadu_ps(w + i);
     _mm256_storeu_ps(w + i, _mm256_fnmadd_ps(c, v, v));
   }
-  for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
+  shrink_rest(w + i, n - i, decay);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const __m256 s = _mm256_set1_ps(scale);
+  for (std::size_t i = 0; i < n; i += 8)
+    _mm256_storeu_ps(w + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(z + i), _mm256_loadu_ps(w + i)));
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -320,13 +314,13 @@ struct Bf16 {
 };
 
 template <typename Format>
-void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+void widen(float* out, const std::uint16_t* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 8)
     _mm256_storeu_ps(out + i, Format::widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 }
 
 template <typename Format>
-void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+void narrow(std::uint16_t* out, const float* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), Format::narrow(_mm256_loadu_ps(in + i)));
 }
@@ -350,29 +344,17 @@ void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexc
     }
 }
 
-void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
-}
-
-void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
-}
-
-void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
-  if (words == nullptr)
-    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
-  else
-    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
-}
-
-void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
-  const __m256 s = _mm256_set1_ps(scale);
-  for (std::size_t i = 0; i < n; i += 8)
-    _mm256_storeu_ps(w + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(z + i), _mm256_loadu_ps(w + i)));
-}
-
 }  // namespace
 
-const KernelSet kAvx2 = {"avx2", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
+const KernelSet kAvx2 = {
+    "avx2",
+    words,
+    {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
+    {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    shrink,
+    axpy,
+    {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
+    {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
+};
 
 }  // namespace pocketzo

@@ -1,8 +1,7 @@
-// AVX-512F alone, sixteen lanes: a block is four registers. Compiled with -mavx512f, run only where dispatch.cpp saw
-// it.
+// AVX-512F and FMA, sixteen lanes: a block is four registers. Compiled with -mavx512f -mfma; runs only where
+// dispatch.cpp found both. No other part of AVX-512 is used.
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -113,7 +112,7 @@ inline __m512 horner(__m512 p, const float (&coefficient)[N], __m512 t) noexcept
   return p;
 }
 
-// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words.
+// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words.
 class Transform {
  public:
   Transform(__m512i x, __m512i y) noexcept : x_(x), y_(y) {}
@@ -185,7 +184,7 @@ inline void prefetch(const float* w, const Walk& walk) noexcept {
 // since a chain of rounds (48 cycles on Zen 5) takes longer than an iteration. The scheduler sees about a hundred
 // instructions, so that their order counts: 46 cycles a block in cache, other orders take up to 55.
 template <unsigned Count>
-void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   const __m512i stride = Philox::stride(walk.step);
@@ -224,7 +223,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
-void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
   const __m512i sign = broadcast(kSign);
@@ -255,17 +254,6 @@ void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept
   }
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&gaussian_n<0>) kByCount[] = {gaussian_n<0>, gaussian_n<1>, gaussian_n<2>, gaussian_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
-void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&rademacher_n<0>) kByCount[] = {rademacher_n<0>, rademacher_n<1>, rademacher_n<2>,
-                                                     rademacher_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
 void shrink(float* w, std::size_t n, float decay) noexcept {
   const __m512 c = _mm512_set1_ps(decay);
   std::size_t i = 0;
@@ -273,7 +261,13 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
     const __m512 v = _mm512_loadu_ps(w + i);
     _mm512_storeu_ps(w + i, _mm512_fnmadd_ps(c, v, v));
   }
-  for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
+  shrink_rest(w + i, n - i, decay);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const __m512 s = _mm512_set1_ps(scale);
+  for (std::size_t i = 0; i < n; i += 16)
+    _mm512_storeu_ps(w + i, _mm512_fmadd_ps(s, _mm512_loadu_ps(z + i), _mm512_loadu_ps(w + i)));
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -318,13 +312,13 @@ struct Bf16 {
 };
 
 template <typename Format>
-void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+void widen(float* out, const std::uint16_t* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 16)
     _mm512_storeu_ps(out + i, Format::widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i))));
 }
 
 template <typename Format>
-void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+void narrow(std::uint16_t* out, const float* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 16)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), Format::narrow(_mm512_loadu_ps(in + i)));
 }
@@ -346,29 +340,17 @@ void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexc
   }
 }
 
-void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
-}
-
-void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
-}
-
-void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
-  if (words == nullptr)
-    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
-  else
-    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
-}
-
-void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
-  const __m512 s = _mm512_set1_ps(scale);
-  for (std::size_t i = 0; i < n; i += 16)
-    _mm512_storeu_ps(w + i, _mm512_fmadd_ps(s, _mm512_loadu_ps(z + i), _mm512_loadu_ps(w + i)));
-}
-
 }  // namespace
 
-const KernelSet kAvx512 = {"avx512", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
+const KernelSet kAvx512 = {
+    "avx512",
+    words,
+    {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
+    {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    shrink,
+    axpy,
+    {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
+    {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
+};
 
 }  // namespace pocketzo

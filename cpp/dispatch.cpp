@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "kernel_set.h"
 #include "pocketzo/kernels.h"
 #include "sets.h"
 
@@ -27,7 +28,9 @@ bool saved(unsigned long long mask) noexcept { return cpuid_bit(1, 2, 27) && (_x
 bool has_avx2() noexcept {  // with FMA and F16C
   return saved(0x06) && cpuid_bit(1, 2, 12) && cpuid_bit(1, 2, 29) && cpuid_bit(7, 1, 5);
 }
-bool has_avx512() noexcept { return saved(0xE6) && cpuid_bit(7, 1, 16); }
+bool has_avx512() noexcept {  // with FMA
+  return saved(0xE6) && cpuid_bit(1, 2, 12) && cpuid_bit(7, 1, 16);
+}
 #elif defined(POCKETZO_X86_64)
 bool has_avx2() noexcept {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -35,7 +38,7 @@ bool has_avx2() noexcept {
 #if defined(POCKETZO_EMULATE_AVX512)  // tests only
 bool has_avx512() noexcept { return has_avx2(); }
 #else
-bool has_avx512() noexcept { return __builtin_cpu_supports("avx512f"); }
+bool has_avx512() noexcept { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma"); }
 #endif
 #endif
 
@@ -73,12 +76,22 @@ const KernelSet* find(const char* name) noexcept {
   return nullptr;
 }
 
-std::size_t available(const KernelSet** out, std::size_t capacity) noexcept {
-  for (std::size_t i = 0; i < sets().count && i < capacity; ++i) out[i] = sets().set[i];
+const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+
+void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
+
+std::size_t available(const char** names, std::size_t capacity) noexcept {
+  for (std::size_t i = 0; i < sets().count && i < capacity; ++i) names[i] = sets().set[i]->name;
   return sets().count;
 }
 
-const KernelSet& current() noexcept { return *in_use().load(std::memory_order_relaxed); }
+const char* instruction_set() noexcept { return current().name; }
+
+bool use(const char* name) noexcept {
+  const KernelSet* set = find(name);
+  if (set != nullptr) use(*set);
+  return set != nullptr;
+}
 
 bool has_half_arithmetic() noexcept {
 #if defined(POCKETZO_AARCH64) && defined(__linux__)
@@ -90,7 +103,5 @@ bool has_half_arithmetic() noexcept {
   return false;
 #endif
 }
-
-void use(const KernelSet& set) noexcept { in_use().store(&set, std::memory_order_relaxed); }
 
 }  // namespace pocketzo

@@ -3,7 +3,6 @@
 #include <arm_neon.h>
 
 #include <array>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -58,14 +57,14 @@ inline void renew(T*& pointer) noexcept {
 #endif
 }
 
-// Where gaussian_n loads from. Its two transforms have pointers of their own, or they would share loads, and copy.
+// Where gaussian loads from. Its two transforms have pointers of their own, or they would share loads, and copy.
 struct Sources {
   const Constants *a, *b;
   const Keys* keys;
 };
 
 // No instruction. What uses the arguments, loads included, stays behind the call, and what makes them stays before it:
-// so the chains of gaussian_n remain in step. Left to itself, clang 22 keeps the constants in registers, copies them,
+// so the chains of gaussian remain in step. Left to itself, clang 22 keeps the constants in registers, copies them,
 // and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (llvm-mca 19, w += s z).
 template <typename V>
 inline void in_step(Sources& from, uint32x4_t& p, uint32x4_t& q, V& a, V& b) noexcept {
@@ -173,7 +172,7 @@ inline float32x4_t factors() noexcept {
   return vld1q_f32(factors);
 }
 
-// Box-Muller of one pair of words, in parts that gaussian_n puts between the rounds of the next words. Names are those
+// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words. Names are those
 // of SPEC.md.
 struct Transform {
   uint32x4_t x, y;
@@ -268,7 +267,7 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
 
 // Software-pipelined: between the rounds of the next four quads stand the parts of the transforms of these four.
 template <unsigned Count>
-void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
   const Philox philox;
@@ -331,7 +330,7 @@ void gaussian_n(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
-void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept {
+void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
   const Philox philox;
@@ -363,17 +362,6 @@ void rademacher_n(const Walk& walk, const Key& key, const float* scale) noexcept
   }
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&gaussian_n<0>) kByCount[] = {gaussian_n<0>, gaussian_n<1>, gaussian_n<2>, gaussian_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
-void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
-  constexpr decltype(&rademacher_n<0>) kByCount[] = {rademacher_n<0>, rademacher_n<1>, rademacher_n<2>,
-                                                     rademacher_n<3>};
-  kByCount[scale_count](walk, key, scale);
-}
-
 void shrink(float* w, std::size_t n, float decay) noexcept {
   const float32x4_t c = vdupq_n_f32(decay);
   std::size_t i = 0;
@@ -382,7 +370,12 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
     for (unsigned g = 0; g < 4; ++g) v[g] = vld1q_f32(w + i + 4 * g);
     for (unsigned g = 0; g < 4; ++g) vst1q_f32(w + i + 4 * g, vfmsq_f32(v[g], c, v[g]));
   }
-  for (; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
+  shrink_rest(w + i, n - i, decay);
+}
+
+void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
+  const float32x4_t s = vdupq_n_f32(scale);
+  for (std::size_t i = 0; i < n; i += 4) vst1q_f32(w + i, vfmaq_f32(vld1q_f32(w + i), s, vld1q_f32(z + i)));
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -421,7 +414,7 @@ struct Bf16 {
 };
 
 template <typename Format>
-void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+void widen(float* out, const std::uint16_t* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 8) {
     const uint16x8_t h = vld1q_u16(in + i);
     vst1q_f32(out + i, Format::widen(vget_low_u16(h)));
@@ -430,7 +423,7 @@ void widen_n(float* out, const std::uint16_t* in, std::size_t n) noexcept {
 }
 
 template <typename Format>
-void narrow_n(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+void narrow(std::uint16_t* out, const float* in, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; i += 8)
     vst1q_u16(out + i, vcombine_u16(Format::narrow(vld1q_f32(in + i)), Format::narrow(vld1q_f32(in + i + 4))));
 }
@@ -453,28 +446,17 @@ void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexc
     }
 }
 
-void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? widen_n<Fp16> : widen_n<Bf16>)(out, in, n);
-}
-
-void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
-  (storage == Storage::float16 ? narrow_n<Fp16> : narrow_n<Bf16>)(out, in, n);
-}
-
-void round(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
-  if (words == nullptr)
-    (storage == Storage::float16 ? round_nearest<Fp16> : round_nearest<Bf16>)(w, n);
-  else
-    (storage == Storage::float16 ? round_stochastic<Fp16> : round_stochastic<Bf16>)(w, words, n);
-}
-
-void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
-  const float32x4_t s = vdupq_n_f32(scale);
-  for (std::size_t i = 0; i < n; i += 4) vst1q_f32(w + i, vfmaq_f32(vld1q_f32(w + i), s, vld1q_f32(z + i)));
-}
-
 }  // namespace
 
-const KernelSet kNeon = {"neon", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
+const KernelSet kNeon = {
+    "neon",
+    words,
+    {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
+    {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    shrink,
+    axpy,
+    {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
+    {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
+};
 
 }  // namespace pocketzo

@@ -56,9 +56,10 @@ Pair box_muller(std::uint32_t x, std::uint32_t y) noexcept {
   return {r * horner(kCos, t), r * (angle * horner(kSin, t))};
 }
 
-float apply_scales(float w, float z, const float* scale, unsigned count) noexcept {
-  if (count == 0) return z;
-  for (unsigned i = 0; i < count; ++i) w = std::fma(scale[i], z, w);
+template <unsigned Count>
+float apply_scales(float w, float z, const float* scale) noexcept {
+  if (Count == 0) return z;
+  for (unsigned i = 0; i < Count; ++i) w = std::fma(scale[i], z, w);
   return w;
 }
 
@@ -70,7 +71,8 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
-void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+template <unsigned Count>
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   for (std::size_t i = 0; i < walk.count; ++i) {
     float* block = walk.base + static_cast<std::ptrdiff_t>(i) * walk.block_stride;
     for (unsigned lane = 0; lane < 16; ++lane) {
@@ -79,13 +81,14 @@ void gaussian(const Walk& walk, const Key& key, const float* scale, unsigned sca
       const float z[4] = {a.cosine, a.sine, b.cosine, b.sine};
       for (unsigned slot = 0; slot < 4; ++slot) {
         float& w = block[slot * walk.run_stride + lane];
-        w = apply_scales(w, z[slot], scale, scale_count);
+        w = apply_scales<Count>(w, z[slot], scale);
       }
     }
   }
 }
 
-void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept {
+template <unsigned Count>
+void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   for (std::size_t i = 0; i < walk.count; ++i) {
     float* block = walk.base + static_cast<std::ptrdiff_t>(i) * walk.block_stride;
     const std::uint64_t b = walk.first + i * walk.step;
@@ -95,7 +98,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale, unsigned s
         const unsigned j = static_cast<unsigned>(b & 31) * 4 + run;
         const float u = (k.x[j >> 5] >> (31 - (j & 31)) & 1) != 0 ? -1.0f : 1.0f;
         float& w = block[run * walk.run_stride + lane];
-        w = apply_scales(w, u, scale, scale_count);
+        w = apply_scales<Count>(w, u, scale);
       }
     }
   }
@@ -105,71 +108,75 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(-decay, w[i], w[i]);
 }
 
-std::uint32_t fp16_to_fp32(std::uint16_t h) noexcept {
-  const std::uint32_t sign = (h & 0x8000u) << 16, m = h & 0x7FFFu;
-  if (m < 0x0400) return sign | std::bit_cast<std::uint32_t>(static_cast<float>(m) * 0x1p-24f);
-  if (m >= 0x7C00) return sign | kInfinity | (m & 0x3FF) << 13;
-  return sign | ((m << 13) + (112u << 23));
-}
-
-std::uint16_t fp16_nearest(std::uint32_t w) noexcept {
-  const std::uint32_t sign = w >> 16 & 0x8000u, m = w & ~kSign;
-  std::uint32_t h;
-  if (m > kInfinity)
-    h = 0x7E00;              // a NaN
-  else if (m < kHalfNormal)  // 0.5 has units of 2^-24, as subnormal numbers of fp16 have
-    h = std::bit_cast<std::uint32_t>(std::bit_cast<float>(m) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
-  else
-    h = m >= kHalfTooLarge ? 0x7C00 : (m + 0xFFF + (m >> 13 & 1) - (112u << 23)) >> 13;
-  return static_cast<std::uint16_t>(sign | h);
-}
-
-// In fp32; r is uniform in 0 .. 2^16 - 1.
-std::uint32_t fp16_stochastic(std::uint32_t w, std::uint32_t r) noexcept {
-  const std::uint32_t sign = w & kSign, m = w & ~kSign;
-  r >>= 3;  // as many bits as are cut off
-  if (m < kHalfNormal) {
-    const float units = std::fma(std::bit_cast<float>(m), 0x1p24f, static_cast<float>(r) * 0x1p-13f);
-    const float cut = static_cast<float>(static_cast<std::int32_t>(units));
-    return sign | std::bit_cast<std::uint32_t>(cut * 0x1p-24f);
-  }
-  return sign | (m + r >= kHalfTooLarge ? std::max(m, kInfinity) : (m + r) & ~0x1FFFu);
-}
-
-std::uint32_t bf16_nearest(std::uint32_t w) noexcept { return (w + 0x7FFF + (w >> 16 & 1)) & 0xFFFF0000u; }
-
-void widen(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept {
-  for (std::size_t i = 0; i < n; ++i)
-    out[i] = std::bit_cast<float>(storage == Storage::float16 ? fp16_to_fp32(in[i]) : std::uint32_t{in[i]} << 16);
-}
-
-void narrow(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept {
-  for (std::size_t i = 0; i < n; ++i) {
-    const auto w = std::bit_cast<std::uint32_t>(in[i]);
-    out[i] = storage == Storage::float16 ? fp16_nearest(w) : static_cast<std::uint16_t>(bf16_nearest(w) >> 16);
-  }
-}
-
-void round(float* values, const std::uint32_t* words, std::size_t n, Storage storage) noexcept {
-  const bool half = storage == Storage::float16;
-  for (std::size_t i = 0; i < n; ++i) {
-    auto w = std::bit_cast<std::uint32_t>(values[i]);
-    if (words == nullptr) {
-      w = half ? fp16_to_fp32(fp16_nearest(w)) : bf16_nearest(w);
-    } else {
-      const std::size_t slot = i / 16 % 4, pair = slot / 2;
-      const std::uint32_t* x = words + (i / 64 * 64 + 32 * pair + i % 16);
-      std::uint32_t k = (x[0] + x[16]) * kDither[pair];
-      k ^= k >> 16;
-      const std::uint32_t r = slot % 2 == 0 ? k & 0xFFFF : k >> 16;
-      w = half ? fp16_stochastic(w, r) : (w + r) & 0xFFFF0000u;
-    }
-    values[i] = std::bit_cast<float>(w);
-  }
-}
-
 void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(scale, z[i], w[i]);
+}
+
+// ---- 16-bit storage: fp32 by its bits, r uniform in 0 .. 2^16 - 1 -------------------------------------------------
+
+struct Fp16 {
+  static std::uint32_t widen(std::uint16_t h) noexcept {
+    const std::uint32_t sign = (h & 0x8000u) << 16, m = h & 0x7FFFu;
+    if (m < 0x0400) return sign | std::bit_cast<std::uint32_t>(static_cast<float>(m) * 0x1p-24f);
+    if (m >= 0x7C00) return sign | kInfinity | (m & 0x3FF) << 13;
+    return sign | ((m << 13) + (112u << 23));
+  }
+  static std::uint16_t narrow(std::uint32_t w) noexcept {
+    const std::uint32_t sign = w >> 16 & 0x8000u, m = w & ~kSign;
+    std::uint32_t h;
+    if (m > kInfinity)
+      h = 0x7E00;              // a NaN
+    else if (m < kHalfNormal)  // 0.5 has units of 2^-24, as subnormal numbers of fp16 have
+      h = std::bit_cast<std::uint32_t>(std::bit_cast<float>(m) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
+    else
+      h = m >= kHalfTooLarge ? 0x7C00 : (m + 0xFFF + (m >> 13 & 1) - (112u << 23)) >> 13;
+    return static_cast<std::uint16_t>(sign | h);
+  }
+  static std::uint32_t nearest(std::uint32_t w) noexcept { return widen(narrow(w)); }
+  static std::uint32_t stochastic(std::uint32_t w, std::uint32_t r) noexcept {
+    const std::uint32_t sign = w & kSign, m = w & ~kSign;
+    r >>= 3;  // as many bits as are cut off
+    if (m < kHalfNormal) {
+      const float units = std::fma(std::bit_cast<float>(m), 0x1p24f, static_cast<float>(r) * 0x1p-13f);
+      const float cut = static_cast<float>(static_cast<std::int32_t>(units));
+      return sign | std::bit_cast<std::uint32_t>(cut * 0x1p-24f);
+    }
+    return sign | (m + r >= kHalfTooLarge ? std::max(m, kInfinity) : (m + r) & ~0x1FFFu);
+  }
+};
+
+struct Bf16 {
+  static std::uint32_t widen(std::uint16_t h) noexcept { return std::uint32_t{h} << 16; }
+  static std::uint16_t narrow(std::uint32_t w) noexcept { return static_cast<std::uint16_t>(nearest(w) >> 16); }
+  static std::uint32_t nearest(std::uint32_t w) noexcept { return stochastic(w, 0x7FFF + (w >> 16 & 1)); }
+  static std::uint32_t stochastic(std::uint32_t w, std::uint32_t r) noexcept { return (w + r) & 0xFFFF0000u; }
+};
+
+template <typename Format>
+void widen(float* out, const std::uint16_t* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) out[i] = std::bit_cast<float>(Format::widen(in[i]));
+}
+
+template <typename Format>
+void narrow(std::uint16_t* out, const float* in, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) out[i] = Format::narrow(std::bit_cast<std::uint32_t>(in[i]));
+}
+
+template <typename Format>
+void round_nearest(float* w, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) w[i] = std::bit_cast<float>(Format::nearest(std::bit_cast<std::uint32_t>(w[i])));
+}
+
+template <typename Format>
+void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::size_t slot = i / 16 % 4, pair = slot / 2;
+    const std::uint32_t* x = words + (i / 64 * 64 + 32 * pair + i % 16);
+    std::uint32_t k = (x[0] + x[16]) * kDither[pair];
+    k ^= k >> 16;
+    const std::uint32_t r = slot % 2 == 0 ? k & 0xFFFF : k >> 16;
+    w[i] = std::bit_cast<float>(Format::stochastic(std::bit_cast<std::uint32_t>(w[i]), r));
+  }
 }
 
 }  // namespace
@@ -180,6 +187,15 @@ Key subkey(std::uint64_t seed, std::uint32_t tensor, std::uint64_t draw, std::ui
   return {{k.x[0], k.x[1], k.x[2], k.x[3]}};
 }
 
-const KernelSet kScalar = {"scalar", words, gaussian, rademacher, shrink, widen, narrow, round, axpy};
+const KernelSet kScalar = {
+    "scalar",
+    words,
+    {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
+    {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    shrink,
+    axpy,
+    {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
+    {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
+};
 
 }  // namespace pocketzo

@@ -2,14 +2,9 @@
 // not compiled. Whether the processor can run one is dispatch.cpp's to know.
 #pragma once
 
-#include "pocketzo/kernels.h"
+#include "kernel_set.h"
 
 namespace pocketzo {
-
-// Blocks between the one that is worked on and the one that memory is asked for: 4 KiB on contiguous memory, 1 KiB in
-// each of a packed walk's four streams. AVX-512, Zen 5, 1 GiB: two terms in a pass 0.48 -> 0.43 ns, on two threads 0.27
-// -> 0.22.
-inline constexpr std::ptrdiff_t kAhead = 16;
 
 extern const KernelSet kScalar;
 #if defined(__aarch64__) || defined(_M_ARM64)

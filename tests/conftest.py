@@ -10,6 +10,8 @@ from sizes import SIZE
 
 import pocketzo as pz
 
+pytest_plugins = ["skips"]
+
 VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 24, 40, 3
 
 if SIZE == "small":

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketzo import BundleError
-from pocketzo.formats.bundle import Bundle, staged_folder, tensor_ids
+from pocketzo.formats.bundle import Bundle, TaskSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import write
 from pocketzo.prepare import prepare
 
@@ -54,6 +54,8 @@ def test_what_was_prepared_is_read(prepared: Path) -> None:
     assert [(value.name, value.shape) for value in bundle.outputs] == [("logits", ("batch", 3)), ("loss", ())]
     assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
     assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
+    assert bundle.trainable == {"all": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
+    assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"]})
     assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
 
 
@@ -96,40 +98,103 @@ def edited(**fields: object) -> Callable[[dict[str, Any]], object]:
     return lambda description: description.update(fields)
 
 
-def first_tensor(**fields: object) -> Callable[[dict[str, Any]], object]:
-    return lambda description: description["tensors"][0].update(fields)
+def first(key: str, **fields: object) -> Callable[[dict[str, Any]], object]:
+    return lambda description: description[key][0].update(fields)
 
 
-@pytest.mark.parametrize(
-    ("edit", "fault"),
-    [
-        (edited(format="other"), "not the description of a bundle"),
-        (edited(version=2), "version 2"),
-        (edited(graph_sha256="0" * 64), "not the graph"),
-        (edited(header_sha256="0" * 64), "header"),
-        (edited(labels=[1]), "'labels'"),
-        (edited(max_length="128"), "'max_length'"),
-        (edited(tokenizer="../secret"), "'tokenizer'"),
-        (edited(inputs=[{"name": "x"}]), "'dtype'"),
-        (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [None]}]), "'shape'"),
-        (lambda description: description.pop("loss"), "'loss'"),
-        (lambda description: description["tensors"].pop(), "tensors are not those"),
-        (first_tensor(shape=[1]), "tensors are not those"),
-        (first_tensor(trainable=1), "'trainable'"),
-        (first_tensor(id=5), "ids"),
-    ],
-)
+def a_set(name: object, *tensors: object) -> dict[str, object]:
+    return {"name": name, "tensors": tensors}
+
+
+LAYER = "layer.weight"  # there is no such tensor
+LONG = ["y" * 50] * 50
+
+FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (edited(format="other"), "not the description of a bundle"),
+    (edited(version=1), "version 1"),
+    (edited(version=3), "version 3"),
+    (edited(graph_sha256="0" * 64), "not the graph"),
+    (edited(header_sha256="0" * 64), "header"),
+    (edited(base_sha256="0" * 63), "'base_sha256' is '0+', expected a SHA-256 in hex"),
+    (edited(base_sha256=None), "'base_sha256' is None"),
+    (edited(max_length="128"), "'max_length' is '128', expected an integer of 1 to"),
+    (edited(max_length=0), "'max_length' is 0"),
+    (edited(max_length=True), "'max_length' is True"),
+    (edited(tokenizer="../secret"), r"'tokenizer' is '../secret', expected 'tokenizer\.json' or null"),
+    (edited(tokenizer=""), "'tokenizer'"),
+    (edited(inputs=[{"name": "x"}]), r"inputs\[0\]: 'dtype' is missing"),
+    (edited(inputs=[7]), r"inputs\[0\] is 7, expected an object"),
+    (edited(inputs={}), r"'inputs' is {}, expected a list"),
+    (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [None]}]), r"inputs\[0\]: 'shape' is \[None\]"),
+    (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [-1]}]), "'shape'"),
+    (first("outputs", name=3), r"outputs\[0\]: 'name' is 3, expected a string"),
+    (lambda description: description.pop("loss"), "'loss' is missing"),
+    (edited(loss="cost"), "'loss' is 'cost', expected the name of an output, or null"),
+    (edited(logits=["logits"]), "'logits'"),
+    (lambda description: description.pop("task"), "'task' is missing"),
+    (edited(task="classification"), "task is 'classification', expected an object"),
+    (edited(task={"name": "classification"}), "task: 'settings' is missing"),
+    (edited(task={"settings": {}}), "task: 'name' is missing"),
+    (
+        edited(task={"name": "x", "settings": {"labels": [1]}}),
+        r"task.settings: 'labels' is \[1\], expected a list of nam",
+    ),
+    (edited(task={"name": "x", "settings": {"labels": ["a", "b", "a"]}}), "'labels' is .*, expected each name once"),
+    (edited(task={"name": "x", "settings": {"labels": LONG}}), r"'labels' is .{77}\.\.\., expected"),
+    (edited(trainable=[]), r"'trainable' is \[\], expected at least one set"),
+    (edited(trainable=True), "'trainable' is True"),
+    (edited(trainable=[a_set("all")]), r"trainable\[0\]: 'tensors' is \[\]"),
+    (edited(trainable=[a_set("", LAYER)]), r"trainable\[0\]: 'name' is ''"),
+    (edited(trainable=[a_set("all", LAYER)]), "set 'all' of 'trainable': tensor 'layer.weight' does not exist"),
+    (
+        lambda description: description["trainable"].append(description["trainable"][0]),
+        r"trainable\[1\]: 'name' is 'all'",
+    ),
+    (first("tensors", dtype="int64"), "tensors are not those"),
+    (lambda description: description["tensors"].pop(0), "tensors are not those"),
+    (lambda description: description["tensors"].pop(), "set 'all' of 'trainable': tensor .* does not exist"),
+    (first("tensors", shape=[1]), "tensors are not those"),
+    (first("tensors", shape=[1.5]), r"tensors\[0\]: 'shape' is \[1.5\], expected a list of sizes$"),
+    (first("tensors", id=5), "ids"),
+    (first("tensors", id=2**32 - 1), r"tensors\[0\]: 'id' is 4294967295, expected an integer of 0 to 4294967293"),
+]
+
+
+@pytest.mark.parametrize(("edit", "fault"), FAULTS)
 def test_a_description_that_does_not_fit_is_refused(
     bundle: Path, edit: Callable[[dict[str, Any]], object], fault: str
 ) -> None:
     description = json.loads((bundle / "bundle.json").read_text())
     edit(description)
     (bundle / "bundle.json").write_text(json.dumps(description))
-    with pytest.raises(BundleError, match=fault):
+    with pytest.raises(BundleError, match=fault) as caught:
+        Bundle.read(bundle)
+    assert str(caught.value).startswith(f"{bundle}/")
+
+
+def test_a_trainable_set_of_integers_is_refused(bundle: Path) -> None:
+    description = json.loads((bundle / "bundle.json").read_text())
+    name = description["trainable"][0]["tensors"][0]
+    next(tensor for tensor in description["tensors"] if tensor["name"] == name)["dtype"] = "int64"
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=f"set 'all' of 'trainable': tensor '{name}' is int64, expected float32 or"):
         Bundle.read(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff"])
+def test_sets_may_share_tensors_and_a_reader_passes_over_unknown_keys(bundle: Path) -> None:
+    description = json.loads((bundle / "bundle.json").read_text())
+    names = description["trainable"][0]["tensors"]
+    description["trainable"] = [a_set("last", *names[-2:]), a_set("adapter", names[-1])]
+    description["comment"] = {"of": "a later version"}
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    read = Bundle.read(bundle)
+    assert read.trainable == {"last": tuple(names[-2:]), "adapter": (names[-1],)}
+    assert [tensor.name for tensor in read.tensors if tensor.trainable] == names[-2:]
+    read.write_description()
+    assert Bundle.read(bundle) == read
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\ufeff", "[" * 100_000])
 def test_a_description_that_is_none_is_refused(bundle: Path, text: str) -> None:
     (bundle / "bundle.json").write_text(text)
     with pytest.raises(BundleError, match=r"bundle\.json"):

@@ -342,6 +342,21 @@ def test_eval_for_people(workspace: Workspace) -> None:
     assert re.fullmatch(pattern, good("eval", workspace.run, "--data", workspace.dev))
 
 
+def test_eval_prints_the_metrics_that_are_asked_for(workspace: Workspace, tmp_path: Path) -> None:
+    words = "eval", workspace.run, "--data", workspace.dev, "--metric"
+    result = json.loads(good(*words, "f1,matthews", "--metric", "loss", "--metric", "f1", "--json"))
+    assert list(result) == ["f1", "matthews", "loss", "count"]
+    weights_after(workspace.run, tmp_path / "tuned")
+    model = pz.load(tmp_path / "tuned", threads=1)
+    data = pz.load_dataset(workspace.dev, model.bundle)
+    assert result == pytest.approx(pz.evaluate(model, data, metrics=["f1", "matthews", "loss"]), rel=1e-5)
+    pattern = r"perplexity \d\.\d+ · accuracy \d+\.\d % · 45 examples · after step 60\n"
+    assert re.fullmatch(pattern, good(*words, "perplexity, accuracy"))
+    process = pocketzo(*words, "f1,recall")
+    assert process.returncode == 2
+    assert "'recall' is not one of accuracy, f1, matthews, loss, perplexity" in process.stderr
+
+
 def test_eval_of_a_bundle_takes_no_step(workspace: Workspace) -> None:
     process = pocketzo("eval", workspace.base, "--data", workspace.dev, "--best")
     assert process.returncode == 2
@@ -394,7 +409,8 @@ def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -
 def test_info(workspace: Workspace) -> None:
     bundle = json.loads(good("info", workspace.base, "--json"))
     assert bundle["kind"] == "bundle"
-    assert bundle["labels"] == list(LABELS)
+    assert bundle["task"] == {"name": "classification", "settings": {"labels": list(LABELS)}}
+    assert bundle["sets"] == {"all": bundle["trainable"]}
     assert bundle["tuned"] is False
     assert bundle["parameters"] >= bundle["trainable"] > 1000
     assert {tensor["name"] for tensor in bundle["tensors"]} >= {"classifier.weight", "embedding.weight"}
@@ -404,9 +420,94 @@ def test_info(workspace: Workspace) -> None:
     assert run["method"]["method"] == "fzoo"
     assert run["last"]["count"] == 45
     assert bundle["packing"] == "can be packed: 2 matrices, 0.0 MB"
-    assert "red, green, blue" in good("info", workspace.base)
+    assert re.search(r"task +classification, labels red, green, blue *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
+
+
+# ---- a metric as the objective ---------------------------------------------------------------------------------------
+
+
+class Lopsided:
+    """Examples most of which are red, whatever their words say: the loss is least where nearly all are called red."""
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        rng = np.random.default_rng(5)
+        lines = []
+        for label in rng.permutation([0] * 200 + [1] * 20 + [2] * 20).tolist():
+            word = label if rng.random() < 0.5 else int(rng.integers(CLASSES))
+            others = rng.integers(CLASSES + 1, CLASSES + 4, 2).tolist()
+            lines.append(" ".join(f"w{i}" for i in [word + 1, *others]) + f"\t{LABELS[label]}\n")
+        self.data = folder / "lopsided.tsv"
+        self.data.write_text("".join(lines))
+        self.options = (
+            "--data", self.data, "--eval", self.data, "--batch-size", 240, "--lr", 0.01, "--eps", 0.05, "--steps", 150,
+            "--eval-every", 30, "--threads", 1,
+        )  # fmt: skip
+        self.runs = {name: folder / name for name in ("f1", "loss")}
+        good("train", workspace.base, *self.options, "--objective", "f1", "-o", self.runs["f1"])
+        good("train", workspace.base, *self.options, "--metric", "f1", "-o", self.runs["loss"])
+
+    def f1(self, name: str, *options: object) -> float:
+        words = "eval", self.runs[name], "--data", self.data, "--metric", "f1", "--json"
+        return float(json.loads(good(*words, *options))["f1"])
+
+
+@pytest.fixture(scope="module")
+def lopsided(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Lopsided:
+    return Lopsided(workspace, tmp_path_factory.mktemp("lopsided"))
+
+
+def test_f1_rises_where_it_is_the_objective(lopsided: Lopsided) -> None:
+    before = lopsided.f1("f1", "--step", 0)
+    assert lopsided.f1("f1") > before + 0.2
+    assert lopsided.f1("f1") > lopsided.f1("loss") + 0.05
+    facts = json.loads(good("info", lopsided.runs["f1"], "--json"))
+    assert (facts["loop"]["objective"], facts["loop"]["metric"]) == ("f1", "f1")
+    assert facts["before"]["f1"] == pytest.approx(before)
+    assert facts["best"]["f1"] == max(
+        line["eval"]["f1"] for line in pz.Run(lopsided.runs["f1"]).metrics() if "eval" in line
+    )
+    assert lopsided.f1("f1", "--best") == pytest.approx(facts["best"]["f1"])
+    first = next(line for line in pz.Run(lopsided.runs["f1"]).metrics())
+    assert first["loss"] == pytest.approx(1 - before, abs=1e-3)
+    facts = json.loads(good("info", lopsided.runs["loss"], "--json"))
+    assert (facts["loop"]["objective"], facts["loop"]["metric"]) == ("loss", "f1")
+
+
+def test_a_resumed_run_minimises_what_it_did(workspace: Workspace, lopsided: Lopsided, tmp_path: Path) -> None:
+    shutil.copytree(lopsided.runs["f1"], tmp_path / "run")
+    journal = tmp_path / "run" / "journal.pzj"
+    journal.write_bytes(journal.read_bytes()[:-3000])
+    good("train", "--resume", tmp_path / "run")
+    assert weights_after(tmp_path / "run", tmp_path / "a") == weights_after(lopsided.runs["f1"], tmp_path / "b")
+    command = "train", workspace.base, *lopsided.options, "-o", lopsided.runs["f1"]
+    assert "holds a run with other settings: metric is f1 there and accuracy here; objective is f1 there" in refused(
+        *command
+    )
+    process = pocketzo("train", "--resume", tmp_path / "run", "--objective", "f1")
+    assert process.returncode == 2
+    assert "--objective cannot be changed by --resume" in process.stderr
+
+
+def test_lines_and_picture_show_what_is_minimised_and_the_metric(
+    workspace: Workspace, lopsided: Lopsided, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = "train", workspace.base, *lopsided.options, "--objective", "f1", "--steps", 2, "--metric", "matthews"
+    line = pocketzo(*words, "-o", tmp_path / "short").stderr.splitlines()[-1]
+    assert re.search(r"step 2/2 · 1 - f1 0\.\d{4} · .* · evaluation at 2: matthews -?0\.\d{4}$", line)
+    agg = pytest.importorskip("matplotlib.backends.backend_agg", reason="it draws the picture")
+    drawn: list[Any] = []
+    monkeypatch.setattr(agg.FigureCanvasAgg, "print_png", lambda canvas, file: drawn.append(canvas.figure))
+    for run in (lopsided.runs["f1"], lopsided.runs["loss"], workspace.run):
+        shutil.copytree(run, tmp_path / run.name)
+        plot.plot_run(tmp_path / run.name)
+    labels = [[axes.get_ylabel() for axes in figure.axes] for figure in drawn]
+    assert labels == [["1 - f1", "evaluation f1"], ["loss", "evaluation f1"], ["loss", "evaluation accuracy"]]
+    costs, values = (axes.get_lines()[-1].get_ydata() for axes in drawn[0].axes)
+    np.testing.assert_allclose(costs, 1 - values)
+    (best,) = (text.get_text() for text in drawn[0].axes[1].texts)
+    assert best == f"{max(values):.4f}"
 
 
 # ---- interrupted and resumed -----------------------------------------------------------------------------------------

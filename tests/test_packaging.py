@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from packaging.specifiers import SpecifierSet
 
 import pocketzo as pz
 
-ROOT = Path(__file__).parent.parent
-OPTIONAL = ("click", "matplotlib", "onnx", "rich", "safetensors", "tokenizers", "torch", "transformers")
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+OPTIONAL = ("click", "matplotlib", "onnx", "onnx_ir", "rich", "safetensors", "tokenizers", "torch", "transformers")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,9 +38,14 @@ def test_the_core_depends_on_numpy_and_onnxruntime_alone() -> None:
     requirements = [Requirement(text) for text in metadata.requires("pocketzo") or []]
     assert {r.name for r in requirements if r.marker is None} == {"numpy", "onnxruntime"}
     extras = set(metadata.metadata("pocketzo").get_all("Provides-Extra") or [])
-    assert extras >= {"cli", "text", "prepare", "plot", "demo", "test", "bench"}
+    assert extras == {"cli", "text", "prepare", "plot", "demo"}
     for r in requirements:
         assert r.marker is None or "extra ==" in str(r.marker)
+
+
+def test_a_build_without_isolation_has_what_the_build_requires() -> None:
+    described = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(described["build-system"]["requires"]) <= set(described["dependency-groups"]["build"])
 
 
 def test_metadata_says_what_the_package_says() -> None:
@@ -95,7 +102,7 @@ def test_a_pocketzo_isa_that_cannot_run_here_is_an_error(name: str) -> None:
 
 # ---- Termux ----------------------------------------------------------------------------------------------------------
 
-TERMUX = {"numpy": "2.4.4", "onnxruntime": "1.29.0"}  # as .ci/run installs them
+TERMUX = dict(re.findall(r"^(\w+)==(.*)$", (TESTS / "termux.txt").read_text(), re.MULTILINE))
 
 
 def test_termux_has_what_is_needed() -> None:
@@ -105,7 +112,7 @@ def test_termux_has_what_is_needed() -> None:
     assert built_by == {"scikit-build-core", "pybind11"}
     assert SpecifierSet(described["project"]["requires-python"]).contains("3.14.6")
     needed = {r.name: r.specifier for r in map(Requirement, described["project"]["dependencies"])}
-    assert {name: specifier.contains(TERMUX[name]) for name, specifier in needed.items()} == dict.fromkeys(TERMUX, True)
+    assert {name: specifier.contains(TERMUX[name]) for name, specifier in needed.items()} == dict.fromkeys(needed, True)
     for extra in ("cli", "text", "plot"):  # what is of use on a phone
         assert "onnx" not in {Requirement(text).name for text in described["project"]["optional-dependencies"][extra]}
 

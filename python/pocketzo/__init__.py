@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pocketzo import kernels
 from pocketzo._core import __version__
+from pocketzo.data.batch import Batch
+from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import (
@@ -32,9 +34,11 @@ from pocketzo.train.trainer import Progress, Trainer
 
 __all__ = [
     "FZOO",
+    "Batch",
     "Block",
     "Bundle",
     "BundleError",
+    "Columns",
     "DataError",
     "Dataset",
     "DeadWeightError",

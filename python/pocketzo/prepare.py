@@ -18,6 +18,7 @@ from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.liveness import probe_batch
+from pocketzo.tasks.registry import task_for
 
 if TYPE_CHECKING:
     from pocketzo.onnx_graph import Weight
@@ -116,6 +117,9 @@ def prepare(
             raise BundleError(f"{model}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
         if class_names is not None and logits is None:
             raise BundleError(f"{model}: labels given, but the graph has no output 'logits' to which they could belong")
+        task = task_for(inputs, outputs, logits, class_names)
+        if class_names is not None and task is None:
+            raise BundleError(f"{model}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
 
         write(
             folder / WEIGHTS,
@@ -132,14 +136,20 @@ def prepare(
         bundle = Bundle(
             path=folder,
             tensors=tuple(
-                TensorSpec(weight.name, ids[weight.name], weight.dtype.name, weight.array.shape, weight.name in chosen)
+                TensorSpec(
+                    weight.name,
+                    ids[weight.name],
+                    weight.dtype.name,
+                    weight.array.shape,
+                    sets=("all",) if weight.name in chosen else (),
+                )
                 for weight in weights
             ),
             inputs=inputs,
             outputs=outputs,
             loss=loss,
             logits=logits,
-            labels=class_names,
+            task=task,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
             graph_sha256=file_sha256(folder / MODEL),

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "kernel_set.h"
+
 namespace {
 
 using pocketzo::Direction;

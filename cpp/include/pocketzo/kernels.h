@@ -88,55 +88,13 @@ unsigned threads() noexcept;
 
 // ---- instruction sets --------------------------------------------------------------------------------------------
 
-// The four subkey words K[0..3] of SPEC.md.
-struct Key {
-  std::uint32_t word[4];
-};
-Key subkey(std::uint64_t seed, std::uint32_t tensor, std::uint64_t draw, std::uint32_t window) noexcept;
-
-// Where 64-element blocks lie, kept apart from which logical blocks they are. A block is four runs of 16 logical
-// neighbours; run r of the i-th block visited lies at base + i * block_stride + r * run_stride (in elements).
-// Its logical number is first + i * step (block b holds elements 64 b .. 64 b + 63 of the tensor).
-// Contiguous memory is {base, 16, 64, first, 1, count}.
-struct Walk {
-  float* base;
-  std::ptrdiff_t run_stride;
-  std::ptrdiff_t block_stride;
-  std::uint64_t first;
-  std::uint64_t step;
-  std::size_t count;
-};
-
-// One implementation of the operations on whole blocks, in the caller's floating-point modes. All blocks of a walk
-// share the subkey (the caller cuts at its windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
-struct KernelSet {
-  const char* name;
-  // Raw words: out[64 i + 16 j + lane] = x[j] of quad 16 (first + i) + lane.
-  void (*words)(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept;
-  // scale_count 0 writes z; 1 .. 3 apply it as Term says.
-  void (*gaussian)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
-  void (*rademacher)(const Walk& walk, const Key& key, const float* scale, unsigned scale_count) noexcept;
-  // w = fma(-decay, w, w) over n contiguous elements.
-  void (*shrink)(float* w, std::size_t n, float decay) noexcept;
-
-  // For 16-bit storage, all over n elements, a multiple of 64. Values are worked on in fp32, between which and 16 bits
-  // these convert: exactly, and rounded to nearest even.
-  void (*widen)(float* out, const std::uint16_t* in, std::size_t n, Storage storage) noexcept;
-  void (*narrow)(std::uint16_t* out, const float* in, std::size_t n, Storage storage) noexcept;
-  // Rounds in place to what 16 bits hold: to nearest even where `words` is nullptr, else stochastically, by the words
-  // of the same elements' blocks.
-  void (*round)(float* w, const std::uint32_t* words, std::size_t n, Storage storage) noexcept;
-  // w = fma(scale, z, w).
-  void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
-};
-
-// The set called `name` ("scalar", "neon", "avx2", "avx512"), or nullptr if this build or this processor lacks it.
-const KernelSet* find(const char* name) noexcept;
-// The sets this processor can run, best first; writes at most `capacity` and returns how many there are.
-std::size_t available(const KernelSet** sets, std::size_t capacity) noexcept;
-// The set in use: the best available, until `use` says otherwise.
-const KernelSet& current() noexcept;
-void use(const KernelSet& set) noexcept;
+// The names ("scalar", "neon", "avx2", "avx512") of the sets that this build and this processor have, best first;
+// writes at most `capacity` of them and returns how many there are.
+std::size_t available(const char** names, std::size_t capacity) noexcept;
+// The name of the set in use: the best available, until `use` selects another.
+const char* instruction_set() noexcept;
+// Returns false, changing nothing, if this build or this processor has no set of that name.
+bool use(const char* name) noexcept;
 
 // Whether the processor computes in fp16, so that an inference runtime will. The kernels do without.
 bool has_half_arithmetic() noexcept;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo._core import __version__
 from pocketzo.cli.command import Commands
@@ -46,7 +46,7 @@ def cli() -> None:
       pocketzo replay runs/first -o tuned
 
     Exit codes: 0; 1 for an error in the input (one line says which); 2 for wrong usage; 130 after Ctrl-C.
-    """  # noqa: D301
+    """
 
 
 for command in (prepare, train, evaluate, replay, info, doctor, demo):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.errors import Error
 

@@ -8,8 +8,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console  # noqa: TID253
-from rich.table import Table  # noqa: TID253
+from rich.console import Console
+from rich.table import Table
+
+from pocketzo.tasks.metrics import METRICS
 
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
@@ -31,7 +33,7 @@ def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")
-    for metric in ("accuracy", "loss"):
+    for metric in METRICS:
         if any(result.get(metric) is not None for result in columns.values()):
             table.add_row(metric, *(metric_text(metric, result) for result in columns.values()))
     return table
@@ -44,10 +46,7 @@ def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
 
 def metric_text(name: str, evaluation: Mapping[str, float | None]) -> str:
     """Return one result of an evaluation as text."""
-    value = evaluation.get(name)
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.4f}"
+    return METRICS[name].format(evaluation.get(name))
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

@@ -6,9 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
-import click  # noqa: TID253
-from rich.table import Table  # noqa: TID253
-from rich.text import Text  # noqa: TID253
+import click
+from rich.table import Table
+from rich.text import Text
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, out, quoted, say, size_text
@@ -37,7 +37,7 @@ def demo(steps: int, seed: int, checkpoint: Path | None, output: Path) -> None:
     \b
     Example:
       pocketzo demo --seed 1
-    """  # noqa: D301
+    """
     again = f"pocketzo train --resume {quoted(output / 'run')}"
     received: list[int | None] = []
     outcome = run_demo(

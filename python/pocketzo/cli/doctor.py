@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import print_facts, size_text
@@ -23,7 +23,7 @@ def doctor(as_json: bool) -> None:
     \b
     Example:
       pocketzo doctor --json
-    """  # noqa: D301
+    """
     facts = examine()
     if as_json:
         click.echo(json.dumps(facts))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import click  # noqa: TID253
+import click
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
@@ -17,19 +16,31 @@ from pocketzo.cli.options import (
     best_option,
     column_options,
     json_option,
+    metric_names,
     step_option,
     threads_option,
 )
 from pocketzo.cli.runs import as_run, chosen_step
+from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.load import load
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
+from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.registry import task_of
 
 
 @click.command("eval", cls=Command)
 @click.argument("model", type=PATH, metavar="BUNDLE|RUN")
 @click.option("--data", type=PATH, required=True, metavar="FILE", help="Examples: .jsonl, .tsv, .csv or .npz.")
+@click.option(
+    "--metric",
+    "metrics",
+    callback=metric_names,
+    multiple=True,
+    metavar="NAME",
+    help=f"What to print: {', '.join(METRICS)}; repeatable, or several with commas.  [default: the task's, and loss]",
+)
 @json_option
 @step_option
 @best_option
@@ -40,23 +51,25 @@ from pocketzo.tasks.evaluate import evaluate as evaluate_model
 def evaluate(
     model: Path,
     data: Path,
+    metrics: tuple[str, ...],
     as_json: bool,
     step: int | None,
     best: bool,
     base: Path | None,
     batch_size: int,
     threads: int | None,
-    **columns: Any,
+    columns: Columns,
 ) -> None:
     """Evaluate a bundle, or what a run has made of its base bundle.
 
     Prints accuracy, mean loss, and the count of examples; null, or "-", for what the graph does not give.
 
     \b
-    Example:
+    Examples:
       pocketzo eval runs/first --data dev.tsv --json
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
-    """  # noqa: D301
+      pocketzo eval base --data dev.tsv --metric f1,matthews
+    """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     run = as_run(model)
@@ -64,17 +77,19 @@ def evaluate(
         raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
     number = None if run is None else chosen_step(run, step, best)
     bundle = Bundle.read(model) if run is None else run.base(base)
-    examples = load_dataset(data, bundle, **columns)
+    examples = load_dataset(data, bundle, columns=columns)
     if threads is not None:
         kernels.set_threads(threads)
     loaded = load(bundle, threads=threads)
     if run is not None:
         run.replay_onto(loaded, step=number)
-    result = evaluate_model(loaded, examples, batch_size=batch_size)
+    result = evaluate_model(loaded, examples, batch_size=batch_size, metrics=metrics or None)
+    names = metrics or (task_of(bundle).default_metric, "loss")
     if as_json:
-        click.echo(json.dumps(for_json({name: result.get(name) for name in ("accuracy", "loss", "count")})))
+        click.echo(json.dumps(for_json({name: result.get(name) for name in (*names, "count")})))
     else:
         say(
-            f"accuracy {metric_text('accuracy', result)} · loss {metric_text('loss', result)} · "
-            f"{len(examples)} examples" + ("" if run is None else f" · after step {number}")
+            " · ".join(f"{name} {metric_text(name, result)}" for name in names)
+            + f" · {len(examples)} examples"
+            + ("" if run is None else f" · after step {number}")
         )

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
-from rich.table import Table  # noqa: TID253
+import click
+from rich.table import Table
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import out, print_facts
+from pocketzo.cli.console import fact, out, print_facts
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import packing
@@ -32,7 +32,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
     \b
     Example:
       pocketzo info base --tensors
-    """  # noqa: D301
+    """
     run = as_run(path)
     if run is not None:
         facts = _run_facts(run)
@@ -42,11 +42,13 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
         facts["packing"] = packing(bundle)
         if tensors or as_json:
-            facts["tensors"] = [vars(tensor) for tensor in bundle.tensors]
+            facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
     if as_json:
         click.echo(json.dumps(facts))
         return
     listed = facts.pop("tensors", None)
+    if facts.get("task"):
+        facts["task"] = ", ".join([facts["task"]["name"], fact("", facts["task"]["settings"])]).removesuffix(", ")
     print_facts({name: value for name, value in facts.items() if value is not None})
     if listed is not None:
         table = Table("weight", "type", "shape", "trainable", box=None, header_style="bold")
@@ -63,12 +65,16 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "path": os.fspath(bundle.path),
         "parameters": sum(math.prod(tensor.shape) for tensor in bundle.tensors),
         "trainable": sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable),
+        "sets": {
+            name: sum(math.prod(tensor.shape) for tensor in bundle.tensors if name in tensor.sets)
+            for name in bundle.trainable
+        },
         "bytes": sum(path.stat().st_size for path in bundle.path.iterdir() if path.is_file()),
         "inputs": [vars(value) for value in bundle.inputs],
         "outputs": [vars(value) for value in bundle.outputs],
+        "task": None if bundle.task is None else asdict(bundle.task),
         "loss": bundle.loss,
         "logits": bundle.logits,
-        "labels": bundle.labels,
         "max_length": bundle.max_length,
         "tokenizer": bundle.tokenizer,
         "base_sha256": bundle.base_sha256,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import click  # noqa: TID253
+import click
 
+from pocketzo.data.columns import Columns
 from pocketzo.optim.groups import ParamGroup
+from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.registry import TASKS
 
 
 def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -38,6 +43,15 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
         regex(context, param, pattern)
         groups.append(ParamGroup(pattern, **settings))
     return tuple(groups)
+
+
+def metric_names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Parse names of metrics, several with commas between."""
+    names = [name.strip() for value in values for name in value.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(names))
 
 
 PATH = click.Path(path_type=Path)
@@ -74,13 +88,22 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
+_HOLDS = {"text": "text", "text_pair": "second text", "label": "label"}
+
+
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name columns."""
-    for option, what, names in (
-        ("--label-column", "label", "label, labels"),
-        ("--text-pair-column", "second text", "text_pair, sentence2"),
-        ("--text-column", "text", "text, sentence, sentence1"),
-    ):
-        help_text = f"Column that holds the {what}.  [default: {names}]"
-        command = click.option(option, metavar="NAME", help=help_text)(command)
-    return command
+    """Add the options that name columns; the command gets them as ``columns``."""
+
+    @functools.wraps(command)
+    def with_columns(*arguments: Any, **options: Any) -> Any:
+        given = {field.name: options.pop(f"{field.name}_column") for field in fields(Columns)}
+        return command(*arguments, columns=Columns(**given), **options)
+
+    for field in reversed(fields(Columns)):
+        names = dict.fromkeys(name for task in TASKS.values() for name in task.columns.get(field.name, ()))
+        with_columns = click.option(
+            f"--{field.name.replace('_', '-')}-column",
+            metavar="NAME",
+            help=f"Column that holds the {_HOLDS[field.name]}.  [default: {', '.join(names)}]",
+        )(with_columns)
+    return with_columns

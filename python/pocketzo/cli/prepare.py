@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import quoted, say, size_text
@@ -50,7 +50,7 @@ def prepare(
     Example:
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
-    """  # noqa: D301
+    """
     refuse_existing(output, force=force)
     bundle = prepare_bundle(
         model,

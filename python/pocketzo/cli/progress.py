@@ -8,11 +8,11 @@ import time
 from types import FrameType
 from typing import Self
 
-import click  # noqa: TID253
-from rich.live import Live  # noqa: TID253
-from rich.progress_bar import ProgressBar  # noqa: TID253
-from rich.table import Table  # noqa: TID253
-from rich.text import Text  # noqa: TID253
+import click
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from pocketzo.cli.console import duration, err, metric_text, note, size_text
 from pocketzo.machine.memory import process_memory
@@ -59,6 +59,8 @@ class _Display:
 
     def __init__(self, trainer: Trainer, seconds_between_lines: float = 10.0) -> None:
         self._steps = trainer.loop.steps
+        self._metric = trainer.loop.metric
+        self._minimised = trainer.loop.minimised
         self._first = trainer.optimizer.step_number
         self._interval = seconds_between_lines
         self._live = Live(console=err, auto_refresh=False) if err.is_terminal and not err.is_dumb_terminal else None
@@ -83,8 +85,8 @@ class _Display:
         self._loss.add(progress.info.loss)
         self._seconds.add(progress.seconds)
         if progress.evaluation is not None:
-            metric = "accuracy" if "accuracy" in progress.evaluation else "loss"
-            self._evaluation = f"evaluation at {done}: {metric} {metric_text(metric, progress.evaluation)}"
+            text = metric_text(self._metric, progress.evaluation)
+            self._evaluation = f"evaluation at {done}: {self._metric} {text}"
         now = time.monotonic()
         due = now - self._shown >= (0.1 if self._live else self._interval)
         if due or done == self._steps or (self._live is None and progress.evaluation is not None):
@@ -108,7 +110,7 @@ class _Display:
         memory += [] if peak is None else [f"peak {size_text(peak)}"]
         parts = [
             f"step {done}/{self._steps}",
-            f"loss {self._loss.value:.4f}",
+            f"{self._minimised} {self._loss.value:.4f}",
             f"{1 / per_step:.1f} steps/s" if per_step < 1 else f"{per_step:.1f} s/step",
             ", ".join(memory),
             f"{duration(left)} left",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, say
@@ -28,7 +28,7 @@ def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | N
     \b
     Example:
       pocketzo replay runs/first -o tuned --best
-    """  # noqa: D301
+    """
     past = Run(run)
     refuse_existing(output, force=force)
     if output.resolve() == Path(past.recipe.model.bundle if base is None else base).resolve():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click  # noqa: TID253
+import click
 
 from pocketzo.cli.console import note
 from pocketzo.errors import BundleError

@@ -6,16 +6,16 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
-import click  # noqa: TID253
-from click.core import ParameterSource  # noqa: TID253
+import click
+from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import err, evaluation_table, fact, for_json, note, out, quoted, say, size_text
 from pocketzo.cli.options import PATH, column_options, groups_option, memory_size, regex, threads_option
 from pocketzo.cli.progress import fit_shown
+from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
 from pocketzo.errors import JournalError, MemoryLimitError, MissingExtraError
@@ -26,7 +26,7 @@ from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
-from pocketzo.tasks.evaluate import evaluate
+from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
 from pocketzo.train.resume import resume as resume_run
@@ -88,8 +88,15 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option("--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: 10 times a run]")
 @click.option(
     "--metric",
-    type=click.Choice(["accuracy", "loss"]),
-    help="What the best is judged by.  [default: accuracy; loss for a graph without logits]",
+    type=click.Choice(list(METRICS)),
+    help="What the best is judged by.  [default: as --objective; for the loss, accuracy if there are logits]",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(list(METRICS)),
+    default="loss",
+    help="What is minimised, of each step's batch; 1 - metric, where higher is better. accuracy, f1 and matthews are "
+    "piecewise constant, so that small batches and a small --eps show no difference.",
 )
 @click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without a better one.")
 @click.option(
@@ -136,15 +143,14 @@ def train(
     warmup: int,
     eval_every: int | None,
     metric: str | None,
+    objective: str,
     patience: int | None,
     snapshot_every: int | None,
     group_by_length: bool,
     packed: bool | None,
     max_memory: int | None,
     threads: int | None,
-    text_column: str | None,
-    text_pair_column: str | None,
-    label_column: str | None,
+    columns: Columns,
 ) -> None:
     """Train BUNDLE on examples, and keep the record in a run folder.
 
@@ -161,12 +167,7 @@ def train(
       pocketzo train base --data train.tsv --eval dev.tsv -o runs/first \\
           --steps 400 --group classifier:lr=10,eps=10
       pocketzo train --resume runs/first
-    """  # noqa: D301
-    columns: dict[str, Any] = {
-        "text_column": text_column,
-        "text_pair_column": text_pair_column,
-        "label_column": label_column,
-    }
+    """
     if resume is not None:
         allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
         for option in context.command.params:
@@ -187,8 +188,8 @@ def train(
     read = Bundle.read(bundle)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    examples = load_dataset(data, read, **columns)
-    held_out = None if eval_data is None else load_dataset(eval_data, read, **columns)
+    examples = load_dataset(data, read, columns=columns)
+    held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
@@ -227,6 +228,7 @@ def train(
         run=output,
         eval_every=max(1, steps // 10) if eval_every is None else eval_every,
         metric=metric,
+        objective=objective,
         patience=patience,
         snapshot_every=snapshot_every,
         group_by_length=group_by_length,
@@ -240,12 +242,12 @@ def train(
             )
         _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
         return
-    before = None if held_out is None else for_json(evaluate(model, held_out, batch_size=batch_size))
+    before = None if held_out is None else for_json(trainer.evaluate())
     trainer.source = Source(
         train=os.fspath(data.resolve()),
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),
         before=before,
-        **columns,
+        columns=columns,
     )
     timed = fact("forward_seconds", model.forward_seconds)
     note(

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketzo.data.batch import Batch
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.tasks.base import Task
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 IMPLIED = {"attention_mask": 1, "token_type_ids": 0}  # of each token, where the data does not say
@@ -28,7 +30,7 @@ class Dataset:
     Attributes
     ----------
     label_ids : ndarray of int64, shape [n], or None
-        The class number of each example; None without labels.
+        The class number of each example; None without labels, or where tokens have them.
     lengths : ndarray of int32, shape [n], or None
         The number of tokens of each example; None for a model that takes no tokens.
     labels : tuple of str or None
@@ -37,13 +39,14 @@ class Dataset:
 
     def __init__(
         self,
-        bundle: Bundle,
+        task: Task,
         source: str,
         size: int,
         tokens: Tokens | None,
         arrays: Mapping[str, NDArray[Any]],
         labels: Sequence[int],
     ) -> None:
+        bundle = task.bundle
         self.labels = bundle.labels
         self.label_ids = np.array(labels, np.int64) if labels else None
         self.lengths = None if tokens is None else tokens.lengths
@@ -53,18 +56,18 @@ class Dataset:
         self._arrays = arrays
         self._inputs: list[ValueSpec] = []
         for spec in bundle.inputs:
-            from_tokens = tokens is not None and spec.name in TOKEN_INPUTS and len(spec.shape) == 2
-            if not (from_tokens or spec.name in arrays or is_class(spec)):
+            from_tokens = tokens is not None and spec.name in tokens.padding and len(spec.shape) == 2
+            if from_tokens or spec.name in arrays or (labels and spec == task.label_input):
+                self._inputs.append(spec)
+            elif spec != task.label_input:
                 raise DataError(
                     f"{source}: nothing here can fill the model's input {spec.name!r} of shape {list(spec.shape)}"
                 )
-            if not is_class(spec) or labels:
-                self._inputs.append(spec)
 
     def __len__(self) -> int:
         return self._size
 
-    def batch(self, indices: NDArray[np.integer[Any]]) -> dict[str, NDArray[Any]]:
+    def batch(self, indices: NDArray[np.integer[Any]]) -> Batch:
         """Return the model's inputs for some of the examples.
 
         Parameters
@@ -74,10 +77,10 @@ class Dataset:
 
         Returns
         -------
-        dict of str to ndarray
-            C-contiguous arrays of the inputs' dtypes, [batch, ...]: those of the model's inputs that the data fills,
-            which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to the
-            fixed length that the model has.
+        Batch
+            C-contiguous arrays of the inputs' dtypes, [batch, ...], by name: those of the model's inputs that the data
+            fills, which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to
+            the fixed length that the model has. ``examples`` are the `indices`.
 
         Raises
         ------
@@ -106,7 +109,7 @@ class Dataset:
                 batch[spec.name] = padded[spec.name].astype(spec.dtype)
             elif self.label_ids is not None:
                 batch[spec.name] = self.label_ids[indices].astype(spec.dtype)
-        return batch
+        return Batch(batch, indices.astype(np.int64))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,7 +133,7 @@ class Tokens:
 
     lengths: NDArray[np.int32]  # [n]
     columns: dict[str, NDArray[np.int32]]  # [sum of lengths] for each input that is not implied
-    padding: dict[str, int]  # what fills each input of the model beyond the tokens
+    padding: dict[str, int]  # what fills each input of the model beyond the tokens, in the model's order
     pad_left: bool = False
 
     @cached_property
@@ -164,8 +167,3 @@ def _token_length(bundle: Bundle) -> int | None:
 def token_limit(bundle: Bundle) -> int | None:
     """Return the number of tokens that an example may have at most, if there is a bound."""
     return min((length for length in (bundle.max_length, _token_length(bundle)) if length is not None), default=None)
-
-
-def is_class(spec: ValueSpec) -> bool:
-    """Whether an input takes one class number an example."""
-    return spec.name == "labels" and len(spec.shape) == 1 and np.dtype(spec.dtype).kind in "iu"

@@ -1,25 +1,16 @@
-"""Records checked against a bundle: text, pair and label of each example."""
+"""Records of a data file, checked by a task: what they hold, and which lines are bad."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pocketzo.data.readers import Record, not_unicode
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
-    from pocketzo.formats.bundle import Bundle
-from pocketzo.data.readers import (
-    LABEL_NAMES,
-    PAIR_NAMES,
-    TEXT_NAMES,
-    Columns,
-    Record,
-    find_column,
-    missing_column,
-    not_unicode,
-)
+    from pocketzo.data.columns import Columns
+    from pocketzo.tasks.base import Task
 
 
 class LineError(Exception):
@@ -48,52 +39,43 @@ class Problems:
 
 
 class Example(NamedTuple):
-    """One example, checked: the number of its line, its text, and its pair and label if any."""
+    """What a task took from a record.
 
-    number: int
-    text: str
+    Attributes
+    ----------
+    text : str or list of str
+        The text, or its words.
+    pair : str or None
+        A second text.
+    label : int, list of int or None
+        The class, or that of each word; None without labels.
+    """
+
+    text: str | list[str]
     pair: str | None
-    label: int | None
+    label: int | list[int] | None
 
 
-class Classes:
-    """The labels that a bundle knows."""
+class Encoded(NamedTuple):
+    """An example as a task encoded it: a row of a batch, without padding.
 
-    def __init__(self, bundle: Bundle) -> None:
-        names = bundle.labels or ()
-        logits = next((spec.shape for spec in bundle.outputs if spec.name == bundle.logits), ())
-        count = len(names) or (logits[-1] if logits else None)
-        self.ids = {name: index for index, name in enumerate(names)}
-        self.open = not isinstance(count, int)
-        expected = [repr(name) for name in names[:10]] + ["..."] * (len(names) > 10)
-        if not isinstance(count, int):
-            expected = ["an integer from 0"]
-        elif not any(re.fullmatch("-?[0-9]+", name) for name in names):
-            self.ids |= {str(index): index for index in range(count)}
-            expected.append(f"0 to {count - 1}")
-        self.expected = ", ".join(expected)
+    Attributes
+    ----------
+    ids, type_ids : list of int
+        By token.
+    label : int, list of int or None
+        The class, or a label by token; None without labels.
+    """
 
-    def id(self, label: object) -> int:
-        """Return the number of the class that a label names."""
-        if isinstance(label, bool) or not isinstance(label, (str, int)):
-            raise LineError(f"the label must be a name or an integer, found {type(label).__name__}")
-        text = str(label)
-        if self.open and re.fullmatch("[0-9]{1,9}", text):
-            return int(text)
-        if text not in self.ids:
-            raise LineError(f"unknown label {text[:80]!r}: expected {self.expected}")
-        return self.ids[text]
+    ids: list[int]
+    type_ids: list[int]
+    label: int | list[int] | None
 
 
 def examples_of(
-    records: Iterable[tuple[int, Record]],
-    bundle: Bundle,
-    columns: Columns,
-    require_labels: bool,
-    problems: Problems,
-) -> Iterator[Example]:
-    """Check records and yield the good ones; ``problems`` gets the others."""
-    classes = Classes(bundle)
+    records: Iterable[tuple[int, Record]], task: Task, columns: Columns, require_labels: bool, problems: Problems
+) -> Iterator[tuple[int, Example]]:
+    """Check records and yield the number and the example of the good ones; ``problems`` gets the others."""
     labelled = True if require_labels else None
     empty: list[int] = []
     for number, record in records:
@@ -106,34 +88,29 @@ def examples_of(
         try:
             if isinstance(record, str):
                 raise LineError(record)
-            text, pair = _text(record, columns.text, TEXT_NAMES), _text(record, columns.pair, PAIR_NAMES)
-            if text is None:
-                raise LineError(missing_column(record, columns.text, TEXT_NAMES))
-            if pair is None and columns.pair is not None:
-                raise LineError(missing_column(record, columns.pair, PAIR_NAMES))
-            name = find_column(record, columns.label, LABEL_NAMES)
-            label = None if name is None or record[name] is None else classes.id(record[name])
+            example = task.example(record, columns)
             if labelled is None:
-                labelled = label is not None
-            if labelled and label is None:
-                raise LineError(missing_column(record, columns.label, LABEL_NAMES))
-            if not labelled and label is not None:
+                labelled = example.label is not None
+            if labelled and example.label is None:
+                raise LineError(task.missing(record, columns, "label"))
+            if not labelled and example.label is not None:
                 raise LineError("a label, where the lines before have none")
         except LineError as error:
             problems.add(number, str(error))
         else:
-            yield Example(number, text, pair, label)
+            yield number, example
 
 
-def _text(record: dict[str, Any], given: str | None, known: tuple[str, ...]) -> str | None:
-    name = find_column(record, given, known)
-    if name is None or record[name] is None:
-        return None
+def text_of(record: Mapping[str, Any], name: str) -> str:
+    """Return the text of a column; a :class:`LineError` if it is none."""
     text = record[name]
     if not isinstance(text, str):
         raise LineError(f"{name!r} must be a string, found {type(text).__name__}")
-    if not text.strip():
-        raise LineError(f"{name!r} is empty")
-    if reason := not_unicode(text):
+    if reason := not_text(name, text):
         raise LineError(reason)
     return text
+
+
+def not_text(name: str, text: str) -> str | None:
+    """Return what is wrong with a text of a column, or None."""
+    return not_unicode(text) if text.strip() else f"{name!r} is empty"

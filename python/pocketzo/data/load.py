@@ -3,19 +3,27 @@
 ========  ==========================================================================================================
 suffix    content
 ========  ==========================================================================================================
-.jsonl    one object a line: ``{"text": ..., "text_pair": ..., "label": ...}``, ``text_pair`` where there is one
+.jsonl    one object a line, whose keys are the columns
 .tsv      fields between tabs, taken verbatim: a quote is a character like any other, nothing is escaped
 .csv      fields between commas, in double quotes where needed, line breaks within quotes included
 .npz      arrays named as the model's inputs, one row an example: ``input_ids`` [n, length], ``attention_mask`` and
-          ``token_type_ids`` of the same shape if need be, or whatever else the model takes; ``labels`` [n]
+          ``token_type_ids`` of the same shape if need be, or whatever else the model takes; ``labels`` [n], or
+          [n, length] where tokens have them
 ========  ==========================================================================================================
 
 Text is UTF-8; a byte order mark, CRLF and empty lines at the end are accepted.
 
-Columns are found by name, upper or lower case: the text in ``text``, ``sentence`` or ``sentence1``, its pair in
-``text_pair`` or ``sentence2``, the label in ``label`` or ``labels``; others are ignored. The first row of a TSV or CSV
-file is a header if one cell names the text and either there is no other or another names the pair or the label, and
-always if the caller names a column. Without a header the columns are: text; or text, label; or text, text_pair, label.
+Columns are found by name, upper or lower case; others are ignored. Which columns there are, and what they hold, is the
+task's affair:
+
+- ``classification``: the text in ``text``, ``sentence`` or ``sentence1``, its pair, if any, in ``text_pair`` or
+  ``sentence2``, the class in ``label`` or ``labels``;
+- ``token-classification``: the words in ``tokens``, ``words``, ``text`` or ``sentence``, their classes in ``labels``,
+  ``tags`` or ``label``; either a list, or a string to be split at white space.
+
+The first row of a TSV or CSV file is a header if one cell names the text and either there is no other or another names
+the pair or the label, and always if the caller names a column. Without a header the columns are: text; or text, label;
+or text, text_pair, label.
 
 A label is a class name of the bundle or a class number, from 0; where names look like numbers, a name only.
 """
@@ -24,6 +32,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +40,13 @@ from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
+from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.examples import Problems, examples_of
 from pocketzo.data.npz import read_npz
-from pocketzo.data.readers import Columns, read_csv, read_jsonl, read_tsv, with_columns
+from pocketzo.data.readers import read_csv, read_jsonl, read_tsv, with_columns
 from pocketzo.data.tokens import tokenise
+from pocketzo.tasks.registry import task_of
 
 
 def load_dataset(
@@ -43,9 +54,7 @@ def load_dataset(
     bundle: Bundle,
     *,
     require_labels: bool = True,
-    text_column: str | None = None,
-    text_pair_column: str | None = None,
-    label_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Dataset:
     """Read a file of examples for a model; the whole file is checked before anything is returned.
 
@@ -60,9 +69,9 @@ def load_dataset(
         The model that the examples are for.
     require_labels
         Whether each example must have a label. If not, either all have one or none has.
-    text_column, text_pair_column, label_column
-        The exact names of columns that are called otherwise; a TSV or CSV file must then have a header. In an
-        ``.npz``, only the labels' array can be named.
+    columns
+        The names of columns that are called otherwise; a TSV or CSV file must then have a header. In an ``.npz``, only
+        the labels' array can be named.
 
     Returns
     -------
@@ -79,21 +88,24 @@ def load_dataset(
         The file holds text, and the package `tokenizers` is not installed.
     """
     path = Path(path)
-    columns = Columns(text_column, text_pair_column, label_column)
+    task = task_of(bundle)
+    for field in fields(columns):
+        if getattr(columns, field.name) is not None and field.name not in task.columns:
+            raise ValueError(f"{bundle.path}: task {task.name!r} reads no column for {field.name!r}")
     try:
         match path.suffix.lower():
             case ".npz":
-                return read_npz(path, bundle, columns, require_labels)
+                return read_npz(path, task, columns, require_labels)
             case ".jsonl":
                 records = read_jsonl(path)
             case ".tsv":
-                records = with_columns(read_tsv(path), columns)
+                records = with_columns(read_tsv(path), columns, task)
             case ".csv":
-                records = with_columns(read_csv(path), columns)
+                records = with_columns(read_csv(path), columns, task)
             case suffix:
                 raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv or .npz")
         problems = Problems(str(path), "line")
-        return tokenise(examples_of(records, bundle, columns, require_labels, problems), bundle, problems)
+        return tokenise(examples_of(records, task, columns, require_labels, problems), task, problems)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
@@ -124,5 +136,6 @@ def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
     if isinstance(texts, str):
         raise TypeError("texts must be several strings, got one: put it in a list")
     problems = Problems("texts", "number")
+    task = task_of(bundle)
     records = enumerate(({"text": text} for text in texts), 1)
-    return tokenise(examples_of(records, bundle, Columns(), False, problems), bundle, problems)
+    return tokenise(examples_of(records, task, Columns(), False, problems), task, problems)

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketzo.data.columns import Columns, find_column, missing_column
+from pocketzo.data.dataset import TOKEN_INPUTS, Dataset, Tokens, token_limit
+from pocketzo.data.examples import LineError, Problems
+from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
+from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import Bundle, ValueSpec
-from pocketzo.data.dataset import TOKEN_INPUTS, Dataset, Tokens, is_class, token_limit
-from pocketzo.data.examples import Classes, LineError, Problems
-from pocketzo.data.readers import LABEL_NAMES, Columns, find_column, missing_column
-from pocketzo.data.tokens import keep_tokens
+    from pocketzo.formats.bundle import ValueSpec
+    from pocketzo.tasks.base import Task
 
 
-def read_npz(path: Path, bundle: Bundle, columns: Columns, require_labels: bool) -> Dataset:
+def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> Dataset:
     """Read the examples of an ``.npz`` file."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -30,9 +32,10 @@ def read_npz(path: Path, bundle: Bundle, columns: Columns, require_labels: bool)
         raise DataError(f"{path}: not an .npz of plain arrays: {error}") from error
     except TypeError as error:  # numpy.load gives the array itself, which is no context manager
         raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
-    specs = {spec.name: spec for spec in bundle.inputs}
-    has_classes = all(is_class(spec) for spec in bundle.inputs if spec.name == "labels")
-    label_name = find_column(arrays, columns.label, LABEL_NAMES) if has_classes else None
+    specs = {spec.name: spec for spec in task.bundle.inputs}
+    has_labels = specs.get("labels") == task.label_input  # they are the task's, or there is no input for them
+    label_names = task.columns.get("label", ())
+    label_name = find_column(arrays, columns.label, label_names) if has_labels else None
     has_tokens = "input_ids" in arrays and arrays["input_ids"].ndim == 2
     rows = {name: len(values) if np.ndim(values) else 0 for name, values in arrays.items()}
     size = next(iter(rows.values()), 0)
@@ -43,27 +46,45 @@ def read_npz(path: Path, bundle: Bundle, columns: Columns, require_labels: bool)
             raise DataError(f"{path}: array {name!r} has {count} rows, {next(iter(rows))!r} has {size}")
         if name not in specs and name != label_name and not (has_tokens and name in TOKEN_INPUTS):
             raise DataError(f"{path}: array {name!r} is no input of the model, which takes {', '.join(specs)}")
+    if label_name is None and require_labels and has_labels and label_names:
+        raise DataError(f"{path}: {missing_column(arrays, columns.label, label_names)}")
 
     problems = Problems(str(path), "row")
     labels: list[int] = []
-    if label_name is not None:
-        classes = Classes(bundle)
+    if label_name is not None and task.labels_per == "token":
+        by_token = _labels_by_token(path, task, arrays.pop(label_name), problems)
+        if task.label_input is not None:
+            arrays["labels"] = by_token
+    elif label_name is not None:
         for row, label in enumerate(arrays.pop(label_name).tolist()):
             try:
-                labels.append(classes.id(label))
+                labels.append(task.class_number(label))
             except LineError as error:
                 problems.add(row, str(error))
-    elif require_labels and has_classes:
-        raise DataError(f"{path}: {missing_column(arrays, columns.label, LABEL_NAMES)}")
-    tokens = _npz_tokens(arrays, bundle, problems) if has_tokens else None
+    tokens = _tokens(arrays, task, problems) if has_tokens else None
     problems.check()
     arrays = {name: _checked(path, specs[name], values) for name, values in arrays.items()}
-    return Dataset(bundle, str(path), size, tokens, arrays, labels)
+    return Dataset(task, str(path), size, tokens, arrays, labels)
 
 
-def _npz_tokens(arrays: dict[str, NDArray[Any]], bundle: Bundle, problems: Problems) -> Tokens:
-    """Take the token inputs out of `arrays`, cut after the last token of each row that the mask keeps."""
-    given = {name: arrays.pop(name) for name in TOKEN_INPUTS if name in arrays}
+def _labels_by_token(path: Path, task: Task, labels: NDArray[Any], problems: Problems) -> NDArray[Any]:
+    if labels.dtype.kind not in "iu" or labels.ndim != 2:
+        raise DataError(
+            f"{path}: array 'labels' must be integers [n, length], a class number or {IGNORED} by token, found "
+            f"{labels.dtype} of shape {list(labels.shape)}"
+        )
+    most = 2**31 if task.class_count is None else task.class_count
+    bad = (labels != IGNORED) & ((labels < 0) | (labels >= most))
+    for row in np.flatnonzero(bad.any(axis=1)):
+        first = labels[row][bad[row]][0]
+        problems.add(int(row), f"unknown label {first}: expected 0 to {most - 1}, or {IGNORED} where there is none")
+    return labels
+
+
+def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems) -> Tokens:
+    """Take what is by token out of `arrays`, cut after the last token of each row that the mask keeps."""
+    by_token = (*TOKEN_INPUTS, "labels") if task.labels_per == "token" else TOKEN_INPUTS
+    given = {name: arrays.pop(name) for name in by_token if name in arrays}
     shape = given["input_ids"].shape
     for name, values in given.items():
         if values.shape != shape or values.dtype.kind not in "iub" or not values.size:
@@ -72,20 +93,24 @@ def _npz_tokens(arrays: dict[str, NDArray[Any]], bundle: Bundle, problems: Probl
                 f"inputs, found {values.dtype} of shape {list(values.shape)}"
             )
         top = 1 if name == "attention_mask" else 2**31 - 1
-        for row in np.flatnonzero(((values < 0) | (values > top)).any(axis=1)):
-            problems.add(int(row), f"{name!r} must be 0 to {top}")
+        if name != "labels":
+            for row in np.flatnonzero(((values < 0) | (values > top)).any(axis=1)):
+                problems.add(int(row), f"{name!r} must be 0 to {top}")
     mask = given.get("attention_mask", np.ones(shape)) != 0
     lengths = (shape[1] - np.argmax(mask[:, ::-1], axis=1)).astype(np.int32)
     for row in np.flatnonzero(~mask.any(axis=1)):
         problems.add(int(row), "'attention_mask' keeps no token")
-    longest = token_limit(bundle)
+    longest = token_limit(task.bundle)
     if longest is not None:
         for row in np.flatnonzero(lengths > longest):
             problems.add(int(row), f"{lengths[row]} tokens, the model takes at most {longest}")
     inside = np.arange(shape[1]) < lengths[:, None]
+    if "labels" in given:
+        for row in np.flatnonzero(((given["labels"] != IGNORED) & ~inside).any(axis=1)):
+            problems.add(int(row), "a label where 'attention_mask' keeps no token")
     columns = {name: values[inside].astype(np.int32) for name, values in given.items()}
     fills = {name: int(values[~inside][0]) for name, values in given.items() if not inside.all()}
-    return keep_tokens(bundle, lengths, columns, fills)
+    return keep_tokens(task.bundle, lengths, columns, fills | {"labels": IGNORED})
 
 
 def _checked(path: Path, spec: ValueSpec, values: NDArray[Any]) -> NDArray[Any]:

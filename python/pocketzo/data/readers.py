@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pocketzo.data.columns import Columns, find_column, missing_column
 
 if TYPE_CHECKING:
-    pass
+    from pocketzo.tasks.base import Task
 
-TEXT_NAMES = ("text", "sentence", "sentence1")
-PAIR_NAMES = ("text_pair", "sentence2")
-LABEL_NAMES = ("label", "labels")
-HEADERLESS = {1: ("text",), 2: ("text", "label"), 3: ("text", "text_pair", "label")}
 Record: TypeAlias = "dict[str, Any] | str | None"  # a line's values by column; or what is wrong with it; None if empty
 Row: TypeAlias = "list[str] | str"  # a line's fields, none if it is empty; or what is wrong with it
-
-
-class Columns(NamedTuple):
-    """Names of columns that the caller gave."""
-
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-
-def find_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str | None:
-    """Return the name of a column: the one given, else the first one known."""
-    if given is not None:
-        return given if given in columns else None
-    folded = {column.strip().lower(): column for column in columns}
-    return next((folded[name] for name in known if name in folded), None)
-
-
-def missing_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str:
-    """Return what to say where a column is missing."""
-    return f"no {given or known[0]!r} among the columns {', '.join(map(repr, columns)) or '(none)'}"
 
 
 def not_unicode(text: str) -> str | None:
@@ -96,8 +73,8 @@ def read_csv(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, not_unicode("".join(row)) or row
 
 
-def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns) -> Iterator[tuple[int, Record]]:
-    """Turn rows into records by the header, or by position where there is none."""
+def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns, task: Task) -> Iterator[tuple[int, Record]]:
+    """Turn rows into records by the header, or by the position of a task's columns where there is none."""
     header: tuple[str, ...] | None = None
     for number, row in rows:
         if isinstance(row, str):
@@ -107,32 +84,33 @@ def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns) -> Iterator[
             yield number, None
             continue
         if header is None:
-            if any(columns) or _is_header(row):
+            if columns != Columns() or _is_header(row, task):
                 header = tuple(row)
-                if reason := _bad_header(header, columns):
+                if reason := _bad_header(header, columns, task):
                     yield number, reason
                     return
                 continue
-            if len(row) not in HEADERLESS:
-                yield number, f"{len(row)} columns and no header that names text and label"
+            if len(row) not in task.headerless:
+                names = task.headerless.get(2) or [names[0] for names in task.columns.values()]
+                yield number, f"{len(row)} columns and no header that names {' and '.join(names)}"
                 return
-            header = HEADERLESS[len(row)]
+            header = task.headerless[len(row)]
         if len(row) == len(header):
             yield number, dict(zip(header, row, strict=True))
         else:
             yield number, f"found {len(row)} of {len(header)} fields ({', '.join(header)})"
 
 
-def _is_header(row: list[str]) -> bool:
-    named = [find_column(row, None, names) is not None for names in (TEXT_NAMES, PAIR_NAMES, LABEL_NAMES)]
+def _is_header(row: list[str], task: Task) -> bool:
+    named = [find_column(row, None, names) is not None for names in task.columns.values()]
     return named[0] and (len(row) == 1 or any(named[1:]))
 
 
-def _bad_header(header: tuple[str, ...], columns: Columns) -> str | None:
+def _bad_header(header: tuple[str, ...], columns: Columns, task: Task) -> str | None:
     if repeated := {column for column in header if header.count(column) > 1}:
         return f"the header names {', '.join(map(repr, sorted(repeated)))} more than once"
-    known = (TEXT_NAMES, PAIR_NAMES, LABEL_NAMES)
-    for given, names, needed in zip(columns, known, (True, False, False), strict=True):
-        if (needed or given) and find_column(header, given, names) is None:
+    for index, (role, names) in enumerate(task.columns.items()):
+        given = getattr(columns, role)
+        if (index == 0 or given) and find_column(header, given, names) is None:
             return missing_column(header, given, names)
     return None

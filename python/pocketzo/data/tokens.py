@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from pocketzo.formats.bundle import Bundle
+    from pocketzo.tasks.base import Task
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Example, Problems
+from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: bounds the memory held beside the ids
 
@@ -41,38 +43,44 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
     return tokenizer
 
 
-def tokenise(examples: Iterator[Example], bundle: Bundle, problems: Problems) -> Dataset:
-    """Tokenise examples in chunks."""
+def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:
+    """Tokenise examples, each with its number, in chunks."""
+    bundle = task.bundle
     tokenizer = _load_tokenizer(bundle)
     padding = tokenizer.padding or {}
     pads = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<PAD>", "<|pad|>"))
     pad_id = padding.get("pad_id", next((pad for pad in pads if pad is not None), 0))
-    fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0)}
+    fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0), "labels": IGNORED}
     tokenizer.no_padding()
     longest = token_limit(bundle)
     if longest is not None:  # else the tokenizer's own truncation, if any, holds
         tokenizer.enable_truncation(longest, direction=(tokenizer.truncation or {}).get("direction", "right"))
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
-    ids, types, lengths, labels = array("i"), array("i"), array("i"), array("q")
+    ids, types, by_token = array("i"), array("i"), array("i")
+    lengths, labels = array("i"), array("q")
     while chunk := list(islice(examples, CHUNK)):
-        encodings = tokenizer.encode_batch([e.text if e.pair is None else (e.text, e.pair) for e in chunk])
-        for example, encoding in zip(chunk, encodings, strict=True):
+        encoded = task.encode(tokenizer, [example for _, example in chunk])
+        for (number, example), row in zip(chunk, encoded, strict=True):
             if longest is not None and longest <= special[example.pair is not None]:
-                problems.add(example.number, f"a maximum length of {longest} tokens leaves no room for the text")
-            if not encoding.ids:
-                problems.add(example.number, "the tokenizer finds no token in the text")
-            ids.extend(encoding.ids)
-            types.extend(encoding.type_ids)
-            lengths.append(len(encoding.ids))
-            if example.label is not None:
-                labels.append(example.label)
+                problems.add(number, f"a maximum length of {longest} tokens leaves no room for the text")
+            if not row.ids:
+                problems.add(number, "the tokenizer finds no token in the text")
+            ids.extend(row.ids)
+            types.extend(row.type_ids)
+            lengths.append(len(row.ids))
+            if isinstance(row.label, int):
+                labels.append(row.label)
+            elif row.label is not None:
+                by_token.extend(row.label)
     problems.check()
     if not lengths:
         raise DataError(f"{problems.source}: no examples")
     columns = {"input_ids": np.asarray(ids), "token_type_ids": np.asarray(types)}
+    if by_token:
+        columns["labels"] = np.asarray(by_token)
     tokens = keep_tokens(bundle, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
-    return Dataset(bundle, problems.source, len(lengths), tokens, {}, labels)
+    return Dataset(task, problems.source, len(lengths), tokens, {}, labels)
 
 
 def keep_tokens(
@@ -83,8 +91,11 @@ def keep_tokens(
     *,
     pad_left: bool = False,
 ) -> Tokens:
-    """Keep what the model takes and nothing that is implied: the same tokens are then the same from any file."""
-    names = [spec.name for spec in bundle.inputs if spec.name in TOKEN_INPUTS]
+    """Keep what the model takes and nothing that is implied: the same tokens are then the same from any file.
+
+    ``columns`` are by token; beside token inputs, ``labels`` may be among them.
+    """
+    names = [spec.name for spec in bundle.inputs if spec.name in (*TOKEN_INPUTS, *columns)]
     kept = {
         name: values
         for name, values in columns.items()

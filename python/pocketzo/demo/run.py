@@ -274,7 +274,7 @@ def _narrow_head(path: Path, features: NDArray[np.float32]) -> None:
 
 
 def _batches(data: Dataset) -> list[dict[str, NDArray[Any]]]:
-    return [data.batch(np.arange(at, min(at + 32, len(data)))) for at in range(0, len(data), 32)]
+    return [dict(data.batch(np.arange(at, min(at + 32, len(data))))) for at in range(0, len(data), 32)]
 
 
 def _features(path: Path, data: Dataset) -> NDArray[np.float32]:

@@ -3,9 +3,38 @@
 ====================  ==================================================================================================
 ``model.onnx``        the graph; its weights are external data that point into the next file
 ``weights.safetensors``  all weights; tuning changes this file only
-``bundle.json``       what is in them: tensors and their ids, inputs, outputs, the loss, labels, checksums
+``bundle.json``       what is in them: the task, tensors and their ids, inputs, outputs, checksums
 ``tokenizer.json``    optional
 ====================  ==================================================================================================
+
+``bundle.json``, version 2, is one JSON object in UTF-8. All of these keys are there, in any order:
+
+=================  =====================================================================================================
+``format``         ``"pocketzo-bundle"``
+``version``        2
+``graph_sha256``   of ``model.onnx``; this and the next two are 64 lower-case hex digits
+``base_sha256``    of ``weights.safetensors`` as it was prepared; a tuned copy keeps it
+``header_sha256``  of the first 8 + n bytes of ``weights.safetensors``, n being the little-endian 64-bit integer in its
+                   first 8: all that is before the data
+``loss``           name of the output that holds the loss, one number; or null
+``logits``         name of the output that holds the scores of classes, [..., classes]; or null
+``max_length``     number of tokens, 1 or more, at which texts are cut; or null
+``tokenizer``      ``"tokenizer.json"``, or null where there is none
+``task``           null, or ``{"name": string, "settings": object}``: which kind of problem the graph is for. Settings
+                   belong to the task, but for one that has a meaning here: ``labels``, the different names of the
+                   classes, in the order of the logits
+``trainable``      the named sets of weights that may be trained: a list, not empty, of ``{"name": string, "tensors":
+                   [names]}``. Names of sets differ; each set has a tensor and each tensor once, of ``tensors`` and
+                   float32 or float16; sets may share tensors
+``inputs``         of the graph, in its order: a list of ``{"name": string, "dtype": numpy's name, "shape": [size or
+                   string]}``, where a string names a size that is known only at run time
+``outputs``        likewise
+``tensors``        in the order of their data in ``weights.safetensors``, exactly those that are in it: a list of
+                   ``{"name": string, "id": integer, "dtype": numpy's name, "shape": [sizes]}``. Ids are those of
+                   :func:`tensor_ids`
+=================  =====================================================================================================
+
+A reader ignores keys that it does not know, and refuses another version.
 """
 
 from __future__ import annotations
@@ -15,17 +44,18 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 
 FORMAT: Final = "pocketzo-bundle"
-VERSION: Final = 1
+VERSION: Final = 2
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
@@ -51,15 +81,20 @@ class TensorSpec:
     dtype : str
         ``"float32"`` or ``"float16"`` for every trainable tensor; large constants of the graph may have another type.
     shape : tuple of int
-    trainable : bool
-        Whether training may change it.
+    sets : tuple of str
+        The names of the trainable sets that it is in.
     """
 
     name: str
     id: int
     dtype: str
     shape: tuple[int, ...]
-    trainable: bool
+    sets: tuple[str, ...] = ()
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training may change it."""
+        return bool(self.sets)
 
 
 @dataclass(frozen=True)
@@ -69,6 +104,20 @@ class ValueSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Which kind of problem a graph is for; :func:`pocketzo.tasks.registry.task_of` makes the task of it.
+
+    Attributes
+    ----------
+    name : str
+    settings : mapping of str to what JSON can hold
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,8 +135,8 @@ class Bundle:
         The output that holds the scalar loss, if the graph has one.
     logits : str or None
         The output that holds the class scores, if the graph has one.
-    labels : tuple of str or None
-        Names of the classes.
+    task : TaskSpec or None
+        What the graph is for, where that is known.
     max_length : int or None
         Number of tokens at which texts are cut.
     tokenizer : str or None
@@ -106,7 +155,7 @@ class Bundle:
     outputs: tuple[ValueSpec, ...]
     loss: str | None
     logits: str | None
-    labels: tuple[str, ...] | None
+    task: TaskSpec | None
     max_length: int | None
     tokenizer: str | None
     graph_sha256: str
@@ -153,6 +202,18 @@ class Bundle:
         if bundle.tokenizer_path is not None and not bundle.tokenizer_path.is_file():
             raise BundleError(f"{bundle.tokenizer_path}: the bundle's tokenizer is missing")
         return bundle
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The names of the classes, in the order of the logits, where the task has them."""
+        labels = None if self.task is None else self.task.settings.get("labels")
+        return None if labels is None else tuple(labels)
+
+    @property
+    def trainable(self) -> dict[str, tuple[str, ...]]:
+        """The names of the tensors of each trainable set, in the order of the file."""
+        names = dict.fromkeys(name for tensor in self.tensors for name in tensor.sets)
+        return {name: tuple(tensor.name for tensor in self.tensors if name in tensor.sets) for name in names}
 
     @property
     def is_half(self) -> bool:
@@ -205,12 +266,16 @@ class Bundle:
             "header_sha256": self.header_sha256,
             "loss": self.loss,
             "logits": self.logits,
-            "labels": self.labels,
             "max_length": self.max_length,
             "tokenizer": self.tokenizer,
+            "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
+            "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "inputs": [vars(value) for value in self.inputs],
             "outputs": [vars(value) for value in self.outputs],
-            "tensors": [vars(tensor) for tensor in self.tensors],
+            "tensors": [
+                {"name": tensor.name, "id": tensor.id, "dtype": tensor.dtype, "shape": tensor.shape}
+                for tensor in self.tensors
+            ],
         }
         (self.path / DESCRIPTION).write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -218,38 +283,31 @@ class Bundle:
     def _parse(cls, path: Path) -> Self:
         file = path / DESCRIPTION
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{file}: not JSON: {error}") from None
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise BundleError(f"{file}: not the description of a bundle")
-        if fields.get("version") != VERSION:
-            raise BundleError(f"{file}: version {fields.get('version')!r} of the format; this PocketZO reads {VERSION}")
+        if values.get("version") != VERSION:
+            raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")
         try:
+            fields = Fields(values)
+            outputs = _values(fields, "outputs")
             return cls(
                 path=path,
-                tensors=tuple(
-                    TensorSpec(
-                        _typed(item, "name", str),
-                        _typed(item, "id", int),
-                        _typed(item, "dtype", str),
-                        _shape(item, int),
-                        _typed(item, "trainable", bool),
-                    )
-                    for item in _typed(fields, "tensors", list)
-                ),
+                tensors=_tensors(fields),
                 inputs=_values(fields, "inputs"),
-                outputs=_values(fields, "outputs"),
-                loss=_typed(fields, "loss", str, optional=True),
-                logits=_typed(fields, "logits", str, optional=True),
-                labels=_labels(fields),
-                max_length=_typed(fields, "max_length", int, optional=True),
+                outputs=outputs,
+                loss=_output(fields, "loss", outputs),
+                logits=_output(fields, "logits", outputs),
+                task=_task(fields),
+                max_length=fields.optional_integer("max_length", 1, 2**31 - 1),
                 tokenizer=_tokenizer(fields),
-                graph_sha256=_typed(fields, "graph_sha256", str),
-                base_sha256=_typed(fields, "base_sha256", str),
-                header_sha256=_typed(fields, "header_sha256", str),
+                graph_sha256=fields.sha256("graph_sha256"),
+                base_sha256=fields.sha256("base_sha256"),
+                header_sha256=fields.sha256("header_sha256"),
             )
-        except (KeyError, TypeError) as error:
+        except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None
 
 
@@ -306,38 +364,60 @@ def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _typed(fields: Any, key: str, kind: type, *, optional: bool = False) -> Any:
-    value = fields[key]
-    if (value is None and optional) or type(value) is kind:
-        return value
-    raise TypeError(f"{key!r} is {value!r}, expected {kind.__name__}")
-
-
-def _shape(fields: Any, *kinds: type) -> tuple[Any, ...]:
-    shape = _typed(fields, "shape", list)
-    if not all(type(size) in kinds for size in shape):
-        raise TypeError(f"'shape' is {shape!r}")
-    return tuple(shape)
-
-
-def _values(fields: Any, key: str) -> tuple[ValueSpec, ...]:
+def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:
+    tensors = [
+        TensorSpec(
+            item.text("name"),
+            item.integer("id", 0, min(ORDER_ID, BLOCK_ID) - 1),
+            item.text("dtype"),
+            item.shape("shape"),
+        )
+        for item in fields.objects("tensors")
+    ]
+    dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+    sets: dict[str, set[str]] = {}
+    for item in fields.objects("trainable"):
+        name = item.text("name")
+        if name in sets:
+            raise item.error("name", "a name that no set before it has")
+        for tensor in item.names("tensors"):
+            if dtypes.get(tensor) not in FLOATS:
+                found = f"is {dtypes[tensor]}, expected {' or '.join(FLOATS)}" if tensor in dtypes else "does not exist"
+                raise FieldError(f"set {name!r} of 'trainable': tensor {tensor!r} {found}")
+        sets[name] = set(item.names("tensors"))
+    if not sets:
+        raise fields.error("trainable", "at least one set")
     return tuple(
-        ValueSpec(_typed(item, "name", str), _typed(item, "dtype", str), _shape(item, int, str))
-        for item in _typed(fields, key, list)
+        replace(tensor, sets=tuple(name for name, members in sets.items() if tensor.name in members))
+        for tensor in tensors
     )
 
 
-def _labels(fields: Any) -> tuple[str, ...] | None:
-    labels = _typed(fields, "labels", list, optional=True)
-    if labels is None:
+def _values(fields: Fields, key: str) -> tuple[ValueSpec, ...]:
+    return tuple(
+        ValueSpec(item.text("name"), item.text("dtype"), item.shape("shape", symbols=True))
+        for item in fields.objects(key)
+    )
+
+
+def _output(fields: Fields, key: str, outputs: Iterable[ValueSpec]) -> str | None:
+    name = fields.optional_text(key)
+    if name is not None and name not in {value.name for value in outputs}:
+        raise fields.error(key, "the name of an output, or null")
+    return name
+
+
+def _task(fields: Fields) -> TaskSpec | None:
+    task = fields.optional_object("task")
+    if task is None:
         return None
-    if not all(type(label) is str for label in labels):
-        raise TypeError(f"'labels' is {labels!r}")
-    return tuple(labels)
+    settings = task.object("settings")
+    if settings.plain().get("labels") is not None:
+        settings.names("labels")
+    return TaskSpec(task.text("name"), settings.plain())
 
 
-def _tokenizer(fields: Any) -> str | None:
-    name = _typed(fields, "tokenizer", str, optional=True)
-    if name not in (None, TOKENIZER):
-        raise TypeError(f"'tokenizer' is {name!r}, expected {TOKENIZER!r}")
-    return TOKENIZER if name else None
+def _tokenizer(fields: Fields) -> str | None:
+    if fields.optional_text("tokenizer") not in (None, TOKENIZER):
+        raise fields.error("tokenizer", f"{TOKENIZER!r} or null")
+    return fields.optional_text("tokenizer")

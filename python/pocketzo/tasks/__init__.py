@@ -1,1 +1,1 @@
-"""From columns of data to inputs, loss and metrics."""
+"""From columns of data to inputs, loss and metrics: a file for each kind of problem."""

@@ -1,49 +1,82 @@
-"""Loss and accuracy over a dataset."""
+"""Metrics over a dataset."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketzo.data.order import Data
 from pocketzo.errors import TrainingError
 from pocketzo.runtime.model import Model
+from pocketzo.tasks.metrics import Found
+from pocketzo.tasks.registry import task_of
 
 
-def evaluate(model: Model, data: Data, *, batch_size: int = 32) -> dict[str, float]:
+def evaluate(
+    model: Model, data: Data, *, batch_size: int = 32, metrics: Sequence[str] | None = None
+) -> dict[str, float]:
     """Evaluate a model.
+
+    Parameters
+    ----------
+    model : Model
+    data : Data
+        The examples, all of which are evaluated.
+    batch_size : int
+        Examples a forward pass.
+    metrics : sequence of str, optional
+        Which of :data:`pocketzo.tasks.metrics.METRICS`. By default the task's own (accuracy) and the loss, as far as
+        the graph and the data give them.
 
     Returns
     -------
     dict
-        ``count`` of examples, ``loss``, their mean loss (graphs with a loss), and ``accuracy`` (graphs with logits and
-        data with labels).
+        ``count`` of examples, and each metric: ``loss`` is the mean over what counts, examples or tokens, and the
+        others are of all examples together. NaN where nothing has a label, or the model gives NaN.
+
+    Raises
+    ------
+    TrainingError
+        The graph has nothing to evaluate, there is no example, or no labels for a metric that was asked for.
+    ValueError
+        There is no such metric, or the graph lacks the output that it needs.
     """
-    bundle = model.bundle
-    wanted = [name for name in (bundle.loss, bundle.logits) if name is not None]
-    if not wanted:
-        raise TrainingError(f"{bundle.path}: the graph has neither a loss nor logits to evaluate")
+    task = task_of(model.bundle)
+    chosen = [task.metric(name) for name in (task.shown if metrics is None else metrics)]
+    if not chosen:
+        raise TrainingError(f"{model.bundle.path}: the graph has neither a loss nor logits to evaluate")
     if not len(data):
         raise TrainingError("there are no examples to evaluate")
-    loss = 0.0
-    right = labelled = counted = 0
+    total, counted = 0.0, 0
+    predictions: list[NDArray[np.integer[Any]]] = []
+    labels: list[NDArray[np.integer[Any]]] = []
+    outputs = task.outputs(chosen)
     for at in range(0, len(data), batch_size):
         indices = np.arange(at, min(at + batch_size, len(data)))
         batch = data.batch(indices)
-        got = model.run(batch, wanted)
-        labels = batch.get("labels")
-        # The loss of a batch is a mean over what counts in it: examples, or tokens that have a label.
-        weight = int((labels != -100).sum()) if labels is not None and labels.ndim > 1 else len(indices)
-        if bundle.loss is not None and weight:
-            loss += float(got[bundle.loss]) * weight
+        if task.label_input is not None and "labels" not in batch and model.bundle.loss in outputs:
+            raise TrainingError("the data has no labels, without which there is no loss to evaluate")
+        found = task.found(model.run(batch, outputs), batch)
+        weight = task.weight(batch, len(indices))
+        if found.loss is not None and weight:
+            total += found.loss * weight
             counted += weight
-        if bundle.logits is not None and labels is not None:
-            right += int((got[bundle.logits].argmax(-1) == labels).sum())
-            labelled += weight
+        if found.predictions is not None and found.labels is not None:
+            predictions.append(found.predictions)
+            labels.append(found.labels)
+    whole = Found(
+        total / counted if counted else math.nan,
+        np.concatenate(predictions) if predictions else None,
+        np.concatenate(labels) if labels else None,
+    )
     result: dict[str, float] = {"count": len(data)}
-    if bundle.loss is not None:
-        result["loss"] = loss / counted if counted else math.nan
-    if labelled:
-        result["accuracy"] = right / labelled
+    for metric in chosen:
+        if metric.of == "loss" or labels:
+            result[metric.name] = metric(whole)
+        elif metrics is not None:
+            raise TrainingError(f"the data has no labels, which the metric {metric.name!r} needs")
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import MissingExtraError
 from pocketzo.formats.files import atomic_file
+from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.run import Run
 
 _RAW, _LINE, _EVAL = "#c3cfe2", "#1f4e9c", "#c8551b"
@@ -28,7 +30,9 @@ def smooth(values: NDArray[np.float64], weight: float = 0.95) -> NDArray[np.floa
 
 
 def plot_run(run: str | os.PathLike[str]) -> Path:
-    """Draw the loss, and the accuracy where there were evaluations, from ``metrics.jsonl`` into ``loss.png``.
+    """Draw what was minimised, and the run's metric where there were evaluations, into ``loss.png``.
+
+    In the place of a metric that is the loss, accuracy or another one that was evaluated is drawn.
 
     Parameters
     ----------
@@ -48,7 +52,7 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
     except ImportError as error:
         raise MissingExtraError("matplotlib", "plot") from error
 
@@ -59,9 +63,10 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     before = past.recipe.data.source.before
     if before:
         evaluations.insert(0, (0, before))
-    eval_steps, eval_losses = _series([(step, result.get("loss")) for step, result in evaluations])
-    _, accuracies = _series([(step, result.get("accuracy")) for step, result in evaluations])
-    panels = 2 if np.isfinite(accuracies).any() else 1
+    loop = past.recipe.loop
+    eval_steps, eval_costs = _series([(step, _cost(result, loop.objective)) for step, result in evaluations])
+    shown = next((name for name in (loop.metric, *METRICS) if name != "loss" and _known(evaluations, name)), None)
+    panels = 1 if shown is None else 2
 
     figure = Figure(figsize=(7.2, 1.2 + 2.5 * panels), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -69,21 +74,23 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     method = past.recipe.method
     figure.suptitle(
         f"{past.path.resolve().name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
-        f"batch {past.recipe.loop.batch_size}, seed {method['seed']}",
+        f"batch {loop.batch_size}, seed {method['seed']}",
         fontsize=10,
     )
     axes[0].plot(steps, losses, color=_RAW, linewidth=0.8, label="training, each step's batch")
     axes[0].plot(steps, smooth(losses), color=_LINE, linewidth=1.8, label="training, smoothed")
-    if np.isfinite(eval_losses).any():
-        axes[0].plot(eval_steps, eval_losses, "o-", color=_EVAL, markersize=4, linewidth=1.2, label="evaluation")
-    axes[0].set_ylabel("loss")
+    if np.isfinite(eval_costs).any():
+        axes[0].plot(eval_steps, eval_costs, "o-", color=_EVAL, markersize=4, linewidth=1.2, label="evaluation")
+    axes[0].set_ylabel(loop.minimised)
     axes[0].legend(fontsize=8, frameon=False)
-    if panels == 2:
-        axes[1].plot(eval_steps, accuracies, "o-", color=_EVAL, markersize=4, linewidth=1.2)
-        best = int(np.nanargmax(accuracies))
+    if shown is not None:
+        metric = METRICS[shown]
+        _, values = _series([(step, result.get(shown)) for step, result in evaluations])
+        axes[1].plot(eval_steps, values, "o-", color=_EVAL, markersize=4, linewidth=1.2)
+        best = int(np.nanargmax(values if metric.higher_is_better else -values))
         axes[1].annotate(
-            f"{100 * accuracies[best]:.1f} %",
-            (eval_steps[best], accuracies[best]),
+            metric.format(float(values[best])),
+            (eval_steps[best], values[best]),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
@@ -91,8 +98,8 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
             fontsize=8,
         )
         axes[1].margins(y=0.15)
-        axes[1].set_ylabel("evaluation accuracy")
-        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+        axes[1].set_ylabel(f"evaluation {shown}")
+        axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: metric.format(value)))
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -102,6 +109,17 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     with atomic_file(out) as file:
         canvas.print_png(file)  # type: ignore[no-untyped-call]
     return out
+
+
+def _cost(evaluation: Mapping[str, float | None], objective: str | None) -> float | None:
+    """Return what was minimised, of the evaluation data."""
+    value = None if objective is None else evaluation.get(objective)
+    return None if value is None or objective is None else METRICS[objective].cost(value)
+
+
+def _known(evaluations: list[tuple[int, dict[str, float | None]]], name: str) -> bool:
+    """Whether a metric was evaluated, at least once to a finite number."""
+    return any(result.get(name) is not None for _, result in evaluations)
 
 
 def _series(pairs: list[tuple[int, float | None]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

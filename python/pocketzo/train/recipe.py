@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
+from pocketzo.tasks.metrics import metric_named
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,10 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class Loop:
-    """The settings of the training loop; see :class:`pocketzo.Trainer`."""
+    """The settings of the training loop; see :class:`pocketzo.Trainer`.
+
+    ``objective`` is the name of the metric that is minimised, and None if it is a function of the caller's.
+    """
 
     steps: int
     batch_size: int
@@ -39,13 +44,21 @@ class Loop:
     snapshot_every: int | None
     group_by_length: bool
     max_skipped: int
-    objective: str
+    objective: str | None
+
+    @property
+    def minimised(self) -> str:
+        """What to call the numbers that are minimised: the loss, another metric, 1 - metric, or objective."""
+        return "objective" if self.objective is None else metric_named(self.objective).cost_name
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_skipped", "eval_every", "patience", "snapshot_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        metric_named(self.metric)
+        if self.objective is not None:
+            metric_named(self.objective)
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Source:
     ----------
     train, eval : str or None
         Absolute paths of the files.
-    text_column, text_pair_column, label_column : str or None
+    columns : Columns
         As given to :func:`pocketzo.load_dataset`.
     before : dict or None
         The evaluation before the first step.
@@ -86,9 +99,7 @@ class Source:
 
     train: str | None = None
     eval: str | None = None
-    text_column: str | None = None
-    text_pair_column: str | None = None
-    label_column: str | None = None
+    columns: Columns = field(default_factory=Columns)
     before: dict[str, float | None] | None = None
 
 
@@ -147,11 +158,11 @@ def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
     if not isinstance(given, Mapping):
         raise JournalError(f"{path}: {where} is {given!r}, expected an object")
     known = fields(cls)
-    for unknown in sorted(set(given) - {field.name for field in known}):
+    for unknown in sorted(set(given) - {own.name for own in known}):
         raise JournalError(f"{path}: {where}.{unknown} is a setting that this version of PocketZO does not have")
-    for field in known:
-        if field.name not in given and field.default is MISSING and field.default_factory is MISSING:
-            raise JournalError(f"{path}: {where}.{field.name} is missing")
+    for own in known:
+        if own.name not in given and own.default is MISSING and own.default_factory is MISSING:
+            raise JournalError(f"{path}: {where}.{own.name} is missing")
     hints = get_type_hints(cls)
     try:
         return cls(**{name: _value(hints[name], value, path, f"{where}.{name}") for name, value in given.items()})

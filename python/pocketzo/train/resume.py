@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from pocketzo import kernels
-from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import load_dataset
 from pocketzo.errors import JournalError
 from pocketzo.formats.bundle import Bundle
@@ -42,17 +41,8 @@ def resume(
         raise JournalError(f"{run}: its journal does not say where the data is: name it with --data")
     eval = eval or (None if source.eval is None else Path(source.eval))  # noqa: A001
     read = Bundle.read(past.recipe.model.bundle if bundle is None else bundle)
-
-    def examples(path: Path) -> Dataset:
-        return load_dataset(
-            path,
-            read,
-            text_column=source.text_column,
-            text_pair_column=source.text_pair_column,
-            label_column=source.label_column,
-        )
-
-    train_data, eval_data = examples(train), None if eval is None else examples(eval)
+    train_data = load_dataset(train, read, columns=source.columns)
+    eval_data = None if eval is None else load_dataset(eval, read, columns=source.columns)
     session = past.recipe.session
     threads = use_threads(session)
     model = None

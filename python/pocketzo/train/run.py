@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pocketzo.optim.groups import Tunable
 from pocketzo.optim.methods import from_settings
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.runtime.weights import Weights
+from pocketzo.tasks.metrics import metric_named
 from pocketzo.train.recipe import Recipe
 
 JOURNAL = "journal.pzj"
@@ -69,7 +70,8 @@ class Run:
         evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
         if not evaluations:
             return self.steps
-        return int(max(evaluations, key=lambda line: score(line["eval"], self.recipe.loop.metric))["step"])
+        metric = metric_named(self.recipe.loop.metric)
+        return int(max(evaluations, key=lambda line: metric.score(line["eval"]))["step"])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``; an incomplete last one is passed over."""
@@ -157,14 +159,6 @@ class _Unloaded:
         self.bundle = bundle
         self.weights = Weights(bundle)
         self.weights.read()
-
-
-def score(evaluation: Mapping[str, float | None], metric: str) -> float:
-    """Return a number that is larger the better the evaluation is."""
-    value = evaluation.get(metric)
-    if value is None or not math.isfinite(value):
-        return -math.inf
-    return -value if metric == "loss" else value
 
 
 def finite(value: float) -> float | None:

@@ -23,9 +23,14 @@ from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.evaluate import evaluate
+from pocketzo.tasks.metrics import metric_named
+from pocketzo.tasks.objective import MetricObjective, metric_objective
+from pocketzo.tasks.registry import task_of
 from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
-from pocketzo.train.run import Run, finite, score
+from pocketzo.train.run import Run, finite
 from pocketzo.train.writer import RunWriter
+
+BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], float]
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,15 @@ class Trainer:
         Length of the run.
     run : path, optional
         Folder for the record; without it there is none.
-    objective : callable, optional
-        ``objective(outputs, batch) -> float``, to be minimised, from the graph's outputs and its inputs, both dicts of
-        arrays; it needs no gradient. By default the graph's loss. A resumed run needs it again.
+    objective : str or callable
+        What is minimised: the name of a metric, of each step's batch (1 - metric, where higher is better); or
+        ``objective(outputs, batch) -> float``, from the graph's outputs and its inputs, both mappings of arrays by
+        name. It needs no gradient. A resumed run needs a callable again.
     eval_every : int, optional
         Evaluate after so many steps, and at the end; by default at the end only.
     metric : str, optional
-        Which result of :func:`evaluate` counts: "accuracy" or "loss"; by default accuracy, if the graph has logits.
+        By which of the metrics the best evaluation is found. By default that of the objective, unless it is the loss
+        or a callable; else the task's (accuracy), if the graph has logits; else the loss.
     patience : int, optional
         Stop after so many evaluations in a row without a better one.
     snapshot_every : int, optional
@@ -101,7 +108,7 @@ class Trainer:
         batch_size: int = 16,
         steps: int = 1000,
         run: str | os.PathLike[str] | None = None,
-        objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
+        objective: str | BatchObjective = "loss",
         eval_every: int | None = None,
         metric: str | None = None,
         patience: int | None = None,
@@ -111,22 +118,21 @@ class Trainer:
         source: Source | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> None:
+        task = task_of(model.bundle)
+        minimised = objective if isinstance(objective, str) else None
         if metric is None:
-            metric = "loss" if model.bundle.logits is None else "accuracy"
-        if metric not in ("accuracy", "loss"):
-            raise ValueError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
-        if {"accuracy": model.bundle.logits, "loss": model.bundle.loss}[metric] is None and patience is not None:
-            raise ValueError(f"{model.bundle.path}: the graph has no output that gives the metric {metric!r}")
+            metric = task.metric().name if minimised in (None, "loss") else minimised
+        judge = metric_named(metric) if eval is None else task.metric(metric)
         loop = Loop(
             steps=steps,
             batch_size=batch_size,
             eval_every=eval_every,
-            metric=metric,
+            metric=judge.name,
             patience=patience,
             snapshot_every=snapshot_every,
             group_by_length=group_by_length,
             max_skipped=max_skipped,
-            objective="loss" if objective is None else getattr(objective, "__qualname__", "custom"),
+            objective=minimised,
         )
         if not len(train):
             raise ValueError("train has no examples")
@@ -134,7 +140,7 @@ class Trainer:
             raise ValueError("patience needs eval and eval_every")
         if optimizer.model is not model:
             raise ValueError("the optimizer moves the weights of another model")
-        if objective is None and model.bundle.loss is None:
+        if minimised == "loss" and model.bundle.loss is None:
             raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
         lengths = None
         if group_by_length:
@@ -149,8 +155,10 @@ class Trainer:
         self.train = train
         self.eval = eval
         self.run = None if run is None else Path(run)
-        self.objective = objective
+        self.objective = metric_objective(objective, model.bundle) if isinstance(objective, str) else objective
         self.loop = loop
+        more = {judge.name} if minimised is None else {judge.name, minimised}
+        self._metrics = None if more <= set(task.shown) else (*task.shown, *sorted(more - set(task.shown)))
         self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
@@ -167,7 +175,7 @@ class Trainer:
         *,
         eval: Data | None = None,  # noqa: A002
         model: Model | None = None,
-        objective: Callable[[Mapping[str, NDArray[Any]], Batch], float] | None = None,
+        objective: BatchObjective | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Trainer:
         """Go on with a run after its last step; on the same machine the final weights are the same as without a break.
@@ -183,7 +191,9 @@ class Trainer:
             The same data as before, which is checked.
         model : Model, optional
             The base bundle, loaded, with its weights untouched; by default it is loaded from where it was.
-        objective, callback
+        objective : callable, optional
+            The function that the run minimised, if it was one.
+        callback : callable, optional
             As before.
         """
         past = Run(run)
@@ -200,14 +210,19 @@ class Trainer:
             model = load(base, threads=recipe.session.threads, packed=recipe.session.packing)
         _warn_of_differences(model, past)
         loop = asdict(recipe.loop)
-        del loop["objective"]
+        minimised: str | BatchObjective | None = loop.pop("objective")
+        if minimised is not None and objective is not None:
+            raise JournalError(f"{past.path}: the run minimised the metric {minimised!r}, and no function")
+        minimised = minimised or objective
+        if minimised is None:
+            raise JournalError(f"{past.path}: the run minimised a function of its caller: give it as the objective")
         trainer = cls(
             model,
             past.replay_onto(model),
             train,
             eval=eval,
             run=run,
-            objective=objective,
+            objective=minimised,
             source=recipe.data.source,
             callback=callback,
             **loop,
@@ -234,7 +249,7 @@ class Trainer:
         method = json.loads(json.dumps(self.optimizer.settings()))  # as the journal has it: lists, no tuples
         there = {**past.recipe.method, **asdict(past.recipe.loop)}
         here = {**method, **asdict(self.loop)}
-        implied = {"objective"}  # not to be compared: a function
+        implied = set()
         if there["steps"] != here["steps"]:
             implied |= {"schedule", "eval_every"}
         if there["method"] != here["method"]:
@@ -322,9 +337,10 @@ class Trainer:
         return self.train.batch(self._order(step))
 
     def _loss(self, model: Model, batch: Batch) -> float:
-        if self.objective is None:
+        if self.loop.objective == "loss":
             return model.loss(batch)
-        return float(self.objective(model.run(batch), batch))
+        outputs = self.objective.outputs if isinstance(self.objective, MetricObjective) else None
+        return float(self.objective(model.run(batch, outputs), batch))
 
     def _begin(self) -> RunWriter:
         assert self.run is not None
@@ -361,9 +377,14 @@ class Trainer:
         every = self.loop.eval_every
         return step == self.loop.steps or (every is not None and step % every == 0)
 
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the model as it is: :func:`evaluate` of the evaluation data, with the metric and the objective."""
+        if self.eval is None:
+            raise ValueError("the trainer has no eval data")
+        return evaluate(self.model, self.eval, batch_size=self.loop.batch_size, metrics=self._metrics)
+
     def _evaluate(self, step: int) -> dict[str, float]:
-        assert self.eval is not None
-        result = evaluate(self.model, self.eval, batch_size=self.loop.batch_size)
+        result = self.evaluate()
         self._evaluations[step] = result
         self._log({"step": step, "eval": {name: finite(value) for name, value in result.items()}})
         return result
@@ -372,7 +393,8 @@ class Trainer:
         if self.loop.patience is None or not self._evaluations:
             return False
         steps = sorted(self._evaluations)
-        best = max(steps, key=lambda step: score(self._evaluations[step], self.loop.metric))
+        metric = metric_named(self.loop.metric)
+        best = max(steps, key=lambda step: metric.score(self._evaluations[step]))
         return len(steps) - 1 - steps.index(best) >= self.loop.patience
 
     def _log(self, line: Mapping[str, Any]) -> None:

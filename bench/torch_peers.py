@@ -1,14 +1,13 @@
-"""MeZO as its paper does it in PyTorch (arXiv 2305.17333 and its code), on the models of models.py: the peer.
+"""The peers in PyTorch, on the models of models.py: MeZO as its paper's code does it, and AdamW by backpropagation.
 
-Four passes a step, each of which draws every z again with torch.normal from the step's seed: +eps, -2 eps, +eps and the
-update. Weights are those of a bundle, dense ones as torch keeps them, [out, in]; the forward runs eagerly, with torch's
-own fused attention.
+Weights are those of a bundle; dense ones are stored as torch stores them, [out, in]. The forward runs eagerly, with
+torch's own fused attention.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ Tensors = dict[str, Any]
 
 
 def read_weights(torch: Any, bundle: Path) -> Tensors:
-    """Read a bundle's weights, one tensor at a time."""
+    """Read a bundle's weights, one tensor at a time; dense ones are transposed."""
     path = bundle / "weights.safetensors"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -36,72 +35,31 @@ def read_weights(torch: Any, bundle: Path) -> Tensors:
     return result
 
 
-class Peer:
-    """A model and its weights.
+class Model:
+    """A model of models.py; ``weights`` are its tensors by name."""
 
-    Parameters
-    ----------
-    lr, eps : float
-    groups : dict of str to float
-        Factors of lr and eps for the weights whose names begin so.
-    seed : int
-        Of the steps' seeds.
-
-    Attributes
-    ----------
-    weights : dict of str to torch.Tensor
-        As the paper's code does it, each update puts a new tensor in the place of the old one.
-    """
-
-    def __init__(
-        self,
-        torch: Any,
-        bundle: Path,
-        shape: Shape,
-        *,
-        lr: float,
-        eps: float = 1e-3,
-        groups: Mapping[str, float] | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, torch: Any, bundle: Path, shape: Shape) -> None:
         self.torch = torch
         self.layers, self.heads, self.causal = shape.layers, shape.heads, shape.causal
-        self.lr, self.eps = lr, eps
         self.weights = read_weights(torch, bundle)
-        self.factors = {
-            name: factor for start, factor in (groups or {}).items() for name in self.weights if name.startswith(start)
-        }
-        self.random = np.random.default_rng(seed)
-
-    def step(self, objective: Callable[[], float]) -> tuple[float, float]:
-        """Take one step; return the losses on both sides."""
-        seed = int(self.random.integers(1_000_000_000))
-        self._add(seed, self.eps)
-        above = objective()
-        self._add(seed, -2 * self.eps)
-        below = objective()
-        self._add(seed, self.eps)
-        self._add(seed, -self.lr, (above - below) / (2 * self.eps))
-        return above, below
-
-    def _add(self, seed: int, scale: float, gradient: float | None = None) -> None:
-        torch = self.torch
-        torch.manual_seed(seed)
-        for name, weight in self.weights.items():
-            z = torch.normal(mean=0, std=1, size=weight.size(), dtype=weight.dtype)
-            factor = scale * self.factors.get(name, 1)
-            self.weights[name] = weight + (factor * z if gradient is None else factor * (gradient * z))
 
     def loss(self, batch: Mapping[str, NDArray[np.int64]]) -> float:
-        """Mean cross-entropy of a batch's labels."""
-        labels = self.torch.from_numpy(batch["labels"])
-        logits = self.logits(batch)
-        return float(self.torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)))
+        """Return the mean cross-entropy of a batch's labels."""
+        with self.torch.no_grad():
+            return float(self._loss(batch))
 
     def logits(self, batch: Mapping[str, NDArray[np.int64]]) -> Any:
         with self.torch.no_grad():
-            ids, mask = (self.torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
-            return self._decoder(ids, mask) if self.causal else self._encoder(ids, mask, batch["token_type_ids"])
+            return self._logits(batch)
+
+    def _loss(self, batch: Mapping[str, NDArray[np.int64]]) -> Any:
+        labels = self.torch.from_numpy(batch["labels"])
+        logits = self._logits(batch)
+        return self.torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+
+    def _logits(self, batch: Mapping[str, NDArray[np.int64]]) -> Any:
+        ids, mask = (self.torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask"))
+        return self._decoder(ids, mask) if self.causal else self._encoder(ids, mask, batch["token_type_ids"])
 
     def _dense(self, x: Any, name: str) -> Any:
         return self.torch.nn.functional.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -153,3 +111,74 @@ class Peer:
             inner = functional.relu(self._dense(self._norm(x, f"{layer}.final_layer_norm"), f"{layer}.fc1"))
             x = x + self._dense(inner, f"{layer}.fc2")
         return functional.linear(self._norm(x, "final_layer_norm"), self.weights["embed_tokens.weight"])
+
+
+class MeZO(Model):
+    """MeZO (arXiv 2305.17333) as its paper's code does it.
+
+    A step is four passes over the weights: +eps, -2 eps, +eps and the update. Each pass seeds torch's generator with
+    the step's seed, draws every z with torch.normal, and replaces each weight by a new tensor.
+
+    Parameters
+    ----------
+    lr, eps : float
+    groups : dict of str to float
+        Factors of lr and eps for the weights whose names start with the key.
+    seed : int
+        Seed of the generator that draws the seeds of the steps.
+    """
+
+    def __init__(
+        self,
+        torch: Any,
+        bundle: Path,
+        shape: Shape,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        groups: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(torch, bundle, shape)
+        self.lr, self.eps = lr, eps
+        self.factors = {
+            name: factor for start, factor in (groups or {}).items() for name in self.weights if name.startswith(start)
+        }
+        self.random = np.random.default_rng(seed)
+
+    def step(self, batch: Mapping[str, NDArray[np.int64]]) -> float:
+        """Take one step; return the mean of its two losses."""
+        seed = int(self.random.integers(1_000_000_000))
+        self._add(seed, self.eps)
+        above = self.loss(batch)
+        self._add(seed, -2 * self.eps)
+        below = self.loss(batch)
+        self._add(seed, self.eps)
+        self._add(seed, -self.lr, (above - below) / (2 * self.eps))
+        return (above + below) / 2
+
+    def _add(self, seed: int, scale: float, gradient: float | None = None) -> None:
+        torch = self.torch
+        torch.manual_seed(seed)
+        for name, weight in self.weights.items():
+            z = torch.normal(mean=0, std=1, size=weight.size(), dtype=weight.dtype)
+            factor = scale * self.factors.get(name, 1)
+            self.weights[name] = weight + (factor * z if gradient is None else factor * (gradient * z))
+
+
+class AdamW(Model):
+    """AdamW by backpropagation, with torch's default settings; gradients are freed before the next forward."""
+
+    def __init__(self, torch: Any, bundle: Path, shape: Shape, *, lr: float) -> None:
+        super().__init__(torch, bundle, shape)
+        for weight in self.weights.values():
+            weight.requires_grad_()
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=lr)
+
+    def step(self, batch: Mapping[str, NDArray[np.int64]]) -> float:
+        """Take one step; return its loss."""
+        self.optimizer.zero_grad()
+        loss = self._loss(batch)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())

@@ -1,0 +1,60 @@
+// Segments of 16-bit weights.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "job.h"
+
+namespace pocketzo {
+namespace {
+
+constexpr std::uint64_t kTile16 = 1u << 11;  // as fp32, with the noise and the random bits of as many: 24 KiB
+
+}  // namespace
+
+// 16-bit weights, in tiles of whole blocks that are computed on in fp32.
+void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+  const auto [begin, end] = range_of(s, number);
+  const Keys keys(job, s.tensor, begin);
+  const KernelSet& set = *job.set;
+  const Format16& format = s.storage == Storage::float16 ? set.fp16 : set.bf16;
+  alignas(64) float w[kTile16];
+  alignas(64) float z[kTile16];
+  alignas(64) std::uint32_t words[kTile16];
+  for (std::uint64_t e = begin; e < end;) {
+    const std::uint64_t n = std::min(end - e, kTile16 - e % kTile16);
+    const std::uint64_t first = e / kBlock, lead = e % kBlock, blocks = (lead + n + kBlock - 1) / kBlock;
+    const std::uint64_t size = blocks * kBlock;
+    std::uint16_t* const data = static_cast<std::uint16_t*>(s.data) + (e - s.offset);
+    std::uint16_t ragged[kTile16];
+    std::uint16_t* const stored = size == n ? data : ragged;
+    if (size != n) {
+      std::memset(ragged, 0, size * sizeof *ragged);
+      std::memcpy(ragged + lead, data, n * sizeof *ragged);
+    }
+    format.widen(w, stored, size);
+    for (std::size_t t = 0; t < job.term_count; ++t) {
+      const Term& term = job.terms[t];
+      if (term.count == 1) kernel_of(set, term)({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale);
+      if (term.count > 1) kernel_of(set, term.direction, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
+      for (unsigned i = 0; i < term.count && term.count > 1; ++i) {
+        if (i != 0) format.round_nearest(w, size);
+        set.axpy(w, z, term.scale[i], size);
+      }
+      if (term.decay != 0.0f) set.shrink(w, size, term.decay);
+      if (term.rounding == Rounding::stochastic) {
+        const Key key = subkey(term.seed, s.tensor, term.draw, static_cast<std::uint32_t>(e >> 34));
+        set.words(words, first, blocks, key);
+        format.round_stochastic(w, words, size);
+      } else if (term.rounding == Rounding::nearest && t + 1 != job.term_count) {  // the last one is in narrow
+        format.round_nearest(w, size);
+      }
+    }
+    format.narrow(stored, w, size);
+    if (size != n) std::memcpy(data, ragged + lead, n * sizeof *ragged);
+    e += n;
+  }
+}
+
+}  // namespace pocketzo

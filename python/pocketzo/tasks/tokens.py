@@ -1,0 +1,82 @@
+"""Token labels: each token has a class, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pocketzo.data.examples import Encoded, Example, LineError, not_text
+from pocketzo.tasks.base import IGNORED
+from pocketzo.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from pocketzo.data.columns import Columns
+
+
+class TokenClassification(Classification):
+    """Words and the class of each: ``{"tokens": ["Ada", "sleeps"], "labels": ["NAME", "O"]}``.
+
+    Either may also be one string, to be split at white space. The first token of a word gets the word's class; its
+    other tokens, special tokens and words with the label -100 do not count.
+    """
+
+    name: ClassVar[str] = "token-classification"
+    columns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": ("tokens", "words", "text", "sentence"),
+        "label": ("labels", "tags", "label"),
+    }
+    headerless: ClassVar[Mapping[int, tuple[str, ...]]] = {1: ("tokens",), 2: ("tokens", "labels")}
+    labels_per: ClassVar[Literal["example", "token"]] = "token"
+
+    def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
+        """Take words and their classes from a record."""
+        text, label = (self.find(record, columns, role) for role in ("text", "label"))
+        if text is None:
+            raise LineError(self.missing(record, columns, "text"))
+        words = _items(record, text)
+        for word in words:
+            if not isinstance(word, str):
+                raise LineError(f"{text!r} must hold strings, found {type(word).__name__}")
+            if reason := not_text(text, word):
+                raise LineError(reason)
+        if label is None:
+            return Example(words, None, None)
+        labels = [self.class_number(item) for item in _items(record, label)]
+        if len(labels) != len(words):
+            raise LineError(f"{len(labels)} labels for {len(words)} words")
+        return Example(words, None, labels)
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+        """Return the tokens of each example, and a class by token."""
+        encodings = tokenizer.encode_batch([example.text for example in examples], is_pretokenized=True)
+        return [
+            Encoded(encoding.ids, encoding.type_ids, _by_token(encoding.word_ids, example.label))
+            for example, encoding in zip(examples, encodings, strict=True)
+        ]
+
+    def class_number(self, label: object) -> int:
+        """Return the number of the class that a label names, or -100; a :class:`LineError` if it is neither."""
+        if not isinstance(label, bool) and label in (IGNORED, str(IGNORED)):
+            return IGNORED
+        return super().class_number(label)
+
+
+def _items(record: Mapping[str, Any], name: str) -> list[Any]:
+    value = record[name]
+    if isinstance(value, str):
+        value = value.split()
+    if not isinstance(value, list):
+        raise LineError(f"{name!r} must be a list or a string, found {type(value).__name__}")
+    if not value:
+        raise LineError(f"{name!r} is empty")
+    return value
+
+
+def _by_token(words: Sequence[int | None], labels: Any) -> list[int] | None:
+    """Return the label of the first token of each word, and -100 for all other tokens."""
+    if labels is None:
+        return None
+    firsts = [word if word != before else None for before, word in zip([None, *words], words, strict=False)]
+    return [IGNORED if word is None else labels[word] for word in firsts]

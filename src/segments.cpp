@@ -1,0 +1,81 @@
+// The weights of a model, and programs of terms for them.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "module.h"
+#include "pocketzo/kernels.h"
+
+namespace binding {
+namespace {
+
+// The tensors that one program of terms moves. Holds the arrays and packings, so that their memory stays.
+class Segments {
+ public:
+  explicit Segments(const py::sequence& tensors) {
+    for (const py::handle item : tensors) {
+      const auto parts = item.cast<py::tuple>();
+      if (parts.size() != 2 && parts.size() != 3)
+        throw py::value_error("each item must be (array, tensor id) or (array, tensor id, packing), got " +
+                              shown(item));
+      auto array = checked(parts[0], "weight", true);
+      segments_.push_back(segment_of(array, parts[1], py::int_(0)));
+      if (parts.size() == 3 && !parts[2].is_none()) {
+        const auto& packing = parts[2].cast<const pz::Packing&>();
+        checked_packed(array, packing);
+        segments_.back().size = packing.rows * packing.columns;
+        segments_.back().packing = &packing;
+        packings_.push_back(py::reinterpret_borrow<py::object>(parts[2]));
+      }
+      arrays_.push_back(std::move(array));
+    }
+  }
+
+  void apply(const py::array_t<pz::Term, py::array::c_style>& terms) const {
+    if (terms.ndim() != 1) throw py::value_error("terms must be one-dimensional");
+    const pz::Term* data = terms.data();
+    const auto count = static_cast<std::size_t>(terms.size());
+    for (std::size_t t = 0; t < count; ++t) {
+      const auto direction = static_cast<std::uint8_t>(data[t].direction);
+      const auto rounding = static_cast<std::uint8_t>(data[t].rounding);
+      if (data[t].count > 3 || direction > 1 || rounding > 2)
+        throw py::value_error("term " + std::to_string(t) + " has " + std::to_string(data[t].count) +
+                              " scales, direction " + std::to_string(direction) + " and rounding " +
+                              std::to_string(rounding) + "; at most 3, 1 and 2 are known");
+    }
+    // Other Python threads go on; the arrays are ours and the weights are the caller's to guard.
+    const py::gil_scoped_release release;
+    pz::apply(segments_.data(), segments_.size(), data, count);
+  }
+
+  std::uint64_t size() const {
+    std::uint64_t n = 0;
+    for (const pz::Segment& s : segments_) n += s.size;
+    return n;
+  }
+
+ private:
+  std::vector<py::array> arrays_;
+  std::vector<py::object> packings_;
+  std::vector<pz::Segment> segments_;
+};
+
+}  // namespace
+
+void add_segments(py::module_& m) {
+  using pz::Term;
+  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, direction, rounding, unused);
+  m.attr("TERM") = py::dtype::of<Term>();
+  py::class_<Segments>(m, "Segments")
+      .def(py::init<const py::sequence&>(), py::arg("tensors"))
+      .def("apply", &Segments::apply, py::arg("terms").noconvert())
+      .def_property_readonly("size", &Segments::size);
+}
+
+}  // namespace binding

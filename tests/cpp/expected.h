@@ -1,0 +1,115 @@
+// What the kernels have to compute, element by element, and the calls that have to do it.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "kernel_set.h"
+#include "pocketzo/kernels.h"
+
+namespace pocketzo::test {
+
+constexpr std::uint64_t kBlock = 64;
+constexpr Direction kDirections[] = {Direction::gaussian, Direction::rademacher};
+
+inline const char* name(Direction direction) { return direction == Direction::gaussian ? "gaussian" : "rademacher"; }
+
+// The weight pattern of answers.txt.
+inline std::vector<float> weights(std::size_t n) {
+  std::vector<float> w(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const auto h = static_cast<std::uint32_t>(static_cast<std::uint64_t>(i) * 2654435761u);
+    w[i] = static_cast<float>(static_cast<std::int64_t>(h) - (std::int64_t{1} << 31)) * 0x1p-33f;
+    if (i % 61 == 7) w[i] = from_bits(h & 0x807FFFFFu);
+    if (i % 61 == 13) w[i] = 0.0f;
+    if (i % 61 == 14) w[i] = -0.0f;
+  }
+  return w;
+}
+
+// The same for 16 bits, over the range of fp16.
+inline std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
+  const std::size_t whole = (n + kBlock - 1) / kBlock * kBlock;
+  std::vector<float> w = weights(whole);
+  for (std::size_t i = 0; i < whole; ++i) w[i] = std::ldexp(w[i], 17 - 2 * static_cast<int>(i % 18));
+  std::vector<std::uint16_t> halves(whole);
+  const KernelSet& set = *find("scalar");
+  (storage == Storage::float16 ? set.fp16 : set.bf16).narrow(halves.data(), w.data(), whole);
+  halves.resize(n);
+  return halves;
+}
+
+// A stretch of a direction through the whole-block function of one set; the windows are cut here.
+inline std::vector<float> direction_by(const KernelSet& set, Direction direction, std::uint64_t seed,
+                                       std::uint32_t tensor, std::uint64_t draw, std::uint64_t offset, std::size_t n) {
+  if (n == 0) return {};
+  const bool gaussian = direction == Direction::gaussian;
+  const int window_bits = gaussian ? 28 : 33;
+  const std::uint64_t first = offset / kBlock, last = (offset + (n - 1)) / kBlock;
+  std::vector<float> blocks(static_cast<std::size_t>(last - first + 1) * kBlock);
+  for (std::uint64_t at = first; at <= last;) {
+    const std::uint64_t window = at >> window_bits;
+    const std::uint64_t stop = std::min(last, ((window + 1) << window_bits) - 1);
+    const Key key = subkey(seed, tensor, draw, static_cast<std::uint32_t>(window) | (gaussian ? 0 : 1u << 31));
+    const Walk walk{blocks.data() + (at - first) * kBlock, 16, 64, at, 1, static_cast<std::size_t>(stop - at + 1)};
+    (gaussian ? set.gaussian : set.rademacher)[0](walk, key, nullptr);
+    at = stop + 1;
+  }
+  const auto begin = blocks.begin() + static_cast<std::ptrdiff_t>(offset - first * kBlock);
+  return {begin, begin + static_cast<std::ptrdiff_t>(n)};
+}
+
+inline const KernelSet& scalar() {
+  const KernelSet* set = find("scalar");
+  if (set == nullptr) throw std::runtime_error("there is no scalar set");
+  return *set;
+}
+
+inline Term term(Direction direction, std::uint64_t seed, std::uint64_t draw, std::vector<float> scales,
+                 float decay = 0) {
+  Term t{};
+  t.seed = seed;
+  t.draw = draw;
+  std::copy(scales.begin(), scales.end(), t.scale);
+  t.decay = decay;
+  t.count = static_cast<std::uint8_t>(scales.size());
+  t.direction = direction;
+  return t;
+}
+
+// What `apply` has to do, element by element, with std::fma; z from the scalar set.
+inline void expect_applied(std::vector<float>& w, std::uint32_t tensor, std::uint64_t offset,
+                           const std::vector<Term>& terms) {
+  for (const Term& t : terms) {
+    const auto z = direction_by(scalar(), t.direction, t.seed, tensor, t.draw, offset, w.size());
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      for (unsigned k = 0; k < t.count; ++k) w[i] = std::fma(t.scale[k], z[i], w[i]);
+      if (t.decay != 0) w[i] = std::fma(-t.decay, w[i], w[i]);
+    }
+  }
+}
+
+inline void apply_to(float* data, std::size_t n, std::uint32_t tensor, std::uint64_t offset,
+                     const std::vector<Term>& terms) {
+  const Segment segment{data, n, offset, tensor};
+  apply(&segment, 1, terms.data(), terms.size());
+}
+
+inline std::vector<Term> mixed_terms() {
+  return {term(Direction::gaussian, 3, 1, {1e-3f, -2e-3f}, 1e-3f), term(Direction::rademacher, 3, 2, {0.5f}),
+          term(Direction::gaussian, 4, 2, {}, 0.125f), term(Direction::gaussian, 4, 3, {1e-3f, 1e-3f, 3e-3f})};
+}
+
+inline void apply_to(std::uint16_t* data, std::size_t n, Storage storage, std::uint64_t offset,
+                     const std::vector<Term>& terms) {
+  const Segment segment{data, n, offset, 9, nullptr, storage};
+  apply(&segment, 1, terms.data(), terms.size());
+}
+
+}  // namespace pocketzo::test

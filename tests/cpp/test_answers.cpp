@@ -1,0 +1,166 @@
+// The answer file: what an independent implementation of the specification computes.
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "answers.h"
+#include "check.h"
+#include "expected.h"
+#include "kernel_set.h"
+#include "pocketzo/kernels.h"
+
+namespace pocketzo::test {
+namespace {
+
+constexpr std::size_t kCrcBlock = std::size_t{1} << 16;
+constexpr std::size_t kApplyValues = 64;
+
+void check_crc(const Answer& a, std::size_t field, std::size_t block, const float* data, std::size_t n) {
+  const std::uint32_t crc = crc32(data, n * sizeof(float)), want = Answer::word(a.answer.at(field));
+  if (crc != want) {
+    FAIL(say(a.where(), ": the CRC of block ", block, " (from element ", block * kCrcBlock, ") is ", hex(crc),
+             ", expected ", hex(want)));
+  }
+}
+
+// An answer that is the first values and the CRCs of all.
+void check_values_and_crcs(const Answer& a, const std::vector<float>& w) {
+  auto want = a.floats();
+  CHECK_SAME(w.data(), want.data(), kApplyValues, a.where());
+  const std::size_t blocks = (w.size() + kCrcBlock - 1) / kCrcBlock;
+  CHECK(a.answer.size() == kApplyValues + blocks);
+  for (std::size_t b = 0; b < blocks; ++b) {
+    check_crc(a, kApplyValues + b, b, w.data() + b * kCrcBlock, std::min(kCrcBlock, w.size() - b * kCrcBlock));
+  }
+}
+
+void check_philox(const KernelSet& set, const Answer& a) {
+  std::array<std::uint32_t, 6> in{};  // counter, key
+  for (std::size_t i = 0; i < in.size(); ++i) in[i] = Answer::word(a.request.at(i + 1));
+  if (a.request.at(0) == "10") {
+    const Key key = subkey(in[4] | std::uint64_t{in[5]} << 32, in[2], in[0] | std::uint64_t{in[1]} << 32, in[3]);
+    for (std::size_t j = 0; j < 4; ++j) CHECK(key.word[j] == Answer::word(a.answer.at(j)));
+  } else if (in[3] == 0) {  // the kernels' fourth counter word is 0
+    std::array<std::uint32_t, 64> out{};
+    set.words(out.data(), in[0] / 16, 1, Key{{in[4], in[5], in[1], in[2]}});
+    for (std::size_t j = 0; j < 4; ++j) CHECK(out[16 * j + in[0] % 16] == Answer::word(a.answer.at(j)));
+  }
+}
+
+void check_stretch(const KernelSet& set, const Answer& a, Direction direction) {
+  const std::uint64_t seed = a.integer(0), draw = a.integer(2), offset = a.integer(3);
+  const auto n = static_cast<std::size_t>(a.integer(4));
+  std::vector<float> want;
+  if (direction == Direction::gaussian) {
+    want = a.floats();
+  } else {
+    for (const char sign : a.answer.at(0)) want.push_back(sign == '+' ? 1.0f : -1.0f);
+  }
+  CHECK(want.size() == n);
+  CHECK_SAME(direction_by(set, direction, seed, a.tensor(1), draw, offset, n).data(), want.data(), n,
+             a.where() + " (KernelSet)");
+  std::vector<float> z(n);
+  generate({z.data(), n, offset, a.tensor(1)}, seed, draw, direction);
+  CHECK_SAME(z.data(), want.data(), n, a.where() + " (generate)");
+}
+
+void check_crcs(const Answer& a, Direction direction) {
+  std::vector<float> z(kCrcBlock * 16);
+  const auto blocks = static_cast<std::size_t>(a.integer(4));
+  CHECK(a.answer.size() == blocks);
+  for (std::size_t done = 0; done < blocks;) {
+    const std::size_t now = std::min<std::size_t>(16, blocks - done);
+    generate({z.data(), now * kCrcBlock, a.integer(3) + done * kCrcBlock, a.tensor(1)}, a.integer(0), a.integer(2),
+             direction);
+    for (std::size_t b = 0; b < now; ++b) check_crc(a, done + b, done + b, z.data() + b * kCrcBlock, kCrcBlock);
+    done += now;
+  }
+}
+
+// A term of a request, from field `at` on, which is moved behind it.
+Term term_at(const Answer& a, std::size_t& at) {
+  const Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
+  std::vector<float> scales;
+  for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
+  const Term result = term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3));
+  at += 5 + scales.size();
+  return result;
+}
+
+void check_apply(const Answer& a) {
+  std::vector<Term> terms;
+  std::size_t at = 4;
+  for (std::uint64_t i = 0; i < a.integer(3); ++i) terms.push_back(term_at(a, at));
+  CHECK(at == a.request.size());
+  auto w = weights(static_cast<std::size_t>(a.integer(2)));
+  apply_to(w.data(), w.size(), a.tensor(0), a.integer(1), terms);
+  check_values_and_crcs(a, w);
+}
+
+void check_apply16(const Answer& a) {
+  const Storage storage = a.request.at(0) == "float16" ? Storage::float16 : Storage::bfloat16;
+  std::vector<Term> terms;
+  std::size_t at = 5;
+  for (std::uint64_t i = 0; i < a.integer(4); ++i) {
+    terms.push_back(term_at(a, at));
+    const std::string& rounding = a.request.at(at++);
+    terms.back().rounding = rounding == "stochastic" ? Rounding::stochastic
+                            : rounding == "later"    ? Rounding::later
+                                                     : Rounding::nearest;
+  }
+  CHECK(at == a.request.size());
+  CHECK(a.integer(1) == 9);
+  const auto n = static_cast<std::size_t>(a.integer(3));
+  auto w = weights16(n, storage);
+  apply_to(w.data(), n, storage, a.integer(2), terms);
+  for (std::size_t i = 0; i < kApplyValues; ++i)
+    if (w[i] != Answer::word(a.answer.at(i)))
+      FAIL(say(a.where(), ": element ", i, " is ", hex(w[i]), ", expected ", a.answer.at(i)));
+  for (std::size_t b = 0; b * kCrcBlock < n; ++b) {
+    const std::size_t size = std::min(kCrcBlock, n - b * kCrcBlock);
+    if (crc32(w.data() + b * kCrcBlock, size * 2) != Answer::word(a.answer.at(kApplyValues + b)))
+      FAIL(say(a.where(), ": the CRC of block ", b, " is another"));
+  }
+}
+
+TEST(answers_of_the_specification) {
+  const KernelSet& set = current();
+  for (const Answer& a : answers()) {
+    if (a.kind == "philox") {
+      check_philox(set, a);
+    } else if (a.kind == "subkey") {
+      const Key key = subkey(a.integer(0), a.tensor(1), a.integer(2), static_cast<std::uint32_t>(a.integer(3)));
+      for (std::size_t j = 0; j < 4; ++j) CHECK(key.word[j] == Answer::word(a.answer.at(j)));
+    } else if (a.kind == "words") {
+      const std::uint64_t block = a.integer(3);
+      const Key key = subkey(a.integer(0), a.tensor(1), a.integer(2), static_cast<std::uint32_t>(block >> 28));
+      std::array<std::uint32_t, 64> out{};
+      set.words(out.data(), block, 1, key);
+      for (std::size_t j = 0; j < 64; ++j) CHECK(out[j] == Answer::word(a.answer.at(j)));
+    } else if (a.kind == "normal") {
+      check_stretch(set, a, Direction::gaussian);
+    } else if (a.kind == "rademacher") {
+      check_stretch(set, a, Direction::rademacher);
+    } else if (a.kind == "normal_crc") {
+      check_crcs(a, Direction::gaussian);
+    } else if (a.kind == "rademacher_crc") {
+      check_crcs(a, Direction::rademacher);
+    } else if (a.kind == "shrink") {
+      auto w = weights(static_cast<std::size_t>(a.integer(1)));
+      set.shrink(w.data(), w.size(), a.fp32(0));
+      check_values_and_crcs(a, w);
+    } else if (a.kind == "apply") {
+      check_apply(a);
+    } else if (a.kind == "apply16") {
+      check_apply16(a);
+    } else {
+      FAIL(a.where() + ": unknown kind");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pocketzo::test
