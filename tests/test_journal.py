@@ -168,6 +168,13 @@ def test_bytes_too_many_or_too_few_in_the_middle_are_damage(path: Path, gap: int
         read(path)
 
 
+def test_an_entry_of_which_the_checksum_alone_is_left_is_damage(path: Path) -> None:
+    data = write(path, [SOME[0], SOME[1], SOME[2]])
+    path.write_bytes(data[: -sum(SIZES[1:])] + data[-SIZES[2] - 4 :])
+    with pytest.raises(JournalError, match=r"entry 1, at byte \d+, is damaged, and there are good ones after it"):
+        read(path)
+
+
 @pytest.mark.parametrize("words", [b"\1\0\0\0", b"\0\4\0\0", b"\0\0\x10\0", b"\0\1", b"\0\0\1", b"\0\0\0\1\1"])
 def test_a_file_made_to_keep_the_search_busy(path: Path, words: bytes) -> None:
     path.write_bytes(write(path, SOME) + words * (10_000_000 // len(words)))
