@@ -215,7 +215,7 @@ def termux(session: nox.Session) -> None:
     # CMake before 4.2 does not link libpython on Android by itself.
     session.run(*install, f"{sdist}[demo]", "--group=test", "--group=build", "--group=cross", "cmake<4.2")
     path = f"{venv}/bin:{os.environ['PATH']}"
-    names = ("model", "packed", "optim", "trainer", "memory", "packaging", "symbols")
+    names = ("model", "prepack", "optim", "trainer", "memory", "packaging", "symbols")
     files = [f"tests/test_{name}.py" for name in names]
     run_pytest(session, "Termux's versions", "termux", python, *pytest, "-n", "2", *files, PATH=path)
 

@@ -41,7 +41,7 @@ def worker(work: str, shape: str, bundle: str, batch: str) -> None:
     warnings.simplefilter("ignore")  # about fp16 being slow here
     if work != "imports":
         inputs = make_batch(shape, *map(int, batch.split("x")))
-        model = pz.load(bundle, threads=1, packed=False, verify="fast")
+        model = pz.load(bundle, threads=1, prepack=False, verify="fast")
         optimizer = pz.MeZO(model, lr=1e-6)
         for _ in range(2):
             if work == "running":
@@ -53,7 +53,7 @@ def worker(work: str, shape: str, bundle: str, batch: str) -> None:
             {
                 "peak": peak_rss(),
                 "architecture": platform.machine(),
-                "computes_in_fp16": pz._core.has_half_arithmetic(),
+                "computes_in_fp16": pz._core.has_fp16_arithmetic(),
                 "onnxruntime": onnxruntime.__version__,
             }
         )

@@ -1,4 +1,4 @@
-"""The kernels against numpy, on one array larger than the caches; nothing is asserted.
+"""The kernels against what numpy would do, on one array beyond the caches; nothing here is asserted.
 
 python -m pytest bench/kernels.py --benchmark-group-by=func --benchmark-columns=min,median,rounds
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import pocketzo as pz
-from pocketzo.kernels import Direction
+from pocketzo.kernels import Distribution
 
 SIZE = 1 << 26  # elements, 256 MiB
 Weights = NDArray[np.float32]
@@ -39,25 +39,25 @@ def measure(benchmark: BenchmarkFixture, work: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_perturb(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Direction) -> None:
+def test_perturb(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Distribution) -> None:
     measure(
         benchmark,
-        lambda: pz.kernels.perturb(weights, seed=1, tensor=2, draw=3, scale=1e-3, direction=distribution),
+        lambda: pz.kernels.perturb(weights, seed=1, tensor=2, draw=3, scale=1e-3, distribution=distribution),
     )
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_step(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Direction) -> None:
+def test_step(benchmark: BenchmarkFixture, weights: Weights, threads: int, distribution: Distribution) -> None:
     measure(
         benchmark,
         lambda: pz.kernels.step(
-            weights, seed=1, tensor=2, draw=3, scale=1e-3, next_draw=4, next_scale=1e-3, direction=distribution
+            weights, seed=1, tensor=2, draw=3, scale=1e-3, next_draw=4, next_scale=1e-3, distribution=distribution
         ),
     )
 
 
 def test_numpy_scale_in_place(benchmark: BenchmarkFixture, weights: Weights) -> None:
-    """The memory bound of one thread: each element is read, multiplied and written once."""
+    """The memory bound of one thread: read and write every element, one multiplication each."""
     measure(benchmark, lambda: np.multiply(weights, np.float32(0.999), out=weights))
 
 
@@ -65,7 +65,7 @@ def test_numpy_scale_in_place(benchmark: BenchmarkFixture, weights: Weights) -> 
 def test_numpy_normal_and_add(
     benchmark: BenchmarkFixture, weights: Weights, bits: type[np.random.BitGenerator]
 ) -> None:
-    """MeZO without kernels of its own: draw all of z, then add it."""
+    """What MeZO does without kernels of its own: draw all of z, then add it."""
 
     def work() -> None:
         z = np.random.Generator(bits(3)).standard_normal(SIZE, np.float32)

@@ -75,7 +75,7 @@ def normal(name: str, *size: int) -> Array:
     """Return random weights, a function of their name and size."""
     import pocketzo as pz
 
-    z = pz.kernels.normal(prod(size), seed=0, tensor=zlib.crc32(name.encode()), draw=0)
+    z = pz.kernels.noise(prod(size), seed=0, tensor=zlib.crc32(name.encode()), draw=0)
     z *= np.float32(0.02)
     return z.reshape(size)
 

@@ -90,7 +90,7 @@ def ours(w: Weights, threads: int) -> list[Entry]:
     for isa in pz.kernels.available():
         w = whole[: whole.size // 16] if isa == "scalar" else whole
         for distribution in ("gaussian", "rademacher"):
-            known: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3, "scale": SCALE, "direction": distribution}
+            known: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3, "scale": SCALE, "distribution": distribution}
             entry(isa, f"add {distribution}", partial(pz.kernels.perturb, w, **known))
             entry(isa, f"step {distribution}", partial(pz.kernels.step, w, **known, next_draw=4, next_scale=-SCALE))
         if isa != "scalar":

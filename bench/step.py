@@ -99,7 +99,7 @@ def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> Sy
     pz.kernels.set_threads(threads)
     prepack: bool | Literal["auto"] = system == "prepacked" if system in ("prepacked", "plain") else "auto"
     try:
-        model = pz.load(bundle, threads=threads, packed=prepack)
+        model = pz.load(bundle, threads=threads, prepack=prepack)
     except pz.Error as error:
         raise UnusableError(str(error)) from None
     loss = model.loss(inputs)

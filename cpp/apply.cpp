@@ -98,8 +98,8 @@ void apply(const Segment* segments, std::size_t segment_count, const Term* terms
   run_job({&current(), segments, segment_count, terms, term_count, false});
 }
 
-void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept {
-  const Term term = {seed, draw, {}, 0.0f, 0, direction, Rounding::nearest, {}};
+void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Distribution distribution) noexcept {
+  const Term term = {seed, draw, {}, 0.0f, 0, distribution, Rounding::nearest, {}};
   run_job({&current(), &segment, 1, &term, 1, true});
 }
 

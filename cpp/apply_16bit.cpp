@@ -37,7 +37,7 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcep
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
       if (term.count == 1) kernel_of(set, term)({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale);
-      if (term.count > 1) kernel_of(set, term.direction, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
+      if (term.count > 1) kernel_of(set, term.distribution, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
       for (unsigned i = 0; i < term.count && term.count > 1; ++i) {
         if (i != 0) format.round_nearest(w, size);
         set.axpy(w, z, term.scale[i], size);

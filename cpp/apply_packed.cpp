@@ -12,7 +12,7 @@ namespace {
 // Whole blocks of a packed matrix are worked on where they lie if each is four panels of one row, or, of a transposed
 // one, in a tile that is turned round. Else elements are gathered: small matrices, and a vocabulary of odd size.
 bool in_rows(const Packing& p) noexcept { return !p.transposed && p.columns % kBlock == 0; }
-bool in_turned_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
+bool in_transposed_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
 
 constexpr std::uint64_t kGroup = 256;  // columns of a unit: with blocks of 256 rows, as many elements as kUnit
 constexpr std::uint64_t kHeight = kUnit / kPanel;  // rows of a unit that is part of one panel
@@ -45,7 +45,7 @@ void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept
 }
 
 // Up to 4096 elements of 16 rows of the transposed tensor, in tiles of 64 elements each.
-void apply_turned_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+void apply_transposed_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
   const Packing& p = *s.packing;
   const std::uint64_t along = (p.rows + kHeight - 1) / kHeight;
   const std::uint64_t first = number / along * kPanel, lanes = std::min(kPanel, p.columns - first);
@@ -88,13 +88,13 @@ void apply_gathered(const Job& job, const Segment& s, std::uint64_t number) noex
 std::uint64_t packed_units_of(const Segment& s) noexcept {
   const Packing& p = *s.packing;
   if (in_rows(p)) return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kGroup - 1) / kGroup);
-  if (in_turned_rows(p)) return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kHeight - 1) / kHeight);
+  if (in_transposed_rows(p)) return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kHeight - 1) / kHeight);
   return ranges_of(s);
 }
 
 void apply_packed(const Job& job, const Segment& s, std::uint64_t number) noexcept {
   if (in_rows(*s.packing)) return apply_rows(job, s, number);
-  if (in_turned_rows(*s.packing)) return apply_turned_rows(job, s, number);
+  if (in_transposed_rows(*s.packing)) return apply_transposed_rows(job, s, number);
   apply_gathered(job, s, number);
 }
 

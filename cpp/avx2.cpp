@@ -282,14 +282,14 @@ struct Fp16 {
     const __m256i m = _mm256_xor_si256(_mm256_castps_si256(w), sign);
     r = _mm256_srli_epi32(r, 3);  // as many bits as are cut off
     const __m256i up = _mm256_add_epi32(m, r);
-    const __m256i large = _mm256_cmpgt_epi32(up, broadcast(kHalfTooLarge - 1));
+    const __m256i large = _mm256_cmpgt_epi32(up, broadcast(kFp16TooLarge - 1));
     const __m256i beyond = _mm256_max_epi32(m, broadcast(kInfinity));  // a NaN stays one
     const __m256i normal = _mm256_blendv_epi8(_mm256_andnot_si256(broadcast(0x1FFF), up), beyond, large);
     // Subnormal ones are whole numbers of units.
     const __m256 units = _mm256_fmadd_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(0x1p24f),
                                          _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(0x1p-13f)));
     const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvttps_epi32(units)), _mm256_set1_ps(0x1p-24f));
-    const __m256i is_small = _mm256_cmpgt_epi32(broadcast(kHalfNormal), m);
+    const __m256i is_small = _mm256_cmpgt_epi32(broadcast(kFp16Normal), m);
     const __m256i cut = _mm256_blendv_epi8(normal, _mm256_castps_si256(small), is_small);
     return _mm256_castsi256_ps(_mm256_or_si256(sign, cut));
   }

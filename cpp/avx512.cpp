@@ -281,14 +281,14 @@ struct Fp16 {
     const __m512i m = _mm512_xor_si512(_mm512_castps_si512(w), sign);
     r = _mm512_srli_epi32(r, 3);  // as many bits as are cut off
     const __m512i up = _mm512_add_epi32(m, r);
-    const __mmask16 large = _mm512_cmpge_epu32_mask(up, broadcast(kHalfTooLarge));
+    const __mmask16 large = _mm512_cmpge_epu32_mask(up, broadcast(kFp16TooLarge));
     const __m512i cut_off = _mm512_andnot_si512(broadcast(0x1FFF), up);
     const __m512i normal = _mm512_mask_max_epu32(cut_off, large, m, broadcast(kInfinity));  // a NaN stays one
     // Subnormal ones are whole numbers of units.
     const __m512 units = _mm512_fmadd_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(0x1p24f),
                                          _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(0x1p-13f)));
     const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvttps_epi32(units)), _mm512_set1_ps(0x1p-24f));
-    const __mmask16 is_small = _mm512_cmpgt_epi32_mask(broadcast(kHalfNormal), m);
+    const __mmask16 is_small = _mm512_cmpgt_epi32_mask(broadcast(kFp16Normal), m);
     const __m512i cut = _mm512_mask_blend_epi32(is_small, normal, _mm512_castps_si512(small));
     return _mm512_castsi512_ps(_mm512_or_si512(sign, cut));
   }

@@ -36,8 +36,8 @@ constexpr std::uint32_t kSign = 0x80000000u;
 
 // Random bits for stochastic rounding, SPEC.md section 5: the sum of two words, multiplied and folded.
 constexpr std::uint32_t kDither[2] = {0xAC4C1B51u, 0x31848BABu};
-constexpr std::uint32_t kHalfNormal = 0x38800000u;    // bits of 2^-14, the smallest normal number of fp16
-constexpr std::uint32_t kHalfTooLarge = 0x47800000u;  // bits of 2^16
+constexpr std::uint32_t kFp16Normal = 0x38800000u;    // bits of 2^-14, the smallest normal number of fp16
+constexpr std::uint32_t kFp16TooLarge = 0x47800000u;  // bits of 2^16
 constexpr std::uint32_t kInfinity = 0x7F800000u;
 
 // The counter of a quad is (q, K2, K3, 0) and only q varies, so half of the first two rounds is the same for every

@@ -93,7 +93,7 @@ bool use(const char* name) noexcept {
   return set != nullptr;
 }
 
-bool has_half_arithmetic() noexcept {
+bool has_fp16_arithmetic() noexcept {
 #if defined(POCKETZO_AARCH64) && defined(__linux__)
   constexpr unsigned long kAsimdHp = 1ul << 10;
   return (getauxval(AT_HWCAP) & kAsimdHp) != 0;

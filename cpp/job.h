@@ -27,17 +27,17 @@ struct Job {
   bool moves(const Term& term) const noexcept { return write || term.count != 0; }
 };
 
-inline KernelSet::Kernel kernel_of(const KernelSet& set, Direction direction, unsigned scale_count) noexcept {
-  return (direction == Direction::gaussian ? set.gaussian : set.rademacher)[scale_count];
+inline KernelSet::Kernel kernel_of(const KernelSet& set, Distribution distribution, unsigned scale_count) noexcept {
+  return (distribution == Distribution::gaussian ? set.gaussian : set.rademacher)[scale_count];
 }
 inline KernelSet::Kernel kernel_of(const KernelSet& set, const Term& term) noexcept {
-  return kernel_of(set, term.direction, term.count);
+  return kernel_of(set, term.distribution, term.count);
 }
 
 // A subkey serves 2^34 elements of normals (and of bits to round by) and 2^39 of signs; units are cut at multiples of
 // kUnit and straddle neither.
 inline Key key_at(const Term& term, std::uint32_t tensor, std::uint64_t element) noexcept {
-  const std::uint32_t window = term.direction == Direction::gaussian
+  const std::uint32_t window = term.distribution == Distribution::gaussian
                                    ? static_cast<std::uint32_t>(element >> 34)
                                    : static_cast<std::uint32_t>(element >> 39) | 0x80000000u;
   return subkey(term.seed, tensor, term.draw, window);

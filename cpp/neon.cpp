@@ -389,13 +389,13 @@ struct Fp16 {
     const uint32x4_t m = vreinterpretq_u32_f32(vabsq_f32(w));
     r = vshrq_n_u32(r, 3);  // as many bits as are cut off
     const uint32x4_t up = vaddq_u32(m, r);
-    const uint32x4_t large = vcgeq_u32(up, vdupq_n_u32(kHalfTooLarge));
+    const uint32x4_t large = vcgeq_u32(up, vdupq_n_u32(kFp16TooLarge));
     const uint32x4_t beyond = vmaxq_u32(m, vdupq_n_u32(kInfinity));  // a NaN stays one
     const uint32x4_t normal = vbslq_u32(large, beyond, vbicq_u32(up, vdupq_n_u32(0x1FFF)));
     // Subnormal ones are whole numbers of units.
     const float32x4_t units = vfmaq_f32(vcvtq_n_f32_u32(r, 13), vreinterpretq_f32_u32(m), vdupq_n_f32(0x1p24f));
     const float32x4_t small = vcvtq_n_f32_u32(vcvtq_u32_f32(units), 24);
-    const uint32x4_t is_small = vcltq_u32(m, vdupq_n_u32(kHalfNormal));
+    const uint32x4_t is_small = vcltq_u32(m, vdupq_n_u32(kFp16Normal));
     const uint32x4_t cut = vbslq_u32(is_small, vreinterpretq_u32_f32(small), normal);
     return vbslq_f32(vdupq_n_u32(kSign), w, vreinterpretq_f32_u32(cut));
   }

@@ -126,22 +126,22 @@ struct Fp16 {
     std::uint32_t h;
     if (m > kInfinity)
       h = 0x7E00;              // a NaN
-    else if (m < kHalfNormal)  // 0.5 has units of 2^-24, as subnormal numbers of fp16 have
+    else if (m < kFp16Normal)  // 0.5 has units of 2^-24, as subnormal numbers of fp16 have
       h = std::bit_cast<std::uint32_t>(std::bit_cast<float>(m) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
     else
-      h = m >= kHalfTooLarge ? 0x7C00 : (m + 0xFFF + (m >> 13 & 1) - (112u << 23)) >> 13;
+      h = m >= kFp16TooLarge ? 0x7C00 : (m + 0xFFF + (m >> 13 & 1) - (112u << 23)) >> 13;
     return static_cast<std::uint16_t>(sign | h);
   }
   static std::uint32_t nearest(std::uint32_t w) noexcept { return widen(narrow(w)); }
   static std::uint32_t stochastic(std::uint32_t w, std::uint32_t r) noexcept {
     const std::uint32_t sign = w & kSign, m = w & ~kSign;
     r >>= 3;  // as many bits as are cut off
-    if (m < kHalfNormal) {
+    if (m < kFp16Normal) {
       const float units = std::fma(std::bit_cast<float>(m), 0x1p24f, static_cast<float>(r) * 0x1p-13f);
       const float cut = static_cast<float>(static_cast<std::int32_t>(units));
       return sign | std::bit_cast<std::uint32_t>(cut * 0x1p-24f);
     }
-    return sign | (m + r >= kHalfTooLarge ? std::max(m, kInfinity) : (m + r) & ~0x1FFFu);
+    return sign | (m + r >= kFp16TooLarge ? std::max(m, kInfinity) : (m + r) & ~0x1FFFu);
   }
 };
 

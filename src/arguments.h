@@ -51,12 +51,12 @@ inline float finite_float(py::handle value, const char* name) {
   return static_cast<float>(v);
 }
 
-inline pz::Direction direction_of(py::handle name) {
+inline pz::Distribution distribution_of(py::handle name) {
   if (py::isinstance<py::str>(name)) {
-    if (name.equal(py::str("gaussian"))) return pz::Direction::gaussian;
-    if (name.equal(py::str("rademacher"))) return pz::Direction::rademacher;
+    if (name.equal(py::str("gaussian"))) return pz::Distribution::gaussian;
+    if (name.equal(py::str("rademacher"))) return pz::Distribution::rademacher;
   }
-  throw py::value_error("direction must be 'gaussian' or 'rademacher', got " + shown(name));
+  throw py::value_error("distribution must be 'gaussian' or 'rademacher', got " + shown(name));
 }
 
 inline pz::Rounding rounding_of(py::handle name) {

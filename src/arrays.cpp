@@ -15,19 +15,19 @@ namespace binding {
 namespace {
 
 void generate(py::handle out, py::handle seed, py::handle tensor, py::handle draw, py::handle offset,
-              py::handle direction) {
+              py::handle distribution) {
   auto array = checked(out, "out");
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
   const auto d = unsigned_integer<std::uint64_t>(draw, "draw");
-  const auto kind = direction_of(direction);
+  const auto kind = distribution_of(distribution);
   const py::gil_scoped_release release;  // a long pass must not stop other Python threads
   pz::generate(segment, s, d, kind);
 }
 
 void step(py::handle w, py::handle seed, py::handle tensor,
           const std::vector<std::pair<py::object, py::object>>& passes, py::handle decay, py::handle offset,
-          py::handle direction, py::handle rounding) {
+          py::handle distribution, py::handle rounding) {
   auto array = checked(w, "w", true);
   const auto segment = segment_of(array, tensor, offset);
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
@@ -39,7 +39,7 @@ void step(py::handle w, py::handle seed, py::handle tensor,
                      {finite_float(scale, "scale"), 0, 0},
                      0,
                      1,
-                     direction_of(direction),
+                     distribution_of(distribution),
                      pz::Rounding::nearest,
                      {}});
   terms.front().decay = finite_float(decay, "decay");
@@ -52,9 +52,9 @@ void step(py::handle w, py::handle seed, py::handle tensor,
 
 void add_arrays(py::module_& m) {
   m.def("generate", &generate, py::arg("out"), py::kw_only(), py::arg("seed"), py::arg("tensor"), py::arg("draw"),
-        py::arg("offset"), py::arg("direction"));
+        py::arg("offset"), py::arg("distribution"));
   m.def("step", &step, py::arg("w"), py::kw_only(), py::arg("seed"), py::arg("tensor"), py::arg("passes"),
-        py::arg("decay"), py::arg("offset"), py::arg("direction"), py::arg("rounding"));
+        py::arg("decay"), py::arg("offset"), py::arg("distribution"), py::arg("rounding"));
 }
 
 }  // namespace binding

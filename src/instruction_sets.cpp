@@ -32,7 +32,7 @@ void add_instruction_sets(py::module_& m) {
   m.def("isa", &pz::instruction_set);
   m.def("available", &available);
   m.def("use", &use, py::arg("name"));
-  m.def("has_half_arithmetic", &pz::has_half_arithmetic);
+  m.def("has_fp16_arithmetic", &pz::has_fp16_arithmetic);
 }
 
 }  // namespace binding

@@ -42,11 +42,11 @@ class Segments {
     const pz::Term* data = terms.data();
     const auto count = static_cast<std::size_t>(terms.size());
     for (std::size_t t = 0; t < count; ++t) {
-      const auto direction = static_cast<std::uint8_t>(data[t].direction);
+      const auto distribution = static_cast<std::uint8_t>(data[t].distribution);
       const auto rounding = static_cast<std::uint8_t>(data[t].rounding);
-      if (data[t].count > 3 || direction > 1 || rounding > 2)
+      if (data[t].count > 3 || distribution > 1 || rounding > 2)
         throw py::value_error("term " + std::to_string(t) + " has " + std::to_string(data[t].count) +
-                              " scales, direction " + std::to_string(direction) + " and rounding " +
+                              " scales, distribution " + std::to_string(distribution) + " and rounding " +
                               std::to_string(rounding) + "; at most 3, 1 and 2 are known");
     }
     // Other Python threads go on; the arrays are ours and the weights are the caller's to guard.
@@ -70,7 +70,7 @@ class Segments {
 
 void add_segments(py::module_& m) {
   using pz::Term;
-  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, direction, rounding, unused);
+  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, distribution, rounding, unused);
   m.attr("TERM") = py::dtype::of<Term>();
   py::class_<Segments>(m, "Segments")
       .def(py::init<const py::sequence&>(), py::arg("tensors"))

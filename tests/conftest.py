@@ -19,7 +19,7 @@ if SIZE == "small":
     settings.load_profile("small")
 
 
-def write_tiny_onnx(path: Path) -> None:
+def write_tiny_onnx(path: Path, classes: int = CLASSES) -> None:
     """A bag-of-words classifier with a hidden layer: small, but with every kind of weight that a transformer has."""
     rng = np.random.default_rng(7)
 
@@ -48,15 +48,15 @@ def write_tiny_onnx(path: Path) -> None:
             helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"])
             for n in ("input_ids", "attention_mask")
         ],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", classes])],
         [
             weight("embedding.weight", VOCABULARY, WIDTH),
             numpy_helper.from_array(np.ones(WIDTH, np.float32), "norm.weight"),
             numpy_helper.from_array(np.zeros(WIDTH, np.float32), "norm.bias"),
             weight("dense.weight", WIDTH, HIDDEN),
             weight("dense.bias", HIDDEN),
-            weight("classifier.weight", HIDDEN, CLASSES),
-            weight("classifier.bias", CLASSES),
+            weight("classifier.weight", HIDDEN, classes),
+            weight("classifier.bias", classes),
             numpy_helper.from_array(np.array([-1]), "last"),
             numpy_helper.from_array(np.array([1]), "one"),
         ],

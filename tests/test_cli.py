@@ -419,7 +419,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["steps_done"] == run["steps"] == 60
     assert run["method"]["method"] == "fzoo"
     assert run["last"]["count"] == 45
-    assert bundle["packing"] == "can be packed: 2 matrices, 0.0 MB"
+    assert bundle["prepacking"] == "can be prepacked: 2 matrices, 0.0 MB"
     assert re.search(r"task +classification, labels red, green, blue *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
@@ -598,7 +598,10 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
         (["--trainable", "classifier"], "other weights are trained (7 there, 2 here)"),
         (["--threads", "2"], "threads is 1 there and 2 here"),
         (["--steps", "70"], "steps is 60 there and 70 here. Give"),
-        (["--unpacked", "--group-by-length"], "packed is True there and False here; group_by_length is False there"),
+        (
+            ["--no-prepack", "--group-by-length"],
+            "prepacked is True there and False here; group_by_length is False there",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -631,13 +634,15 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
     good(*command, "--batch-size", 4)
 
 
-def test_going_on_without_packed_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
+def test_going_on_without_prepacked_weights_warns(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(workspace.run, tmp_path / "run")
-    unpackable = "from pocketzo.errors import UnpackableError\nfrom pocketzo.runtime import load\n"
-    unpackable += "def refuse(bundle):\n  raise UnpackableError('no room')\nload.matrices_of = refuse"
-    process = pocketzo("train", "--resume", tmp_path / "run", before=unpackable)
+    not_prepackable = "from pocketzo.errors import NotPrepackableError\nfrom pocketzo.runtime import load\n"
+    not_prepackable += "def refuse(bundle):\n  raise NotPrepackableError('no room')\nload.matrices_of = refuse"
+    process = pocketzo("train", "--resume", tmp_path / "run", before=not_prepackable)
     assert process.returncode == 0
-    assert "goes on with weights that are not packed (no room), unlike its journal" in " ".join(process.stderr.split())
+    assert "goes on with weights that are not prepacked (no room), unlike its journal" in " ".join(
+        process.stderr.split()
+    )
 
 
 def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
@@ -770,19 +775,19 @@ def test_doctor() -> None:
     text = good("doctor")
     for name in facts["available"]:
         assert f"{name} passed" in text
-    assert "can be packed, in blocks of 256 rows" in text
+    assert "can be prepacked, in blocks of 256 rows" in text
 
 
-def test_where_weights_cannot_be_packed_everyone_says_why(workspace: Workspace, tmp_path: Path) -> None:
+def test_where_weights_cannot_be_prepacked_everyone_says_why(workspace: Workspace, tmp_path: Path) -> None:
     # As on a phone whose onnxruntime came without protobuf.
     without = "import sys\nsys.modules['google.protobuf'] = None"
     reason = "the Python package protobuf is not installed"
-    assert f"unpacked: {reason}" in good("doctor", before=without)
-    assert f"unpacked: {reason}" in good("info", workspace.base, before=without)
+    assert f"not prepacked: {reason}" in good("doctor", before=without)
+    assert f"not prepacked: {reason}" in good("info", workspace.base, before=without)
     process = pocketzo("train", *workspace.words("--steps", 2, "-o", tmp_path / "run"), before=without)
     assert process.returncode == 0, process.stderr
     assert process.stderr.count(reason) == 1
-    assert "unpacked weights" in process.stderr
+    assert "plain weights" in process.stderr
 
 
 def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspace: Workspace, tmp_path: Path) -> None:
@@ -815,15 +820,15 @@ def test_threads_are_chosen_by_timing_and_recorded_unless_they_are_given(workspa
         assert f"kernels have {kernels}" in resumed.stderr
 
 
-def test_a_run_goes_on_as_it_began_packed_or_not(workspace: Workspace, tmp_path: Path) -> None:
-    for name, options in (("packed", ["--packed"]), ("unpacked", ["--unpacked"])):
+def test_a_run_goes_on_as_it_began_prepacked_or_not(workspace: Workspace, tmp_path: Path) -> None:
+    for name, options in (("prepacked", ["--prepack"]), ("plain", ["--no-prepack"])):
         run = tmp_path / name
         good("train", *workspace.words("--steps", 4, "-o", run), *options)
-        assert json.loads(good("info", run, "--json"))["session"]["packed"] is (name == "packed")
-    past = pz.Run(tmp_path / "unpacked")
+        assert json.loads(good("info", run, "--json"))["session"]["prepacked"] is (name == "prepacked")
+    past = pz.Run(tmp_path / "plain")
     data = [pz.load_dataset(path, past.base()) for path in (workspace.train, workspace.dev)]
     trainer = pz.Trainer.resume(past.path, data[0], eval=data[1])
-    assert not trainer.model.packed
+    assert not trainer.model.prepacked
     trainer.fit()  # ends at once, and closes the record
 
 
@@ -841,7 +846,7 @@ def test_the_known_answers_are_those_of_the_reference() -> None:
     count = 1 << 16
     start = reference.normal(*near, 0, count)
 
-    def stepped(kind: reference.Direction) -> reference.F32:
+    def stepped(kind: reference.Distribution) -> reference.F32:
         terms = [reference.Term(near[0], 42, (1e-3,), 1e-2, kind), reference.Term(near[0], 43, (-2e-3,), 0.0, kind)]
         return reference.apply(start, terms, tensor=near[1])
 

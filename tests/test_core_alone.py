@@ -26,7 +26,7 @@ from pocketzo.formats.safetensors import file_sha256
 assert not any(map(find_spec, {optional})), [name for name in {optional} if find_spec(name)]
 bundle, data, run, tuned = sys.argv[1:]
 train = pz.load_dataset(data, pz.Bundle.read(bundle))
-model = pz.load(bundle, threads=1, packed=True, max_memory=2_000_000_000)
+model = pz.load(bundle, threads=1, prepack=True, max_memory=2_000_000_000)
 trainer = pz.Trainer(model, pz.FZOO(model, lr=0.003), train, eval=train, run=run, steps=40, eval_every=10)
 def stop(progress):
     trainer.stop_requested = progress.info.step == 16

@@ -159,16 +159,16 @@ class Sessions:
         def create(made: pz.Model, *arguments: Any, **options: Any) -> None:
             nonlocal alive
             original(made, *arguments, **options)
-            if made.unpacked_because == "for timing":
+            if made.not_prepacked_because == "for timing":
                 alive += 1
                 self.at_once = max(self.at_once, alive)
 
         def gone(made: pz.Model) -> None:
             nonlocal alive
-            alive -= getattr(made, "unpacked_because", None) == "for timing"
+            alive -= getattr(made, "not_prepacked_because", None) == "for timing"
 
         def timed(made: pz.Model, *arguments: Any, **options: Any) -> Any:
-            if made.unpacked_because == "for timing":
+            if made.not_prepacked_because == "for timing":
                 self.timed.append(made.threads)
                 options_of_session = made._session.get_session_options()
                 assert options_of_session.intra_op_num_threads == made.threads
@@ -181,20 +181,20 @@ class Sessions:
         monkeypatch.setattr(thread_choice, "time", SimpleNamespace(perf_counter=lambda: self.clock))
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("prepack", [True, False])
 def test_load_times_each_number_and_takes_the_quickest(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, packed: bool
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, prepack: bool
 ) -> None:
     machine(PHONE)
     sessions = Sessions(monkeypatch, {1: 1.5, 2: 0.4, 8: 0.125})
-    loaded = pz.load(tiny_bundle, batch=BATCH, packed=packed)
+    loaded = pz.load(tiny_bundle, batch=BATCH, prepack=prepack)
     assert loaded.threads == 8
     assert loaded._session.get_session_options().intra_op_num_threads == 8
     assert loaded.forward_seconds == {1: 1.5, 2: 0.4, 8: 0.125}
     # As many as a second holds, but no more than five: one second is a long time beside a slow forward, too.
     assert sessions.timed == [1] + [2] * 3 + [8] * 5
     assert sessions.at_once == 1
-    assert loaded.packed == packed
+    assert loaded.prepacked == prepack
     expected = pz.load(tiny_bundle, threads=1)
     for name, weight in expected.weights.items():
         np.testing.assert_array_equal(loaded.weights[name], weight)

@@ -24,7 +24,7 @@ from pocketzo import _core
 from pocketzo.runtime import session as model_module
 
 MODELS = Path(__file__).parent / "models"
-HALF = _core.has_half_arithmetic()
+HALF = _core.has_fp16_arithmetic()
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +66,8 @@ def batch_of(bundle: pz.Bundle) -> dict[str, NDArray[Any]]:
 
 def test_the_graph_computes_the_same_and_every_weight_is_live(pair: tuple[pz.Bundle, pz.Bundle]) -> None:
     half, single = pair
-    assert half.is_half
-    assert not single.is_half
+    assert half.is_fp16
+    assert not single.is_fp16
     assert {tensor.dtype for tensor in half.tensors} == {"float16"}
     assert [(t.name, t.id, t.shape, t.trainable) for t in half.tensors] == [
         (t.name, t.id, t.shape, t.trainable) for t in single.tensors
@@ -76,7 +76,7 @@ def test_the_graph_computes_the_same_and_every_weight_is_live(pair: tuple[pz.Bun
     onnx.checker.check_model(half.model_path, full_check=True)
     batch = batch_of(half)
     a = pz.load(half, threads=1, verify="full")
-    b = pz.load(single, threads=1, packed=False)
+    b = pz.load(single, threads=1, prepack=False)
     for name in b.weights:
         np.testing.assert_array_equal(a.weights[name], b.weights[name].astype(np.float16))
         b.weights[name] = a.weights[name]
@@ -101,7 +101,7 @@ def test_a_weight_that_is_not_seen_is_refused(half_bundle: Path, monkeypatch: py
     # At the highest level the runtime folds the casts that it makes where it has no fp16 operator: no lies here either.
     if HALF:
         pytest.skip("where the processor computes in fp16, the runtime makes no casts of weights")
-    monkeypatch.setattr(model_module, "_HALF_LEVEL", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    monkeypatch.setattr(model_module, "_FP16_LEVEL", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
     with pytest.raises(pz.DeadWeightError, match="does not see what is written to"):
         pz.load(half_bundle, threads=1)
 
@@ -117,7 +117,7 @@ def prepare_half(folder: Path, nodes: list[onnx.NodeProto], **constants: NDArray
     return pz.prepare(folder / "m", folder / "b", dtype="float16")
 
 
-WEIGHT = pz.kernels.normal(12, seed=1, tensor=1, draw=1).reshape(4, 3)
+WEIGHT = pz.kernels.noise(12, seed=1, tensor=1, draw=1).reshape(4, 3)
 PRODUCT = helper.make_node("MatMul", ["x", "w"], ["y"])
 
 
@@ -175,13 +175,13 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
         pz.prepare(MODELS / "bert-old.onnx", tmp_path / "b", dtype="bfloat16")  # type: ignore[arg-type]
 
 
-def test_it_is_not_packed_and_says_where_it_is_slow(half_bundle: Path) -> None:
-    with pytest.raises(pz.Error, match="cannot be packed: fp16 weights are read as they are stored"):
-        pz.load(half_bundle, packed=True)
+def test_it_is_not_prepacked_and_says_where_it_is_slow(half_bundle: Path) -> None:
+    with pytest.raises(pz.Error, match="cannot be prepacked: fp16 weights are read as they are stored"):
+        pz.load(half_bundle, prepack=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = pz.load(half_bundle, threads=1)
-    assert not model.packed
+    assert not model.prepacked
     slow = [] if HALF else ["this processor does not compute in fp16: onnxruntime converts each weight at every use"]
     assert [str(warning.message).partition(", which")[0] for warning in caught] == slow
 
@@ -263,7 +263,7 @@ def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
             labels=LABELS,
             dtype=dtype,
         )  # type: ignore[call-overload,arg-type,unused-ignore]
-        model = pz.load(bundle, threads=2, packed=False, verify="fast")
+        model = pz.load(bundle, threads=2, prepack=False, verify="fast")
         batch = pz.load_dataset(messages("train"), bundle).batch(np.arange(texts) * 100)
         optimizer = pz.MeZO(model, lr=1e-5, groups=[pz.ParamGroup("classifier", lr=100.0, eps=10.0)], seed=1)
         curve = [model.loss(batch)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import subprocess
 import sys
@@ -23,11 +25,12 @@ from vectors import reference
 
 import pocketzo as pz
 from pocketzo import _core
+from pocketzo.optim.program import TERM as TERM_STRUCT
 
 F32 = NDArray[np.float32]
-Direction = Literal["gaussian", "rademacher"]
+Distribution = Literal["gaussian", "rademacher"]
 
-DIRECTIONS: tuple[Direction, ...] = ("gaussian", "rademacher")
+DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
 SETS = pz.kernels.available()
 UNIT = 1 << 16  # elements that a thread takes at a time
 LAST = 2**64 - 1
@@ -99,11 +102,11 @@ def test_an_array_that_cannot_be_worked_on_is_refused(
 
 
 @pytest.mark.parametrize(("name", "bits"), [("seed", 64), ("tensor", 32), ("draw", 64), ("offset", 64)])
-@pytest.mark.parametrize("function", ["normal", "perturb", "step"])
+@pytest.mark.parametrize("function", ["noise", "perturb", "step"])
 def test_numbers_out_of_range_are_refused(function: str, name: str, bits: int) -> None:
     def call(value: Any) -> None:
-        if function == "normal":
-            pz.kernels.normal(0, **{**KEY, name: value})
+        if function == "noise":
+            pz.kernels.noise(0, **{**KEY, name: value})
         elif function == "perturb":
             pz.kernels.perturb(w, **{**PERTURB, name: value})
         else:
@@ -136,10 +139,10 @@ def test_a_tensor_ends_before_element_2_64(n: int) -> None:
     last = LAST - n
     w = np.zeros(n, np.float32)
     pz.kernels.perturb(w, **PERTURB, offset=last)
-    assert_same_bits(w, np.float32(0.5) * pz.kernels.normal(n, **KEY, offset=last))
+    assert_same_bits(w, np.float32(0.5) * pz.kernels.noise(n, **KEY, offset=last))
     if n > 0:
         for call in (
-            lambda: pz.kernels.normal(n, **KEY, offset=last + 1),
+            lambda: pz.kernels.noise(n, **KEY, offset=last + 1),
             lambda: pz.kernels.perturb(w, **PERTURB, offset=last + 1),
             lambda: pz.kernels.step(w, **STEP, offset=last + 1),
         ):
@@ -151,16 +154,16 @@ def test_other_arguments_are_refused() -> None:
     w = weights(4)
     before = w.copy()
     with pytest.raises(ValueError, match="n must not be negative, got -1"):
-        pz.kernels.normal(-1, **KEY)
+        pz.kernels.noise(-1, **KEY)
     with pytest.raises(TypeError):
-        pz.kernels.normal(2.5, **KEY)  # type: ignore[arg-type]
+        pz.kernels.noise(2.5, **KEY)  # type: ignore[arg-type]
     uniform: Any = "uniform"
     for call in (
-        lambda: pz.kernels.normal(1, **KEY, direction=uniform),
-        lambda: pz.kernels.perturb(w, **PERTURB, direction=uniform),
-        lambda: pz.kernels.step(w, **STEP, direction=uniform),
+        lambda: pz.kernels.noise(1, **KEY, distribution=uniform),
+        lambda: pz.kernels.perturb(w, **PERTURB, distribution=uniform),
+        lambda: pz.kernels.step(w, **STEP, distribution=uniform),
     ):
-        with pytest.raises(ValueError, match="direction must be 'gaussian' or 'rademacher', got 'uniform'"):
+        with pytest.raises(ValueError, match="distribution must be 'gaussian' or 'rademacher', got 'uniform'"):
             call()
     for name in ("scale", "next_scale", "decay"):
         for value in ("0.1", None, 1j):
@@ -174,17 +177,17 @@ def test_other_arguments_are_refused() -> None:
 # ---- in place, any shape ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 5), (1,), (7,), (64,), (3, 5, 7), (2, 1, 130), (257, 255)])
-def test_any_shape_is_worked_on_in_place(shape: tuple[int, ...], direction: Direction) -> None:
+def test_any_shape_is_worked_on_in_place(shape: tuple[int, ...], distribution: Distribution) -> None:
     size = int(np.prod(shape))
     room = weights(size + 40)
     untouched = room.copy()
     w = room[20 : 20 + size].reshape(shape)
     assert np.shares_memory(w, room) or size == 0
     flat = w.copy().reshape(-1)
-    assert pz.kernels.perturb(w, **PERTURB, direction=direction) is None  # type: ignore[func-returns-value]
-    pz.kernels.perturb(flat, **PERTURB, direction=direction)
+    assert pz.kernels.perturb(w, **PERTURB, distribution=distribution) is None  # type: ignore[func-returns-value]
+    pz.kernels.perturb(flat, **PERTURB, distribution=distribution)
     assert_same_bits(room[20 : 20 + size], flat)
     assert size == 0 or not np.array_equal(flat, untouched[20 : 20 + size])
     assert_same_bits(room[:20], untouched[:20])
@@ -195,7 +198,7 @@ def test_subclasses_and_views_of_foreign_memory_are_worked_on() -> None:
     buffer = bytearray(4 * 100)
     w = np.frombuffer(buffer, np.float32)
     pz.kernels.perturb(w, **PERTURB)
-    assert_same_bits(np.frombuffer(bytes(buffer), np.float32), np.float32(0.5) * pz.kernels.normal(100, **KEY))
+    assert_same_bits(np.frombuffer(bytes(buffer), np.float32), np.float32(0.5) * pz.kernels.noise(100, **KEY))
 
     class Sub(np.ndarray[Any, Any]):
         pass
@@ -205,13 +208,13 @@ def test_subclasses_and_views_of_foreign_memory_are_worked_on() -> None:
     assert_same_bits(again, w)
 
 
-def test_normal_returns_a_new_float32_vector() -> None:
-    z = pz.kernels.normal(5, **KEY)
+def test_noise_returns_a_new_float32_vector() -> None:
+    z = pz.kernels.noise(5, **KEY)
     assert z.dtype == np.float32
     assert z.shape == (5,)
     assert z.flags.writeable
-    assert pz.kernels.normal(0, **KEY).shape == (0,)
-    assert set(pz.kernels.normal(1000, **KEY, direction="rademacher").tolist()) == {-1.0, 1.0}
+    assert pz.kernels.noise(0, **KEY).shape == (0,)
+    assert set(pz.kernels.noise(1000, **KEY, distribution="rademacher").tolist()) == {-1.0, 1.0}
 
 
 # ---- the bits are a function of the arguments ------------------------------------------------------------------------
@@ -224,7 +227,7 @@ offsets = st.one_of(
 keys = st.fixed_dictionaries(
     {"seed": st.integers(0, LAST), "tensor": st.integers(0, 2**32 - 1), "draw": st.integers(0, LAST)}
 )
-directions = st.sampled_from(DIRECTIONS)
+distributions = st.sampled_from(DISTRIBUTIONS)
 scales = st.floats(-1e3, 1e3, width=32)
 # Zeros of both signs, subnormals, the largest and infinities too, as weights may be anything.
 arrays = st.builds(
@@ -241,15 +244,19 @@ def _with_special(w: F32, special: list[float], at: int) -> F32:
     return w
 
 
-@given(keys, directions, offsets, st.lists(st.integers(0, 3000), max_size=6))
-def test_a_tensor_may_be_cut_anywhere(key: dict[str, int], direction: Direction, offset: int, cuts: list[int]) -> None:
-    whole = pz.kernels.normal(3000, **key, offset=offset, direction=direction)
+@given(keys, distributions, offsets, st.lists(st.integers(0, 3000), max_size=6))
+def test_a_tensor_may_be_cut_anywhere(
+    key: dict[str, int], distribution: Distribution, offset: int, cuts: list[int]
+) -> None:
+    whole = pz.kernels.noise(3000, **key, offset=offset, distribution=distribution)
     w = weights(3000)
     parts = w.copy()
-    pz.kernels.step(w, **key, scale=0.3, next_draw=7, next_scale=-0.2, decay=0.1, offset=offset, direction=direction)
+    pz.kernels.step(
+        w, **key, scale=0.3, next_draw=7, next_scale=-0.2, decay=0.1, offset=offset, distribution=distribution
+    )
     bounds = [0, *sorted(cuts), 3000]
     for start, stop in pairwise(bounds):
-        piece = pz.kernels.normal(stop - start, **key, offset=offset + start, direction=direction)
+        piece = pz.kernels.noise(stop - start, **key, offset=offset + start, distribution=distribution)
         assert_same_bits(piece, whole[start:stop])
         pz.kernels.step(
             parts[start:stop],
@@ -259,29 +266,29 @@ def test_a_tensor_may_be_cut_anywhere(key: dict[str, int], direction: Direction,
             next_scale=-0.2,
             decay=0.1,
             offset=offset + start,
-            direction=direction,
+            distribution=distribution,
         )
     assert_same_bits(parts, w)
 
 
-@given(keys, directions, offsets, arrays, scales)
-def test_perturb_is_one_fma(key: dict[str, int], direction: Direction, offset: int, w: F32, scale: float) -> None:
-    z = pz.kernels.normal(len(w), **key, offset=offset, direction=direction)
+@given(keys, distributions, offsets, arrays, scales)
+def test_perturb_is_one_fma(key: dict[str, int], distribution: Distribution, offset: int, w: F32, scale: float) -> None:
+    z = pz.kernels.noise(len(w), **key, offset=offset, distribution=distribution)
     expected = reference.fma32(np.float32(scale), z, w)
-    pz.kernels.perturb(w, **key, scale=scale, offset=offset, direction=direction)  # type: ignore[arg-type]
+    pz.kernels.perturb(w, **key, scale=scale, offset=offset, distribution=distribution)  # type: ignore[arg-type]
     assert_same_bits(w, expected)
 
 
-@given(keys, directions, offsets, st.integers(0, 300))
-def test_z_is_that_of_the_specification(key: dict[str, int], direction: Direction, offset: int, n: int) -> None:
-    expected = reference.direction(direction, key["seed"], key["tensor"], key["draw"], offset, n)
-    assert_same_bits(pz.kernels.normal(n, **key, offset=offset, direction=direction), expected)
+@given(keys, distributions, offsets, st.integers(0, 300))
+def test_z_is_that_of_the_specification(key: dict[str, int], distribution: Distribution, offset: int, n: int) -> None:
+    expected = reference.noise(distribution, key["seed"], key["tensor"], key["draw"], offset, n)
+    assert_same_bits(pz.kernels.noise(n, **key, offset=offset, distribution=distribution), expected)
 
 
-@given(keys, directions, offsets, arrays, scales, st.integers(0, LAST), scales, st.sampled_from([0.0, 1e-4, 0.3]))
+@given(keys, distributions, offsets, arrays, scales, st.integers(0, LAST), scales, st.sampled_from([0.0, 1e-4, 0.3]))
 def test_step_is_its_separate_passes(
     key: dict[str, Any],
-    direction: Direction,
+    distribution: Distribution,
     offset: int,
     w: F32,
     scale: float,
@@ -290,7 +297,7 @@ def test_step_is_its_separate_passes(
     decay: float,
 ) -> None:
     apart = w.copy()
-    place: dict[str, Any] = {"offset": offset, "direction": direction}
+    place: dict[str, Any] = {"offset": offset, "distribution": distribution}
     pz.kernels.perturb(apart, **key, scale=scale, **place)
     if decay:
         apart = reference.fma32(np.float32(-decay), apart, apart)
@@ -299,9 +306,9 @@ def test_step_is_its_separate_passes(
     assert_same_bits(w, apart)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("name", SETS)
-def test_every_set_gives_the_bits_of_the_scalar_one(name: str, direction: Direction) -> None:
+def test_every_set_gives_the_bits_of_the_scalar_one(name: str, distribution: Distribution) -> None:
     n = UNIT + 77
     results = []
     for each in ("scalar", name):
@@ -310,8 +317,8 @@ def test_every_set_gives_the_bits_of_the_scalar_one(name: str, direction: Direct
         for offset in (0, 2**34 - 1000, 2**39 - UNIT // 2, LAST - n):
             w = weights(n)
             w[:6] = [0.0, -0.0, 1e-45, np.inf, np.nan, 3.4e38]
-            pz.kernels.step(w, **STEP, decay=0.01, offset=offset, direction=direction)
-            results += [w, pz.kernels.normal(n, **KEY, offset=offset, direction=direction)]
+            pz.kernels.step(w, **STEP, decay=0.01, offset=offset, distribution=distribution)
+            results += [w, pz.kernels.noise(n, **KEY, offset=offset, distribution=distribution)]
     half = len(results) // 2
     for scalar, other in zip(results[:half], results[half:], strict=True):
         assert_same_bits(other, scalar)
@@ -320,15 +327,15 @@ def test_every_set_gives_the_bits_of_the_scalar_one(name: str, direction: Direct
 # ---- threads ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_the_number_of_threads_changes_no_bit(direction: Direction) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_number_of_threads_changes_no_bit(distribution: Distribution) -> None:
     n = 5 * UNIT + 333
     results = []
     for threads in (1, 2, 3, 4):
         pz.kernels.set_threads(threads)
         assert pz.kernels.threads() == threads
         w = weights(n)
-        pz.kernels.step(w, **STEP, decay=0.01, offset=UNIT - 5, direction=direction)
+        pz.kernels.step(w, **STEP, decay=0.01, offset=UNIT - 5, distribution=distribution)
         results.append(w)
     for other in results[1:]:
         assert_same_bits(other, results[0])
@@ -408,13 +415,13 @@ def test_a_forked_child_has_working_threads() -> None:
 import os, pocketzo as pz
 pz.kernels.set_threads(3)
 key = dict(seed=1, tensor=2, draw=3)
-expected = pz.kernels.normal(1 << 18, **key).tobytes()
+expected = pz.kernels.noise(1 << 18, **key).tobytes()
 child = os.fork()
 if child == 0:
-    same = pz.kernels.normal(1 << 18, **key).tobytes() == expected
+    same = pz.kernels.noise(1 << 18, **key).tobytes() == expected
     os._exit(0 if same and pz.kernels.threads() == 3 else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert pz.kernels.normal(1 << 18, **key).tobytes() == expected
+assert pz.kernels.noise(1 << 18, **key).tobytes() == expected
 """
     # Python warns of forking a process with threads; what it warns of is tested here.
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
@@ -435,7 +442,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     segments.apply(terms)
     for tensor, w in enumerate(expected):
         program = [
-            reference.Term(5, i, (0.5, -1.0, 0.25)[: i % 4], float(np.float32(0.01 * (i % 2))), DIRECTIONS[i % 2])
+            reference.Term(5, i, (0.5, -1.0, 0.25)[: i % 4], float(np.float32(0.01 * (i % 2))), DISTRIBUTIONS[i % 2])
             for i in range(len(terms))
         ]
         assert_same_bits(arrays[tensor], reference.apply(w, program, tensor=tensor))
@@ -443,6 +450,17 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     before = arrays[3].copy()
     segments.apply(terms[:0])
     assert_same_bits(arrays[3], before)
+
+
+def test_terms_as_the_optimizers_write_them_are_those_of_the_kernels() -> None:
+    values: dict[str, Any] = {"seed": 2**64 - 1, "draw": 2**63 + 1, "scale": (1.5, -2.5, 3.5), "decay": 0.125}
+    values |= {"count": 3, "distribution": 1, "rounding": 2}
+    assert _core.TERM.names == (*values, "unused")
+    assert TERM_STRUCT.size == _core.TERM.itemsize
+    seed, draw, scales, *rest = values.values()
+    (term,) = np.frombuffer(TERM_STRUCT.pack(seed, draw, *scales, *rest), _core.TERM)
+    for name, value in values.items():
+        assert np.array_equal(term[name], value), name
 
 
 def test_segments_refuse_what_they_cannot_work_on() -> None:
@@ -485,7 +503,7 @@ terms16 = st.builds(
     st.integers(0, LAST),
     st.lists(scales, max_size=3).map(tuple),
     st.sampled_from([0.0, 2.0**-10, -(2.0**-3)]),
-    directions,
+    distributions,
     roundings,
 )
 
@@ -494,8 +512,8 @@ def as_terms(program: list[reference.Term]) -> NDArray[np.void]:
     terms = np.zeros(len(program), _core.TERM)
     for i, term in enumerate(program):
         scale = (*term.scales, 0.0, 0.0, 0.0)[:3]
-        kind, rounding = DIRECTIONS.index(term.kind), ROUNDINGS.index(term.rounding)
-        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), kind, rounding, (0,) * 5)
+        codes = DISTRIBUTIONS.index(term.distribution), ROUNDINGS.index(term.rounding)
+        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), *codes, (0,) * 5)
     return terms
 
 
@@ -515,19 +533,21 @@ def test_16_bit_weights_are_those_of_the_specification(
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_step_updates_stochastically_and_shifts_to_nearest(storage: reference.Storage, direction: Direction) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_step_updates_stochastically_and_shifts_to_nearest(
+    storage: reference.Storage, distribution: Distribution
+) -> None:
     w = weights(5000).astype(STORAGES[storage])
     one, two = w.copy(), w.copy()
-    pz.kernels.step(one, **STEP, decay=0.125, offset=9, direction=direction)
+    pz.kernels.step(one, **STEP, decay=0.125, offset=9, distribution=distribution)
     program = [
-        reference.Term(1, 3, (0.5,), 0.125, direction, "stochastic"),
-        reference.Term(1, 4, (0.25,), 0.0, direction),
+        reference.Term(1, 3, (0.5,), 0.125, distribution, "stochastic"),
+        reference.Term(1, 4, (0.25,), 0.0, distribution),
     ]
     expected = reference.apply16(w.astype(np.float32), program, storage=storage, tensor=2, offset=9)
     np.testing.assert_array_equal(one.view(np.uint16), expected)
-    pz.kernels.perturb(two, **{**PERTURB, "scale": 0.3}, direction=direction, rounding="stochastic")
-    pz.kernels.perturb(w, **{**PERTURB, "scale": 0.3}, direction=direction)
+    pz.kernels.perturb(two, **{**PERTURB, "scale": 0.3}, distribution=distribution, rounding="stochastic")
+    pz.kernels.perturb(w, **{**PERTURB, "scale": 0.3}, distribution=distribution)
     apart = np.abs(two.view(np.int16).astype(int) - w.view(np.int16))  # in units, where signs are equal
     assert 0.15 < np.mean(apart > 0) < 0.35
     assert np.quantile(apart, 0.99) == 1
@@ -536,9 +556,9 @@ def test_step_updates_stochastically_and_shifts_to_nearest(storage: reference.St
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("size", [1.0, 0.7, 3e-5, 3e-7])
-def test_tiny_updates_are_right_on_average(storage: reference.Storage, direction: Direction, size: float) -> None:
+def test_tiny_updates_are_right_on_average(storage: reference.Storage, distribution: Distribution, size: float) -> None:
     # 10,000 updates along one direction, each a thousandth of a unit in the last place: rounding to nearest would
     # lose all of them. 3e-5 and 3e-7 are subnormal in fp16.
     n, times = 64, 10_000
@@ -552,10 +572,10 @@ def test_tiny_updates_are_right_on_average(storage: reference.Storage, direction
     terms = np.zeros(times, _core.TERM)
     terms["seed"], terms["draw"] = 1, np.arange(times)
     terms["scale"][:, 0], terms["count"] = scale, 1
-    terms["direction"], terms["rounding"] = DIRECTIONS.index(direction), ROUNDINGS.index("stochastic")
+    terms["distribution"], terms["rounding"] = DISTRIBUTIONS.index(distribution), ROUNDINGS.index("stochastic")
     moved = np.zeros(n)
     for draw in range(times):
-        moved += scale * pz.kernels.normal(n, seed=1, tensor=3, draw=draw, direction=direction)
+        moved += scale * pz.kernels.noise(n, seed=1, tensor=3, draw=draw, distribution=distribution)
     segments.apply(terms)
     off = (w.astype(np.float64) - before - moved) / unit  # a sum of rounding errors: mean 0
     # An update of d units is rounded with variance |d| (1 - |d|) at the most, here about 0.001 each: 10 in all.
@@ -564,7 +584,7 @@ def test_tiny_updates_are_right_on_average(storage: reference.Storage, direction
     assert 0.5 * deviation < off.std() < 1.6 * deviation
     expected = w.copy()
     for draw in range(times):  # to nearest, all of them are lost
-        pz.kernels.perturb(expected, seed=2, tensor=3, draw=draw, scale=scale, direction=direction)
+        pz.kernels.perturb(expected, seed=2, tensor=3, draw=draw, scale=scale, distribution=distribution)
     np.testing.assert_array_equal(expected.astype(np.float32), w.astype(np.float32))
 
 
@@ -589,7 +609,7 @@ def test_16_bits_of_another_kind_are_refused() -> None:
         with pytest.raises(TypeError, match=f"float32, float16 or bfloat16 array, got dtype '{name}'"):
             pz.kernels.perturb(np.zeros(3, dtype), **PERTURB)
     with pytest.raises(TypeError, match="out must be a writable, C-contiguous float32 array"):
-        _core.generate(np.zeros(3, np.float16), seed=1, tensor=1, draw=1, offset=0, direction="gaussian")
+        _core.generate(np.zeros(3, np.float16), seed=1, tensor=1, draw=1, offset=0, distribution="gaussian")
     packing = _core.Packing(rows=64, columns=64, stride=64, depth=64, transposed=False)
     with pytest.raises(TypeError, match="packed must be a writable, C-contiguous float32 array"):
         _core.Segments([(np.zeros(4096, np.float16), 1, packing)])
@@ -626,14 +646,14 @@ def packings(draw: st.DrawFn) -> tuple[int, int, int, int, bool]:
 @settings(deadline=None, max_examples=full_or_small(60, 10))
 @given(
     packing=packings(),
-    direction=st.integers(0, 1),
+    distribution=st.integers(0, 1),
     terms=st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 3), st.sampled_from([0.0, 0.01])), max_size=10),
     isa=st.sampled_from(SETS),
     threads=st.integers(1, 3),
 )
 def test_packed_memory_gets_the_bits_of_contiguous_memory(
     packing: tuple[int, int, int, int, bool],
-    direction: int,
+    distribution: int,
     terms: list[tuple[int, int, float]],
     isa: str,
     threads: int,
@@ -645,7 +665,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     memory = packed_by_hand(tensor, transposed, stride, depth)
     program = np.zeros(len(terms), _core.TERM)
     for i, (draw, count, decay) in enumerate(terms):
-        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, direction, 0, (0,) * 5)
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, (0,) * 5)
     pz.kernels.use(isa)
     pz.kernels.set_threads(threads)
     _core.Segments([(tensor, 9)]).apply(program)
@@ -714,8 +734,20 @@ def test_a_packing_refuses_what_it_cannot_be() -> None:
         layout.pack(memory, values, 1)
     with pytest.raises(ValueError, match="packed must have 64 elements, got 16"):
         _core.Segments([(values, 1, layout)])
-    with pytest.raises(ValueError, match="address must be that of a page"):
-        _core.remap(1, 1, None)
+
+
+def test_remap_refuses_what_it_cannot_replace() -> None:
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    address = np.frombuffer(page, np.uint8).ctypes.data
+    for at, size, error, message in (
+        (1, 1, ValueError, "address must be that of a page, and size not 0, got 1 and 1"),
+        (address, 0, ValueError, f"address must be that of a page, and size not 0, got {address} and 0"),
+        (-1, 1, ValueError, r"address must be in 0 \.\. "),
+        (address, 2**61, ValueError, rf"size must be at most {(2**63 - 1) // 4}, got {2**61}"),
+        (0, 2**60, OSError, os.strerror(errno.ENOMEM)),
+    ):
+        with pytest.raises(error, match=message):
+            _core.remap(at, size, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
@@ -738,7 +770,7 @@ def test_a_step_without_passes_is_refused() -> None:
             passes=[],
             decay=0.0,
             offset=0,
-            direction="gaussian",
+            distribution="gaussian",
             rounding="nearest",
         )
 
@@ -748,7 +780,7 @@ def test_factors_must_be_numbers() -> None:
         pz.kernels.perturb(np.ones(8, np.float32), seed=1, tensor=2, draw=3, scale="much")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("direction", ["uniform", None, 1])
-def test_direction_must_be_known(direction: object) -> None:
-    with pytest.raises(ValueError, match=f"direction must be 'gaussian' or 'rademacher', got {direction!r}"):
-        pz.kernels.normal(8, seed=1, tensor=2, draw=3, direction=direction)  # type: ignore[arg-type]
+@pytest.mark.parametrize("distribution", ["uniform", None, 1])
+def test_the_distribution_must_be_known(distribution: object) -> None:
+    with pytest.raises(ValueError, match=f"distribution must be 'gaussian' or 'rademacher', got {distribution!r}"):
+        pz.kernels.noise(8, seed=1, tensor=2, draw=3, distribution=distribution)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ LARGE = 1000  # examples: 16 MB a layer
 def limited(bundle: Path) -> pz.Model:
     """Load with a limit that leaves room for a few layers of the large batch."""
     limit = resident_memory() + 2 * 16 * MB + (16 << 20) + 50 * MB
-    return pz.load(bundle, threads=1, packed=False, max_memory=limit)
+    return pz.load(bundle, threads=1, prepack=False, max_memory=limit)
 
 
 def test_readings_agree() -> None:
@@ -91,7 +91,7 @@ def test_a_forward_pass_is_broken_off_before_the_limit(bundle: Path) -> None:
     assert model.loss(tokens(2)) == expected
     limit = model.max_memory
     del model
-    pz.load(bundle, threads=1, packed=False).loss(tokens(LARGE))
+    pz.load(bundle, threads=1, prepack=False).loss(tokens(LARGE))
     peak = process_memory()[1]
     assert peak is not None
     assert peak > limit  # it would have been passed
@@ -107,15 +107,15 @@ def test_where_the_system_does_not_tell_a_limit_is_refused(
 ) -> None:
     monkeypatch.setattr(memory, "_STATM", tmp_path / "statm")
     with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
-        pz.load(bundle, packed=False, max_memory=10**12)
+        pz.load(bundle, prepack=False, max_memory=10**12)
     (tmp_path / "statm").write_text("")
     with pytest.raises(pz.Error, match=r"a limit on memory cannot be kept: .*statm"):
-        pz.load(bundle, packed=False, max_memory=10**12)
-    pz.load(bundle, packed=False)
+        pz.load(bundle, prepack=False, max_memory=10**12)
+    pz.load(bundle, prepack=False)
 
 
 def test_a_run_that_cannot_be_watched_is_refused(bundle: Path) -> None:
-    model = pz.load(bundle, threads=1, packed=False, max_memory=10**12)
+    model = pz.load(bundle, threads=1, prepack=False, max_memory=10**12)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     files: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 200), before[1]))
@@ -148,7 +148,7 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     def trainer(model: pz.Model, run: str) -> pz.Trainer:
         return pz.Trainer(model, pz.FZOO(model, lr=1e-3), Growing(), run=tmp_path / run, steps=60, batch_size=2)
 
-    whole = pz.load(bundle, threads=1, packed=False)
+    whole = pz.load(bundle, threads=1, prepack=False)
     trainer(whole, "whole").fit()
     expected = whole.weights.sha256()
     del whole
@@ -160,7 +160,7 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     assert 0 < run.steps < 60
     at = {int(step) for step in range(60) if 6 in broken._order(step)}
     assert run.steps == min(at)
-    replayed = pz.load(bundle, threads=1, packed=False)
+    replayed = pz.load(bundle, threads=1, prepack=False)
     run.replay_onto(replayed)
     for name in model.weights:
         np.testing.assert_allclose(model.weights[name], replayed.weights[name], rtol=0, atol=1e-6)

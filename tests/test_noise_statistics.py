@@ -32,11 +32,11 @@ EDGES = np.array([NormalDist().inv_cdf(i / BINS) for i in range(1, BINS)], np.fl
 
 
 def draw(n: int = PAIRED, seed: int = SEED, tensor: int = TENSOR, number: int = DRAW, offset: int = 0) -> F32:
-    return kernels.normal(n, seed=seed, tensor=tensor, draw=number, offset=offset)
+    return kernels.noise(n, seed=seed, tensor=tensor, draw=number, offset=offset)
 
 
 def signs(n: int = PAIRED, seed: int = SEED, tensor: int = TENSOR, number: int = DRAW, offset: int = 0) -> F32:
-    return kernels.normal(n, seed=seed, tensor=tensor, draw=number, offset=offset, direction="rademacher")
+    return kernels.noise(n, seed=seed, tensor=tensor, draw=number, offset=offset, distribution="rademacher")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_tails(z: F32, limit: float) -> None:
 def test_largest_value(z: F32) -> None:
     assert 5 < float(np.abs(z).max()) <= 6.56
     # The largest that there is: x = 0 in slot 2, then the most of a cosine.
-    assert 6.4 < float(kernels.normal(1, seed=7, tensor=11, draw=13, offset=2324579048)[0]) <= 6.56
+    assert 6.4 < float(kernels.noise(1, seed=7, tensor=11, draw=13, offset=2324579048)[0]) <= 6.56
 
 
 @pytest.mark.parametrize("part", range(4))

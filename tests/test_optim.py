@@ -94,7 +94,7 @@ def test_mezo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> No
     opt = pz.MeZO(model, lr=lr, eps=eps, seed=11)
     for draw in range(3):
         z = {
-            name: pz.kernels.normal(view.size, seed=11, tensor=tensor_id(fresh, name), draw=draw).reshape(view.shape)
+            name: pz.kernels.noise(view.size, seed=11, tensor=tensor_id(fresh, name), draw=draw).reshape(view.shape)
             for name, view in fresh.weights.items()
         }
         start = dict(fresh.weights)
@@ -119,8 +119,8 @@ def test_fzoo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> No
     start = dict(fresh.weights)
     u = [
         {
-            name: pz.kernels.normal(
-                view.size, seed=3, tensor=tensor_id(fresh, name), draw=i, direction="rademacher"
+            name: pz.kernels.noise(
+                view.size, seed=3, tensor=tensor_id(fresh, name), draw=i, distribution="rademacher"
             ).reshape(view.shape)
             for name, view in fresh.weights.items()
         }
@@ -332,7 +332,7 @@ def test_bits_are_those_of_separate_passes(method: str, tmp_path: Path) -> None:
         for _ in range(pinned.STEPS):
             opt.step(lambda m: pinned.checksum(m.weights), entries.append)
             if settle:
-                model.weights.settle()
+                model.weights.flush()
         coefficients = [value for entry in entries for value in entry.coefficients.values()]
         assert pinned.hashes(model.weights, coefficients) == PINNED[method]
     replayed = pz.load(bundle, threads=1)
@@ -368,7 +368,7 @@ def test_fzoo_takes_as_many_passes_as_forwards(model: pz.Model, passes: list[int
     opt = pz.FZOO(model, lr=0.01, queries=3)
     for _ in range(2):
         opt.step(loss)
-    model.weights.settle()
+    model.weights.flush()
     assert passes == [1, 2, 2, 4] * 2
 
 
@@ -399,7 +399,7 @@ def test_whoever_looks_sees_weights_that_are_not_shifted(
         for _ in range(2):
             opt.step(loss)
             if opt.model is fresh:
-                fresh.weights.settle()
+                fresh.weights.flush()
         seen.append(look(opt.model, tmp_path))
         opt.step(loss)
     assert seen[0] == seen[1]
@@ -418,7 +418,7 @@ def test_settings_that_change_between_steps_do_not_change_what_is_owed(model: pz
         opt = pz.MeZO(m, lr=0.01, weight_decay=0.1)
         opt.step(loss)
         if m is fresh:
-            m.weights.settle()
+            m.weights.flush()
         opt.lr, opt.eps, opt.weight_decay, opt.seed = 0.02, 2e-3, 0.3, 7
         opt.step(loss)
     assert image(model) == image(fresh)
@@ -430,7 +430,7 @@ def test_two_optimizers_on_one_model(model: pz.Model, fresh: pz.Model) -> None:
         for i in (0, 1, 0, 0, 2, 1, 1, 2, 0, 1):
             opts[i].step(loss)
             if m is fresh:
-                m.weights.settle()
+                m.weights.flush()
     assert image(model) == image(fresh)
 
 
@@ -441,13 +441,13 @@ def test_an_optimizer_that_steps_within_the_step_of_another(model: pz.Model, fre
         def objective(m: pz.Model, inner: pz.MeZO = inner) -> float:
             info = inner.step(loss)
             if m is fresh:
-                m.weights.settle()
+                m.weights.flush()
             return info.loss
 
         for _ in range(3):
             outer.step(objective)
             if m is fresh:
-                m.weights.settle()
+                m.weights.flush()
     assert image(model) == image(fresh)
 
 
@@ -456,7 +456,7 @@ def test_interrupt_waits_until_nothing_is_owed(
 ) -> None:
     for m in (model, fresh):
         pz.MeZO(m, lr=0.01, groups=[pz.ParamGroup("norm", lr=2)]).step(loss)
-    fresh.weights.settle()
+    fresh.weights.flush()
     apply = _core.Segments.apply
 
     def interrupted(self: _core.Segments, terms: Any) -> None:
@@ -467,7 +467,7 @@ def test_interrupt_waits_until_nothing_is_owed(
     try:
         monkeypatch.setattr(_core.Segments, "apply", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model.weights.settle()
+            model.weights.flush()
         monkeypatch.undo()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -488,7 +488,7 @@ def test_another_thread_may_look(model: pz.Model, fresh: pz.Model, monkeypatch: 
 
     def look() -> None:
         while not done.is_set():
-            model.weights.settle()
+            model.weights.flush()
 
     done = threading.Event()
     thread = threading.Thread(target=look)
@@ -556,7 +556,7 @@ def test_groups_scale_lr_and_eps(model: pz.Model, fresh: pz.Model) -> None:
     opt.step(watching(seen))
     for name, view in fresh.weights.items():
         eps = 1e-2 if "classifier" in name else 1e-3
-        z = pz.kernels.normal(view.size, seed=1, tensor=tensor_id(fresh, name), draw=0).reshape(view.shape)
+        z = pz.kernels.noise(view.size, seed=1, tensor=tensor_id(fresh, name), draw=0).reshape(view.shape)
         np.testing.assert_allclose(seen[0][name] - view, eps * z, atol=1e-6)
 
 

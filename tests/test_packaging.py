@@ -59,7 +59,7 @@ def test_metadata_says_what_the_package_says() -> None:
 
 
 def test_the_core_imports_without_the_optional_libraries() -> None:
-    done = without_optional_modules("import pocketzo as pz; print(len(pz.kernels.normal(3, seed=0, tensor=0, draw=0)))")
+    done = without_optional_modules("import pocketzo as pz; print(len(pz.kernels.noise(3, seed=0, tensor=0, draw=0)))")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3\n"
 

@@ -216,20 +216,20 @@ def test_one_sign_by_hand(element: int) -> None:
     offset=st.integers(0, 2**64 - 300) | st.sampled_from([2**34 - 100, 2**39 - 100, 2**32 - 100]),
     n=st.integers(0, 200),
     cut=st.integers(0, 200),
-    kind=st.sampled_from(["gaussian", "rademacher"]),
+    distribution=st.sampled_from(["gaussian", "rademacher"]),
 )
 @settings(max_examples=full_or_small(60, 10), deadline=None)
-def test_a_stretch_can_be_cut_anywhere(offset: int, n: int, cut: int, kind: ref.Direction) -> None:
+def test_a_stretch_can_be_cut_anywhere(offset: int, n: int, cut: int, distribution: ref.Distribution) -> None:
     cut = min(cut, n)
-    whole = ref.direction(kind, 1, 2, 3, offset, n)
+    whole = ref.noise(distribution, 1, 2, 3, offset, n)
     assert whole.shape == (n,)
-    parts = [ref.direction(kind, 1, 2, 3, offset, cut), ref.direction(kind, 1, 2, 3, offset + cut, n - cut)]
+    parts = [ref.noise(distribution, 1, 2, 3, offset, cut), ref.noise(distribution, 1, 2, 3, offset + cut, n - cut)]
     np.testing.assert_array_equal(ref.bits(whole), ref.bits(np.concatenate(parts)))
 
 
 def test_apply_is_a_chain_of_fmas() -> None:
     w = generate.weights(500)
-    terms = [ref.Term(1, 2, (1e-3, -2e-3), 0.125), ref.Term(1, 3, (0.5,), kind="rademacher")]
+    terms = [ref.Term(1, 2, (1e-3, -2e-3), 0.125), ref.Term(1, 3, (0.5,), distribution="rademacher")]
     z, u = ref.normal(1, 4, 2, 10, 500), ref.rademacher(1, 4, 3, 10, 500)
     want = ref.fma32(np.float32(1e-3), z, w)
     want = ref.fma32(np.float32(-2e-3), z, want)
@@ -285,12 +285,12 @@ seeds = st.integers(0, 2**64 - 1)
     draw=seeds,
     offset=st.integers(0, 2**64 - 1 - 5000) | st.sampled_from([0, 2**34 - 1000, 2**39 - 1000]),
     n=st.integers(0, 300) | st.integers(0, 5000),
-    kind=st.sampled_from(["gaussian", "rademacher"]),
+    distribution=st.sampled_from(["gaussian", "rademacher"]),
 )
 @settings(max_examples=full_or_small(100, 10), deadline=None)
-def test_kernels_agree(seed: int, tensor: int, draw: int, offset: int, n: int, kind: ref.Direction) -> None:
-    got = kernels.normal(n, seed=seed, tensor=tensor, draw=draw, offset=offset, direction=kind)
-    want = ref.direction(kind, seed, tensor, draw, offset, n)
+def test_kernels_agree(seed: int, tensor: int, draw: int, offset: int, n: int, distribution: ref.Distribution) -> None:
+    got = kernels.noise(n, seed=seed, tensor=tensor, draw=draw, offset=offset, distribution=distribution)
+    want = ref.noise(distribution, seed, tensor, draw, offset, n)
     np.testing.assert_array_equal(ref.bits(got), ref.bits(want))
 
 
@@ -301,15 +301,17 @@ def test_kernels_agree(seed: int, tensor: int, draw: int, offset: int, n: int, k
     scale=ordinary | subnormal,
     next_scale=ordinary | subnormal,
     decay=st.sampled_from([0.0, 1e-3, 0.5]),
-    kind=st.sampled_from(["gaussian", "rademacher"]),
+    distribution=st.sampled_from(["gaussian", "rademacher"]),
 )
 @settings(max_examples=full_or_small(100, 10), deadline=None)
 def test_perturb_and_step_agree(
-    draw: int, offset: int, n: int, scale: float, next_scale: float, decay: float, kind: ref.Direction
+    draw: int, offset: int, n: int, scale: float, next_scale: float, decay: float, distribution: ref.Distribution
 ) -> None:
     got = generate.weights(n)
-    kernels.perturb(got, seed=5, tensor=6, draw=draw, scale=scale, offset=offset, direction=kind)
-    want = ref.apply(generate.weights(n), [ref.Term(5, draw, (scale,), kind=kind)], tensor=6, offset=offset)
+    kernels.perturb(got, seed=5, tensor=6, draw=draw, scale=scale, offset=offset, distribution=distribution)
+    want = ref.apply(
+        generate.weights(n), [ref.Term(5, draw, (scale,), distribution=distribution)], tensor=6, offset=offset
+    )
     np.testing.assert_array_equal(ref.bits(got), ref.bits(want))
     kernels.step(
         got,
@@ -321,7 +323,10 @@ def test_perturb_and_step_agree(
         next_scale=next_scale,
         decay=decay,
         offset=offset,
-        direction=kind,
+        distribution=distribution,
     )
-    terms = [ref.Term(5, draw, (scale,), decay, kind), ref.Term(5, draw ^ 1, (next_scale,), kind=kind)]
+    terms = [
+        ref.Term(5, draw, (scale,), decay, distribution),
+        ref.Term(5, draw ^ 1, (next_scale,), distribution=distribution),
+    ]
     np.testing.assert_array_equal(ref.bits(got), ref.bits(ref.apply(want, terms, tensor=6, offset=offset)))

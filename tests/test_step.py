@@ -140,7 +140,7 @@ def run(opt: pz.Optimizer, plan: dict[str, Any]) -> list[Entry]:
         finally:
             signal.signal(signal.SIGINT, before)
         if flush:
-            opt.model.weights.settle()
+            opt.model.weights.flush()
     return entries
 
 

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo import kernels
-from pocketzo._core import __version__, has_half_arithmetic
-from pocketzo.errors import UnpackableError
+from pocketzo._core import __version__, has_fp16_arithmetic
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
-from pocketzo.runtime.layout import learn, matrices
+from pocketzo.runtime.layout import detect_layout, matrices
 
-__all__ = ["examine", "packing", "self_test", "speed"]
+__all__ = ["examine", "prepacking", "self_test", "speed"]
 
 EXTRAS: Final = {
     "cli": ("click", "rich"),
@@ -69,8 +69,8 @@ def self_test() -> dict[str, list[str]]:
 def _failed(isa: str) -> list[str]:
     kernels.use(isa)
 
-    def stepped(direction: kernels.Direction, dtype: str = "float32") -> NDArray[Any]:
-        w = kernels.normal(_COUNT, **_NEAR).astype(dtype)
+    def stepped(distribution: kernels.Distribution, dtype: str = "float32") -> NDArray[Any]:
+        w = kernels.noise(_COUNT, **_NEAR).astype(dtype)
         kernels.step(
             w,
             seed=_SEED,
@@ -80,15 +80,15 @@ def _failed(isa: str) -> list[str]:
             decay=1e-2,
             next_draw=43,
             next_scale=-2e-3,
-            direction=direction,
+            distribution=distribution,
         )
         return w
 
     streams: dict[str, Callable[[], NDArray[Any]]] = {
-        "normal": lambda: kernels.normal(_COUNT, **_NEAR),
-        "normal, far": lambda: kernels.normal(_COUNT, **_FAR, offset=17179344875),
-        "rademacher": lambda: kernels.normal(_COUNT, **_NEAR, direction="rademacher"),
-        "rademacher, far": lambda: kernels.normal(_COUNT, **_FAR, offset=549755682795, direction="rademacher"),
+        "normal": lambda: kernels.noise(_COUNT, **_NEAR),
+        "normal, far": lambda: kernels.noise(_COUNT, **_FAR, offset=17179344875),
+        "rademacher": lambda: kernels.noise(_COUNT, **_NEAR, distribution="rademacher"),
+        "rademacher, far": lambda: kernels.noise(_COUNT, **_FAR, offset=549755682795, distribution="rademacher"),
         "step, normal": lambda: stepped("gaussian"),
         "step, rademacher": lambda: stepped("rademacher"),
         "step, fp16": lambda: stepped("gaussian", "float16"),
@@ -106,23 +106,23 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
     Returns
     -------
     dict of str to dict of str to float
-        By direction and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
+        By distribution and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
     """
     w = np.zeros(count, np.float32)
     threads = kernels.threads()
     result: dict[str, dict[str, float]] = {"gaussian": {}, "rademacher": {}}
-    directions: tuple[kernels.Direction, ...] = ("gaussian", "rademacher")
+    distributions: tuple[kernels.Distribution, ...] = ("gaussian", "rademacher")
     try:
         for number in sorted({1, threads}):
             kernels.set_threads(number)
-            for direction in directions:
+            for distribution in distributions:
                 times = []
                 for draw in range(repeats):
                     started = time.perf_counter()
-                    kernels.perturb(w, seed=0, tensor=0, draw=draw, scale=1e-3, direction=direction)
+                    kernels.perturb(w, seed=0, tensor=0, draw=draw, scale=1e-3, distribution=distribution)
                     times.append(time.perf_counter() - started)
                 name = f"{number} thread" + ("s" if number > 1 else "")
-                result[direction][name] = round(min(times) / count * 1e9, 3)
+                result[distribution][name] = round(min(times) / count * 1e9, 3)
     finally:
         kernels.set_threads(threads)
     return result
@@ -151,8 +151,8 @@ def examine() -> dict[str, Any]:
         "machine": platform.machine(),
         "android": hasattr(sys, "getandroidapilevel"),
         "termux": "com.termux" in os.environ.get("PREFIX", ""),
-        "packing": packing(),
-        "fp16": has_half_arithmetic(),
+        "prepacking": prepacking(),
+        "fp16": has_fp16_arithmetic(),
         "isa": kernels.isa(),
         "available": kernels.available(),
         "cores": {
@@ -168,20 +168,20 @@ def examine() -> dict[str, Any]:
     }
 
 
-def packing(bundle: Bundle | None = None) -> str:
-    """Tell whether weights, those of a bundle if one is given, can be used packed here, and why not.
+def prepacking(bundle: Bundle | None = None) -> str:
+    """Tell whether weights, those of a bundle if one is given, can be prepacked here, and why not.
 
-    That they are live in the session is proved when the bundle is loaded.
+    That they are live in the session is checked when the bundle is loaded.
     """
     try:
-        layout = learn()
+        layout = detect_layout()
         if bundle is None:
-            return f"can be packed, in blocks of {layout.depth} rows and panels of 16 columns"
+            return f"can be prepacked, in blocks of {layout.depth} rows and panels of 16 columns"
         found = matrices(bundle)
-    except UnpackableError as error:
-        return f"unpacked: {error}"
+    except NotPrepackableError as error:
+        return f"not prepacked: {error}"
     size = sum(4 * matrix.packing.size for matrix in found)
-    return f"can be packed: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
+    return f"can be prepacked: {len(found)} matri{'x' if len(found) == 1 else 'ces'}, {size / 1e6:.1f} MB"
 
 
 def _version(package: str) -> str | None:

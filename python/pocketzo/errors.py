@@ -38,5 +38,5 @@ class MissingExtraError(Error, ImportError):
         super().__init__(f"this needs the package {package!r}, which is not installed: pip install 'pocketzo[{extra}]'")
 
 
-class UnpackableError(Exception):
+class NotPrepackableError(Exception):
     """Why weights cannot be packed and live here."""

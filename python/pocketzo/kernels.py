@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pocketzo import _core
 
-__all__ = ["SPEC_VERSION", "available", "isa", "normal", "perturb", "set_threads", "step", "threads", "use"]
+__all__ = ["SPEC_VERSION", "available", "isa", "noise", "perturb", "set_threads", "step", "threads", "use"]
 
-Direction = Literal["gaussian", "rademacher"]
+Distribution = Literal["gaussian", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
 
 SPEC_VERSION: int = _core.SPEC_VERSION
@@ -49,8 +49,8 @@ def set_threads(count: int) -> None:
     _core.set_threads(count)
 
 
-def normal(
-    n: int, *, seed: int, tensor: int, draw: int, offset: int = 0, direction: Direction = "gaussian"
+def noise(
+    n: int, *, seed: int, tensor: int, draw: int, offset: int = 0, distribution: Distribution = "gaussian"
 ) -> NDArray[np.float32]:
     """Elements ``offset`` to ``offset + n`` of a direction z.
 
@@ -64,7 +64,7 @@ def normal(
         32-bit, unsigned.
     offset : int
         First element, in the tensor's row-major order; 64-bit, unsigned.
-    direction : {"gaussian", "rademacher"}
+    distribution : {"gaussian", "rademacher"}
         Standard normal values (at most 6.56 in size), or +1 and -1.
 
     Returns
@@ -81,7 +81,7 @@ def normal(
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
     out = np.empty(n, np.float32)
-    _core.generate(out, seed=seed, tensor=tensor, draw=draw, offset=offset, direction=direction)
+    _core.generate(out, seed=seed, tensor=tensor, draw=draw, offset=offset, distribution=distribution)
     return out
 
 
@@ -93,7 +93,7 @@ def perturb(
     draw: int,
     scale: float,
     offset: int = 0,
-    direction: Direction = "gaussian",
+    distribution: Distribution = "gaussian",
     rounding: Rounding = "nearest",
 ) -> None:
     """Shift weights in place: w = fma(scale, z, w), rounded once to float32, and then to what ``w`` holds.
@@ -103,8 +103,8 @@ def perturb(
     w : ndarray
         float32, float16 or bfloat16 (that of the package ml_dtypes), of any shape, C-contiguous and writable; its
         elements are ``offset`` and following of the tensor.
-    seed, tensor, draw, offset, direction
-        As for :func:`normal`.
+    seed, tensor, draw, offset, distribution
+        As for :func:`noise`.
     scale : float
         Finite; rounded to float32.
     rounding : {"nearest", "stochastic"}
@@ -120,7 +120,14 @@ def perturb(
     """
     passes = [(draw, scale)]
     _core.step(
-        w, seed=seed, tensor=tensor, passes=passes, decay=0.0, offset=offset, direction=direction, rounding=rounding
+        w,
+        seed=seed,
+        tensor=tensor,
+        passes=passes,
+        decay=0.0,
+        offset=offset,
+        distribution=distribution,
+        rounding=rounding,
     )
 
 
@@ -135,7 +142,7 @@ def step(
     next_scale: float,
     decay: float = 0.0,
     offset: int = 0,
-    direction: Direction = "gaussian",
+    distribution: Distribution = "gaussian",
 ) -> None:
     """Finish one step and begin the next in one pass over the weights.
 
@@ -156,7 +163,7 @@ def step(
         passes=passes,
         decay=decay,
         offset=offset,
-        direction=direction,
+        distribution=distribution,
         rounding="stochastic",
     )
 
@@ -166,7 +173,3 @@ if forced := os.environ.get("POCKETZO_ISA"):
         use(forced)
     except ValueError as error:
         raise ValueError(f"POCKETZO_ISA: {error}") from None
-
-
-Distribution = Direction
-noise = normal

@@ -16,9 +16,11 @@
 namespace pocketzo::test {
 
 constexpr std::uint64_t kBlock = 64;
-constexpr Direction kDirections[] = {Direction::gaussian, Direction::rademacher};
+constexpr Distribution kDistributions[] = {Distribution::gaussian, Distribution::rademacher};
 
-inline const char* name(Direction direction) { return direction == Direction::gaussian ? "gaussian" : "rademacher"; }
+inline const char* name(Distribution distribution) {
+  return distribution == Distribution::gaussian ? "gaussian" : "rademacher";
+}
 
 // The weight pattern of answers.txt.
 inline std::vector<float> weights(std::size_t n) {
@@ -45,11 +47,11 @@ inline std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
   return halves;
 }
 
-// A stretch of a direction through the whole-block function of one set; the windows are cut here.
-inline std::vector<float> direction_by(const KernelSet& set, Direction direction, std::uint64_t seed,
-                                       std::uint32_t tensor, std::uint64_t draw, std::uint64_t offset, std::size_t n) {
+// A stretch of a distribution through the whole-block function of one set; the windows are cut here.
+inline std::vector<float> noise_by(const KernelSet& set, Distribution distribution, std::uint64_t seed,
+                                   std::uint32_t tensor, std::uint64_t draw, std::uint64_t offset, std::size_t n) {
   if (n == 0) return {};
-  const bool gaussian = direction == Direction::gaussian;
+  const bool gaussian = distribution == Distribution::gaussian;
   const int window_bits = gaussian ? 28 : 33;
   const std::uint64_t first = offset / kBlock, last = (offset + (n - 1)) / kBlock;
   std::vector<float> blocks(static_cast<std::size_t>(last - first + 1) * kBlock);
@@ -71,7 +73,7 @@ inline const KernelSet& scalar() {
   return *set;
 }
 
-inline Term term(Direction direction, std::uint64_t seed, std::uint64_t draw, std::vector<float> scales,
+inline Term term(Distribution distribution, std::uint64_t seed, std::uint64_t draw, std::vector<float> scales,
                  float decay = 0) {
   Term t{};
   t.seed = seed;
@@ -79,7 +81,7 @@ inline Term term(Direction direction, std::uint64_t seed, std::uint64_t draw, st
   std::copy(scales.begin(), scales.end(), t.scale);
   t.decay = decay;
   t.count = static_cast<std::uint8_t>(scales.size());
-  t.direction = direction;
+  t.distribution = distribution;
   return t;
 }
 
@@ -87,7 +89,7 @@ inline Term term(Direction direction, std::uint64_t seed, std::uint64_t draw, st
 inline void expect_applied(std::vector<float>& w, std::uint32_t tensor, std::uint64_t offset,
                            const std::vector<Term>& terms) {
   for (const Term& t : terms) {
-    const auto z = direction_by(scalar(), t.direction, t.seed, tensor, t.draw, offset, w.size());
+    const auto z = noise_by(scalar(), t.distribution, t.seed, tensor, t.draw, offset, w.size());
     for (std::size_t i = 0; i < w.size(); ++i) {
       for (unsigned k = 0; k < t.count; ++k) w[i] = std::fma(t.scale[k], z[i], w[i]);
       if (t.decay != 0) w[i] = std::fma(-t.decay, w[i], w[i]);
@@ -102,8 +104,8 @@ inline void apply_to(float* data, std::size_t n, std::uint32_t tensor, std::uint
 }
 
 inline std::vector<Term> mixed_terms() {
-  return {term(Direction::gaussian, 3, 1, {1e-3f, -2e-3f}, 1e-3f), term(Direction::rademacher, 3, 2, {0.5f}),
-          term(Direction::gaussian, 4, 2, {}, 0.125f), term(Direction::gaussian, 4, 3, {1e-3f, 1e-3f, 3e-3f})};
+  return {term(Distribution::gaussian, 3, 1, {1e-3f, -2e-3f}, 1e-3f), term(Distribution::rademacher, 3, 2, {0.5f}),
+          term(Distribution::gaussian, 4, 2, {}, 0.125f), term(Distribution::gaussian, 4, 3, {1e-3f, 1e-3f, 3e-3f})};
 }
 
 inline void apply_to(std::uint16_t* data, std::size_t n, Storage storage, std::uint64_t offset,

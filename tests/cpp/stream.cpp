@@ -16,7 +16,7 @@
 
 namespace {
 
-using pocketzo::Direction;
+using pocketzo::Distribution;
 
 constexpr const char* kHelp =
     "usage: stream words|normals|rademacher [option ...]\n"
@@ -132,13 +132,13 @@ void fill(const Options& o, const Stream& s, std::uint64_t first, std::size_t bl
   }
   std::vector<float> z(blocks * kUnits);
   if (o.kind == "normals") {
-    pocketzo::generate({z.data(), z.size(), first * kUnits, s.tensor}, s.seed, s.draw, Direction::gaussian);
+    pocketzo::generate({z.data(), z.size(), first * kUnits, s.tensor}, s.seed, s.draw, Distribution::gaussian);
     std::memcpy(out, z.data(), z.size() * sizeof(float));
     return;
   }
   for (std::size_t part = 0; part < 32; ++part) {  // z holds a 32nd of the directions
     const std::uint64_t offset = o.block * kUnits + ((first - o.block) * 32 + part * blocks) * kUnits;
-    pocketzo::generate({z.data(), z.size(), offset, s.tensor}, s.seed, s.draw, Direction::rademacher);
+    pocketzo::generate({z.data(), z.size(), offset, s.tensor}, s.seed, s.draw, Distribution::rademacher);
     for (std::size_t unit = 0; unit < z.size() / 32; ++unit) {
       std::uint32_t word = 0;
       for (std::size_t bit = 0; bit < 32; ++bit) word |= (z[32 * unit + bit] < 0 ? 1u : 0u) << bit;

@@ -22,7 +22,7 @@ std::vector<Term> mixed_terms16() {
   terms[0].rounding = Rounding::stochastic;
   terms[1].rounding = Rounding::later;
   terms[2].rounding = Rounding::stochastic;
-  terms.push_back(term(Direction::rademacher, 9, 9, {1e-6f}, 1e-3f));
+  terms.push_back(term(Distribution::rademacher, 9, 9, {1e-6f}, 1e-3f));
   terms.back().rounding = Rounding::stochastic;
   return terms;
 }

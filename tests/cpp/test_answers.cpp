@@ -50,31 +50,31 @@ void check_philox(const KernelSet& set, const Answer& a) {
   }
 }
 
-void check_stretch(const KernelSet& set, const Answer& a, Direction direction) {
+void check_stretch(const KernelSet& set, const Answer& a, Distribution distribution) {
   const std::uint64_t seed = a.integer(0), draw = a.integer(2), offset = a.integer(3);
   const auto n = static_cast<std::size_t>(a.integer(4));
   std::vector<float> want;
-  if (direction == Direction::gaussian) {
+  if (distribution == Distribution::gaussian) {
     want = a.floats();
   } else {
     for (const char sign : a.answer.at(0)) want.push_back(sign == '+' ? 1.0f : -1.0f);
   }
   CHECK(want.size() == n);
-  CHECK_SAME(direction_by(set, direction, seed, a.tensor(1), draw, offset, n).data(), want.data(), n,
+  CHECK_SAME(noise_by(set, distribution, seed, a.tensor(1), draw, offset, n).data(), want.data(), n,
              a.where() + " (KernelSet)");
   std::vector<float> z(n);
-  generate({z.data(), n, offset, a.tensor(1)}, seed, draw, direction);
+  generate({z.data(), n, offset, a.tensor(1)}, seed, draw, distribution);
   CHECK_SAME(z.data(), want.data(), n, a.where() + " (generate)");
 }
 
-void check_crcs(const Answer& a, Direction direction) {
+void check_crcs(const Answer& a, Distribution distribution) {
   std::vector<float> z(kCrcBlock * 16);
   const auto blocks = static_cast<std::size_t>(a.integer(4));
   CHECK(a.answer.size() == blocks);
   for (std::size_t done = 0; done < blocks;) {
     const std::size_t now = std::min<std::size_t>(16, blocks - done);
     generate({z.data(), now * kCrcBlock, a.integer(3) + done * kCrcBlock, a.tensor(1)}, a.integer(0), a.integer(2),
-             direction);
+             distribution);
     for (std::size_t b = 0; b < now; ++b) check_crc(a, done + b, done + b, z.data() + b * kCrcBlock, kCrcBlock);
     done += now;
   }
@@ -82,10 +82,10 @@ void check_crcs(const Answer& a, Direction direction) {
 
 // A term of a request, from field `at` on, which is moved behind it.
 Term term_at(const Answer& a, std::size_t& at) {
-  const Direction direction = a.request.at(at) == "normal" ? Direction::gaussian : Direction::rademacher;
+  const Distribution distribution = a.request.at(at) == "normal" ? Distribution::gaussian : Distribution::rademacher;
   std::vector<float> scales;
   for (std::size_t k = 0; k < a.integer(at + 4); ++k) scales.push_back(a.fp32(at + 5 + k));
-  const Term result = term(direction, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3));
+  const Term result = term(distribution, a.integer(at + 1), a.integer(at + 2), scales, a.fp32(at + 3));
   at += 5 + scales.size();
   return result;
 }
@@ -141,13 +141,13 @@ TEST(answers_of_the_specification) {
       set.words(out.data(), block, 1, key);
       for (std::size_t j = 0; j < 64; ++j) CHECK(out[j] == Answer::word(a.answer.at(j)));
     } else if (a.kind == "normal") {
-      check_stretch(set, a, Direction::gaussian);
+      check_stretch(set, a, Distribution::gaussian);
     } else if (a.kind == "rademacher") {
-      check_stretch(set, a, Direction::rademacher);
+      check_stretch(set, a, Distribution::rademacher);
     } else if (a.kind == "normal_crc") {
-      check_crcs(a, Direction::gaussian);
+      check_crcs(a, Distribution::gaussian);
     } else if (a.kind == "rademacher_crc") {
-      check_crcs(a, Direction::rademacher);
+      check_crcs(a, Distribution::rademacher);
     } else if (a.kind == "shrink") {
       auto w = weights(static_cast<std::size_t>(a.integer(1)));
       set.shrink(w.data(), w.size(), a.fp32(0));

@@ -45,8 +45,8 @@ TEST(lengths) {
     for (const std::uint64_t offset : offsets()) {
       auto applied = before;
       expect_applied(applied, 9, offset, mixed_terms());
-      const auto z = direction_by(scalar(), Direction::gaussian, 8, 9, 10, offset, kMost);
-      const auto u = direction_by(scalar(), Direction::rademacher, 8, 9, 10, offset, kMost);
+      const auto z = noise_by(scalar(), Distribution::gaussian, 8, 9, 10, offset, kMost);
+      const auto u = noise_by(scalar(), Distribution::rademacher, 8, 9, 10, offset, kMost);
       for (std::size_t n = 0; n <= kMost; ++n) {
         const std::string what = say(n, " elements at offset ", offset, ", ", threads, " threads");
         for (const bool at_end : {false, true}) {
@@ -56,18 +56,18 @@ TEST(lengths) {
           CHECK_SAME(got, applied.data(), n, "apply, " + what);
           CHECK(memory.intact());
           got = memory.take(n, at_end);
-          generate({got, n, offset, 9}, 8, 10, Direction::gaussian);
+          generate({got, n, offset, 9}, 8, 10, Distribution::gaussian);
           CHECK_SAME(got, z.data(), n, "generate gaussian, " + what);
           CHECK(memory.intact());
           got = memory.take(n, at_end);
-          generate({got, n, offset, 9}, 8, 10, Direction::rademacher);
+          generate({got, n, offset, 9}, 8, 10, Distribution::rademacher);
           CHECK_SAME(got, u.data(), n, "generate rademacher, " + what);
           CHECK(memory.intact());
         }
         const auto heap = exact(before.data(), n);
         apply_to(heap.get(), n, 9, offset, mixed_terms());
         CHECK_SAME(heap.get(), applied.data(), n, "apply on the heap, " + what);
-        generate({heap.get(), n, offset, 9}, 8, 10, Direction::gaussian);
+        generate({heap.get(), n, offset, 9}, 8, 10, Distribution::gaussian);
         CHECK_SAME(heap.get(), z.data(), n, "generate on the heap, " + what);
       }
     }
@@ -91,7 +91,7 @@ TEST(cuts) {
         const std::size_t size = std::min<std::size_t>(random() % (longest + 1), n - at);
         segments.push_back({together.data() + at, size, offset + at, 1});
         apply_to(apart.data() + at, size, 1, offset + at, mixed_terms());
-        generate({generated.data() + at, size, offset + at, 1}, 2, 3, Direction::gaussian);
+        generate({generated.data() + at, size, offset + at, 1}, 2, 3, Distribution::gaussian);
         at += size;
       }
       std::shuffle(segments.begin(), segments.end(), random);
@@ -99,7 +99,7 @@ TEST(cuts) {
       pocketzo::apply(segments.data(), segments.size(), terms.data(), terms.size());
       CHECK_SAME(apart.data(), want.data(), n, say("pieces, a call each, offset ", offset, ", round ", round));
       CHECK_SAME(together.data(), want.data(), n, say("pieces in one call, offset ", offset, ", round ", round));
-      CHECK_SAME(generated.data(), direction_by(scalar(), Direction::gaussian, 2, 1, 3, offset, n).data(), n,
+      CHECK_SAME(generated.data(), noise_by(scalar(), Distribution::gaussian, 2, 1, 3, offset, n).data(), n,
                  say("pieces generated, offset ", offset, ", round ", round));
     }
   }
@@ -133,18 +133,18 @@ TEST(terms) {
   const std::vector<float> scales{1e-3f, -2e-3f, 1.0625e-3f};
   const std::uint64_t offset = 1'000'003;
   constexpr std::size_t n = 5003;
-  for (const Direction direction : kDirections) {
+  for (const Distribution distribution : kDistributions) {
     for (std::ptrdiff_t count = 0; count <= 3; ++count) {
       for (const float decay : {0.0f, -0.0f, 1e-3f, -1e-3f, 1.0f, 1e-40f}) {
         for (const float factor : {1.0f, 0x1p-126f, 0x1p-140f, 0.0f}) {
           std::vector<float> scaled(scales.begin(), scales.begin() + count);
           for (float& scale : scaled) scale *= factor;
-          const std::vector<Term> terms{term(direction, 1ull << 40, 1ull << 33, scaled, decay)};
+          const std::vector<Term> terms{term(distribution, 1ull << 40, 1ull << 33, scaled, decay)};
           auto got = weights(n), want = got;
           expect_applied(want, 2, offset, terms);
           apply_to(got.data(), n, 2, offset, terms);
           CHECK_SAME(got.data(), want.data(), n,
-                     say(name(direction), " term, ", count, " scales times ", factor, ", decay ", decay));
+                     say(name(distribution), " term, ", count, " scales times ", factor, ", decay ", decay));
         }
       }
     }
@@ -160,7 +160,7 @@ TEST(long_programs) {
   for (std::uint64_t i = 0; i < 1000; ++i) {
     std::vector<float> scales(random() % 4);
     for (float& scale : scales) scale = static_cast<float>(random() % 2001) * 1e-6f - 1e-3f;
-    terms.push_back(term(kDirections[random() % 4 == 0], 99, i / 2, scales, random() % 3 == 0 ? 1e-5f : 0.0f));
+    terms.push_back(term(kDistributions[random() % 4 == 0], 99, i / 2, scales, random() % 3 == 0 ? 1e-5f : 0.0f));
   }
   auto want = weights(n);
   CHECK(set_threads(1));
@@ -180,8 +180,8 @@ TEST(long_programs) {
 TEST(not_finite) {
   constexpr std::size_t n = 1003;
   const float inf = std::numeric_limits<float>::infinity();
-  const std::vector<Term> terms{term(Direction::gaussian, 1, 1, {1e-3f, 2e-3f}),
-                                term(Direction::rademacher, 1, 2, {0.5f})};
+  const std::vector<Term> terms{term(Distribution::gaussian, 1, 1, {1e-3f, 2e-3f}),
+                                term(Distribution::rademacher, 1, 2, {0.5f})};
   auto want = weights(n);
   expect_applied(want, 8, 3, terms);
   auto got = weights(n);

@@ -37,15 +37,15 @@ TEST(whole_blocks) {
         CHECK_SAME(got, want.data(), n, "words, " + what);
         CHECK(memory.intact());
       }
-      for (const Direction direction : kDirections) {
-        const auto run = direction == Direction::gaussian ? &KernelSet::gaussian : &KernelSet::rademacher;
+      for (const Distribution distribution : kDistributions) {
+        const auto run = distribution == Distribution::gaussian ? &KernelSet::gaussian : &KernelSet::rademacher;
         for (unsigned k = 0; k <= 3; ++k) {
           std::copy_n(before.begin(), n, want.begin());
           (scalar().*run)[k]({want.data(), 16, 64, first, 1, count}, key, scales);
           float* got = memory.take(n, k % 2 == 0);
           std::copy_n(before.begin(), n, got);
           (set.*run)[k]({got, 16, 64, first, 1, count}, key, scales);
-          CHECK_SAME(got, want.data(), n, say(name(direction), " with ", k, " scales, ", what));
+          CHECK_SAME(got, want.data(), n, say(name(distribution), " with ", k, " scales, ", what));
           CHECK(memory.intact());
         }
       }
@@ -126,8 +126,8 @@ TEST(walks) {
     }
     for (const std::ptrdiff_t misaligned : {0, 1, 7, 13}) {
       for (const std::uint64_t first : {std::uint64_t{0}, std::uint64_t{77}, (std::uint64_t{3} << 28) + 29}) {
-        for (const Direction direction : kDirections) {
-          const auto run = direction == Direction::gaussian ? &KernelSet::gaussian : &KernelSet::rademacher;
+        for (const Distribution distribution : kDistributions) {
+          const auto run = distribution == Distribution::gaussian ? &KernelSet::gaussian : &KernelSet::rademacher;
           for (unsigned k = 0; k <= 3; ++k) {
             const auto before = weights(static_cast<std::size_t>(high - low + misaligned) + 16);
             std::vector<float> got = before, want = before;
@@ -146,7 +146,7 @@ TEST(walks) {
               for (std::size_t e = 0; e < kBlock; ++e) at(e) = block[e];
             }
             CHECK_SAME(got.data(), want.data(), want.size(),
-                       say(name(direction), " walk, ", layout.name, ", ", layout.count, " blocks, ", k,
+                       say(name(distribution), " walk, ", layout.name, ", ", layout.count, " blocks, ", k,
                            " scales, misaligned by ", misaligned));
           }
         }

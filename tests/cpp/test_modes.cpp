@@ -16,15 +16,15 @@ namespace {
 TEST(floating_point_modes) {
   constexpr std::size_t n = 200'003;
   const std::uint64_t usual = mode();
-  const std::vector<Term> terms{term(Direction::gaussian, 1, 1, {0x1p-130f, -0x1p-128f, 1e-3f}, 1e-3f),
-                                term(Direction::gaussian, 1, 2, {-1e-3f, 0x1p-149f}),
-                                term(Direction::rademacher, 1, 3, {0x1p-140f}, 0x1p-3f),
-                                term(Direction::rademacher, 1, 4, {1e-3f, 1e-7f})};
+  const std::vector<Term> terms{term(Distribution::gaussian, 1, 1, {0x1p-130f, -0x1p-128f, 1e-3f}, 1e-3f),
+                                term(Distribution::gaussian, 1, 2, {-1e-3f, 0x1p-149f}),
+                                term(Distribution::rademacher, 1, 3, {0x1p-140f}, 0x1p-3f),
+                                term(Distribution::rademacher, 1, 4, {1e-3f, 1e-7f})};
   auto before = weights(n);
   for (std::size_t i = 0; i < n; i += 3) before[i] *= 0x1p-125f;  // many subnormals
   auto want = before;
   expect_applied(want, 7, 0, terms);
-  const auto z = direction_by(scalar(), Direction::gaussian, 1, 7, 2, 0, n);
+  const auto z = noise_by(scalar(), Distribution::gaussian, 1, 7, 2, 0, n);
   std::vector<std::uint64_t> modes{usual | kFlush};
   for (const std::uint64_t rounding : kRoundings) {
     modes.push_back(usual | rounding);
@@ -40,7 +40,7 @@ TEST(floating_point_modes) {
         const std::uint64_t started_mode = mode();
         apply_to(got.data(), n, 7, 0, terms);
         const std::uint64_t applied_mode = mode();
-        generate({generated.data(), n, 0, 7}, 1, 2, Direction::gaussian);
+        generate({generated.data(), n, 0, 7}, 1, 2, Distribution::gaussian);
         const std::uint64_t generated_mode = mode();
         set_mode(usual);
         CHECK(started);

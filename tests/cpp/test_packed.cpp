@@ -40,8 +40,8 @@ TEST(packed) {
     const auto n = static_cast<std::size_t>(p.rows * p.columns), size = static_cast<std::size_t>(p.rows * p.stride);
     const auto places = packed_places(p);
     Guarded memory(size);
-    for (const auto& terms : {mixed_terms(), std::vector<Term>{term(Direction::gaussian, 5, 6, {0.25f})},
-                              std::vector<Term>{term(Direction::rademacher, 5, 6, {0.25f, -1.0f}, 0.5f)}})
+    for (const auto& terms : {mixed_terms(), std::vector<Term>{term(Distribution::gaussian, 5, 6, {0.25f})},
+                              std::vector<Term>{term(Distribution::rademacher, 5, 6, {0.25f, -1.0f}, 0.5f)}})
       for (const unsigned threads : {1u, 3u}) {
         auto want = weights(n);
         std::vector<float> packed(size, 7.0f);  // the padding

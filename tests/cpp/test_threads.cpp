@@ -31,14 +31,14 @@ TEST(the_number_of_threads) {
   const auto terms = mixed_terms();
   auto want = weights(n);
   expect_applied(want, 5, 12'345, terms);
-  const auto z = direction_by(scalar(), Direction::gaussian, 1, 5, 2, 12'345, n);
+  const auto z = noise_by(scalar(), Distribution::gaussian, 1, 5, 2, 12'345, n);
   for (const unsigned threads : {1u, 2u, 3u, 7u, 2u, 1u}) {
     CHECK(set_threads(threads));
     CHECK(pocketzo::threads() == threads);
     auto got = weights(n);
     apply_to(got.data(), n, 5, 12'345, terms);
     CHECK_SAME(got.data(), want.data(), n, say("apply, ", threads, " threads"));
-    generate({got.data(), n, 12'345, 5}, 1, 2, Direction::gaussian);
+    generate({got.data(), n, 12'345, 5}, 1, 2, Distribution::gaussian);
     CHECK_SAME(got.data(), z.data(), n, say("generate, ", threads, " threads"));
   }
   CHECK(set_threads(3));
@@ -94,7 +94,7 @@ void apply(const KernelSet& set, const std::vector<Segment>& segments) {
   KernelSet holding = set;
   holding.gaussian[1] = gaussian;
   use(holding);
-  const Term shift = term(Direction::gaussian, 1, 2, {0.5f});
+  const Term shift = term(Distribution::gaussian, 1, 2, {0.5f});
   pocketzo::apply(segments.data(), segments.size(), &shift, 1);
   use(set);
 }
@@ -104,11 +104,11 @@ void apply(const KernelSet& set, const std::vector<Segment>& segments) {
 TEST(a_slow_thread_takes_small_units) {
   const KernelSet& set = current();
   CHECK(set_threads(2));
-  const Packing rows{1024, 256, 256, 256, false}, turned{16384, 16, 32, 256, true};
-  std::vector<float> plain(5 * held_up::kUnitBlocks * kBlock), in_rows(1024 * 256), in_turned_rows(16384 * 32);
+  const Packing rows{1024, 256, 256, 256, false}, transposed{16384, 16, 32, 256, true};
+  std::vector<float> plain(5 * held_up::kUnitBlocks * kBlock), in_rows(1024 * 256), in_transposed_rows(16384 * 32);
   const Segment segments[] = {{plain.data(), plain.size(), 0, 7},
                               {in_rows.data(), 1024 * 256, 0, 8, &rows},
-                              {in_turned_rows.data(), 16384 * 16, 0, 9, &turned}};
+                              {in_transposed_rows.data(), 16384 * 16, 0, 9, &transposed}};
   for (const Segment& segment : segments) held_up::apply(set, {segment});
 }
 
@@ -146,12 +146,12 @@ TEST(callers_at_once) {
   const auto work = [&](std::uint32_t tensor) {
     auto want = weights(n);
     expect_applied(want, tensor, 0, terms);
-    const auto z = direction_by(scalar(), Direction::rademacher, 1, tensor, 2, 0, n);
+    const auto z = noise_by(scalar(), Distribution::rademacher, 1, tensor, 2, 0, n);
     for (int round = 0; round < 20; ++round) {
       auto got = weights(n);
       apply_to(got.data(), n, tensor, 0, terms);
       CHECK_SAME(got.data(), want.data(), n, say("apply beside another thread, round ", round));
-      generate({got.data(), n, 0, tensor}, 1, 2, Direction::rademacher);
+      generate({got.data(), n, 0, tensor}, 1, 2, Distribution::rademacher);
       CHECK_SAME(got.data(), z.data(), n, say("generate beside another thread, round ", round));
     }
   };

@@ -77,12 +77,12 @@ def _float(pattern: str) -> float:
     return float(ref.from_bits(np.array(int(pattern, 16))))
 
 
-def _kind(name: str) -> ref.Direction:
+def _distribution(name: str) -> ref.Distribution:
     if name == "normal":
         return "gaussian"
     if name == "rademacher":
         return "rademacher"
-    raise ValueError(f"unknown direction {name!r}")
+    raise ValueError(f"unknown distribution {name!r}")
 
 
 def _terms(fields: list[str], *, rounded: bool = False) -> list[ref.Term]:
@@ -91,7 +91,9 @@ def _terms(fields: list[str], *, rounded: bool = False) -> list[ref.Term]:
         kind, seed, draw, decay, count, *fields = fields
         scales = tuple(_float(scale) for scale in fields[: int(count)])
         rounding, fields = fields[int(count)] if rounded else "nearest", fields[int(count) + rounded :]
-        terms.append(ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _kind(kind), _rounding(rounding)))
+        terms.append(
+            ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _distribution(kind), _rounding(rounding))
+        )
     return terms
 
 
@@ -153,9 +155,9 @@ def answer(request: str) -> str:
     if kind == "rademacher":
         return "".join("+" if u > 0 else "-" for u in ref.rademacher(seed, tensor, draw, offset, count))
     if kind in ("normal_crc", "rademacher_crc"):
-        of = _kind(kind.removesuffix("_crc"))
+        of = _distribution(kind.removesuffix("_crc"))
         starts = (offset + block * CRC_BLOCK for block in range(count))
-        return " ".join(_crc(ref.direction(of, seed, tensor, draw, start, CRC_BLOCK)) for start in starts)
+        return " ".join(_crc(ref.noise(of, seed, tensor, draw, start, CRC_BLOCK)) for start in starts)
     raise ValueError(f"unknown request: {request}")
 
 

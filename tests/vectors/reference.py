@@ -15,7 +15,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-Direction = Literal["gaussian", "rademacher"]
+Distribution = Literal["gaussian", "rademacher"]
 Storage = Literal["float16", "bfloat16"]
 Rounding = Literal["nearest", "stochastic", "later"]
 U32: TypeAlias = NDArray[np.uint32]
@@ -175,9 +175,9 @@ def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
     return u[start : start + n]
 
 
-def direction(kind: Direction, seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
+def noise(distribution: Distribution, seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
     """Elements of a direction of either kind."""
-    return (normal if kind == "gaussian" else rademacher)(seed, tensor, draw, offset, n)
+    return (normal if distribution == "gaussian" else rademacher)(seed, tensor, draw, offset, n)
 
 
 # ---- what is done with them ------------------------------------------------------------------------------------------
@@ -191,14 +191,14 @@ class Term:
     draw: int
     scales: tuple[float, ...]
     decay: float = 0.0
-    kind: Direction = "gaussian"
+    distribution: Distribution = "gaussian"
     rounding: Rounding = "nearest"
 
 
 def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32:
     """Item 5: a new array, every line of every term rounded to fp32."""
     for term in terms:
-        z = direction(term.kind, term.seed, tensor, term.draw, offset, len(w))
+        z = noise(term.distribution, term.seed, tensor, term.draw, offset, len(w))
         for scale in term.scales:
             w = fma32(np.float32(scale), z, w)
         if term.decay != 0:
@@ -255,7 +255,7 @@ def stochastic(w: F32, r: U32, storage: Storage) -> F32:
 def apply16(w: F32, terms: Sequence[Term], *, storage: Storage, tensor: int, offset: int = 0) -> NDArray[np.uint16]:
     """Section 5: the bit patterns of the results; ``w`` holds values of that storage."""
     for term in terms:
-        z = direction(term.kind, term.seed, tensor, term.draw, offset, len(w))
+        z = noise(term.distribution, term.seed, tensor, term.draw, offset, len(w))
         for i, scale in enumerate(term.scales):
             w = fma32(np.float32(scale), z, nearest(w, storage) if i else w)
         if term.decay != 0:

@@ -13,7 +13,7 @@ namespace pocketzo {
 
 inline constexpr int kSpecVersion = 1;
 
-enum class Direction : std::uint8_t { gaussian = 0, rademacher = 1 };
+enum class Distribution : std::uint8_t { gaussian = 0, rademacher = 1 };
 
 // How weights lie in memory; arithmetic is in fp32.
 enum class Storage : std::uint8_t { float32 = 0, float16 = 1, bfloat16 = 2 };
@@ -37,7 +37,7 @@ struct Term {
   float scale[3];
   float decay;
   std::uint8_t count;  // 0 .. 3
-  Direction direction;
+  Distribution distribution;
   Rounding rounding;
   std::uint8_t unused[5];
 };
@@ -69,7 +69,7 @@ struct Segment {
 void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept;
 
 // Writes z(seed, segment.tensor, draw, e) to the segment, which is float32. Threaded.
-void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Direction direction) noexcept;
+void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Distribution distribution) noexcept;
 
 // Copies logical elements offset .. offset + n - 1 of a tensor into packed memory, or out of it. Threaded.
 void pack(float* packed, const Packing& packing, const float* values, std::uint64_t offset, std::uint64_t n) noexcept;
@@ -97,6 +97,6 @@ const char* instruction_set() noexcept;
 bool use(const char* name) noexcept;
 
 // Whether the processor computes in fp16, so that an inference runtime will. The kernels do without.
-bool has_half_arithmetic() noexcept;
+bool has_fp16_arithmetic() noexcept;
 
 }  // namespace pocketzo

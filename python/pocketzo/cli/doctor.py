@@ -54,7 +54,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         **{f"extra {extra}": text for extra, text in extras.items()},
         "cores": f"{cores['usable']} to use, {fast}{cores['present']} present; {facts['threads']} used by the kernels",
         "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
-        "weights": facts["packing"],
+        "weights": facts["prepacking"],
         "fp16": "fast: this processor computes in it" if facts["fp16"] else "slow: this processor cannot compute in it",
         "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
         "self-test": tests,

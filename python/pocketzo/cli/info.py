@@ -16,7 +16,7 @@ from pocketzo.cli.command import Command
 from pocketzo.cli.console import fact, out, print_facts
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
-from pocketzo.doctor import packing
+from pocketzo.doctor import prepacking
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.train.run import JOURNAL, Run
@@ -40,7 +40,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         bundle = Bundle.read(path)
         facts = bundle_facts(bundle)
         facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
-        facts["packing"] = packing(bundle)
+        facts["prepacking"] = prepacking(bundle)
         if tensors or as_json:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
     if as_json:

@@ -106,9 +106,9 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     "--group-by-length", is_flag=True, help="Batches of texts of similar length: less padding to compute with."
 )
 @click.option(
-    "--packed/--unpacked",
+    "--prepack/--no-prepack",
     default=None,
-    help="Whether weights lie as the runtime multiplies fastest.  [default: packed where it can be]",
+    help="Use onnxruntime's prepacked weight layout, which is faster.  [default: where it is possible]",
 )
 @click.option(
     "--max-memory",
@@ -147,7 +147,7 @@ def train(
     patience: int | None,
     snapshot_every: int | None,
     group_by_length: bool,
-    packed: bool | None,
+    prepack: bool | None,
     max_memory: int | None,
     threads: int | None,
     columns: Columns,
@@ -159,7 +159,7 @@ def train(
 
     Ctrl-C (or SIGTERM) ends the run after the step that is under way, with exit code 130 (143); the same command, or
     --resume, goes on from there, and also after a crash or a kill, to the very weights that the uninterrupted run would
-    have reached (a --max-memory too small for packed weights changes roundings, and says so). With --resume only
+    have reached (a --max-memory too small for prepacked weights changes roundings, and says so). With --resume only
     BUNDLE, --data and --eval may be given, if these files were moved, and --max-memory. A second Ctrl-C ends at once.
 
     \b
@@ -193,17 +193,17 @@ def train(
     others: list[str] = []
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
-        pairs = ("threads", session.threads, threads), ("packed", session.packed, packed)
+        pairs = ("threads", session.threads, threads), ("prepacked", session.prepacked, prepack)
         others = [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
         threads = use_threads(session)
-        packed = packed or (None if session.packed else False)
+        prepack = prepack or (None if session.prepacked else False)
     elif threads is not None:
         kernels.set_threads(threads)
     # Only what is to be timed needs a batch.
     first = None if threads else examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
     with err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
         model = load(
-            read, threads=threads, batch=first, packed="auto" if packed is None else packed, max_memory=max_memory
+            read, threads=threads, batch=first, prepack="auto" if prepack is None else prepack, max_memory=max_memory
         )
     optimizer = METHODS[method](
         model,
@@ -252,8 +252,8 @@ def train(
     timed = fact("forward_seconds", model.forward_seconds)
     note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {kernels.isa()} kernels, "
-        f"{'packed' if model.packed else 'unpacked'} weights, {model.threads} thread{'s' if model.threads > 1 else ''}"
-        + (f" ({timed} a forward)" if timed else "")
+        f"{'prepacked' if model.prepacked else 'plain'} weights, "
+        f"{model.threads} thread{'s' if model.threads > 1 else ''}" + (f" ({timed} a forward)" if timed else "")
     )
     _train(trainer, output)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.formats.bundle import ORDER_ID
-from pocketzo.kernels import normal
+from pocketzo.kernels import noise
 
 
 class Data(Protocol):
@@ -77,4 +77,4 @@ class Order:
         whole[:] = whole.reshape(count, self._batch_size)[shuffled].ravel()
 
     def _noise(self, n: int, epoch: int, offset: int = 0) -> NDArray[np.float32]:
-        return normal(n, seed=self._seed, tensor=ORDER_ID, draw=epoch, offset=offset)
+        return noise(n, seed=self._seed, tensor=ORDER_ID, draw=epoch, offset=offset)

@@ -179,7 +179,7 @@ def run_demo(
     parameters = sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable)
     say(
         f"prepared: {output / 'base'}, {parameters:,} parameters, all of them trained; {kernels.isa()} kernels, "
-        f"{'packed' if model.packed else 'unpacked'} weights, "
+        f"{'prepacked' if model.prepacked else 'plain'} weights, "
         f"{model.threads} thread{'s' if model.threads > 1 else ''}"
     )
     before = evaluate(model, test)

@@ -216,7 +216,7 @@ class Bundle:
         return {name: tuple(tensor.name for tensor in self.tensors if name in tensor.sets) for name in names}
 
     @property
-    def is_half(self) -> bool:
+    def is_fp16(self) -> bool:
         """Whether weights are fp16."""
         return any(tensor.trainable and tensor.dtype == "float16" for tensor in self.tensors)
 

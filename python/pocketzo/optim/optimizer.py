@@ -377,7 +377,7 @@ class Optimizer(ABC):
         """Apply what is pending, and these, in one pass over the weights where they are the same parts."""
         with self._lock:
             if not any(part.pending for part in self._pending):
-                self.model.weights.settle()  # what is pending of another optimizer
+                self.model.weights.flush()  # what is pending of another optimizer
             if parts is not self._pending:
                 for part in self._pending:
                     part.apply()

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo._core import Packing, packed_hash
-from pocketzo.errors import UnpackableError
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.onnx_proto import onnx_messages
 
@@ -68,19 +68,19 @@ class Matrix:
         Of the weight.
     operator : str
         "MatMul" or "Gemm".
-    alone : bool
-        Whether no other node reads the weight. Else it is also kept as it is stored: a tied embedding.
+    shared : bool
+        Whether another node reads the weight, too. It is then also kept as it is stored: a tied embedding.
     packing : Packing
     """
 
     name: str
     operator: str
-    alone: bool
+    shared: bool
     packing: Packing
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Memory that a session multiplies by."""
 
     memory: NDArray[np.float32]
@@ -88,20 +88,22 @@ class Place:
 
 
 @functools.cache
-def learn() -> Layout:
+def detect_layout() -> Layout:
     """Have the runtime pack a ramp and find out where each value went.
 
     Raises
     ------
-    UnpackableError
+    NotPrepackableError
         It does not pack, or in a way that is not understood.
     """
     if not os.access(MAPS, os.R_OK):
-        raise UnpackableError(f"the system does not tell what is mapped where ({MAPS})")
+        raise NotPrepackableError(f"the system does not tell what is mapped where ({MAPS})")
     operators = ("MatMul", False), ("Gemm", False), ("Gemm", True)
     found = {_pack_ramp(operator, transposed=transposed) for operator, transposed in operators}
     if len(found) > 1:
-        raise UnpackableError(f"onnxruntime {ort.__version__} packs operators differently: {sorted(map(str, found))}")
+        raise NotPrepackableError(
+            f"onnxruntime {ort.__version__} prepacks operators differently: {sorted(map(str, found))}"
+        )
     return found.pop()
 
 
@@ -137,17 +139,19 @@ def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
             saved = messages.Model.FromString(Path(folder, "packed.onnx").read_bytes())
             blob = Path(folder, "packed.bin").read_bytes()
     except OSError as error:
-        raise UnpackableError(f"no temporary file can be made: {error}") from None
+        raise NotPrepackableError(f"no temporary file can be made: {error}") from None
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise UnpackableError(f"onnxruntime {ort.__version__} does not save packed weights: {error}") from None
+        raise NotPrepackableError(f"onnxruntime {ort.__version__} does not save prepacked weights: {error}") from None
     entries = {entry.key: entry.value for tensor in saved.graph.initializer for entry in tensor.external_data}
     if "prepacked_0" not in entries:
-        raise UnpackableError(f"onnxruntime {ort.__version__} does not pack a {operator} on this processor")
+        raise NotPrepackableError(f"onnxruntime {ort.__version__} does not prepack a {operator} on this processor")
     key, _, rest = entries["prepacked_0"].partition("|")
     offset, length = (int(number) for number in rest.split(";")[:2])
     packed = np.frombuffer(blob, np.float32, length // 4, offset)
     if key != f"{operator}+{packed_hash(packed)}" or "|" in rest:
-        raise UnpackableError(f"onnxruntime {ort.__version__} names packed weights in a way that is not known: {key}")
+        raise NotPrepackableError(
+            f"onnxruntime {ort.__version__} names prepacked weights in a way that is not known: {key}"
+        )
     for depth, pad in itertools.product((256, 128, 512, 64), (16, 32, 64)):
         layout = Layout(depth, pad)
         if layout.packing(rows, columns, transposed=transposed).size != len(packed):
@@ -156,30 +160,32 @@ def _pack_ramp(operator: str, *, transposed: bool) -> Layout:
         layout.packing(rows, columns, transposed=transposed).pack(expected, ramp, 0)
         if np.array_equal(expected, packed):
             return layout
-    raise UnpackableError(f"onnxruntime {ort.__version__} packs a {operator} in a layout that is not known")
+    raise NotPrepackableError(f"onnxruntime {ort.__version__} prepacks a {operator} in a layout that is not known")
 
 
 def matrices(bundle: Bundle) -> list[Matrix]:
-    """Return the weights of a bundle that can be packed.
+    """Return the weights of a bundle that can be prepacked.
 
     Raises
     ------
-    UnpackableError
+    NotPrepackableError
         There are none, or the graph uses them in a way that would leave a copy behind.
     """
-    return find_matrices(bundle, onnx_messages().Model.FromString(bundle.model_path.read_bytes()).graph, learn())
+    return find_matrices(
+        bundle, onnx_messages().Model.FromString(bundle.model_path.read_bytes()).graph, detect_layout()
+    )
 
 
 def find_matrices(bundle: Bundle, graph: Any, layout: Layout) -> list[Matrix]:
-    """Return the matrices of a graph that can be packed; see :func:`matrices`."""
+    """Return the matrices of a graph that can be prepacked; see :func:`matrices`."""
     shapes = {spec.name: spec.shape for spec in bundle.tensors if spec.dtype == "float32" and len(spec.shape) == 2}
-    if bundle.is_half:
-        raise UnpackableError("fp16 weights are read as they are stored")
+    if bundle.is_fp16:
+        raise NotPrepackableError("fp16 weights are read as they are stored")
     inputs = {value.name for value in graph.input}
     uses: dict[str, list[tuple[Any, int]]] = {}
     for node in graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise UnpackableError(f"the graph has control flow ({node.op_type})")
+            raise NotPrepackableError(f"the graph has control flow ({node.op_type})")
         for index, name in enumerate(node.input):
             if name in shapes:
                 uses.setdefault(name, []).append((node, index))
@@ -189,12 +195,12 @@ def find_matrices(bundle: Bundle, graph: Any, layout: Layout) -> list[Matrix]:
         if not products:
             continue
         if len(products) > 1 or name in inputs:
-            raise UnpackableError(f"{name} is a factor of {len(products)} products, and each would pack a copy")
+            raise NotPrepackableError(f"{name} is a factor of {len(products)} products, and each would prepack a copy")
         (node,) = products
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         rows, columns = reversed(shapes[name]) if transposed else shapes[name]
         packing = layout.packing(rows, columns, transposed=transposed)
-        found.append(Matrix(name, node.op_type, len(readers) == 1, packing))
+        found.append(Matrix(name, node.op_type, len(readers) > 1, packing))
     if not found:
-        raise UnpackableError("the graph multiplies by no weight")
+        raise NotPrepackableError("the graph multiplies by no weight")
     return found

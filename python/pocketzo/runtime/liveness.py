@@ -50,14 +50,15 @@ def probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
             batch[value.name] = (np.arange(np.prod(shape, dtype=int)).reshape(shape) % 8).astype(dtype)
         else:
             noise = np.empty(shape, np.float32)
-            generate(noise, seed=0, tensor=0, draw=0, offset=0, direction="gaussian")
+            generate(noise, seed=0, tensor=0, draw=0, offset=0, distribution="gaussian")
             batch[value.name] = noise.astype(dtype)
     return batch
 
 
 # The proof is made on weights that are noise. A session at level DISABLE_ALL folds and packs nothing, so it is the
 # reference: with any weight stale, the outputs of the two would differ by far more than their roundings do.
-def _results(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float64]:
+def float_outputs(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float64]:
+    """Return the float outputs of a session, one after the other, on :func:`probe_batch`."""
     outputs = [value.name for value in bundle.outputs if np.dtype(value.dtype).kind == "f"]
     try:
         values = session.run(outputs, probe_batch(bundle))
@@ -66,18 +67,13 @@ def _results(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float6
     return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
 
 
-def reference_outputs(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> NDArray[np.float64]:
+def unoptimised_outputs(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> NDArray[np.float64]:
     """Return the float outputs of a session that optimises nothing."""
     level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return _results(bundle, create_session(bundle.model_path, values, 1, packed=False, level=level))
+    return float_outputs(bundle, create_session(bundle.model_path, values, 1, prepacked=False, level=level))
 
 
-def model_outputs(model: Model) -> NDArray[np.float64]:
-    """Return the float outputs of a model."""
-    return _results(model.bundle, model._session)
-
-
-def outputs_agree(got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float = 1e-3) -> bool:
+def outputs_match(got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float = 1e-3) -> bool:
     """Whether outputs are equal but for roundings."""
     finite = np.isfinite(expected)  # a graph may mask some outputs by infinities
     if not np.array_equal(got[~finite], expected[~finite], equal_nan=True):
@@ -86,24 +82,24 @@ def outputs_agree(got: NDArray[np.float64], expected: NDArray[np.float64], toler
     return bool(largest > 0 and np.abs(got[finite] - expected[finite]).max() <= tolerance * largest)
 
 
-def dead_weights(model: Model, verify: str, *, as_one: bool) -> list[str]:
+def unseen_weights(model: Model, verify: str, *, as_one: bool) -> list[str]:
     """Change one trainable weight after the other, as far as ``verify`` asks for it, and return those not seen."""
     trainable = trainable_tensors(model.bundle)
     started = time.perf_counter()
-    before = model_outputs(model)
+    before = float_outputs(model.bundle, model._session)
     seconds = (time.perf_counter() - started) * len(trainable)
     if as_one and (verify == "fast" or (verify == "auto" and seconds > 2)):
         return []
-    dead = []
+    unseen = []
     for tensor in trainable:
         fill_with_noise(model.weights, [tensor], draw=1)
-        after = model_outputs(model)
+        after = float_outputs(model.bundle, model._session)
         if np.array_equal(before, after, equal_nan=True):
             # It may be live and without effect, as the bias of attention keys is: the softmax takes it out again. A
             # weight that is not a number shows wherever it is read.
             model.weights.fill(tensor.name, np.nan)
-            if np.isnan(model_outputs(model)).sum() <= np.isnan(before).sum():
-                dead.append(tensor.name)
+            if np.isnan(float_outputs(model.bundle, model._session)).sum() <= np.isnan(before).sum():
+                unseen.append(tensor.name)
             fill_with_noise(model.weights, [tensor], draw=1)
         before = after
-    return dead
+    return unseen

@@ -11,22 +11,22 @@ from typing import Literal
 
 import numpy as np
 
-from pocketzo._core import MAX_THREADS, has_half_arithmetic
+from pocketzo._core import MAX_THREADS, has_fp16_arithmetic
 from pocketzo._core import threads as kernel_threads
-from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, UnpackableError
+from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import resident_memory
 from pocketzo.runtime.layout import Matrix
 from pocketzo.runtime.layout import matrices as matrices_of
 from pocketzo.runtime.liveness import (
-    dead_weights,
     fill_with_noise,
-    model_outputs,
-    outputs_agree,
+    float_outputs,
+    outputs_match,
     read_as_noise,
-    reference_outputs,
     trainable_tensors,
+    unoptimised_outputs,
+    unseen_weights,
 )
 from pocketzo.runtime.model import SMALL, Batch, Model, megabytes
 from pocketzo.runtime.prepack import open_session
@@ -40,7 +40,7 @@ def load(
     *,
     threads: int | None = None,
     batch: Batch | None = None,
-    packed: bool | Literal["auto"] = "auto",
+    prepack: bool | Literal["auto"] = "auto",
     verify: Literal["auto", "fast", "full"] = "auto",
     max_memory: int | None = None,
 ) -> Model:
@@ -58,10 +58,10 @@ def load(
         there are fast cores, and as many as there are cores, and the quickest number is taken. Best a batch as those
         to come. It takes no more memory than training, and up to a second, or one pass, a number. The number may
         change the roundings of losses: give ``threads`` where two runs have to be the same.
-    packed : bool or "auto"
+    prepack : bool or "auto"
         Whether weights lie in memory as onnxruntime's matrix products like them best, which makes forward passes up to
-        twice as fast, or as they are stored. "auto" packs where it can and otherwise warns and works; True insists.
-        fp16 weights are never packed.
+        twice as fast, or as they are stored. "auto" prepacks where it can and otherwise warns and works; True insists.
+        fp16 weights are never prepacked.
         The weights that training makes are the same for the same record; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
         How it is proved that each trainable weight is live. "fast" fills all of them with noise and compares the
@@ -82,15 +82,15 @@ def load(
     MemoryLimitError
         ``max_memory`` is less than loading takes, with figures.
     Error
-        ``packed`` is True, and the weights cannot be packed here; says why. Or the system does not tell how much memory
-        this process takes.
+        ``prepack`` is True, and the weights cannot be prepacked here; says why. Or a limit is given, and the system
+        does not report how much memory this process takes.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
     _check_integer("threads", threads, MAX_THREADS)
     _check_integer("max_memory", max_memory, 2**63)
     _check_batch(batch)
-    if packed not in (True, False, "auto"):
-        raise ValueError(f"packed must be True, False or 'auto', got {packed!r}")
+    if prepack not in (True, False, "auto"):
+        raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
     if verify not in ("auto", "fast", "full"):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
     if max_memory is not None:
@@ -103,7 +103,7 @@ def load(
             threads = quickest(seconds)
         else:
             threads = min(cores.fast(), kernel_threads())
-    model = _load(bundle, threads, packed, verify, max_memory)
+    model = _load(bundle, threads, prepack, verify, max_memory)
     model.forward_seconds = seconds
     return model
 
@@ -124,27 +124,31 @@ def _check_batch(batch: object) -> None:
         raise TypeError(f"batch must be a mapping of names to arrays, got {reprlib.repr(batch)}")
 
 
-def _load(bundle: Bundle, threads: int, packed: bool | Literal["auto"], verify: str, max_memory: int | None) -> Model:
+def _load(bundle: Bundle, threads: int, prepack: bool | Literal["auto"], verify: str, max_memory: int | None) -> Model:
     reason = "as asked for"
-    if packed:
+    if prepack:
         try:
-            model = _load_packed(bundle, threads, verify, max_memory)
+            model = _load_prepacked(bundle, threads, verify, max_memory)
             model.max_memory = max_memory
             return model
-        except (UnpackableError, MemoryError, OSError) as error:  # what is lacking may be enough unpacked
+        except (
+            NotPrepackableError,
+            MemoryError,
+            OSError,
+        ) as error:  # what is lacking may be enough in the plain layout
             reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-            if packed is True:
-                raise Error(f"{bundle.path}: the weights cannot be packed: {reason}") from None
-    model = _load_unpacked(bundle, threads, verify, reason)
+            if prepack is True:
+                raise Error(f"{bundle.path}: the weights cannot be prepacked: {reason}") from None
+    model = _load_plain(bundle, threads, verify, reason)
     model.max_memory = max_memory
-    if bundle.is_half:
-        if not has_half_arithmetic():
+    if bundle.is_fp16:
+        if not has_fp16_arithmetic():
             warnings.warn(
                 "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is slow",
                 stacklevel=3,
             )
-    elif packed:
-        warnings.warn(f"weights are used unpacked, which is slower: {reason}", stacklevel=3)
+    elif prepack:
+        warnings.warn(f"weights are not prepacked, which is slower: {reason}", stacklevel=3)
     return model
 
 
@@ -152,7 +156,7 @@ def _check_memory(most: int, bundle: Bundle, matrices: Sequence[Matrix] = ()) ->
     """Raise a :class:`MemoryLimitError` where loading would take more than ``most`` bytes."""
     resident = resident_memory()
     weights = bundle.weights_path.stat().st_size
-    weights += sum(4 * matrix.packing.size for matrix in matrices if not matrix.alone)
+    weights += sum(4 * matrix.packing.size for matrix in matrices if matrix.shared)
     room = weights // 16 + SMALL  # sessions and the proof took 15 to 54 MB with 23 M to 355 M parameters
     room += max((3 * 4 * matrix.packing.size for matrix in matrices), default=0)  # as the runtime packs one
     if resident + weights + room > most:
@@ -162,34 +166,34 @@ def _check_memory(most: int, bundle: Bundle, matrices: Sequence[Matrix] = ()) ->
         )
 
 
-def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
+def _load_plain(bundle: Bundle, threads: int, verify: str, reason: str) -> Model:
     weights = Weights(bundle)
     read_as_noise(weights, bundle)
     values = ort_values(weights)
-    session = create_session(bundle.model_path, values, threads, packed=False, level=optimization_level(bundle))
-    model = Model(bundle, weights, session, threads, values, unpacked_because=reason)
+    session = create_session(bundle.model_path, values, threads, prepacked=False, level=optimization_level(bundle))
+    model = Model(bundle, weights, session, threads, values, not_prepacked_because=reason)
 
-    def agree() -> bool:
+    def match() -> bool:
         # Where fp16 is computed in, a fused operator rounds less often than those that it stands for.
-        tolerance = 3e-2 if bundle.is_half else 1e-3
-        return outputs_agree(model_outputs(model), reference_outputs(bundle, values), tolerance)
+        tolerance = 3e-2 if bundle.is_fp16 else 1e-3
+        return outputs_match(float_outputs(bundle, session), unoptimised_outputs(bundle, values), tolerance)
 
     try:
-        as_one = agree()
-        dead = dead_weights(model, verify, as_one=as_one)
-        if not as_one and not dead:
+        as_one = match()
+        unseen = unseen_weights(model, verify, as_one=as_one)
+        if not as_one and not unseen:
             # Each is seen somewhere, but a use of one was folded into a copy. On the stored weights all copies are
             # right, so that changing one weight at a time shows which.
             weights.read()
             for tensor in trainable_tensors(bundle):
                 fill_with_noise(weights, [tensor])
-                if not agree():
-                    dead.append(tensor.name)
+                if not match():
+                    unseen.append(tensor.name)
                 weights.read()
     finally:
         weights.read()
-    if dead:
-        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+    if unseen:
+        names = ", ".join(unseen[:5]) + (f" and {len(unseen) - 5} more" if len(unseen) > 5 else "")
         raise DeadWeightError(
             f"{bundle.path}: the session does not see what is written to {names}. Prepare the model again with "
             f"`pocketzo prepare`, or leave these out of what is trainable"
@@ -202,31 +206,31 @@ def _load_unpacked(bundle: Bundle, threads: int, verify: str, reason: str) -> Mo
     return model
 
 
-def _load_packed(bundle: Bundle, threads: int, verify: str, max_memory: int | None) -> Model:
+def _load_prepacked(bundle: Bundle, threads: int, verify: str, max_memory: int | None) -> Model:
     matrices = matrices_of(bundle)
     if max_memory is not None:
         try:
             _check_memory(max_memory, bundle, matrices)
         except MemoryLimitError as error:
-            raise UnpackableError(str(error)) from None
+            raise NotPrepackableError(str(error)) from None
     # The reference comes and goes before there is a packed weight: there is never more than one copy.
     weights = Weights(bundle)
     read_as_noise(weights, bundle)
-    expected = reference_outputs(bundle, ort_values(weights))
+    expected = unoptimised_outputs(bundle, ort_values(weights))
     del weights
-    weights = Weights(bundle, {matrix.name for matrix in matrices if matrix.alone})
+    weights = Weights(bundle, {matrix.name for matrix in matrices if not matrix.shared})
     values = ort_values(weights)
-    session, places = open_session(bundle, lambda path: create_session(path, values, threads, packed=True))
-    weights.attach(places)
+    session, locations = open_session(bundle, lambda path: create_session(path, values, threads, prepacked=True))
+    weights.attach(locations)
     read_as_noise(weights, bundle)
-    model = Model(bundle, weights, session, threads, values, unpacked_because=None)
+    model = Model(bundle, weights, session, threads, values, not_prepacked_because=None)
     try:
-        as_one = outputs_agree(model_outputs(model), expected)
-        dead = dead_weights(model, verify, as_one=as_one)
+        as_one = outputs_match(float_outputs(bundle, session), expected)
+        unseen = unseen_weights(model, verify, as_one=as_one)
     finally:
         weights.read()
-    if dead or not as_one:
-        if not dead:
-            raise UnpackableError("the outputs differ from those of a session without optimisations")
-        raise UnpackableError(f"the session does not see all that is written to {', '.join(dead[:5])}")
+    if unseen or not as_one:
+        if not unseen:
+            raise NotPrepackableError("the outputs differ from those of a session without optimisations")
+        raise NotPrepackableError(f"the session does not see all that is written to {', '.join(unseen[:5])}")
     return model

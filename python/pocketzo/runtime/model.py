@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo._core import has_half_arithmetic
+from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import watch
@@ -35,9 +35,9 @@ class Model:
         Threads of the session.
     forward_seconds : dict of int to float
         Time of a forward pass by number of threads, where the number was chosen by that; else empty.
-    packed : bool
-        Whether the session multiplies by packed weights.
-    unpacked_because : str or None
+    prepacked : bool
+        Whether the session multiplies by prepacked weights.
+    not_prepacked_because : str or None
         Why it does not.
     max_memory : int or None
         The limit that was given to :func:`load`.
@@ -53,14 +53,14 @@ class Model:
         threads: int,
         values: Mapping[str, ort.OrtValue],
         *,
-        unpacked_because: str | None,
+        not_prepacked_because: str | None,
     ) -> None:
         self.bundle = bundle
         self.weights = weights
         self.threads = threads
         self.forward_seconds: Mapping[int, float] = {}
-        self.packed = unpacked_because is None
-        self.unpacked_because = unpacked_because
+        self.prepacked = not_prepacked_because is None
+        self.not_prepacked_because = not_prepacked_because
         self._session = session
         self._values = values  # the session uses their memory
         self._inputs = {value.name: value for value in bundle.inputs}
@@ -87,7 +87,7 @@ class Model:
         MemoryLimitError
             It was broken off, as this process had come close to the limit that was given to :func:`load`.
         """
-        self.weights.settle()
+        self.weights.flush()
         names = self._outputs if outputs is None else list(outputs)
         feed = {name: array for name, array in batch.items() if name in self._inputs}
         if not feed:
@@ -141,7 +141,7 @@ class Model:
         logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
         widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
         casts = 0
-        if self.bundle.is_half and not has_half_arithmetic():  # the runtime copies a weight to use it
+        if self.bundle.is_fp16 and not has_fp16_arithmetic():  # the runtime copies a weight to use it
             casts = max(4 * math.prod(tensor.shape) for tensor in self.bundle.tensors)
         return 2 * 4 * math.prod(shape) * widest + casts + SMALL
 

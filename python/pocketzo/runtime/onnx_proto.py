@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
-from pocketzo.errors import UnpackableError
+from pocketzo.errors import NotPrepackableError
 
 # The part of ONNX's messages that is needed here (number, name, type; * is repeated), as the package onnx does not
 # exist on a phone. Fields that are not named survive reading and writing.
@@ -36,7 +36,7 @@ def onnx_messages() -> Any:
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     except ImportError:
-        raise UnpackableError("the Python package protobuf is not installed (pip install protobuf)") from None
+        raise NotPrepackableError("the Python package protobuf is not installed (pip install protobuf)") from None
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="pocketzo.onnx.proto", package="pocketzo.onnx", syntax="proto2")
     for message, fields in _SCHEMA.items():

@@ -6,7 +6,7 @@ This module gives it a file that is all holes and puts fresh memory in the place
 written straight into that, in the packed layout, so that there is one copy of each.
 
 How the runtime packs is its private matter. :func:`learn` has it pack a ramp and reads where each value went; what it
-does not understand is :class:`UnpackableError`, and the weights are then used unpacked.
+does not understand is :class:`NotPrepackableError`, and the weights are then used unpacked.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import numpy as np
 import onnxruntime as ort
 
 from pocketzo._core import packed_hash, remap
-from pocketzo.errors import UnpackableError
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import read_header
-from pocketzo.runtime.layout import FLOAT, MAPS, Layout, Matrix, Place, find_matrices, learn
+from pocketzo.runtime.layout import FLOAT, MAPS, Layout, Location, Matrix, detect_layout, find_matrices
 from pocketzo.runtime.onnx_proto import onnx_messages
 
 _EXTERNAL: Final = 1  # TensorProto.EXTERNAL
@@ -34,7 +34,7 @@ _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 
 def open_session(
     bundle: Bundle, create: Callable[[Path], ort.InferenceSession]
-) -> tuple[ort.InferenceSession, dict[str, Place]]:
+) -> tuple[ort.InferenceSession, dict[str, Location]]:
     """Create a session whose packed weights are memory that can be written.
 
     Parameters
@@ -46,15 +46,15 @@ def open_session(
     Returns
     -------
     session : InferenceSession
-    places : dict of str to Place
+    locations : dict of str to Location
         By weight; all zeros, to be filled before the session runs.
 
     Raises
     ------
-    UnpackableError
+    NotPrepackableError
         The graph, the runtime or the system does not allow it.
     """
-    layout = learn()
+    layout = detect_layout()
     model = onnx_messages().Model.FromString(bundle.model_path.read_bytes())
     found = find_matrices(bundle, model.graph, layout)
     try:
@@ -66,15 +66,15 @@ def open_session(
             session = create(folder / "model.onnx")
             mapped = _mappings(folder / "holes.bin")
     except OSError as error:
-        raise UnpackableError(f"no temporary file can be made or mapped: {error}") from None
-    places = {}
+        raise NotPrepackableError(f"no temporary file can be made or mapped: {error}") from None
+    locations = {}
     for matrix in found:
         address, length = mapped.get(offsets[matrix.name], (0, 0))
         if length < 4 * matrix.packing.size:
-            raise UnpackableError(f"onnxruntime {ort.__version__} did not map the packed weight {matrix.name}")
+            raise NotPrepackableError(f"onnxruntime {ort.__version__} did not map the prepacked weight {matrix.name}")
         memory = remap(address, matrix.packing.size, session)
-        places[matrix.name] = Place(memory, matrix.packing)
-    return session, places
+        locations[matrix.name] = Location(memory, matrix.packing)
+    return session, locations
 
 
 def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout
             blob = np.zeros(packing.size, np.float32)  # the system's zero page, but for the mark
             blob[at] = value
             tensor = tensors[matrix.name]
-            if not matrix.alone:
+            if matrix.shared:
                 tensor = graph.initializer.add()
                 tensor.CopyFrom(tensors[matrix.name])
                 tensor.name = f"{matrix.name}/packed"
@@ -140,7 +140,7 @@ def _write_holes(path: Path, graph: Any, found: Iterable[Matrix], layout: Layout
     system = os.statvfs(path.parent)
     free = system.f_bavail * system.f_frsize
     if free < end:
-        raise UnpackableError(f"{path.parent} has {free:,} bytes free, and {end:,} may be needed; set TMPDIR")
+        raise NotPrepackableError(f"{path.parent} has {free:,} bytes free, and {end:,} may be needed; set TMPDIR")
     return offsets
 
 

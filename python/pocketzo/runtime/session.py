@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from pocketzo.errors import BundleError, UnpackableError
+from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.layout import OTHER_OPERATORS
 from pocketzo.runtime.weights import Weights
@@ -29,7 +29,7 @@ _COPYING_OPTIMIZERS = [
 
 # Measured by bench/session.py; the figures stand in bench/README.md.
 _LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-_HALF_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # above it, casts of fp16 weights are folded into copies
+_FP16_LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # above it, casts of fp16 weights are folded into copies
 _OPTIONS = {
     "enable_cpu_mem_arena": True,
     "enable_mem_pattern": False,  # it plans memory for one shape of batch, beside what the first run took
@@ -43,7 +43,7 @@ _ENTRIES = {
 
 def optimization_level(bundle: Bundle) -> ort.GraphOptimizationLevel:
     """Return the level at which weights stay live."""
-    return _HALF_LEVEL if bundle.is_half else _LEVEL
+    return _FP16_LEVEL if bundle.is_fp16 else _LEVEL
 
 
 def ort_values(weights: Weights) -> dict[str, ort.OrtValue]:
@@ -56,7 +56,7 @@ def create_session(
     values: Mapping[str, ort.OrtValue],
     threads: int,
     *,
-    packed: bool,
+    prepacked: bool,
     level: ort.GraphOptimizationLevel = _LEVEL,
 ) -> ort.InferenceSession:
     """Create a session over a graph whose weights are supplied."""
@@ -65,7 +65,7 @@ def create_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     disabled = _COPYING_OPTIMIZERS
-    if packed:
+    if prepacked:
         disabled = disabled + OTHER_OPERATORS
     else:
         # A packed copy of a weight would be used in place of the weight.
@@ -81,6 +81,6 @@ def create_session(
             os.fspath(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
         )
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        if packed:
-            raise UnpackableError(f"onnxruntime {ort.__version__} refuses packed weights: {error}") from None
+        if prepacked:
+            raise NotPrepackableError(f"onnxruntime {ort.__version__} refuses prepacked weights: {error}") from None
         raise BundleError(f"{graph}: onnxruntime refuses the graph: {error}") from error

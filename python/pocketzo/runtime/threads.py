@@ -25,8 +25,8 @@ def time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memor
     outputs = [bundle.loss] if bundle.loss is not None and "labels" in batch else None
     seconds = {}
     for threads in counts:
-        session = create_session(bundle.model_path, values, threads, packed=False, level=optimization_level(bundle))
-        model = Model(bundle, weights, session, threads, values, unpacked_because="for timing")
+        session = create_session(bundle.model_path, values, threads, prepacked=False, level=optimization_level(bundle))
+        model = Model(bundle, weights, session, threads, values, not_prepacked_because="for timing")
         model.max_memory = max_memory
         times: list[float] = []
         while len(times) < 5 and sum(times) < 1:

@@ -18,7 +18,7 @@ from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle, TensorSpec
 from pocketzo.formats.files import atomic_file
 from pocketzo.formats.safetensors import read_header
-from pocketzo.runtime.layout import Place
+from pocketzo.runtime.layout import Location
 
 _PIECE = 1 << 22  # elements that pass between a file and packed memory at a time
 
@@ -41,7 +41,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def __init__(self, bundle: Bundle, packed: Collection[str] = ()) -> None:
         self._bundle = bundle
-        self._places: dict[str, Place] = {}
+        self._locations: dict[str, Location] = {}
         self._finish: Callable[[], None] = lambda: None
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
         spans = self._spans(packed)
@@ -80,37 +80,37 @@ class Weights(Mapping[str, NDArray[Any]]):
         spans.append((None, at, self._bundle.weights_path.stat().st_size))
         return [span for span in spans if span[1] < span[2]]
 
-    def attach(self, places: Mapping[str, Place]) -> None:
+    def attach(self, locations: Mapping[str, Location]) -> None:
         """Bring the memory of the packed weights, also of those that are kept in both ways."""
-        self._places = dict(places)
+        self._locations = dict(locations)
 
     # ---- whoever looks --------------------------------------------------------------------------------------------
 
     def defer(self, finish: Callable[[], None]) -> None:
-        """Have ``finish`` do what is owed to the weights as soon as anyone looks at them.
+        """Have ``finish`` apply what is pending as soon as the weights are read or written.
 
-        It is called at every look, until another one takes its place, and does nothing when nothing is owed.
+        It is called at every access, until another one takes its place, and does nothing when nothing is pending.
         """
-        self.settle()
+        self.flush()
         self._finish = finish
 
-    def settle(self) -> None:
-        """Do what is owed; whatever reads or writes the weights does so first."""
+    def flush(self) -> None:
+        """Apply what is pending; whatever reads or writes the weights does so first."""
         self._finish()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        self.settle()
+        self.flush()
         if name in self._views:
             array = self._views[name].copy()
         else:
-            place = self._places[name]
+            location = self._locations[name]
             array = np.empty(self._specs[name].shape, np.float32)
-            place.packing.unpack(place.memory, array, 0)
+            location.packing.unpack(location.memory, array, 0)
         array.flags.writeable = False
         return array
 
     def __setitem__(self, name: str, value: ArrayLike) -> None:
-        self.settle()
+        self.flush()
         shape = self._specs[name].shape
         if np.ndim(value) and np.shape(value) != shape:
             raise ValueError(f"{name} has shape {list(shape)}, got {list(np.shape(value))}")
@@ -118,8 +118,8 @@ class Weights(Mapping[str, NDArray[Any]]):
         np.copyto(array, value, casting="same_kind")
         if name in self._views:
             self._views[name][...] = array
-        if name in self._places:
-            self._places[name].packing.pack(self._places[name].memory, array, 0)
+        if name in self._locations:
+            self._locations[name].packing.pack(self._locations[name].memory, array, 0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
@@ -135,8 +135,8 @@ class Weights(Mapping[str, NDArray[Any]]):
         segments: list[tuple[NDArray[Any], int, Packing | None]] = []
         if name in self._views:
             segments.append((self._views[name], number, None))
-        if name in self._places:
-            segments.append((self._places[name].memory, number, self._places[name].packing))
+        if name in self._locations:
+            segments.append((self._locations[name].memory, number, self._locations[name].packing))
         return segments
 
     @property
@@ -157,7 +157,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def fill(self, name: str, value: float) -> None:
         """Write one value to all of a weight, and to the padding of a packed one."""
-        self.settle()
+        self.flush()
         for memory, _, _ in self.segments(name):
             memory[...] = value
 
@@ -165,7 +165,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def read(self, path: Path | None = None) -> None:
         """Read all bytes again, from the bundle or from a file of the same layout."""
-        self.settle()
+        self.flush()
         path = self._bundle.weights_path if path is None else path
         try:
             expected = self._bundle.weights_path.stat().st_size
@@ -176,36 +176,36 @@ class Weights(Mapping[str, NDArray[Any]]):
                     if name is None:
                         _read_into(file, part)
                     else:
-                        self._read_packed(file, self._places[name])
+                        self._read_packed(file, self._locations[name])
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}") from None
-        for name, place in self._places.items():
+        for name, location in self._locations.items():
             if name in self._views:
-                place.packing.pack(place.memory, self._views[name], 0)
+                location.packing.pack(location.memory, self._views[name], 0)
 
     @staticmethod
-    def _read_packed(file: Any, place: Place) -> None:
-        size = place.packing.rows * place.packing.columns
+    def _read_packed(file: Any, location: Location) -> None:
+        size = location.packing.rows * location.packing.columns
         buffer = np.empty(min(size, _PIECE), np.float32)
         for at in range(0, size, _PIECE):
             piece = buffer[: size - at]
             _read_into(file, piece.view(np.uint8))
-            place.packing.pack(place.memory, piece, at)
+            location.packing.pack(location.memory, piece, at)
 
     def _bytes(self) -> Iterator[memoryview]:
         """Yield the file that the weights make, piece by piece; each is overwritten by the next."""
-        self.settle()
+        self.flush()
         for name, part in self._parts:
             if name is None:
                 for at in range(0, part.size, 4 * _PIECE):
                     yield part[at : at + 4 * _PIECE].data
                 continue
-            place = self._places[name]
-            size = place.packing.rows * place.packing.columns
+            location = self._locations[name]
+            size = location.packing.rows * location.packing.columns
             buffer = np.empty(min(size, _PIECE), np.float32)
             for at in range(0, size, _PIECE):
                 piece = buffer[: size - at]
-                place.packing.unpack(place.memory, piece, at)
+                location.packing.unpack(location.memory, piece, at)
                 yield piece.view(np.uint8).data
 
     def sha256(self) -> str:
@@ -224,7 +224,9 @@ class Weights(Mapping[str, NDArray[Any]]):
     @property
     def nbytes(self) -> int:
         """Memory that the weights take, in bytes."""
-        return sum(part.size for _, part in self._parts) + sum(place.memory.nbytes for place in self._places.values())
+        return sum(part.size for _, part in self._parts) + sum(
+            location.memory.nbytes for location in self._locations.values()
+        )
 
 
 def _read_into(file: Any, memory: NDArray[np.uint8]) -> None:

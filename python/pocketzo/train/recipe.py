@@ -70,17 +70,17 @@ class Session:
     threads : int
     forward_seconds : dict or None
         Seconds of a forward pass by number of threads, where the number was chosen by that.
-    packed : bool
+    prepacked : bool
     """
 
     threads: int
     forward_seconds: dict[str, float] | None
-    packed: bool
+    prepacked: bool
 
     @property
-    def packing(self) -> Literal["auto", False]:
+    def prepack(self) -> Literal["auto", False]:
         """What :func:`pocketzo.load` needs to compute the losses that the run would have had."""
-        return "auto" if self.packed else False
+        return "auto" if self.prepacked else False
 
 
 @dataclass(frozen=True)

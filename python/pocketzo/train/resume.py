@@ -47,7 +47,7 @@ def resume(
     threads = use_threads(session)
     model = None
     if bundle is not None or max_memory is not None:
-        model = load(read, threads=threads, packed=session.packing, max_memory=max_memory)
+        model = load(read, threads=threads, prepack=session.prepack, max_memory=max_memory)
     return Trainer.resume(run, train_data, eval=eval_data, model=model)
 
 

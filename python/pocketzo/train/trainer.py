@@ -207,7 +207,7 @@ class Trainer:
                 )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
-            model = load(base, threads=recipe.session.threads, packed=recipe.session.packing)
+            model = load(base, threads=recipe.session.threads, prepack=recipe.session.prepack)
         _warn_of_differences(model, past)
         loop = asdict(recipe.loop)
         minimised: str | BatchObjective | None = loop.pop("objective")
@@ -244,7 +244,7 @@ class Trainer:
     def differences(self, past: Run) -> list[str]:
         """Return the settings in which a recorded run and this trainer differ; :meth:`resume` takes those of the run.
 
-        The data and the base bundle are not compared, as resuming checks them, and neither are threads and packing.
+        The data and the base bundle are not compared, as resuming checks them, and neither are threads and prepacking.
         """
         method = json.loads(json.dumps(self.optimizer.settings()))  # as the journal has it: lists, no tuples
         there = {**past.recipe.method, **asdict(past.recipe.loop)}
@@ -318,7 +318,7 @@ class Trainer:
                 raise TrainingError(
                     f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
                     f"are as before them. Try a smaller lr or eps"
-                    + (", or a bundle in float32: fp16 ends at 65504" if self.model.bundle.is_half else "")
+                    + (", or a bundle in float32: fp16 ends at 65504" if self.model.bundle.is_fp16 else "")
                 )
 
     def _step(self, batch: Batch) -> StepInfo:
@@ -361,7 +361,7 @@ class Trainer:
             session=Session(
                 threads=model.threads,
                 forward_seconds={str(n): seconds for n, seconds in model.forward_seconds.items()} or None,
-                packed=model.packed,
+                prepacked=model.prepacked,
             ),
             data=DataUsed(
                 train=self.train.fingerprint,
@@ -411,8 +411,8 @@ def _warn_of_differences(model: Model, past: Run) -> None:
             f"may depend, though that is slow with fewer cores to use ({usable})",
             stacklevel=3,
         )
-    if model.packed != session.packed:
-        became = "packed" if model.packed else f"not packed ({model.unpacked_because})"
+    if model.prepacked != session.prepacked:
+        became = "prepacked" if model.prepacked else f"not prepacked ({model.not_prepacked_because})"
         warnings.warn(
             f"{past.path}: goes on with weights that are {became}, unlike its journal: losses round otherwise, so that "
             f"the run ends near where it would have ended, but not at the same bits",

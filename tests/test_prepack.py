@@ -1,4 +1,4 @@
-"""Models whose weights are packed and live, and what happens where that cannot be."""
+"""Models whose weights are prepacked and live, and what happens where that cannot be."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pocketzo as pz
 from pocketzo import _core
-from pocketzo.errors import UnpackableError
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.runtime import layout
-from pocketzo.runtime.liveness import outputs_agree
+from pocketzo.runtime.liveness import outputs_match
 
 MODELS = Path(__file__).parent / "models"
 
@@ -62,19 +62,19 @@ def trained(bundle: pz.Bundle, out: Path, *, threads: int = 1, **settings: Any) 
     return (out / "weights.safetensors").read_bytes()
 
 
-def test_training_gives_the_same_weights_packed_and_unpacked(bundle: pz.Bundle, tmp_path: Path) -> None:
+def test_training_gives_the_same_weights_prepacked_and_plain(bundle: pz.Bundle, tmp_path: Path) -> None:
     images = {
-        trained(bundle, tmp_path / f"{packed}{threads}", packed=packed, threads=threads)
-        for packed in (True, False)
+        trained(bundle, tmp_path / f"{prepack}{threads}", prepack=prepack, threads=threads)
+        for prepack in (True, False)
         for threads in (1, 2)
     }
     assert len(images) == 1
     assert images != {bundle.weights_path.read_bytes()}
 
 
-def test_packed_and_unpacked_agree_on_what_they_compute(bundle: pz.Bundle) -> None:
-    models = [pz.load(bundle, threads=1, packed=packed) for packed in (True, False)]
-    assert [model.packed for model in models] == [True, False]
+def test_prepacked_and_plain_compute_the_same(bundle: pz.Bundle) -> None:
+    models = [pz.load(bundle, threads=1, prepack=prepack) for prepack in (True, False)]
+    assert [model.prepacked for model in models] == [True, False]
     batch = batch_of(bundle)
     for move in range(2):
         a, b = (model.run(batch) for model in models)
@@ -84,10 +84,10 @@ def test_packed_and_unpacked_agree_on_what_they_compute(bundle: pz.Bundle) -> No
             pz.MeZO(model, lr=1e-2, eps=1e-2, seed=move).step(lambda _: 1.0)
 
 
-def test_every_packed_weight_is_live_wherever_it_is_read(bundle: pz.Bundle) -> None:
-    model = pz.load(bundle, threads=1, packed=True)
+def test_every_prepacked_weight_is_live_wherever_it_is_read(bundle: pz.Bundle) -> None:
+    model = pz.load(bundle, threads=1, prepack=True)
     batch = batch_of(bundle)
-    assert model.weights._places
+    assert model.weights._locations
     rng = np.random.default_rng(0)
     for name in model.weights:
         for memory, _, _ in model.weights.segments(name):  # two for a tied weight: each one has to show
@@ -100,31 +100,31 @@ def test_every_packed_weight_is_live_wherever_it_is_read(bundle: pz.Bundle) -> N
             np.testing.assert_array_equal(before, model.run(batch)["logits"])
 
 
-def test_a_tied_weight_has_two_places_and_one_value(tmp_path: Path) -> None:
+def test_a_tied_weight_has_two_locations_and_one_value(tmp_path: Path) -> None:
     bundle = pz.prepare(MODELS / "gpt2-old.onnx", tmp_path / "bundle")
-    model = pz.load(bundle, threads=1, packed=True)
+    model = pz.load(bundle, threads=1, prepack=True)
     (tied,) = [name for name in model.weights if len(model.weights.segments(name)) == 2]
     losses = iter([1.0, 2.0] * 3)
     optimizer = pz.MeZO(model, lr=1e-2, seed=1)
     for _ in range(3):
         optimizer.step(lambda _: next(losses))
-    value = model.weights[tied]  # the plain place
-    place = model.weights._places[tied]
+    value = model.weights[tied]  # the plain location
+    location = model.weights._locations[tied]
     out = np.empty_like(value)
-    place.packing.unpack(place.memory, out, 0)
+    location.packing.unpack(location.memory, out, 0)
     assert out.tobytes() == value.tobytes()
-    assert not np.array_equal(out, pz.load(bundle, packed=False).weights[tied])
+    assert not np.array_equal(out, pz.load(bundle, prepack=False).weights[tied])
 
 
-def test_a_record_of_packed_training_replays(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_record_of_prepacked_training_replays(tiny_bundle: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = pz.load_dataset(tiny_data, pz.Bundle.read(tiny_bundle))
-    model = pz.load(tiny_bundle, threads=1, packed=True)
+    model = pz.load(tiny_bundle, threads=1, prepack=True)
     pz.Trainer(model, pz.MeZO(model, lr=1e-2), data, steps=20, run=tmp_path / "run", snapshot_every=8).fit()
     pz.Run(tmp_path / "run").replay(tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == b"".join(model.weights._bytes())
     for choice in (True, False):
-        other = pz.load(tiny_bundle, threads=1, packed=choice)
-        with nullcontext() if choice else pytest.warns(UserWarning, match="are not packed .*unlike its journal"):
+        other = pz.load(tiny_bundle, threads=1, prepack=choice)
+        with nullcontext() if choice else pytest.warns(UserWarning, match="are not prepacked .*unlike its journal"):
             resumed = pz.Trainer.resume(tmp_path / "run", data, model=other)
         assert resumed.model.weights.sha256() == model.weights.sha256()
         assert resumed._writer is not None
@@ -132,7 +132,7 @@ def test_a_record_of_packed_training_replays(tiny_bundle: Path, tiny_data: Path,
 
 
 def test_written_and_read_weights(tiny_bundle: Path) -> None:
-    model = pz.load(tiny_bundle, threads=1, packed=True)
+    model = pz.load(tiny_bundle, threads=1, prepack=True)
     stored = model.weights["dense.weight"]
     with pytest.raises(ValueError, match="read-only"):
         stored += 1
@@ -150,7 +150,7 @@ def test_written_and_read_weights(tiny_bundle: Path) -> None:
 
 
 def refuse() -> layout.Layout:
-    raise UnpackableError("this runtime is a stranger")
+    raise NotPrepackableError("this runtime is a stranger")
 
 
 def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: bool) -> _core.Packing:
@@ -161,59 +161,63 @@ def other_packing(self: layout.Layout, rows: int, columns: int, *, transposed: b
 @pytest.mark.parametrize(
     ("target", "substitute", "reason"),
     [
-        ("layout.learn", refuse, "this runtime is a stranger"),
+        ("layout.detect_layout", refuse, "this runtime is a stranger"),
         ("layout.onnx_messages", refuse, "this runtime is a stranger"),
-        ("prepack._mappings", lambda path: {}, "did not map the packed weight"),
-        # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the proof sees
-        ("layout.Layout.packing", other_packing, "refuses packed weights|the outputs differ|the session does not see"),
+        ("prepack._mappings", lambda path: {}, "did not map the prepacked weight"),
+        # not the bytes that the runtime packs: it says so, or quietly goes on with its own, which the check sees
+        (
+            "layout.Layout.packing",
+            other_packing,
+            "refuses prepacked weights|the outputs differ|the session does not see",
+        ),
     ],
 )
-def test_what_is_not_understood_is_used_unpacked(
+def test_what_is_not_understood_is_used_in_the_plain_layout(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, target: str, substitute: Callable[..., Any], reason: str
 ) -> None:
-    layout.learn()  # kept for the process, so that it does not itself see a substitute
+    layout.detect_layout()  # kept for the process, so that it does not itself see a substitute
     monkeypatch.setattr(f"pocketzo.runtime.{target}", substitute)
-    with pytest.warns(UserWarning, match=f"weights are used unpacked, which is slower: .*({reason})"):
+    with pytest.warns(UserWarning, match=f"weights are not prepacked, which is slower: .*({reason})"):
         model = pz.load(tiny_bundle, threads=1)
-    assert not model.packed
-    assert model.unpacked_because is not None
-    expected = pz.load(tiny_bundle, threads=1, packed=False)
+    assert not model.prepacked
+    assert model.not_prepacked_because is not None
+    expected = pz.load(tiny_bundle, threads=1, prepack=False)
     batch = {"input_ids": np.array([[1, 2, 3]]), "attention_mask": np.array([[1, 1, 1]])}
     np.testing.assert_array_equal(model.run(batch)["logits"], expected.run(batch)["logits"])
-    with pytest.raises(pz.Error, match=f"the weights cannot be packed: .*({reason})"):
-        pz.load(tiny_bundle, threads=1, packed=True)
+    with pytest.raises(pz.Error, match=f"the weights cannot be prepacked: .*({reason})"):
+        pz.load(tiny_bundle, threads=1, prepack=True)
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_without_a_place_for_files_weights_are_used_unpacked(
+def test_without_a_place_for_files_weights_are_used_in_the_plain_layout(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: bool
 ) -> None:
-    layout.learn()
+    layout.detect_layout()
     if not known:
-        monkeypatch.setattr(layout, "learn", layout.learn.__wrapped__)
+        monkeypatch.setattr(layout, "detect_layout", layout.detect_layout.__wrapped__)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.warns(UserWarning, match="no temporary file can be made"):
-        assert not pz.load(tiny_bundle, threads=1).packed
+        assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
-def test_a_full_file_system_is_a_reason_to_go_unpacked(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_file_system_is_a_reason_not_to_prepack(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In one that lies in memory, to look at a hole for which there is no page left would kill the process (SIGBUS).
-    layout.learn()
+    layout.detect_layout()
     full = SimpleNamespace(f_bavail=1, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.warns(UserWarning, match=r"has 4,096 bytes free, and [\d,]+ may be needed; set TMPDIR"):
-        assert not pz.load(tiny_bundle, threads=1).packed
+        assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
-def test_without_memory_for_a_packed_model_weights_are_used_unpacked(
+def test_without_memory_for_a_prepacked_model_weights_are_used_in_the_plain_layout(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("pocketzo.runtime.load.open_session", refuse)
-    with pytest.warns(UserWarning, match="weights are used unpacked, which is slower: MemoryError"):
-        assert not pz.load(tiny_bundle, threads=1).packed
+    with pytest.warns(UserWarning, match="weights are not prepacked, which is slower: MemoryError"):
+        assert not pz.load(tiny_bundle, threads=1).prepacked
 
 
 def test_a_temporary_folder_of_any_name_will_do(
@@ -222,20 +226,20 @@ def test_a_temporary_folder_of_any_name_will_do(
     odd = tmp_path / "a  b\nc\\012 (deleted) é"
     odd.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(odd))
-    assert pz.load(tiny_bundle, threads=1, packed=True).packed
+    assert pz.load(tiny_bundle, threads=1, prepack=True).prepacked
 
 
-def test_outputs_agree() -> None:
+def test_outputs_match() -> None:
     expected = np.array([1.0, -np.inf, np.nan, 2.0])
-    assert outputs_agree(expected + 1e-4, expected)
+    assert outputs_match(expected + 1e-4, expected)
     for got in ([1.0, 5.0, np.nan, 2.0], [1.1, -np.inf, np.nan, 2.0], [1.0, -np.inf, 0.0, 2.0]):
-        assert not outputs_agree(np.array(got), expected)
-    assert not outputs_agree(np.zeros(3), np.zeros(3))  # which proves nothing
+        assert not outputs_match(np.array(got), expected)
+    assert not outputs_match(np.zeros(3), np.zeros(3))  # which shows nothing
 
 
 def test_weights_outlive_their_model(tiny_bundle: Path) -> None:
     # The memory belongs to a mapping of the session's, which must stay as long as anybody can reach it.
-    model = pz.load(tiny_bundle, threads=1, packed=True)
+    model = pz.load(tiny_bundle, threads=1, prepack=True)
     weights, expected = model.weights, model.weights.sha256()
     memory = weights.segments("dense.weight")[0][0]
     del model
@@ -264,7 +268,7 @@ def prepared(path: Path, nodes: list[onnx.NodeProto], weights: list[TensorProto]
     return pz.prepare(path / "m.onnx", path / "bundle")
 
 
-def test_a_weight_of_two_products_is_used_unpacked(tmp_path: Path) -> None:
+def test_a_weight_of_two_products_is_used_in_the_plain_layout(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("Tanh", ["a"], ["b"]),
@@ -272,29 +276,29 @@ def test_a_weight_of_two_products_is_used_unpacked(tmp_path: Path) -> None:
     ]
     bundle = prepared(tmp_path / "m", nodes, [weight("w", 4, 4)])
     with pytest.warns(UserWarning, match="w is a factor of 2 products"):
-        assert not pz.load(bundle, threads=1).packed
+        assert not pz.load(bundle, threads=1).prepacked
 
 
-def test_a_graph_without_products_is_used_unpacked(tmp_path: Path) -> None:
+def test_a_graph_without_products_is_used_in_the_plain_layout(tmp_path: Path) -> None:
     bundle = prepared(tmp_path / "m", [helper.make_node("Mul", ["x", "w"], ["logits"])], [weight("w", 1, 4)])
     with pytest.warns(UserWarning, match="the graph multiplies by no weight"):
-        assert not pz.load(bundle, threads=1).packed
+        assert not pz.load(bundle, threads=1).prepacked
 
 
-def test_packed_must_be_a_choice(tiny_bundle: Path) -> None:
-    with pytest.raises(ValueError, match="packed must be True, False or 'auto', got 'yes'"):
-        pz.load(tiny_bundle, packed="yes")  # type: ignore[arg-type]
+def test_prepack_must_be_a_choice(tiny_bundle: Path) -> None:
+    with pytest.raises(ValueError, match="prepack must be True, False or 'auto', got 'yes'"):
+        pz.load(tiny_bundle, prepack="yes")  # type: ignore[arg-type]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # who asks for unpacked weights is not warned
-        model = pz.load(tiny_bundle, packed=False)
-    assert (model.packed, model.unpacked_because) == (False, "as asked for")
+        warnings.simplefilter("error")  # what was asked for is no reason to warn
+        model = pz.load(tiny_bundle, prepack=False)
+    assert (model.prepacked, model.not_prepacked_because) == (False, "as asked for")
 
 
 # ---- shapes where equal matrices, many small ones and padding meet ---------------------------------------------------
 
 
 def test_many_small_matrices_are_told_apart(tmp_path: Path) -> None:
-    # The runtime shares packed bytes that are equal, and 40 small matrices are the same holes but for their marks.
+    # The runtime shares prepacked bytes that are equal, and 40 small matrices are the same holes but for their marks.
     count = 40
     nodes, values, at = [], [], "x"
     for i in range(count):
@@ -303,8 +307,8 @@ def test_many_small_matrices_are_told_apart(tmp_path: Path) -> None:
         values.append(numpy_helper.from_array(np.eye(4, dtype=np.float32) * (i + 1), f"w{i}"))
         at = out
     bundle = prepared(tmp_path / "m", nodes, values)
-    model = pz.load(bundle, threads=1, packed=True, verify="full")
-    assert len(model.weights._places) == count
+    model = pz.load(bundle, threads=1, prepack=True, verify="full")
+    assert len(model.weights._locations) == count
 
 
 @pytest.mark.parametrize("sizes", [(4, 600, 50, 4), (4, 1030, 1, 4), (4, 33, 515, 4), (4, 2048, 640, 4)])
@@ -316,11 +320,11 @@ def test_odd_shapes(tmp_path: Path, sizes: tuple[int, ...]) -> None:
         at = out
     weights = [weight(f"w{i}", a, b) for i, (a, b) in enumerate(itertools.pairwise(sizes))]
     bundle = prepared(tmp_path / "m", nodes, weights)
-    assert trained(bundle, tmp_path / "a", packed=True) == trained(bundle, tmp_path / "b", packed=False)
+    assert trained(bundle, tmp_path / "a", prepack=True) == trained(bundle, tmp_path / "b", prepack=False)
 
 
 def test_nothing_is_left_behind(tiny_bundle: Path, tmp_path: Path) -> None:
-    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], packed=True).weights._places))"
+    script = "import sys, pocketzo as pz; print(len(pz.load(sys.argv[1], prepack=True).weights._locations))"
     done = subprocess.run(
         [sys.executable, "-c", script, tiny_bundle],
         env={**os.environ, "TMPDIR": os.fspath(tmp_path)},
