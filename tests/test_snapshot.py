@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sizes import full_or_small
 
 import pocketzo as pz
 from pocketzo.formats.journal import Entry, Journal, Position
@@ -265,10 +266,10 @@ def test_a_state_that_holds_no_tensors_is_named(tmp_path: Path, content: bytes) 
         check_snapshot(path, NEW)
 
 
-def test_every_flipped_bit_of_the_description_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_description_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path)
     content = (path / JSON).read_bytes()
-    for bit in range(8 * len(content)):
+    for bit in range(0, 8 * len(content), full_or_small(1, 29)):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         (path / JSON).write_bytes(flipped)
