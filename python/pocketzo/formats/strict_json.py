@@ -25,7 +25,7 @@ def parse(text: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"nested too deeply: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, got a value of another type ({type(fields).__name__})")
+        raise ValueError(f"not a JSON object, but of type {type(fields).__name__}")
     return fields
 
 
