@@ -28,6 +28,7 @@ from tables import accuracy_table
 
 import pocketzo as pz
 from pocketzo.demo import minilm
+from pocketzo.export.bert import build_onnx
 
 HEAD = 10  # lr and eps of the head, as multiples of the body's
 
@@ -136,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         checkpoint = minilm.find_checkpoint(arguments.checkpoint)
-        minilm.build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
+        build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
         bundle = pz.prepare(
             folder / "model.onnx", folder / "bundle", tokenizer=checkpoint.tokenizer, labels=("0", "1"), max_length=128
         )

@@ -1,4 +1,4 @@
-// Traced by cycles.py: `cycles OPERATION N` runs an operation of the NEON set on N blocks; `two` runs on N tiles.
+// Traced by cycles.py: `cycles OPERATION N` runs an operation of the NEON set on N blocks, `two` on N tiles.
 #include <cstdlib>
 #include <cstring>
 
@@ -8,7 +8,7 @@ using namespace pocketzo;
 
 namespace {
 
-constexpr std::size_t kTile = 64;  // blocks, as apply.cpp cuts a pass of several terms
+constexpr std::size_t kTile = 64;  // blocks; the tile of a pass of several terms (job.h)
 alignas(64) float w[64 * kTile];
 constexpr Key kKey = {{1, 2, 3, 4}};
 constexpr float kScale[3] = {1e-3f, -2e-3f, 1e-3f};

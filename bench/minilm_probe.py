@@ -20,6 +20,8 @@ import onnxruntime
 from sst2 import SST2
 
 from pocketzo.demo import minilm
+from pocketzo.demo.probe import linear_probe
+from pocketzo.export.bert import Checkpoint, build_onnx
 
 Array = npt.NDArray[Any]
 
@@ -29,13 +31,13 @@ def read(path: Path) -> tuple[list[str], Array]:
     return [line[0] for line in lines], np.array([int(line[1]) for line in lines])
 
 
-def embed(checkpoint: minilm.Checkpoint, sentences: list[str]) -> Array:
+def embed(checkpoint: Checkpoint, sentences: list[str]) -> Array:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer))
     tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as folder:
-        minilm.build_onnx(checkpoint, Path(folder, "model.onnx"), num_labels=2)
+        build_onnx(checkpoint, Path(folder, "model.onnx"), num_labels=2)
         session = onnxruntime.InferenceSession(Path(folder, "model.onnx"))
     tokens = [tokenizer.encode(sentence).ids for sentence in sentences]
     lengths = np.array([len(ids) for ids in tokens])
@@ -71,7 +73,7 @@ def main() -> None:
             train, test = features, dev_features
             if name == "unit length":
                 train, test = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (train, test))
-            found = [minilm.linear_probe(train, labels[chosen], test, dev_labels, l2=l2) for l2 in strengths]
+            found = [linear_probe(train, labels[chosen], test, dev_labels, l2=l2) for l2 in strengths]
             print(f"| {seed} | {name} | " + " | ".join(f"{accuracy:.1%}" for accuracy in found) + " |", flush=True)
 
 

@@ -38,9 +38,9 @@ double ratio;
 bool sleeps;
 std::atomic<unsigned> pass{0}, next_thread{0};
 thread_local unsigned my_pass = 0, my_number = 0;
-thread_local Clock::time_point my_end;  // of what this thread has done in this pass
+thread_local Clock::time_point my_end;  // when this thread's work in this pass is due
 
-// The first thread that calls it in a pass is number 0. With no affinity this is as good as any order.
+// Numbers threads in the order of their first call in a pass. Without affinity any order will do.
 void number_this_thread() {
   if (my_pass == pass) return;
   my_pass = pass;
@@ -54,7 +54,7 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const auto began = Clock::now();
   fast_set.gaussian[1](walk, key, scale);
   if (sleeps) {
-    // From the end that was due: what a thread oversleeps is made good by the next unit.
+    // Counted from when the last unit was due, so that oversleeping shortens the next unit.
     const auto lasts = kUnitTime * (slowness * static_cast<double>(walk.count) / kUnitBlocks);
     my_end += std::chrono::duration_cast<Clock::duration>(lasts);
     std::this_thread::sleep_until(my_end);
@@ -73,7 +73,7 @@ double seconds(const std::function<void()>& work) {
   return std::chrono::duration<double>(Clock::now() - began).count();
 }
 
-// What a parallel loop with a static schedule does.
+// A parallel loop with a static schedule.
 void equal_split(std::vector<float>& w, unsigned threads) {
   const std::uint64_t units = w.size() / kBlock / kUnitBlocks;
   const Key key = pocketzo::subkey(1, 2, 3, 0);
@@ -117,7 +117,7 @@ int main(int argc, char** argv) {
     const double split = seconds([&] { equal_split(w, all); });
     pocketzo::set_threads(all);
     const double units = seconds(shared);
-    if (round >= 0) std::printf("%.9f %.9f %.9f\n", alone, split, units);  // the first one is a warm-up
+    if (round >= 0) std::printf("%.9f %.9f %.9f\n", alone, split, units);  // the first round is a warm-up
   }
   return 0;
 }

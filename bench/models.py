@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,7 @@ MASKED = -10_000.0
 def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
     """Return the bundle of a shape in ``folder``; prepare it if it does not exist."""
     import pocketzo as pz
-    from pocketzo.demo.minilm import Checkpoint, build_onnx
+    from pocketzo.export.bert import Checkpoint, build_onnx
     from pocketzo.formats.safetensors import write
 
     bundle = folder / (name if dtype == "float32" else f"{name}-{dtype}")
@@ -56,7 +56,9 @@ def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = 
     graph, weights = folder / f"{name}.onnx", folder / f"{name}.random"
     try:
         if shape.causal:
-            build_decoder(shape, graph, weights)
+            import decoder  # not at the top: it imports onnx-ir, and the processes that are measured import this file
+
+            decoder.build_decoder(shape, graph, weights)
         else:
             write(weights, encoder_weights(shape))
             build_onnx(Checkpoint(weights, folder / "none", shape.layers, shape.heads, shape.hidden), graph, 2)
@@ -107,122 +109,6 @@ def encoder_weights(shape: Shape) -> Iterator[tuple[str, Array]]:
     for name in norms:
         yield f"{name}.weight", np.ones(h, np.float32)
         yield f"{name}.bias", np.zeros(h, np.float32)
-
-
-class Decoder:
-    """Nodes of the graph, and the file of the weights, one tensor after another: all exceed protobuf's 2 GB."""
-
-    def __init__(self, shape: Shape, weights: Path) -> None:
-        self.shape = shape
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.location = weights.name
-        self.file = weights.open("wb")
-
-    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
-        from onnx import helper
-
-        out = out or f"{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, inputs, [out], name=out, **attributes))
-        return out
-
-    def constant(self, value: float | list[int]) -> str:
-        from onnx import numpy_helper
-
-        array = np.array(value, np.float32 if isinstance(value, float) else np.int64)
-        return self.op("Constant", value=numpy_helper.from_array(array))
-
-    def weight(self, name: str, array: Array) -> str:
-        from onnx import TensorProto
-
-        self.file.write(bytes(-self.file.tell() % 4096))
-        tensor = TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in ("location", self.location), ("offset", self.file.tell()), ("length", array.nbytes):
-            tensor.external_data.add(key=key, value=str(value))
-        self.file.write(array.data)
-        self.initializers.append(tensor)
-        return name
-
-    def random(self, name: str, *size: int) -> str:
-        return self.weight(name, normal(name, *size))
-
-    def dense(self, x: str, name: str, size: int, out: int) -> str:
-        product = self.op("MatMul", x, self.random(f"{name}.weight", size, out))
-        return self.op("Add", product, self.random(f"{name}.bias", out))
-
-    def layer_norm(self, x: str, name: str) -> str:
-        scale = self.weight(f"{name}.weight", np.ones(self.shape.hidden, np.float32))
-        bias = self.weight(f"{name}.bias", np.zeros(self.shape.hidden, np.float32))
-        return self.op("LayerNormalization", x, scale, bias, epsilon=1e-5)
-
-    def mask(self) -> tuple[str, str]:
-        """Return the positions, [sequence], and what is added to the scores, [batch, 1, sequence, sequence]."""
-        from onnx import TensorProto
-
-        length = self.op("Squeeze", self.op("Shape", "input_ids", start=1))
-        places = self.op("Range", self.constant(0), length, self.constant(1))
-        rows = self.op("Unsqueeze", places, self.constant([1]))
-        later = self.op("Cast", self.op("Greater", places, rows), to=TensorProto.FLOAT)
-        real = self.op("Cast", "attention_mask", to=TensorProto.FLOAT)
-        padding = self.op("Sub", self.constant(1.0), self.op("Unsqueeze", real, self.constant([1, 2])))
-        hidden = self.op("Mul", self.op("Max", later, padding), self.constant(MASKED))
-        return self.op("Add", places, self.constant([OPT_OFFSET])), hidden
-
-    def attention(self, x: str, bias: str, name: str) -> str:
-        hidden, heads = self.shape.hidden, self.shape.heads
-        split = self.constant([0, 0, heads, hidden // heads])
-        query, key, value = (
-            self.op("Transpose", self.op("Reshape", self.dense(x, f"{name}.{part}", hidden, hidden), split), perm=order)
-            for part, order in (("q_proj", [0, 2, 1, 3]), ("k_proj", [0, 2, 3, 1]), ("v_proj", [0, 2, 1, 3]))
-        )
-        scores = self.op("Mul", self.op("MatMul", query, key), self.constant(float((hidden // heads) ** -0.5)))
-        shares = self.op("Softmax", self.op("Add", scores, bias), axis=-1)
-        mixed = self.op("Transpose", self.op("MatMul", shares, value), perm=[0, 2, 1, 3])
-        mixed = self.op("Reshape", mixed, self.constant([0, 0, hidden]))
-        return self.dense(mixed, f"{name}.out_proj", hidden, hidden)
-
-    def build(self) -> None:
-        shape = self.shape
-        places, bias = self.mask()
-        words = self.random("embed_tokens.weight", shape.vocabulary, shape.hidden)
-        table = self.random("embed_positions.weight", shape.positions, shape.hidden)
-        x = self.op("Add", self.op("Gather", words, "input_ids"), self.op("Gather", table, places))
-        for n in range(shape.layers):
-            name = f"layers.{n}"
-            normed = self.layer_norm(x, f"{name}.self_attn_layer_norm")
-            x = self.op("Add", x, self.attention(normed, bias, f"{name}.self_attn"))
-            inner = self.dense(
-                self.layer_norm(x, f"{name}.final_layer_norm"), f"{name}.fc1", shape.hidden, shape.intermediate
-            )
-            x = self.op("Add", x, self.dense(self.op("Relu", inner), f"{name}.fc2", shape.intermediate, shape.hidden))
-        x = self.layer_norm(x, "final_layer_norm")
-        self.op("MatMul", x, self.op("Transpose", words, perm=[1, 0]), out="logits")
-
-
-def build_decoder(shape: Shape, graph: Path, weights: Path) -> None:
-    """Write a graph of OPT and, beside it, its random weights as external data."""
-    from onnx import TensorProto, helper
-
-    decoder = Decoder(shape, weights)
-    with decoder.file:
-        decoder.build()
-    tokens = ["batch", "sequence"]
-    model = helper.make_model(
-        helper.make_graph(
-            decoder.nodes,
-            "opt",
-            [
-                helper.make_tensor_value_info(name, TensorProto.INT64, tokens)
-                for name in ("input_ids", "attention_mask")
-            ],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*tokens, shape.vocabulary])],
-            decoder.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,
-    )
-    graph.write_bytes(model.SerializeToString())
 
 
 def make_batch(name: str, batch: int, tokens: int) -> dict[str, NDArray[np.int64]]:

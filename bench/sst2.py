@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 import pocketzo as pz
 from pocketzo.demo import minilm
+from pocketzo.export.bert import build_onnx
 
 SST2 = Path(os.environ.get("SST2") or "sst2")
 SENTENCES = {"train": (6_920, 3_610), "dev": (872, 444)}  # how many, and how many of them positive
@@ -219,7 +220,7 @@ def main() -> None:
     checkpoint = minilm.find_checkpoint(arguments.checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        minilm.build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
+        build_onnx(checkpoint, folder / "model.onnx", num_labels=2)
         bundle = pz.prepare(
             folder / "model.onnx", folder / "bundle", tokenizer=checkpoint.tokenizer, labels=("0", "1"), max_length=128
         )

@@ -1,4 +1,4 @@
-// `apply` and `generate`: shares the units of a job among threads. Here also: contiguous fp32 segments.
+// `apply` and `generate`: shares the units of a job among threads, and does those of contiguous fp32 segments.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -13,11 +13,11 @@
 namespace pocketzo {
 namespace {
 
-// n elements from logical element e. A block that is cut is worked on in a copy of the whole.
+// Kernels take whole blocks: a partial block at either end is processed in a copy.
 void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w, std::uint64_t e,
                 std::uint64_t n) noexcept {
   const auto kernel = kernel_of(set, term);
-  const auto ragged = [&](float* at, std::uint64_t from, std::uint64_t count) {
+  const auto partial = [&](float* at, std::uint64_t from, std::uint64_t count) {
     alignas(64) float block[kBlock] = {};
     const std::uint64_t lead = from % kBlock;
     std::memcpy(block + lead, at, count * sizeof(float));
@@ -28,19 +28,18 @@ void apply_term(const KernelSet& set, const Term& term, const Key& key, float* w
   const std::uint64_t size = n;
   if (e % kBlock != 0) {
     const std::uint64_t count = std::min(n, kBlock - e % kBlock);
-    ragged(w, e, count);
+    partial(w, e, count);
     w += count;
     e += count;
     n -= count;
   }
   if (n >= kBlock) kernel({w, 16, kBlock, e / kBlock, 1, static_cast<std::size_t>(n / kBlock)}, key, term.scale);
-  if (n % kBlock != 0) ragged(w + n - n % kBlock, e + n - n % kBlock, n % kBlock);
+  if (n % kBlock != 0) partial(w + n - n % kBlock, e + n - n % kBlock, n % kBlock);
   if (term.decay != 0.0f) set.shrink(start, size, term.decay);
 }
 
-// Elements that are neighbours in memory.
-void apply_contiguous(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  const auto [begin, end] = range_of(s, number);
+void apply_contiguous(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  const auto [begin, end] = range_of(s, unit);
   const Keys keys(job, s.tensor, begin);
   const std::uint64_t tile = job.term_count == 1 ? kUnit : kTile;
   for (std::uint64_t e = begin; e < end;) {
@@ -55,17 +54,17 @@ std::uint64_t units_of(const Segment& s) noexcept {
   return s.packing != nullptr ? packed_units_of(s) : ranges_of(s);
 }
 
-void apply_unit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  if (s.storage != Storage::float32) return apply_16bit(job, s, number);
-  if (s.packing != nullptr) return apply_packed(job, s, number);
-  apply_contiguous(job, s, number);
+void apply_unit(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  if (s.storage != Storage::float32) return apply_16bit(job, s, unit);
+  if (s.packing != nullptr) return apply_packed(job, s, unit);
+  apply_contiguous(job, s, unit);
 }
 
 void work(Units& units, const void* context) noexcept {
   const Job& job = *static_cast<const Job*>(context);
   const FloatMode mode;
   std::size_t at = 0;
-  std::uint64_t before = 0, unit = 0;  // units of the segments before `at`
+  std::uint64_t before = 0, unit = 0;  // before: units of the segments before `at`
   while (units.take(unit)) {
     std::uint64_t here = units_of(job.segments[at]);
     while (unit - before >= here) {
@@ -87,7 +86,7 @@ void run_job(const Job& job) noexcept {
 void apply_terms(const Job& job, const Keys& keys, float* w, std::uint64_t e, std::uint64_t n) noexcept {
   for (std::size_t t = 0; t < job.term_count; ++t) {
     const Term& term = job.terms[t];
-    if (job.moves(term))
+    if (job.uses_noise(term))
       apply_term(*job.set, term, keys[t], w, e, n);
     else if (term.decay != 0.0f)
       job.set->shrink(w, n, term.decay);

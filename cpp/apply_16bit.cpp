@@ -1,4 +1,4 @@
-// Segments of 16-bit weights.
+// Segments of 16-bit weights, in tiles of whole blocks that are converted to fp32, processed and converted back.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -9,13 +9,12 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kTile16 = 1u << 11;  // as fp32, with the noise and the random bits of as many: 24 KiB
+constexpr std::uint64_t kTile16 = 1u << 11;  // 24 KiB: weights and noise in fp32, and the words for rounding
 
 }  // namespace
 
-// 16-bit weights, in tiles of whole blocks that are computed on in fp32.
-void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  const auto [begin, end] = range_of(s, number);
+void apply_16bit(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  const auto [begin, end] = range_of(s, unit);
   const Keys keys(job, s.tensor, begin);
   const KernelSet& set = *job.set;
   const Format16& format = s.storage == Storage::float16 ? set.fp16 : set.bf16;
@@ -27,11 +26,11 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcep
     const std::uint64_t first = e / kBlock, lead = e % kBlock, blocks = (lead + n + kBlock - 1) / kBlock;
     const std::uint64_t size = blocks * kBlock;
     std::uint16_t* const data = static_cast<std::uint16_t*>(s.data) + (e - s.offset);
-    std::uint16_t ragged[kTile16];
-    std::uint16_t* const stored = size == n ? data : ragged;
+    std::uint16_t partial[kTile16];
+    std::uint16_t* const stored = size == n ? data : partial;
     if (size != n) {
-      std::memset(ragged, 0, size * sizeof *ragged);
-      std::memcpy(ragged + lead, data, n * sizeof *ragged);
+      std::memset(partial, 0, size * sizeof *partial);
+      std::memcpy(partial + lead, data, n * sizeof *partial);
     }
     format.widen(w, stored, size);
     for (std::size_t t = 0; t < job.term_count; ++t) {
@@ -47,12 +46,12 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcep
         const Key key = subkey(term.seed, s.tensor, term.draw, static_cast<std::uint32_t>(e >> 34));
         set.words(words, first, blocks, key);
         format.round_stochastic(w, words, size);
-      } else if (term.rounding == Rounding::nearest && t + 1 != job.term_count) {  // the last one is in narrow
+      } else if (term.rounding == Rounding::nearest && t + 1 != job.term_count) {  // narrow rounds after the last
         format.round_nearest(w, size);
       }
     }
     format.narrow(stored, w, size);
-    if (size != n) std::memcpy(data, ragged + lead, n * sizeof *ragged);
+    if (size != n) std::memcpy(data, partial + lead, n * sizeof *partial);
     e += n;
   }
 }

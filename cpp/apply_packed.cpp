@@ -1,4 +1,6 @@
-// Segments with a packing.
+// Segments with a packing. Whole blocks are processed where they are if each block is one row of four panels or, in a
+// transposed matrix, after transposing a tile. The other matrices (small ones, and vocabularies of odd size) are
+// gathered.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -9,27 +11,25 @@
 namespace pocketzo {
 namespace {
 
-// Whole blocks of a packed matrix are worked on where they lie if each is four panels of one row, or, of a transposed
-// one, in a tile that is turned round. Else elements are gathered: small matrices, and a vocabulary of odd size.
-bool in_rows(const Packing& p) noexcept { return !p.transposed && p.columns % kBlock == 0; }
-bool in_transposed_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
+bool by_rows(const Packing& p) noexcept { return !p.transposed && p.columns % kBlock == 0; }
+bool by_transposed_rows(const Packing& p) noexcept { return p.transposed && p.rows % kBlock == 0; }
 
-constexpr std::uint64_t kGroup = 256;  // columns of a unit: with blocks of 256 rows, as many elements as kUnit
-constexpr std::uint64_t kHeight = kUnit / kPanel;  // rows of a unit that is part of one panel
+constexpr std::uint64_t kUnitColumns = 256;          // with blocks of 256 rows, kUnit elements
+constexpr std::uint64_t kUnitRows = kUnit / kPanel;  // of one panel
 
-// Up to 256 columns of one block of rows.
-void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+// A unit is up to 256 columns of one block of rows.
+void apply_rows(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
   const Packing& p = *s.packing;
-  const std::uint64_t across = (p.columns + kGroup - 1) / kGroup;
-  const std::uint64_t top = number / across * p.depth, left = number % across * kGroup;
+  const std::uint64_t across = (p.columns + kUnitColumns - 1) / kUnitColumns;
+  const std::uint64_t top = unit / across * p.depth, left = unit % across * kUnitColumns;
   const std::uint64_t height = std::min(p.depth, p.rows - top);
   const Keys keys(job, s.tensor, 0);
   const std::uint64_t tile = job.term_count == 1 ? p.depth : kTile / kBlock;
-  for (std::uint64_t n = left; n < std::min(left + kGroup, p.columns); n += kBlock)
+  for (std::uint64_t n = left; n < std::min(left + kUnitColumns, p.columns); n += kBlock)
     for (std::uint64_t k = 0; k < height; k += tile) {
       const auto count = static_cast<std::size_t>(std::min(tile, height - k));
       const auto apart = static_cast<std::ptrdiff_t>(kPanel * height);
-      const Walk walk = {static_cast<float*>(s.data) + place(p, top + k, n),
+      const Walk walk = {static_cast<float*>(s.data) + packed_index(p, top + k, n),
                          apart,
                          static_cast<std::ptrdiff_t>(kPanel),
                          ((top + k) * p.columns + n) / kBlock,
@@ -37,30 +37,30 @@ void apply_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept
                          count};
       for (std::size_t t = 0; t < job.term_count; ++t) {
         const Term& term = job.terms[t];
-        if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
+        if (job.uses_noise(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
         for (std::ptrdiff_t run = 0; run < 4 && term.decay != 0.0f; ++run)
           job.set->shrink(walk.base + run * apart, count * kPanel, term.decay);
       }
     }
 }
 
-// Up to 4096 elements of 16 rows of the transposed tensor, in tiles of 64 elements each.
-void apply_transposed_rows(const Job& job, const Segment& s, std::uint64_t number) noexcept {
+// A unit is up to 4096 elements of each of 16 rows of the tensor, in tiles of 64 elements of each.
+void apply_transposed_rows(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
   const Packing& p = *s.packing;
-  const std::uint64_t along = (p.rows + kHeight - 1) / kHeight;
-  const std::uint64_t first = number / along * kPanel, lanes = std::min(kPanel, p.columns - first);
-  const std::uint64_t begin = number % along * kHeight, end = std::min(begin + kHeight, p.rows);
+  const std::uint64_t along = (p.rows + kUnitRows - 1) / kUnitRows;
+  const std::uint64_t first = unit / along * kPanel, lanes = std::min(kPanel, p.columns - first);
+  const std::uint64_t begin = unit % along * kUnitRows, end = std::min(begin + kUnitRows, p.rows);
   const Keys keys(job, s.tensor, 0);
   alignas(64) float tile[kPanel * kBlock];
   for (std::uint64_t k = begin; k < end; k += kBlock) {
-    float* const w = static_cast<float*>(s.data) + place(p, k, first);
+    float* const w = static_cast<float*>(s.data) + packed_index(p, k, first);
     for (std::uint64_t n = 0; n < kPanel; ++n)
       for (std::uint64_t i = 0; i < kBlock; ++i) tile[n * kBlock + i] = w[i * kPanel + n];
     const Walk walk = {
         tile, kPanel, kBlock, (first * p.rows + k) / kBlock, p.rows / kBlock, static_cast<std::size_t>(lanes)};
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
-      if (job.moves(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
+      if (job.uses_noise(term)) kernel_of(*job.set, term)(walk, keys[t], term.scale);
       if (term.decay != 0.0f) job.set->shrink(tile, lanes * kBlock, term.decay);
     }
     for (std::uint64_t i = 0; i < kBlock; ++i)
@@ -68,9 +68,8 @@ void apply_transposed_rows(const Job& job, const Segment& s, std::uint64_t numbe
   }
 }
 
-// Elements that are gathered, and scattered afterwards.
-void apply_gathered(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  const auto [begin, end] = range_of(s, number);
+void apply_gathered(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  const auto [begin, end] = range_of(s, unit);
   const Keys keys(job, s.tensor, begin);
   auto* const data = static_cast<float*>(s.data);
   alignas(64) float gathered[kTile];
@@ -87,15 +86,15 @@ void apply_gathered(const Job& job, const Segment& s, std::uint64_t number) noex
 
 std::uint64_t packed_units_of(const Segment& s) noexcept {
   const Packing& p = *s.packing;
-  if (in_rows(p)) return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kGroup - 1) / kGroup);
-  if (in_transposed_rows(p)) return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kHeight - 1) / kHeight);
+  if (by_rows(p)) return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kUnitColumns - 1) / kUnitColumns);
+  if (by_transposed_rows(p)) return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kUnitRows - 1) / kUnitRows);
   return ranges_of(s);
 }
 
-void apply_packed(const Job& job, const Segment& s, std::uint64_t number) noexcept {
-  if (in_rows(*s.packing)) return apply_rows(job, s, number);
-  if (in_transposed_rows(*s.packing)) return apply_transposed_rows(job, s, number);
-  apply_gathered(job, s, number);
+void apply_packed(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  if (by_rows(*s.packing)) return apply_rows(job, s, unit);
+  if (by_transposed_rows(*s.packing)) return apply_transposed_rows(job, s, unit);
+  apply_gathered(job, s, unit);
 }
 
 }  // namespace pocketzo

@@ -10,7 +10,7 @@
 namespace pocketzo {
 namespace {
 
-// The words of eight quads, one quad a lane.
+// The words of eight quads, one quad in a lane.
 struct Words {
   __m256i x[4];
 };
@@ -18,9 +18,9 @@ struct Words {
 inline __m256i broadcast(std::uint32_t v) noexcept { return _mm256_set1_epi32(static_cast<int>(v)); }
 inline __m256i high(__m256i p) noexcept { return _mm256_srli_epi64(p, 32); }
 
-// Rounds are computed on 64-bit lanes, four quads a register, with the word in the low half: vpmuludq reads only that
-// half and leaves the next low word in place, so no shuffle is needed until the end. Quads 0, 1, 4 and 5 of the eight
-// are in one half, 2, 3, 6 and 7 in another, as the shuffle that joins them takes them.
+// Rounds are computed on 64-bit lanes, four quads in a register, with the word in the low 32 bits: vpmuludq reads only
+// those and leaves the next low word in place, so no shuffle is needed until the end. Quads 0, 1, 4 and 5 of the eight
+// form one half, quads 2, 3, 6 and 7 the other: the order that the final shuffle joins.
 struct Half {
   __m256i x0, x1, x2, x3;
 };
@@ -42,14 +42,15 @@ class Philox {
     }
   }
 
-  // M0 q of quads q, q + 1, q + 4 and q + 5. As q does not wrap within a window, n quads on it is larger by `stride`.
+  // M0 q of quads q, q + 1, q + 4 and q + 5. Adding stride(n) gives the product n quads later, as q does not wrap
+  // within a window.
   __m256i product(std::uint64_t q) const noexcept {
     return _mm256_mul_epu32(
         m0_, _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(q)), _mm256_setr_epi64x(0, 1, 4, 5)));
   }
   static __m256i stride(std::uint64_t n) noexcept { return _mm256_set1_epi64x(static_cast<long long>(n * kMul0)); }
 
-  // The first three rounds of quads q .. q + 7; then `round` 1, 2 and 3, and `finish`.
+  // Rounds 1 to 3 of quads q .. q + 7. To be followed by round(1), round(2), round(3) and `finish`.
   State start(__m256i product) const noexcept { return {begin(product), begin(_mm256_add_epi64(product, stride(2)))}; }
 
   void round(int r, State& s) const noexcept {
@@ -98,21 +99,21 @@ class Philox {
   __m256i a1_, b0_, b2_, c2_, k0_[5], k1_[5];
 };
 
-// Horner's rule over coefficients `From` .. `To` - 1, going on from p.
+// Continues Horner's rule from p with coefficients `From` .. `To` - 1.
 template <int From, int To, int N>
 inline __m256 horner(__m256 p, const float (&coefficient)[N], __m256 t) noexcept {
   for (int i = From; i < To; ++i) p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(coefficient[i]));
   return p;
 }
 
-// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words.
+// Box-Muller of one pair of words, in steps that `gaussian` interleaves with the rounds of the next words.
 class Transform {
  public:
   Transform(__m256i x, __m256i y) noexcept : x_(x), y_(y) {}
 
   void split() noexcept {  // 2 ^ ex (1 + f)
     const __m256 v = _mm256_andnot_ps(sign(), _mm256_cvtepi32_ps(_mm256_or_si256(x_, _mm256_set1_epi32(1))));
-    // 2^23 - 1 less the d of SPEC.md: gives -ex, so that its product and the root are never -0 and take a sign by `or`.
+    // 2^23 - 1 minus the d of SPEC.md, which gives -ex. Product and root are then never -0, so that `or` sets the sign.
     const __m256i d = _mm256_sub_epi32(_mm256_set1_epi32(kSqrtHalf2p31 + kMantissa), _mm256_castps_si256(v));
     const __m256i m =
         _mm256_add_epi32(_mm256_andnot_si256(d, _mm256_set1_epi32(kMantissa)), _mm256_set1_epi32(kSqrtHalf));
@@ -177,8 +178,8 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
   }
 }
 
-// Software-pipelined: while eight quads are transformed, the words of the next are finished and those after them begun.
-// The order is that of avx512.cpp, and counts here too: 110 cycles a block in cache on Zen 5, others take up to 125.
+// Software-pipelined: transforms eight quads while finishing the words of the next eight and starting those after them.
+// The order, that of avx512.cpp, matters here too: 110 cycles a block in cache on Zen 5; other orders take up to 125.
 template <unsigned Count>
 void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
@@ -235,7 +236,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
       held = b >> 5;
       for (unsigned half = 0; half < 2; ++half) bits[half] = philox.words(philox.product(held * 16 + half * 8));
     }
-    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
+    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // the 4 rows of a block share a word
     prefetch(block, walk);
     const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(row & 31));
     for (unsigned half = 0; half < 2; ++half) {
@@ -280,12 +281,12 @@ struct Fp16 {
   static __m256 stochastic(__m256 w, __m256i r) noexcept {
     const __m256i sign = _mm256_and_si256(_mm256_castps_si256(w), broadcast(kSign));
     const __m256i m = _mm256_xor_si256(_mm256_castps_si256(w), sign);
-    r = _mm256_srli_epi32(r, 3);  // as many bits as are cut off
+    r = _mm256_srli_epi32(r, 3);  // one random bit for each bit that is cut off
     const __m256i up = _mm256_add_epi32(m, r);
     const __m256i large = _mm256_cmpgt_epi32(up, broadcast(kFp16TooLarge - 1));
-    const __m256i beyond = _mm256_max_epi32(m, broadcast(kInfinity));  // a NaN stays one
+    const __m256i beyond = _mm256_max_epi32(m, broadcast(kInfinity));  // a NaN stays a NaN
     const __m256i normal = _mm256_blendv_epi8(_mm256_andnot_si256(broadcast(0x1FFF), up), beyond, large);
-    // Subnormal ones are whole numbers of units.
+    // Subnormal results, in units of 2^-24.
     const __m256 units = _mm256_fmadd_ps(_mm256_castsi256_ps(m), _mm256_set1_ps(0x1p24f),
                                          _mm256_mul_ps(_mm256_cvtepi32_ps(r), _mm256_set1_ps(0x1p-13f)));
     const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvttps_epi32(units)), _mm256_set1_ps(0x1p-24f));
@@ -332,7 +333,7 @@ void round_nearest(float* w, std::size_t n) noexcept {
 
 template <typename Format>
 void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
-  for (std::size_t i = 0; i < n; i += 32)  // two runs, that is a pair of words
+  for (std::size_t i = 0; i < n; i += 32)  // two runs, which share a pair of words
     for (std::size_t half = i; half < i + 16; half += 8) {
       const auto* x = reinterpret_cast<const __m256i*>(words + half);
       __m256i k = _mm256_add_epi32(_mm256_loadu_si256(x), _mm256_loadu_si256(x + 2));

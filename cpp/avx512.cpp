@@ -11,7 +11,7 @@
 namespace pocketzo {
 namespace {
 
-// The words of sixteen quads, one quad a lane.
+// The words of sixteen quads, one quad in a lane.
 struct Words {
   __m512i x[4];
 };
@@ -24,8 +24,8 @@ inline __m512i broadcast(std::uint32_t v) noexcept { return _mm512_set1_epi32(st
 inline __m512i high(__m512i p) noexcept { return _mm512_srli_epi64(p, 32); }
 inline __m512i xor3(__m512i a, __m512i b, __m512i c) noexcept { return _mm512_ternarylogic_epi32(a, b, c, kXor3); }
 
-// As in avx2.cpp: rounds on 64-bit lanes with the word in the low half, quads 0, 1, 4, 5, 8, .. in half a and 2, 3, 6,
-// 7, 10, .. in half b, until the last step joins them.
+// As in avx2.cpp: rounds on 64-bit lanes with the word in the low 32 bits; quads 0, 1, 4, 5, 8, .. form half a and
+// quads 2, 3, 6, 7, 10, .. half b, until the last step joins them.
 struct Half {
   __m512i x0, x1, x2, x3;
 };
@@ -47,7 +47,8 @@ class Philox {
     }
   }
 
-  // M0 q of a block's quads in half a. As q does not wrap within a window, `step` blocks on it is larger by `stride`.
+  // M0 q of a block's quads in half a. Adding stride(step) gives the product `step` blocks later, as q does not wrap
+  // within a window.
   __m512i product(std::uint64_t block) const noexcept {
     const __m512i q = _mm512_set1_epi64(static_cast<long long>(block * 16));
     return _mm512_mul_epu32(m0_, _mm512_add_epi64(q, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13)));
@@ -56,7 +57,7 @@ class Philox {
     return _mm512_set1_epi64(static_cast<long long>(step * 16 * kMul0));
   }
 
-  // The first three rounds; then `round` 1, 2 and 3, and `finish`.
+  // Rounds 1 to 3. To be followed by round(1), round(2), round(3) and `finish`.
   State start(__m512i product) const noexcept {
     return {begin(product), begin(_mm512_add_epi64(product, _mm512_set1_epi64(2ll * kMul0)))};
   }
@@ -105,20 +106,20 @@ class Philox {
   __m512i a1_, b0_, b2_, c2_, k0_[5], k1_[5];
 };
 
-// Horner's rule over coefficients `From` .. `To` - 1, going on from p.
+// Continues Horner's rule from p with coefficients `From` .. `To` - 1.
 template <int From, int To, int N>
 inline __m512 horner(__m512 p, const float (&coefficient)[N], __m512 t) noexcept {
   for (int i = From; i < To; ++i) p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(coefficient[i]));
   return p;
 }
 
-// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words.
+// Box-Muller of one pair of words, in steps that `gaussian` interleaves with the rounds of the next words.
 class Transform {
  public:
   Transform(__m512i x, __m512i y) noexcept : x_(x), y_(y) {}
 
   void split() noexcept {  // 2 ^ ex (1 + f)
-    // The exponent of d - 1.0's bits, which getexp reads, is d >> 23; it disregards the sign, as |..| in SPEC.md does.
+    // d of SPEC.md minus the bits of 1.0, so that getexp, which ignores the sign as |..| does there, gives d >> 23.
     const __m512i n = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_or_si512(x_, _mm512_set1_epi32(1))));
     const __m512i d = _mm512_sub_epi32(n, _mm512_set1_epi32(kSqrtHalf2p31 - kOne));
     const __m512i m = _mm512_add_epi32(_mm512_and_si512(d, _mm512_set1_epi32(kMantissa)), _mm512_set1_epi32(kSqrtHalf));
@@ -180,9 +181,9 @@ inline void prefetch(const float* w, const Walk& walk) noexcept {
     _mm_prefetch(reinterpret_cast<const char*>(w + kAhead * walk.block_stride + run * walk.run_stride), _MM_HINT_T0);
 }
 
-// Software-pipelined: while a block is transformed, the words of the next are finished and those after them begun,
-// since a chain of rounds (48 cycles on Zen 5) takes longer than an iteration. The scheduler sees about a hundred
-// instructions, so that their order counts: 46 cycles a block in cache, other orders take up to 55.
+// Software-pipelined: transforms a block while finishing the words of the next and starting those after them, because a
+// chain of rounds (48 cycles on Zen 5) takes longer than an iteration. The scheduler sees about a hundred instructions,
+// so their order matters: 46 cycles a block in cache; other orders take up to 55.
 template <unsigned Count>
 void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
@@ -236,7 +237,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
       held = b >> 5;
       bits = philox.words(philox.product(held));
     }
-    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
+    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // the 4 rows of a block share a word
     __m512i k = _mm512_sll_epi32(bits.x[row >> 5], _mm_cvtsi32_si128(static_cast<int>(row & 31)));
     float* w = block;
     prefetch(block, walk);
@@ -279,12 +280,12 @@ struct Fp16 {
   static __m512 stochastic(__m512 w, __m512i r) noexcept {
     const __m512i sign = _mm512_and_si512(_mm512_castps_si512(w), broadcast(kSign));
     const __m512i m = _mm512_xor_si512(_mm512_castps_si512(w), sign);
-    r = _mm512_srli_epi32(r, 3);  // as many bits as are cut off
+    r = _mm512_srli_epi32(r, 3);  // one random bit for each bit that is cut off
     const __m512i up = _mm512_add_epi32(m, r);
     const __mmask16 large = _mm512_cmpge_epu32_mask(up, broadcast(kFp16TooLarge));
     const __m512i cut_off = _mm512_andnot_si512(broadcast(0x1FFF), up);
-    const __m512i normal = _mm512_mask_max_epu32(cut_off, large, m, broadcast(kInfinity));  // a NaN stays one
-    // Subnormal ones are whole numbers of units.
+    const __m512i normal = _mm512_mask_max_epu32(cut_off, large, m, broadcast(kInfinity));  // a NaN stays a NaN
+    // Subnormal results, in units of 2^-24.
     const __m512 units = _mm512_fmadd_ps(_mm512_castsi512_ps(m), _mm512_set1_ps(0x1p24f),
                                          _mm512_mul_ps(_mm512_cvtepi32_ps(r), _mm512_set1_ps(0x1p-13f)));
     const __m512 small = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvttps_epi32(units)), _mm512_set1_ps(0x1p-24f));
@@ -330,7 +331,7 @@ void round_nearest(float* w, std::size_t n) noexcept {
 
 template <typename Format>
 void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
-  for (std::size_t i = 0; i < n; i += 32) {  // two runs, that is a pair of words
+  for (std::size_t i = 0; i < n; i += 32) {  // two runs, which share a pair of words
     __m512i k = _mm512_add_epi32(_mm512_loadu_si512(words + i), _mm512_loadu_si512(words + i + 16));
     k = _mm512_mullo_epi32(k, broadcast(kDither[i / 32 % 2]));
     k = _mm512_xor_si512(k, _mm512_srli_epi32(k, 16));

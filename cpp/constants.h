@@ -1,10 +1,10 @@
-// What the sets share: the numbers of SPEC.md, the parts of the generator that are constant over a call, and what needs
-// no intrinsic.
+// Shared by the sets: the numbers of SPEC.md, the parts of the generator that are constant over a call, and code that
+// needs no intrinsics.
 //
-// All of it is in an anonymous namespace, as is all of a set's file but the set itself: this header is compiled with
-// the flags of each set, and of several definitions of an inline function with external linkage the linker keeps one,
-// which may be the one with AVX-512 instructions. For the same reason the sets' files call no inline function of the
-// standard library (std::fmaf, not std::fma). The test sets_define_no_weak_symbols checks it.
+// Everything is in an anonymous namespace, as is everything in a set's file except the set itself. This header is
+// compiled with the flags of each set. If an inline function had external linkage, the linker would keep one of its
+// definitions, perhaps the one with AVX-512 instructions, for all callers. For the same reason the sets' files call no
+// inline function of the standard library (std::fmaf, not std::fma). The test sets_define_no_weak_symbols checks this.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ constexpr int kRounds = 7;      // words
 constexpr int kKeyRounds = 10;  // subkey
 
 // -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1], and sin and cos of (pi/2) X as X S(X^2) and C(X^2) on [-1, 1].
-// Highest degree first, as Horner takes them.
+// Highest degree first, in the order of Horner's rule.
 constexpr float kLog[7] = {-0x1.e743b2p-3f, 0x1.7e5152p-2f, -0x1.a3c3ccp-2f, 0x1.fe26ccp-2f,
                            -0x1.5523fcp-1f, 0x1.000176p+0f, -0x1.00001p+1f};
 constexpr float kSin[5] = {0x1.3c4b2cp-13f, -0x1.3232fap-8f, 0x1.46676ep-4f, -0x1.4abbb6p-1f, 0x1.921fb4p+0f};
@@ -34,14 +34,14 @@ constexpr std::int32_t kSqrtHalf2p31 = 0x4EB504F3;  // bits of sqrt(1/2) * 2^31
 constexpr std::int32_t kMantissa = 0x007FFFFF;
 constexpr std::uint32_t kSign = 0x80000000u;
 
-// Random bits for stochastic rounding, SPEC.md section 5: the sum of two words, multiplied and folded.
+// Random bits for stochastic rounding (SPEC.md, section 5): the sum of two words, multiplied and folded.
 constexpr std::uint32_t kDither[2] = {0xAC4C1B51u, 0x31848BABu};
 constexpr std::uint32_t kFp16Normal = 0x38800000u;    // bits of 2^-14, the smallest normal number of fp16
 constexpr std::uint32_t kFp16TooLarge = 0x47800000u;  // bits of 2^16
 constexpr std::uint32_t kInfinity = 0x7F800000u;
 
 // The counter of a quad is (q, K2, K3, 0) and only q varies, so half of the first two rounds is the same for every
-// quad. What remains, with p = product of a multiplier and a word, hi and lo its halves:
+// quad. The rest, where hi and lo are the halves of a product:
 //   round 1: x2 = hi(M0 q) ^ a1                        x3 = lo(M0 q)
 //   round 2: x0 = hi(M1 x2) ^ b0   x1 = lo(M1 x2)      x2 = x3 ^ b2
 //   round 3: x0' = hi(M1 x2) ^ x1 ^ k0[0]              x2' = hi(M0 x0) ^ c2
@@ -65,12 +65,11 @@ struct Schedule {
   }
 };
 
-// Blocks between the one that is worked on and the one that memory is asked for: 4 KiB on contiguous memory, 1 KiB in
-// each of a packed walk's four streams. AVX-512, Zen 5, 1 GiB: two terms in a pass 0.48 -> 0.43 ns, on two threads 0.27
-// -> 0.22.
+// Prefetch distance in blocks: 4 KiB in contiguous memory, 1 KiB in each of a packed walk's four streams. Effect on an
+// element with AVX-512, Zen 5, 1 GiB, two terms in a pass: 0.48 -> 0.43 ns, on two threads 0.27 -> 0.22 ns.
 constexpr std::ptrdiff_t kAhead = 16;
 
-// What `shrink` does, for elements that fill no vector.
+// `shrink` for the last elements, too few for a vector.
 inline void shrink_rest(float* w, std::size_t n, float decay) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fmaf(-decay, w[i], w[i]);
 }

@@ -1,4 +1,4 @@
-// Which sets this processor runs, and which one is in use.
+// The sets that this CPU can run, and the one in use.
 #include <atomic>
 #include <cstddef>
 #include <cstring>
@@ -18,7 +18,7 @@ namespace pocketzo {
 namespace {
 
 #if defined(POCKETZO_X86_64) && defined(_MSC_VER)
-// The processor's word, and the system's that it saves the registers (XCR0 bits 1-2: ymm, 5-7: zmm).
+// CPUID feature bits, and OS support for saving ymm and zmm state (XCR0 bits 1-2 and 5-7).
 bool cpuid_bit(int leaf, int reg, int bit) noexcept {
   int r[4];
   __cpuidex(r, leaf, 0);

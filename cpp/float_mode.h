@@ -1,4 +1,4 @@
-// The floating-point modes that the kernels need, for the time of a call.
+// The floating-point modes that the kernels need.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace pocketzo {
 
-// Subnormals count and rounding is to nearest, whatever the calling thread has set.
+// A scope in which the calling thread keeps subnormals and rounds to nearest. Its own modes are restored at the end.
 class FloatMode {
  public:
 #if defined(POCKETZO_X86_64)

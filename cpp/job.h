@@ -1,5 +1,5 @@
-// One call of `apply` or `generate`, and how its elements are divided: segments into units, which threads take one by
-// one, units into tiles, which stay in the first-level cache, tiles into blocks.
+// One call of `apply` or `generate`, and the division of its elements: segments into units, which threads take one by
+// one; units into tiles, which fit the L1 cache; tiles into blocks.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 namespace pocketzo {
 
 inline constexpr std::uint64_t kBlock = 64;       // elements
-inline constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 of an in-order core beside the stack
-inline constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us of a fast core, so a slow one never holds up the end
-inline constexpr std::size_t kKeptKeys = 8;  // a unit keeps the subkeys of so many terms instead of making them a tile
+inline constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 cache of an in-order core, with the stack
+inline constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us on a fast core, so a slow one never delays the end
+inline constexpr std::size_t kKeptKeys = 8;  // up to so many terms, subkeys are computed once a unit, not once a tile
 
 struct Job {
   const KernelSet* set;
@@ -22,9 +22,9 @@ struct Job {
   std::size_t segment_count;
   const Term* terms;
   std::size_t term_count;
-  bool write;  // the single term's z is stored
+  bool write;  // store the single term's z instead of applying it
 
-  bool moves(const Term& term) const noexcept { return write || term.count != 0; }
+  bool uses_noise(const Term& term) const noexcept { return write || term.count != 0; }
 };
 
 inline KernelSet::Kernel kernel_of(const KernelSet& set, Distribution distribution, unsigned scale_count) noexcept {
@@ -34,8 +34,8 @@ inline KernelSet::Kernel kernel_of(const KernelSet& set, const Term& term) noexc
   return kernel_of(set, term.distribution, term.count);
 }
 
-// A subkey serves 2^34 elements of normals (and of bits to round by) and 2^39 of signs; units are cut at multiples of
-// kUnit and straddle neither.
+// A subkey covers 2^34 elements of normals (and of random bits for rounding) and 2^39 of signs. Units end at multiples
+// of kUnit, so none crosses such a window.
 inline Key key_at(const Term& term, std::uint32_t tensor, std::uint64_t element) noexcept {
   const std::uint32_t window = term.distribution == Distribution::gaussian
                                    ? static_cast<std::uint32_t>(element >> 34)
@@ -60,30 +60,30 @@ class Keys {
   Key kept_[kKeptKeys];
 };
 
-// The elements of a unit of neighbours.
+// Segments in logical order are divided at the multiples of kUnit: the elements of one such unit, and the number of
+// units of a segment that is not empty.
 struct Range {
   std::uint64_t begin, end;
 };
 
-// Of a segment that is not empty.
 inline std::uint64_t ranges_of(const Segment& s) noexcept {
   return (s.offset + s.size - 1) / kUnit - s.offset / kUnit + 1;
 }
 
-inline Range range_of(const Segment& s, std::uint64_t number) noexcept {
+inline Range range_of(const Segment& s, std::uint64_t unit) noexcept {
   constexpr std::uint64_t kMaxElement = ~std::uint64_t{0};
-  const std::uint64_t grid = (s.offset / kUnit + number) * kUnit, last = s.offset + s.size;
+  const std::uint64_t grid = (s.offset / kUnit + unit) * kUnit, last = s.offset + s.size;
   return {std::max(s.offset, grid), grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit)};
 }
 
-// Applies the terms of a job to n neighbours in memory, from logical element e on.
+// Applies the terms of a job to n contiguous elements, the first of which is logical element e.
 void apply_terms(const Job& job, const Keys& keys, float* w, std::uint64_t e, std::uint64_t n) noexcept;
 
-// Segments with a packing: how many units they have, and one of them.
+// The number of units of a segment with a packing, and the work on one of them.
 std::uint64_t packed_units_of(const Segment& s) noexcept;
-void apply_packed(const Job& job, const Segment& s, std::uint64_t number) noexcept;
+void apply_packed(const Job& job, const Segment& s, std::uint64_t unit) noexcept;
 
-// One unit, that is range, of 16-bit weights.
-void apply_16bit(const Job& job, const Segment& s, std::uint64_t number) noexcept;
+// The work on one unit of 16-bit weights.
+void apply_16bit(const Job& job, const Segment& s, std::uint64_t unit) noexcept;
 
 }  // namespace pocketzo

@@ -1,4 +1,4 @@
-// One implementation of the kernels, for one instruction set, and the choice among those that there are.
+// An implementation of the kernels for one instruction set, and the choice among the available ones.
 #pragma once
 
 #include <cstddef>
@@ -12,10 +12,10 @@ struct Key {
 };
 Key subkey(std::uint64_t seed, std::uint32_t tensor, std::uint64_t draw, std::uint32_t window) noexcept;
 
-// Where 64-element blocks lie, kept apart from which logical blocks they are. A block is four runs of 16 logical
-// neighbours; run r of the i-th block visited lies at base + i * block_stride + r * run_stride (in elements).
-// Its logical number is first + i * step (block b holds elements 64 b .. 64 b + 63 of the tensor).
-// Contiguous memory is {base, 16, 64, first, 1, count}.
+// A sequence of 64-element blocks: their addresses, and separately their numbers in the tensor. A block is four runs of
+// 16 logical neighbours. Run r of the i-th block is at base + i * block_stride + r * run_stride (in elements). The
+// block's number is first + i * step; block b holds elements 64 b .. 64 b + 63 of the tensor. Contiguous memory is
+// {base, 16, 64, first, 1, count}.
 struct Walk {
   float* base;
   std::ptrdiff_t run_stride;
@@ -25,23 +25,22 @@ struct Walk {
   std::size_t count;
 };
 
-// The operations of one set on 16-bit weights of one format, all over n elements, a multiple of 64. Values are worked
-// on in fp32.
+// A set's operations on 16-bit weights of one format, over n elements, a multiple of 64. Values are processed in fp32.
 struct Format16 {
-  // To fp32: exact.
+  // To fp32, exactly.
   void (*widen)(float* out, const std::uint16_t* in, std::size_t n) noexcept;
-  // From fp32: rounded to nearest even.
+  // From fp32, rounded to nearest even.
   void (*narrow)(std::uint16_t* out, const float* in, std::size_t n) noexcept;
-  // Round fp32 values in place to values of the format: to nearest even, or stochastically, by the words of the same
+  // Round fp32 values in place to values of the format: to nearest even, or stochastically with the words of the
   // elements' blocks.
   void (*round_nearest)(float* w, std::size_t n) noexcept;
   void (*round_stochastic)(float* w, const std::uint32_t* words, std::size_t n) noexcept;
 };
 
-// One implementation of the operations on whole blocks, in the caller's floating-point modes. All blocks of a walk
-// share the subkey (the caller cuts at its windows: 2^28 blocks for gaussian and words, 2^33 for rademacher).
+// The operations on whole blocks, in the caller's floating-point modes. All blocks of a walk share the subkey: the
+// caller splits walks at the subkey's windows (2^28 blocks for gaussian and words, 2^33 for rademacher).
 struct KernelSet {
-  // Writes z, or applies it, once for each of the scales, as Term says.
+  // Writes z, or applies it with each of the scales in turn, as Term specifies.
   using Kernel = void (*)(const Walk& walk, const Key& key, const float* scale) noexcept;
 
   const char* name;
@@ -56,7 +55,7 @@ struct KernelSet {
   Format16 fp16, bf16;
 };
 
-// The set called `name`, or nullptr if this build or this processor lacks it.
+// The set called `name`, or nullptr if this build or this CPU lacks it.
 const KernelSet* find(const char* name) noexcept;
 // The set in use. `set` must outlive its use.
 const KernelSet& current() noexcept;

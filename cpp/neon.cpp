@@ -1,5 +1,5 @@
-// NEON (ASIMD, every ARMv8), four lanes. An in-order core (Cortex-A55) runs instructions as they stand, so that the
-// loops are laid out by hand, and the compiler is held to it. bench/cycles.py shows what comes of it.
+// NEON (ASIMD, every ARMv8), four lanes. An in-order core (Cortex-A55) executes instructions in program order, so the
+// loops are scheduled by hand and barriers make the compiler keep that order. bench/cycles.py counts the cycles.
 #include <arm_neon.h>
 
 #include <array>
@@ -12,7 +12,7 @@
 namespace pocketzo {
 namespace {
 
-// A constant in every lane, to be loaded.
+// A constant in every lane, in memory.
 template <typename T>
 struct alignas(16) Splat {
   T lane[4];
@@ -22,9 +22,10 @@ inline float32x4_t load(const Splat<float>& s) noexcept { return vld1q_f32(s.lan
 inline int32x4_t load(const Splat<std::int32_t>& s) noexcept { return vld1q_s32(s.lane); }
 inline uint32x4_t load(const Splat<std::uint32_t>& s) noexcept { return vld1q_u32(s.lane); }
 
-// What the loops load for each use: FMLA overwrites its addend, so that a step of Horner's rule needs its coefficient
-// anew, and a load takes no vector pipe, where a `mov` does. What is used together does not lie side by side, or the
-// compiler would load it by one LDP, at which the A55 is slower than at two LDR (llvm-mca 19: 6 cycles, not 2).
+// Constants that the loops load for every use: FMLA overwrites its addend, so each step of Horner's rule needs a fresh
+// copy of its coefficient, and a load, unlike a `mov`, takes no vector pipe. Constants that are used together are not
+// adjacent, or the compiler would load them by one LDP, which the A55 executes slower than two LDR (llvm-mca 19: 6
+// cycles, not 2).
 struct Constants {
   Splat<std::int32_t> sqrt_half = kSqrtHalf;
   Splat<float> cos1 = kCos[1];
@@ -36,7 +37,7 @@ struct Constants {
 };
 constexpr Constants kConstants;
 
-// Philox's round keys, which do not fit into registers beside all else.
+// Philox's round keys: too many to stay in registers.
 struct Keys {
   Splat<std::uint32_t> a1, b0, c2, k1[5], b2, k0[5];
 
@@ -49,31 +50,33 @@ struct Keys {
         k0{s.k0[0], s.k0[1], s.k0[2], s.k0[3], s.k0[4]} {}
 };
 
-// Makes a pointer new to the compiler: what it points to is loaded, and no longer known.
+// Hides the pointer from the optimizer, so that loads through it are not folded into constants.
 template <typename T>
-inline void renew(T*& pointer) noexcept {
+inline void hide(T*& pointer) noexcept {
 #if defined(__GNUC__) || defined(__clang__)
   __asm__("" : "+r"(pointer));
 #endif
 }
 
-// Where gaussian loads from. Its two transforms have pointers of their own, or they would share loads, and copy.
+// The pointers that `gaussian` loads through: one for each of its two transforms, which would otherwise share loads and
+// copy registers.
 struct Sources {
   const Constants *a, *b;
   const Keys* keys;
 };
 
-// No instruction. What uses the arguments, loads included, stays behind the call, and what makes them stays before it:
-// so the chains of gaussian remain in step. Left to itself, clang 22 keeps the constants in registers, copies them,
-// and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (llvm-mca 19, w += s z).
+// Scheduling barrier (emits nothing): uses of the arguments, loads included, stay after it, their definitions before
+// it. It keeps the interleaved chains of `gaussian` together. Without it, clang 22 keeps the constants in registers,
+// copies them and spills the rest: 15.1 / 6.5 / 3.1 cycles an element instead of 11.2 / 4.7 / 2.5 (llvm-mca 19, w += s
+// z).
 template <typename V>
-inline void in_step(Sources& from, uint32x4_t& p, uint32x4_t& q, V& a, V& b) noexcept {
+inline void barrier(Sources& from, uint32x4_t& p, uint32x4_t& q, V& a, V& b) noexcept {
 #if defined(__GNUC__) || defined(__clang__)
   __asm__("" : "+r"(from.a), "+r"(from.b), "+r"(from.keys), "+w"(p), "+w"(q), "+w"(a), "+w"(b));
 #endif
 }
 
-// The words of four quads, one quad a lane.
+// The words of four quads, one quad in a lane.
 struct Words {
   uint32x4_t x[4];
 };
@@ -87,7 +90,7 @@ inline Product unzip(uint64x2_t p, uint64x2_t q) noexcept {
   return {vuzp2q_u32(a, b), vuzp1q_u32(a, b)};
 }
 
-// M0 q of four quads. As q does not wrap within a window, sums are those of later quads.
+// M0 q of four quads. Adding gives the products of later quads, as q does not wrap within a window.
 struct Counter {
   uint64x2_t p, q;
 
@@ -102,7 +105,7 @@ class Philox {
   Philox() noexcept {
     static constexpr std::uint32_t kMul[2] = {kMul0, kMul1};
     const std::uint32_t* mul = kMul;
-    renew(mul);
+    hide(mul);
     m_ = vld1_u32(mul);
   }
 
@@ -112,7 +115,7 @@ class Philox {
     return {vmull_lane_u32(vget_low_u32(quads), m_, 0), vmull_high_lane_u32(quads, m_, 0)};
   }
 
-  // Rounds 1, 2 and 3; in between, x[0] and x[2] are what is multiplied next.
+  // Rounds 1, 2 and 3. In between, x[0] and x[2] hold the factors of the next products.
   void first(const Counter& c, const Keys& keys, Words& k) const noexcept {
     const Product pq = unzip(c.p, c.q);
     k.x[0] = veorq_u32(pq.high, load(keys.a1));
@@ -140,7 +143,7 @@ class Philox {
     k.x[3] = p0.low;
   }
 
-  // The words of quads q .. q + 4 N - 1, by N chains side by side.
+  // The words of quads q .. q + 4 N - 1, by N interleaved chains.
   template <unsigned N>
   std::array<Words, N> words(std::uint32_t q, const Keys& keys) const noexcept {
     std::array<Words, N> k;
@@ -153,8 +156,8 @@ class Philox {
   }
 
  private:
-  // Two widening products and two unzips. The x86 form (words left in 64-bit lanes) needs 12.5 instructions a word on
-  // NEON, this one 7.3, as there is no 32-bit product that reads every second lane.
+  // Two widening products and two unzips: 7.3 instructions a word. The x86 form (words in 64-bit lanes) needs 12.5 on
+  // NEON, which has no 32-bit product that reads every second lane.
   template <int Multiplier>
   Product multiply(uint32x4_t x) const noexcept {
     return unzip(vmull_lane_u32(vget_low_u32(x), m_, Multiplier), vmull_high_lane_u32(x, m_, Multiplier));
@@ -163,17 +166,18 @@ class Philox {
   uint32x2_t m_;
 };
 
-// The factors of a transform, taken by lane; with the leading coefficients, whose products need no copy.
+// The factors that a transform takes by lane. Among them are the leading coefficients, which FMLA only multiplies and
+// so does not overwrite.
 enum Factor { kLog0, kCos0, kSin0, kExponent };
 inline float32x4_t factors() noexcept {
   static constexpr float kFactors[4] = {kLog[0], kCos[0], kSin[0], kMinusTwoLn2};
   const float* factors = kFactors;
-  renew(factors);
+  hide(factors);
   return vld1q_f32(factors);
 }
 
-// Box-Muller of one pair of words, in parts that gaussian puts between the rounds of the next words. Names are those
-// of SPEC.md.
+// Box-Muller of one pair of words, in steps that `gaussian` interleaves with the rounds of the next words. The names
+// are those of SPEC.md.
 struct Transform {
   uint32x4_t x, y;
   int32x4_t v, e;
@@ -182,7 +186,7 @@ struct Transform {
   Transform(const Words& k, unsigned pair) noexcept
       : x(vorrq_u32(k.x[2 * pair], vdupq_n_u32(1))), y(k.x[2 * pair + 1]) {}
 
-  // v is scaled by 2^-31, which leaves d what it is; e is (d >> 23) * 2^23.
+  // v is scaled by 2^-31, which does not change d; e is (d >> 23) * 2^23.
   void split(const Constants& c) noexcept {
     static_assert(kSqrtHalf2p31 - (31 << 23) == kSqrtHalf);
     v = vreinterpretq_s32_f32(vabsq_f32(vcvtq_n_f32_s32(vreinterpretq_s32_u32(x), 31)));
@@ -265,7 +269,7 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
-// Software-pipelined: between the rounds of the next four quads stand the parts of the transforms of these four.
+// Software-pipelined: the steps of the transforms of four quads are interleaved with the rounds of the next four.
 template <unsigned Count>
 void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Keys keys{Schedule(key)};
@@ -292,31 +296,31 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
       a.split(*from.a);
       b.split(*from.b);
       philox.first(counter, *from.keys, n);
-      in_step(from, n.x[0], n.x[2], a.e, b.e);
+      barrier(from, n.x[0], n.x[2], a.e, b.e);
       philox.second(*from.keys, n);
       a.log1(*from.a, factor);
       b.log1(*from.b, factor);
-      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      barrier(from, n.x[0], n.x[2], a.log, b.log);
       philox.third(*from.keys, n);
       a.log23(*from.a);
       b.log23(*from.b);
       a.square();
       b.square();
-      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      barrier(from, n.x[0], n.x[2], a.log, b.log);
       philox.round(4, *from.keys, n);
       a.log456(*from.a);
       b.log456(*from.b);
-      in_step(from, n.x[0], n.x[2], a.log, b.log);
+      barrier(from, n.x[0], n.x[2], a.log, b.log);
       philox.round(5, *from.keys, n);
       a.root();
       a.cos123(*from.a, factor);
       b.cos123(*from.b, factor);
-      in_step(from, n.x[0], n.x[2], a.cosine, b.cosine);
+      barrier(from, n.x[0], n.x[2], a.cosine, b.cosine);
       philox.round(6, *from.keys, n);
       b.root();
       a.cos4_sin12(*from.a, factor);
       b.cos4_sin12(*from.b, factor);
-      in_step(from, n.x[0], n.x[2], a.sine, b.sine);
+      barrier(from, n.x[0], n.x[2], a.sine, b.sine);
       philox.round(7, *from.keys, n);
       a.sin34(*from.a);
       b.sin34(*from.b);
@@ -334,7 +338,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
   const Philox philox;
-  const uint32x4_t one = vdupq_n_u32(0x3F800000u << 1);  // the bits of 1.0 but for the sign
+  const uint32x4_t one = vdupq_n_u32(0x3F800000u << 1);  // the bits of 1.0 without the sign
   std::array<Words, 2> bits[2] = {};                     // the words of one superblock of 32 blocks, by halves
   std::uint64_t held = ~std::uint64_t{0};
   const auto [base, run_stride, block_stride, first, step, count] = walk;
@@ -346,7 +350,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
       for (unsigned half = 0; half < 2; ++half)
         bits[half] = philox.words<2>(static_cast<std::uint32_t>(held * 16 + half * 8), keys);
     }
-    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // 4 rows of a block never straddle two words
+    const unsigned row = static_cast<unsigned>(b & 31) * 4;  // the 4 rows of a block share a word
     const int32x4_t shift = vdupq_n_s32(static_cast<int>(row & 31));
     uint32x4_t k[4];
     for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(bits[g / 2][g % 2].x[row >> 5], shift);
@@ -354,7 +358,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
     for (int run = 0; run < 4; ++run) {
       float32x4_t z[4];
       for (unsigned g = 0; g < 4; ++g) {
-        z[g] = vreinterpretq_f32_u32(vsriq_n_u32(k[g], one, 1));  // 1.0 with the top bit of k for its sign
+        z[g] = vreinterpretq_f32_u32(vsriq_n_u32(k[g], one, 1));  // 1.0 with the top bit of k as its sign
         k[g] = vaddq_u32(k[g], k[g]);
       }
       update(block + run * run_stride, 4, z, scales);
@@ -380,19 +384,19 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
 
-// The conversions are those that every ARMv8 has.
+// With the conversions that every ARMv8 has.
 struct Fp16 {
   static float32x4_t widen(uint16x4_t h) noexcept { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
   static uint16x4_t narrow(float32x4_t w) noexcept { return vreinterpret_u16_f16(vcvt_f16_f32(w)); }
   static float32x4_t nearest(float32x4_t w) noexcept { return widen(narrow(w)); }
   static float32x4_t stochastic(float32x4_t w, uint32x4_t r) noexcept {
     const uint32x4_t m = vreinterpretq_u32_f32(vabsq_f32(w));
-    r = vshrq_n_u32(r, 3);  // as many bits as are cut off
+    r = vshrq_n_u32(r, 3);  // one random bit for each bit that is cut off
     const uint32x4_t up = vaddq_u32(m, r);
     const uint32x4_t large = vcgeq_u32(up, vdupq_n_u32(kFp16TooLarge));
-    const uint32x4_t beyond = vmaxq_u32(m, vdupq_n_u32(kInfinity));  // a NaN stays one
+    const uint32x4_t beyond = vmaxq_u32(m, vdupq_n_u32(kInfinity));  // a NaN stays a NaN
     const uint32x4_t normal = vbslq_u32(large, beyond, vbicq_u32(up, vdupq_n_u32(0x1FFF)));
-    // Subnormal ones are whole numbers of units.
+    // Subnormal results, in units of 2^-24.
     const float32x4_t units = vfmaq_f32(vcvtq_n_f32_u32(r, 13), vreinterpretq_f32_u32(m), vdupq_n_f32(0x1p24f));
     const float32x4_t small = vcvtq_n_f32_u32(vcvtq_u32_f32(units), 24);
     const uint32x4_t is_small = vcltq_u32(m, vdupq_n_u32(kFp16Normal));
@@ -435,7 +439,7 @@ void round_nearest(float* w, std::size_t n) noexcept {
 
 template <typename Format>
 void round_stochastic(float* w, const std::uint32_t* words, std::size_t n) noexcept {
-  for (std::size_t i = 0; i < n; i += 32)  // two runs, that is a pair of words
+  for (std::size_t i = 0; i < n; i += 32)  // two runs, which share a pair of words
     for (std::size_t lane = i; lane < i + 16; lane += 4) {
       uint32x4_t k = vaddq_u32(vld1q_u32(words + lane), vld1q_u32(words + lane + 16));
       k = vmulq_n_u32(k, kDither[i / 32 % 2]);

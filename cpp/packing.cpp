@@ -1,4 +1,4 @@
-// Copies between a tensor's own order and the runtime's, and the runtime's name for what it packed.
+// Copies between a tensor's own order and onnxruntime's, and the hash by which onnxruntime identifies a packed buffer.
 #include "packing.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kPiece = 1u << 16;  // elements: small, as in apply.cpp
+constexpr std::uint64_t kPiece = 1u << 16;  // elements: a unit, as in job.h
 
 struct Copy {
   float* packed;
@@ -68,7 +68,7 @@ void unpack(const float* packed, const Packing& packing, float* values, std::uin
   run((n + kPiece - 1) / kPiece, work, &job);
 }
 
-// MurmurHash3_x86_128 (Austin Appleby, public domain), for sizes that are multiples of 16, as those of packed buffers.
+// MurmurHash3_x86_128 (Austin Appleby, public domain), for the sizes of packed buffers, which are multiples of 16.
 std::uint64_t packed_hash(const void* data, std::size_t bytes) noexcept {
   constexpr std::uint32_t kFactor[4] = {0x239B961Bu, 0xAB0E9789u, 0x38B34AE5u, 0xA1E38B93u};
   constexpr std::uint32_t kSum[4] = {0x561CCD1Bu, 0x0BCAA747u, 0x96CD1C35u, 0x32AC3B17u};

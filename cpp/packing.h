@@ -1,4 +1,4 @@
-// Runs of a packed tensor: logical neighbours that are evenly spaced in memory.
+// Indexing of packed tensors.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,15 @@ namespace pocketzo {
 
 inline constexpr std::uint64_t kPanel = 16;  // columns
 
-// Where element (k, n) of the factor lies.
-inline std::uint64_t place(const Packing& p, std::uint64_t k, std::uint64_t n) noexcept {
+// The index of element (k, n) of the factor.
+inline std::uint64_t packed_index(const Packing& p, std::uint64_t k, std::uint64_t n) noexcept {
   const std::uint64_t top = k / p.depth * p.depth;
   const std::uint64_t height = std::min(p.depth, p.rows - top);
   return top * p.stride + n / kPanel * kPanel * height + (k - top) * kPanel + n % kPanel;
 }
 
-// Calls f(at, i, count, step) for logical elements e .. e + size - 1: elements e + i + j lie at at + j * step,
-// j = 0 .. count - 1.
+// Divides logical elements e .. e + size - 1 into runs that are evenly spaced in memory, and calls f(at, i, count,
+// step) for each: element e + i + j has the index at + j * step, j = 0 .. count - 1.
 template <typename F>
 void for_runs(const Packing& p, std::uint64_t e, std::uint64_t size, F&& f) noexcept {
   const std::uint64_t width = p.transposed ? p.rows : p.columns;
@@ -27,7 +27,7 @@ void for_runs(const Packing& p, std::uint64_t e, std::uint64_t size, F&& f) noex
   for (std::uint64_t i = 0; i < size;) {
     const std::uint64_t whole = p.transposed ? p.depth : kPanel;
     const std::uint64_t count = std::min({size - i, width - column, whole - column % whole});
-    const std::uint64_t at = p.transposed ? place(p, column, row) : place(p, row, column);
+    const std::uint64_t at = p.transposed ? packed_index(p, column, row) : packed_index(p, row, column);
     f(at, i, count, p.transposed ? kPanel : std::uint64_t{1});
     i += count;
     column += count;

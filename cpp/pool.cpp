@@ -24,7 +24,7 @@ namespace {
 unsigned default_threads() noexcept {
   unsigned n = std::thread::hardware_concurrency();
 #if defined(__linux__)
-  cpu_set_t allowed;  // a container or a background app may have fewer cores than the machine
+  cpu_set_t allowed;  // a container or an app in the background may use fewer cores than there are
   if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) n = static_cast<unsigned>(CPU_COUNT(&allowed));
 #endif
   return std::clamp(n, 1u, kMaxThreads);
@@ -53,7 +53,7 @@ class Pool {
     wake_.notify_all();
     work(left, context);
     std::unique_lock<std::mutex> lock(mutex_);
-    units_ = nullptr;  // every unit is taken: a thread that the system has not yet let run is not waited for
+    units_ = nullptr;  // all units are taken: do not wait for threads that have not been scheduled yet
     done_.wait(lock, [this] { return busy_ == 0; });
   }
 
@@ -75,7 +75,7 @@ class Pool {
       others_.reserve(count - 1);
       while (others_.size() < count - 1) others_.emplace_back([this, seen = job_] { serve(seen); });
       return true;
-    } catch (const std::system_error&) {  // the system refuses: work with those that it gave
+    } catch (const std::system_error&) {  // no more threads: those that started are used
       return false;
     } catch (const std::bad_alloc&) {
       return false;
@@ -111,19 +111,19 @@ class Pool {
   }
 
   std::mutex job_mutex_;
-  std::mutex mutex_;  // guards what follows
+  std::mutex mutex_;  // guards the following
   std::condition_variable wake_, done_;
   std::vector<std::thread> others_;
   Work work_ = nullptr;
   const void* context_ = nullptr;
   Units* units_ = nullptr;  // of the job that threads may still join
-  std::size_t busy_ = 0;    // threads that work on it, without the caller
+  std::size_t busy_ = 0;    // threads working on it, except the caller
   std::uint64_t job_ = 0;
   bool stopping_ = false;
 };
 
-// Never destroyed: its threads may outlive static destructors. A child of fork() has the object but not the threads,
-// and perhaps a locked mutex, so it gets a new pool of the same size.
+// Never destroyed, because its threads may outlive static destructors. A child of fork() inherits the object without
+// its threads, and perhaps a locked mutex, so it gets a new pool of the same size.
 Pool& pool() noexcept {
   static std::mutex mutex;
   static Pool* instance = nullptr;

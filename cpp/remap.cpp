@@ -19,7 +19,7 @@ int remap([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes) no
   if (mmap(address, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != address)
     return errno;
 #if defined(MADV_HUGEPAGE)
-  madvise(address, length, MADV_HUGEPAGE);  // a kernel without them goes on with small pages
+  madvise(address, length, MADV_HUGEPAGE);  // a failure leaves small pages
 #endif
   return 0;
 #else

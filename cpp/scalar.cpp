@@ -1,4 +1,4 @@
-// The specification as code: one element at a time, no trick. Every other set must give these bits.
+// The specification as code: one element at a time, no tricks. Every other set must give the same bits.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -49,7 +49,7 @@ Pair box_muller(std::uint32_t x, std::uint32_t y) noexcept {
   const float ex = static_cast<float>(d >> 23);
   const float f = std::bit_cast<float>((d & kMantissa) + kSqrtHalf) - 1.0f;
   const float square = std::fma(horner(kLog, f), f, ex * kMinusTwoLn2);
-  // copysign, not negation: the root of the smallest square is -0.
+  // copysign, not negation: the root may be -0 (SPEC.md, section 2).
   const float r = std::copysign(std::sqrt(square), std::bit_cast<float>(x));
   const float angle = static_cast<float>(static_cast<std::int32_t>(y)) * 0x1p-31f;
   const float t = angle * angle;
@@ -112,7 +112,7 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(scale, z[i], w[i]);
 }
 
-// ---- 16-bit storage: fp32 by its bits, r uniform in 0 .. 2^16 - 1 -------------------------------------------------
+// ---- 16-bit storage: w are the bits of fp32 values, r is uniform in 0 .. 2^16 - 1 ---------------------------------
 
 struct Fp16 {
   static std::uint32_t widen(std::uint16_t h) noexcept {
@@ -126,7 +126,7 @@ struct Fp16 {
     std::uint32_t h;
     if (m > kInfinity)
       h = 0x7E00;              // a NaN
-    else if (m < kFp16Normal)  // 0.5 has units of 2^-24, as subnormal numbers of fp16 have
+    else if (m < kFp16Normal)  // subnormal: adding 0.5, whose unit is 2^-24, rounds
       h = std::bit_cast<std::uint32_t>(std::bit_cast<float>(m) + 0.5f) - std::bit_cast<std::uint32_t>(0.5f);
     else
       h = m >= kFp16TooLarge ? 0x7C00 : (m + 0xFFF + (m >> 13 & 1) - (112u << 23)) >> 13;
@@ -135,7 +135,7 @@ struct Fp16 {
   static std::uint32_t nearest(std::uint32_t w) noexcept { return widen(narrow(w)); }
   static std::uint32_t stochastic(std::uint32_t w, std::uint32_t r) noexcept {
     const std::uint32_t sign = w & kSign, m = w & ~kSign;
-    r >>= 3;  // as many bits as are cut off
+    r >>= 3;  // one random bit for each bit that is cut off
     if (m < kFp16Normal) {
       const float units = std::fma(std::bit_cast<float>(m), 0x1p24f, static_cast<float>(r) * 0x1p-13f);
       const float cut = static_cast<float>(static_cast<std::int32_t>(units));

@@ -1,5 +1,5 @@
-// The implementations that this build holds. Each stands in the file of its name; those for another architecture are
-// not compiled. Whether the processor can run one is dispatch.cpp's to know.
+// The sets of this build, each in the file of its name; those of other architectures are not compiled. dispatch.cpp
+// decides which of them this CPU can run.
 #pragma once
 
 #include "kernel_set.h"

@@ -1,5 +1,5 @@
-// Turns Python arguments into C++ values. It refuses and never converts, because work on a converted copy would be lost
-// without a word. Every error names the argument, what was expected and what came.
+// Checks Python arguments and reads their values. Arrays are refused, never converted: work on a converted copy would
+// be silently lost. Every error names the argument, what was expected and what came.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -67,7 +67,8 @@ inline pz::Rounding rounding_of(py::handle name) {
   throw py::value_error("rounding must be 'nearest' or 'stochastic', got " + shown(name));
 }
 
-// The storage that a dtype is, if it is one. numpy has no bfloat16 of its own; that of ml_dtypes is known by its name.
+// Sets `storage` and returns true if a dtype is one of its values. numpy has no bfloat16; that of ml_dtypes is
+// recognised by its name.
 inline bool storage_of(const py::dtype& dtype, pz::Storage& storage) {
   const auto name = py::str(dtype.attr("name")).cast<std::string>();
   if (!dtype.attr("isnative").cast<bool>()) return false;
@@ -77,7 +78,7 @@ inline bool storage_of(const py::dtype& dtype, pz::Storage& storage) {
   return storage != pz::Storage::float32 || name == "float32";
 }
 
-// The array itself: C-contiguous, aligned, writable, and float32 or, for weights, of another storage.
+// Returns the array itself: C-contiguous, aligned, writable, and float32 or, for weights, a 16-bit format.
 inline py::array checked(py::handle value, const char* name, bool weights = false) {
   const std::string kinds = weights ? "float32, float16 or bfloat16" : "float32";
   const std::string expected = std::string(name) + " must be a writable, C-contiguous " + kinds + " array";

@@ -1,4 +1,4 @@
-// `generate` and `step`: one array, one call.
+// `generate` and `step`, which work on one array.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,7 +21,7 @@ void generate(py::handle out, py::handle seed, py::handle tensor, py::handle dra
   const auto s = unsigned_integer<std::uint64_t>(seed, "seed");
   const auto d = unsigned_integer<std::uint64_t>(draw, "draw");
   const auto kind = distribution_of(distribution);
-  const py::gil_scoped_release release;  // a long pass must not stop other Python threads
+  const py::gil_scoped_release release;  // so that other Python threads run meanwhile
   pz::generate(segment, s, d, kind);
 }
 
@@ -44,7 +44,7 @@ void step(py::handle w, py::handle seed, py::handle tensor,
                      {}});
   terms.front().decay = finite_float(decay, "decay");
   terms.front().rounding = rounding_of(rounding);
-  const py::gil_scoped_release release;  // a long pass must not stop other Python threads
+  const py::gil_scoped_release release;  // so that other Python threads run meanwhile
   pz::apply(&segment, 1, terms.data(), terms.size());
 }
 

@@ -1,4 +1,4 @@
-// The choice of an instruction set.
+// Which instruction sets there are, and the one in use.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

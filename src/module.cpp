@@ -1,4 +1,4 @@
-// The binding: checks what it is given, releases the GIL, makes one call.
+// The module pocketzo._core. Its functions check their arguments, release the GIL and make one call.
 #include "module.h"
 
 #include "pocketzo/kernels.h"

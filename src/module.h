@@ -1,4 +1,4 @@
-// The parts of the module; each adds its functions and classes.
+// The parts of the module. Each adds its functions and classes.
 #pragma once
 
 #include <pybind11/pybind11.h>

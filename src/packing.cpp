@@ -1,4 +1,4 @@
-// Memory in the layout of onnxruntime's matrix product.
+// Packed weights: memory in the layout of onnxruntime's matrix product.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -30,7 +30,7 @@ pz::Packing packing_of(py::handle rows, py::handle columns, py::handle stride, p
   return p;
 }
 
-// Copies between packed memory and elements `offset` and following of the tensor.
+// Copies between packed memory and the tensor's elements from `offset` on.
 template <bool In>
 void copy(const pz::Packing& p, py::handle packed, py::handle values, py::handle offset) {
   auto memory = checked_packed(packed, p);
@@ -41,7 +41,7 @@ void copy(const pz::Packing& p, py::handle packed, py::handle values, py::handle
     throw py::value_error("offset + size must not exceed rows * columns, got offset " + shown(offset));
   auto* const inside = static_cast<float*>(memory.mutable_data());
   auto* const outside = static_cast<float*>(array.mutable_data());
-  const py::gil_scoped_release release;  // a long copy must not stop other Python threads
+  const py::gil_scoped_release release;  // so that other Python threads run meanwhile
   if (In)
     pz::pack(inside, p, outside, from, n);
   else
@@ -52,7 +52,7 @@ std::uint64_t hash(const py::array_t<float, py::array::c_style>& data) {
   return pz::packed_hash(data.data(), static_cast<std::size_t>(data.nbytes()));
 }
 
-// The new memory as an array, which keeps `owner`, the session that made the mapping, from unmapping it.
+// Returns the new memory as an array that keeps `owner`, the session that made the mapping and will unmap it, alive.
 py::array remap(py::handle address, py::handle size, const py::object& owner) {
   const auto n = unsigned_integer<std::uint64_t>(size, "size");
   constexpr auto kMost = std::uint64_t{std::numeric_limits<std::ptrdiff_t>::max()} / sizeof(float);

@@ -1,4 +1,4 @@
-// The weights of a model, and programs of terms for them.
+// The weights of a model, to which lists of terms are applied.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -15,7 +15,7 @@
 namespace binding {
 namespace {
 
-// The tensors that one program of terms moves. Holds the arrays and packings, so that their memory stays.
+// Tensors to which terms are applied together. Keeps the arrays and packings alive.
 class Segments {
  public:
   explicit Segments(const py::sequence& tensors) {
@@ -49,7 +49,7 @@ class Segments {
                               " scales, distribution " + std::to_string(distribution) + " and rounding " +
                               std::to_string(rounding) + "; at most 3, 1 and 2 are known");
     }
-    // Other Python threads go on; the arrays are ours and the weights are the caller's to guard.
+    // Other Python threads run meanwhile. The arrays stay alive; guarding the weights is up to the caller.
     const py::gil_scoped_release release;
     pz::apply(segments_.data(), segments_.size(), data, count);
   }

@@ -13,12 +13,12 @@ namespace {
 
 void set_threads(py::handle count) {
   const long n = PyLong_AsLong(integer(count, "threads").ptr());
-  PyErr_Clear();  // where it is too large for a long, n is -1
+  PyErr_Clear();  // n is -1 if it does not fit a long
   if (n < 1 || n > static_cast<long>(pz::kMaxThreads))
     throw py::value_error("threads must be in 1 .. " + std::to_string(pz::kMaxThreads) + ", got " + shown(count));
   bool done = false;
   {
-    const py::gil_scoped_release release;  // joining threads must not hold up Python
+    const py::gil_scoped_release release;  // so that other Python threads run while threads are joined
     done = pz::set_threads(static_cast<unsigned>(n));
   }
   if (!done) throw std::runtime_error("the system refuses to start " + std::to_string(n - 1) + " threads");

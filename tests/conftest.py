@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from graphs import MODELS
 from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper, save
 from sizes import SIZE
@@ -88,6 +90,19 @@ def tiny_bundle(tiny_onnx: Path) -> Path:
     folder = tiny_onnx.parent
     pz.prepare(tiny_onnx, folder / "bundle", labels=["red", "green", "blue"], max_length=16)
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], pz.Bundle]:
+    """Prepares a model of ``models/`` by its name; not to be changed."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def get(name: str) -> pz.Bundle:
+        if not (folder / name).exists():
+            pz.prepare(MODELS / f"{name}.onnx", folder / name)
+        return pz.Bundle.read(folder / name)
+
+    return get
 
 
 @pytest.fixture(scope="session")

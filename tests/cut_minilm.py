@@ -9,12 +9,13 @@ import numpy as np
 import safetensors.numpy
 
 from pocketzo.demo import minilm
+from pocketzo.export.bert import Checkpoint
 
 LAYERS = 1
 COLUMNS = {384: 32, 1536: 64}  # of the hidden size and of the one between
 
 
-def cut(folder: Path) -> minilm.Checkpoint:
+def cut(folder: Path) -> Checkpoint:
     """Write it to a folder."""
     whole = minilm.find_checkpoint()
     kept = {

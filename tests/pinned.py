@@ -49,7 +49,7 @@ class Reference:
         model = pz.load(bundle, threads=1)
         self.weights: Weights = {name: model.weights[name].copy() for name in model.weights}
         self.ids = {tensor.name: tensor.id for tensor in bundle.tensors}
-        self.noise: dict[str, Any] = {"seed": SEED, "direction": DISTRIBUTION[method]}
+        self.noise: dict[str, Any] = {"seed": SEED, "distribution": DISTRIBUTION[method]}
         self.trained = [tensor.name for tensor in bundle.tensors if tensor.trainable]
 
     def each(self) -> Iterator[tuple[NDArray[np.float32], int, pz.ParamGroup]]:

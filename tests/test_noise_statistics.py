@@ -1,8 +1,8 @@
-"""Is the noise that ships normal, independent and accurate?
+"""Is the noise of the kernels normal, independent and accurate?
 
-Seeds are fixed, so that a test passes always or never. Limits are set so that a perfect generator would fail a single
-check with a probability of about 1e-6 (4.9 standard errors), and so any of the some 2,800 checks here with one of about
-1 in 350, had the seeds been drawn anew. Statistics of counts use the normal limit where at least 50 are expected.
+Seeds are fixed, so that each test always passes or always fails. With random seeds, a perfect generator would fail a
+single check with a probability of about 1e-6 (4.9 standard errors), and any of the some 2,800 checks with 1 in 350.
+Counts use the normal limit if at least 50 are expected.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def poisson_tails(count: int, mean: float) -> tuple[float, float]:
 
 
 def check_count(count: int, n: int, p: float, what: str) -> None:
-    """A count of events of probability p, each, in n trials."""
+    """Check a count of events, each of probability p, in n trials."""
     mean = n * p
     if mean >= 50:
         check_sigmas((count - mean) / math.sqrt(mean * (1 - p)), what)
@@ -73,25 +73,25 @@ def check_count(count: int, n: int, p: float, what: str) -> None:
 
 
 def check_chi_square(statistic: float, degrees: int, what: str) -> None:
-    """By the cube root of Wilson and Hilferty, which is normal enough from some 50 degrees of freedom."""
+    """Check by the cube root of Wilson and Hilferty, which is nearly normal from some 50 degrees of freedom on."""
     spread = 2 / (9 * degrees)
     check_sigmas(((statistic / degrees) ** (1 / 3) - (1 - spread)) / math.sqrt(spread), what)
 
 
 def check_correlation(a: NDArray[Any], b: NDArray[Any], variance: float, what: str) -> None:
-    """Two arrays of mean 0 and that product variance."""
+    """Check two arrays of mean 0 whose product has the given variance."""
     check_sigmas(float(np.dot(a, b)) / math.sqrt(variance * a.size), what)
 
 
 def check_table(a: U8, b: U8, bins: int, what: str) -> None:
-    """Contingency of two classifications with equally likely classes: (bins - 1)^2 degrees, margins as observed."""
+    """Check the contingency table of two classifications: (bins - 1)^2 degrees of freedom, margins as observed."""
     table = np.bincount(a.astype(np.intp) * bins + b, minlength=bins * bins).reshape(bins, bins).astype(np.float64)
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / a.size
     check_chi_square(float(((table - expected) ** 2 / expected).sum()), (bins - 1) ** 2, what)
 
 
 def check_uniform(p: F64, what: str) -> None:
-    """Kolmogorov-Smirnov; the limiting distribution at Stephens's argument, which is exact enough from n = 100 on."""
+    """Kolmogorov-Smirnov test, by the limiting distribution with Stephens's correction, accurate from n = 100 on."""
     n = p.size
     p = np.sort(p)
     index = np.arange(n)
@@ -111,7 +111,7 @@ def classes(x: F32) -> U8:
 
 
 def check_independent(a: F32, b: F32, what: str) -> None:
-    """Two normal arrays: correlation of values and of squares, and the joint table of octiles."""
+    """Check two normal arrays: correlation of values and of squares, and the joint table of octiles."""
     a64, b64 = a.astype(np.float64), b.astype(np.float64)
     check_correlation(a64, b64, 1, f"{what}: correlation")
     check_correlation(a64**2 - 1, b64**2 - 1, 4, f"{what}: correlation of squares")
@@ -160,7 +160,7 @@ def test_tails(z: F32, limit: float) -> None:
 
 def test_largest_value(z: F32) -> None:
     assert 5 < float(np.abs(z).max()) <= 6.56
-    # The largest that there is: x = 0 in slot 2, then the most of a cosine.
+    # Nearly the largest possible value: x = 0 in slot 2, and a cosine near 1.
     assert 6.4 < float(kernels.noise(1, seed=7, tensor=11, draw=13, offset=2324579048)[0]) <= 6.56
 
 
@@ -264,7 +264,7 @@ def test_many_neighbouring_streams(what: str) -> None:
 
 
 def exact_box_muller(seed: int, tensor: int, number: int, first: int, count: int) -> F64:
-    """In double precision, from the same words: radius from the fp32 value of x, as specified, and the whole of y."""
+    """Box-Muller in double precision from the same words: the specified fp32 value of x, and all bits of y."""
     x = ref.words(seed, tensor, number, first, count)
     slots = []
     for magnitude, angle in ((x[:, 0], x[:, 1]), (x[:, 2], x[:, 3])):
@@ -290,7 +290,7 @@ def test_accuracy(z: F32) -> None:
 
 
 def check_bytes(negative: NDArray[np.bool_], what: str) -> None:
-    """Eight bits that follow each other, not overlapping: all 256 patterns are equally likely."""
+    """Check that the 256 patterns of eight consecutive bits, not overlapping, are equally likely."""
     counts = np.bincount(np.packbits(negative), minlength=256)
     expected = counts.sum() / 256
     check_chi_square(float(((counts - expected) ** 2 / expected).sum()), 255, what)

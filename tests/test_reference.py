@@ -1,4 +1,4 @@
-"""The independent implementation of the noise: is it right, do its answers stand, and do the kernels agree with it?"""
+"""The independent implementation of the noise: is it right, is answers.txt its output, and do the kernels agree?"""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def pattern(value: float) -> int:
 
 
 def rounded(exact: Fraction) -> float:
-    """Round a number that is not zero to fp32, to nearest even, in whole numbers."""
+    """Round a non-zero number to fp32, to nearest even, in integer arithmetic."""
     size = abs(exact)
     exponent = size.numerator.bit_length() - size.denominator.bit_length()
     exponent -= Fraction(2) ** exponent > size
     assert Fraction(2) ** exponent <= size < Fraction(2) ** (exponent + 1)
     unit = Fraction(2) ** (max(exponent, -126) - 23)
-    value = round(size / unit) * unit  # round() of a Fraction is to even
+    value = round(size / unit) * unit  # round() of a Fraction rounds to even
     result = math.inf if value >= Fraction(2) ** 128 else float(value)
     return math.copysign(result, exact)
 
@@ -99,7 +99,7 @@ def test_fma_where_the_product_cancels(a: float, b: float, steps: int) -> None:
 )
 @settings(max_examples=full_or_small(400, 10), deadline=None)
 def test_fma_near_ties(c: float, mantissa: int, shift: int, exponent: int, nudge: float, sign: int) -> None:
-    # The product is half a unit in the last place of c, or lies a hair or a few bits beside it.
+    # The product is half a unit in the last place of c, or differs from it by one or a few bits.
     half_unit = math.frexp(c)[1] - 25 if c else -150
     for odd in (1, mantissa | 1):
         a = math.ldexp(1 + nudge, exponent)
@@ -141,7 +141,7 @@ def test_fma_on_the_paths_of_the_transform() -> None:
 
 
 def test_fma_of_random_patterns() -> None:
-    # All exponents alike; then exponents so close that the sum has something to round.
+    # Exponents uniformly distributed; then exponents so close that the sum is rounded.
     random = np.random.default_rng(3)
     a, b, c = ref.from_bits(random.integers(0, 2**32, size=(3, 8000)) & 0xBFFFFFFF)  # below 2
     near = np.ldexp(a.astype(np.float64) * b * random.uniform(-1, 1, 8000), random.integers(-30, 30, 8000))
@@ -187,7 +187,7 @@ def test_philox_gives_the_published_answers(line: str) -> None:
 
 @pytest.mark.parametrize("element", [0, 1, 15, 16, 47, 63, 64, 2**34 - 1, 2**34, 2**38 + 77, 2**63 + 12345, 2**64 - 2])
 def test_one_element_by_hand(element: int) -> None:
-    # The specification read for a single element, with Python's integers.
+    # The specification for a single element, with Python's integers.
     seed, tensor, draw = 0x0123456789ABCDEF, 77, 2**40 + 5
     k = [
         int(word)
@@ -253,7 +253,7 @@ def test_answers_are_what_the_generator_writes(line: str) -> None:
     if not kind.endswith("_crc"):
         assert generate.answer(request) == expected
         return
-    # The first, two inner and the last of many.
+    # The first block, two inner ones and the last.
     *stream, offset, blocks = fields
     crcs = expected.split()
     assert len(crcs) == int(blocks)

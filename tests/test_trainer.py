@@ -24,6 +24,7 @@ import pocketzo as pz
 from pocketzo.data.order import Data, Order
 from pocketzo.formats.journal import Journal
 from pocketzo.runtime.weights import Weights
+from pocketzo.train.recipe import Recipe
 
 
 @pytest.fixture
@@ -362,9 +363,15 @@ def test_grouping_by_length_takes_padding_away_and_resumes_to_the_same_bits(tiny
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header["loop"].pop("group_by_length"), r"header.loop has not the fields .* group_by_length"),
-        (lambda header: header.update(more=1), "header has not the fields .* more"),
-        (lambda header: header["loop"].update(steps="30"), "header.loop.steps is '30', expected <class 'int'>"),
+        (lambda header: header["loop"].pop("group_by_length"), "header.loop.group_by_length is missing"),
+        (lambda header: header.update(more=1), "header.more is a setting that this version of PocketZO does not have"),
+        (lambda header: header["loop"].update(steps="30"), "header.loop.steps is '30', expected int"),
+        (lambda header: header["loop"].update(steps=True), "header.loop.steps is True, expected int"),
+        (lambda header: header["loop"].update(patience=1.5), r"header.loop.patience is 1.5, expected int \| None"),
+        (
+            lambda header: header["session"].update(forward_seconds={"1": "fast"}),
+            r"header.session.forward_seconds is \{'1': 'fast'\}, expected dict\[str, float\] \| None",
+        ),
         (lambda header: header["loop"].update(steps=0), "header.loop: steps must be at least 1, got 0"),
         (lambda header: header.update(data=None), "header.data is None, expected an object"),
     ],
@@ -379,6 +386,32 @@ def test_a_header_of_another_kind_is_refused(
     Journal.create(tmp_path / "other" / "journal.pzj", header).close()
     with pytest.raises(pz.JournalError, match=f"other/journal.pzj: {message}"):
         pz.Run(tmp_path / "other")
+
+
+def test_a_field_that_has_a_default_may_be_missing_and_a_float_may_have_no_fraction(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path
+) -> None:
+    train(model, data, tmp_path / "run", steps=1)
+    run = pz.Run(tmp_path / "run")
+    header = run.recipe.header()
+    del header["data"]["source"]["before"]
+    header["session"]["forward_seconds"] = {"1": 2}
+    expected = dataclasses.replace(
+        run.recipe, session=dataclasses.replace(run.recipe.session, forward_seconds={"1": 2})
+    )
+    assert Recipe.read(header, Path("journal.pzj")) == expected
+
+
+def test_a_method_that_is_not_known_is_an_error_that_names_the_journal(
+    model: pz.Model, data: pz.Dataset, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    train(model, data, tmp_path / "run", steps=1)
+    header = Journal.open(tmp_path / "run" / "journal.pzj", write=False).header
+    header["method"]["method"] = "adam"
+    (tmp_path / "other").mkdir()
+    Journal.create(tmp_path / "other" / "journal.pzj", header).close()
+    with pytest.raises(pz.JournalError, match=r"other/journal.pzj: header.method: .* KeyError: 'adam'"):
+        pz.Run(tmp_path / "other").replay(tmp_path / "out")
 
 
 class Counting(pz.MeZO):

@@ -28,7 +28,7 @@ __all__ = ["examine", "prepacking", "self_test", "speed"]
 EXTRAS: Final = {
     "cli": ("click", "rich"),
     "text": ("tokenizers",),
-    "prepare": ("onnx",),
+    "prepare": ("onnx", "onnx-ir"),
     "plot": ("matplotlib",),
 }
 

@@ -1,8 +1,10 @@
-"""The noise and what is done with it: z is a pure function of (seed, tensor, draw, element), bit for bit the same on
-every instruction set, thread count and chunking. ``cpp/SPEC.md`` defines it; it is not a cryptographic generator.
+"""The kernels: regenerate a noise vector z, and apply it to arrays in place.
 
-The environment variable ``POCKETZO_ISA`` (``scalar``, ``neon``, ``avx2`` or ``avx512``) forces an instruction set.
-"""  # noqa: D205
+z is a pure function of (seed, tensor, draw, element): its bits do not depend on instruction set, thread count or
+chunking. ``cpp/SPEC.md`` defines it. It is not a cryptographic generator.
+
+The environment variable ``POCKETZO_ISA`` (``scalar``, ``neon``, ``avx2`` or ``avx512``) selects an instruction set.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo import _core
+import pocketzo._core as _core
 
 __all__ = ["SPEC_VERSION", "available", "isa", "noise", "perturb", "set_threads", "step", "threads", "use"]
 
@@ -21,38 +23,52 @@ Distribution = Literal["gaussian", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
 
 SPEC_VERSION: int = _core.SPEC_VERSION
-"""Version of cpp/SPEC.md, which every record carries."""
+"""Version of cpp/SPEC.md, which every journal carries."""
 
 
 def isa() -> str:
-    """Name of the instruction set in use."""
+    """Return the name of the instruction set in use."""
     return _core.isa()
 
 
 def available() -> list[str]:
-    """Names of the instruction sets that this build and this processor have, best first."""
+    """Return the names of the instruction sets that this build has and this CPU can run, best first."""
     return _core.available()
 
 
 def use(name: str) -> None:
-    """Use the instruction set called ``name``; ``ValueError`` where it is unknown or cannot run here."""
+    """Select the instruction set called ``name``.
+
+    Raises
+    ------
+    ValueError
+        ``name`` is unknown, or this build or this CPU lacks it.
+    """
     _core.use(name)
 
 
 def threads() -> int:
-    """Return the number of threads that share the work, the caller included."""
+    """Return the number of threads that share the work, including the caller."""
     return _core.threads()
 
 
 def set_threads(count: int) -> None:
-    """Share the work among ``count`` threads, 1 to 256. The bits do not depend on it."""
+    """Set the number of threads that share the work, including the caller. It does not change the bits.
+
+    Raises
+    ------
+    ValueError
+        ``count`` is not in 1 to 256.
+    RuntimeError
+        The system refuses to start so many threads.
+    """
     _core.set_threads(count)
 
 
 def noise(
     n: int, *, seed: int, tensor: int, draw: int, offset: int = 0, distribution: Distribution = "gaussian"
 ) -> NDArray[np.float32]:
-    """Elements ``offset`` to ``offset + n`` of a direction z.
+    """Return elements ``offset`` to ``offset + n`` of a noise vector z.
 
     Parameters
     ----------
@@ -65,7 +81,7 @@ def noise(
     offset : int
         First element, in the tensor's row-major order; 64-bit, unsigned.
     distribution : {"gaussian", "rademacher"}
-        Standard normal values (at most 6.56 in size), or +1 and -1.
+        Standard normal values, at most 6.56 in magnitude; or +1 and -1 with equal probability.
 
     Returns
     -------
@@ -74,8 +90,10 @@ def noise(
 
     Raises
     ------
+    TypeError
+        A number is not an integer.
     ValueError
-        A number is out of its range.
+        A number is out of range, or the distribution is unknown.
     """
     n = operator.index(n)
     if n < 0:
@@ -96,34 +114,33 @@ def perturb(
     distribution: Distribution = "gaussian",
     rounding: Rounding = "nearest",
 ) -> None:
-    """Shift weights in place: w = fma(scale, z, w), rounded once to float32, and then to what ``w`` holds.
+    """Perturb weights in place: w = fma(scale, z, w), rounded to float32 and then to the dtype of ``w``.
 
     Parameters
     ----------
     w : ndarray
-        float32, float16 or bfloat16 (that of the package ml_dtypes), of any shape, C-contiguous and writable; its
-        elements are ``offset`` and following of the tensor.
+        float32, float16 or bfloat16 (of the package ml_dtypes); any shape; C-contiguous and writable. Its elements are
+        those of the tensor from ``offset`` on.
     seed, tensor, draw, offset, distribution
         As for :func:`noise`.
     scale : float
         Finite; rounded to float32.
     rounding : {"nearest", "stochastic"}
-        Of 16-bit weights: to nearest even, or up or down at random, so that many shifts much smaller than one unit in
-        the last place are right on average.
+        Of 16-bit weights: to nearest even; or up or down at random, so that many changes far below one unit in the last
+        place are right on average.
 
     Raises
     ------
     TypeError
-        ``w`` is not an array of such a type.
+        ``w`` is no array of such a dtype, or a number is of a wrong type.
     ValueError
-        ``w`` is not contiguous or not writable, or a number is out of its range.
+        ``w`` is not contiguous, not aligned or not writable, a number is out of range, or a name is unknown.
     """
-    passes = [(draw, scale)]
     _core.step(
         w,
         seed=seed,
         tensor=tensor,
-        passes=passes,
+        passes=[(draw, scale)],
         decay=0.0,
         offset=offset,
         distribution=distribution,
@@ -146,21 +163,20 @@ def step(
 ) -> None:
     """Finish one step and begin the next in one pass over the weights.
 
-    In this order, each line rounded to float32, so that the result equals that of separate passes bit for bit::
+    Computes, in this order and each line rounded to float32, the bits of separate passes::
 
         w = fma(scale, z[draw], w)
         w = fma(-decay, w, w)                 unless decay is 0
         w = fma(next_scale, z[next_draw], w)
 
-    16-bit weights are rounded stochastically after the first two lines, which are an update, and to nearest after the
+    16-bit weights are rounded stochastically after the first two lines, which are the update, and to nearest after the
     last. Parameters and errors are those of :func:`perturb`.
     """
-    passes = [(draw, scale), (next_draw, next_scale)]
     _core.step(
         w,
         seed=seed,
         tensor=tensor,
-        passes=passes,
+        passes=[(draw, scale), (next_draw, next_scale)],
         decay=decay,
         offset=offset,
         distribution=distribution,

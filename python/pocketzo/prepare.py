@@ -11,9 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import onnxruntime as ort
-
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
@@ -21,7 +18,7 @@ from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.registry import task_for
 
 if TYPE_CHECKING:
-    from pocketzo.onnx_graph import Weight
+    from pocketzo.graph.weight import Weight
 
 __all__ = ["prepare"]
 
@@ -83,13 +80,16 @@ def prepare(
         If the package onnx is not installed.
     """
     try:
-        from pocketzo import onnx_graph
+        from pocketzo.graph.extract import extract_weights, point_to_weights
+        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+        from pocketzo.graph.loss import add_loss
+        from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
-        raise MissingExtraError("onnx", "prepare") from error
+        raise MissingExtraError(error.name or "onnx", "prepare") from error
 
-    model = Path(model)
-    if not model.is_file():
-        raise BundleError(f"{model}: no such file")
+    source = Path(model)
+    if not source.is_file():
+        raise BundleError(f"{source}: no such file")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     class_names = _checked_labels(labels)
@@ -101,25 +101,27 @@ def prepare(
 
     with staged_folder(out) as folder:
         try:
-            proto = onnx_graph.read_model(model)
-            weights = onnx_graph.extract_weights(proto, model.parent)
+            onnx_model = read_model(source)
+            weights = extract_weights(onnx_model, source.parent)
             chosen = _choose(weights, wanted)
-            onnx_graph.drop_provenance(proto)
+            drop_provenance(onnx_model)
             if dtype == "float16":
-                proto = onnx_graph.to_float16(proto, weights)
-            loss, logits = onnx_graph.add_loss(proto)
-            inputs = tuple(map(onnx_graph.describe, proto.graph.input))
-            outputs = tuple(map(onnx_graph.describe, proto.graph.output))
+                onnx_model = to_float16(onnx_model, weights)
+            loss, logits = add_loss(onnx_model)
+            inputs = tuple(map(describe, onnx_model.graph.inputs))
+            outputs = tuple(map(describe, onnx_model.graph.outputs))
         except (BundleError, DeadWeightError) as error:
-            raise type(error)(f"{model}: {error}") from None
+            raise type(error)(f"{source}: {error}") from None
         classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
         if class_names is not None and isinstance(classes, int) and classes != len(class_names):
-            raise BundleError(f"{model}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
+            raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
         if class_names is not None and logits is None:
-            raise BundleError(f"{model}: labels given, but the graph has no output 'logits' to which they could belong")
+            raise BundleError(
+                f"{source}: labels given, but the graph has no output 'logits' to which they could belong"
+            )
         task = task_for(inputs, outputs, logits, class_names)
         if class_names is not None and task is None:
-            raise BundleError(f"{model}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
+            raise BundleError(f"{source}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
 
         write(
             folder / WEIGHTS,
@@ -127,9 +129,9 @@ def prepare(
             {weight.name: weight.dtype for weight in weights},
         )
         entries = read_header(folder / WEIGHTS)
-        onnx_graph.point_to_weights(proto, weights, WEIGHTS, entries)
-        (folder / MODEL).write_bytes(proto.SerializeToString(deterministic=True))
-        session = _open(model, os.fspath(folder / MODEL))
+        point_to_weights(onnx_model, weights, WEIGHTS, entries)
+        (folder / MODEL).write_bytes(to_bytes(onnx_model))
+        session = open_unoptimised(source, os.fspath(folder / MODEL))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         ids = tensor_ids(entries)
@@ -157,7 +159,7 @@ def prepare(
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
         if dtype == "float16":
-            _check_float16(model, bundle, session)
+            check_float16(source, session, probe_batch(bundle))
         del session  # which maps a file of the folder that is now renamed
         bundle.write_description()
     return Bundle.read(out)
@@ -172,11 +174,11 @@ def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str
     if not chosen:
         raise BundleError(f"'trainable' matches none of the {len(parameters)} weights, such as {parameters[0].name!r}")
     for weight in chosen:
-        if weight.dead is not None:
+        if weight.folded_by is not None:
             raise DeadWeightError(
-                f"node {weight.dead} makes another tensor of weight {weight.name!r} and constants alone, so that the "
-                "runtime computes it only once and sees no change of the weight; export the model with dynamic axes "
-                "and constants folded, or leave this weight out of 'trainable'"
+                f"node {weight.folded_by} makes another tensor of weight {weight.name!r} and constants alone, so that "
+                "the runtime computes it only once and sees no change of the weight; export the model with dynamic "
+                "axes and constants folded, or leave this weight out of 'trainable'"
             )
     return {weight.name for weight in chosen}
 
@@ -212,61 +214,3 @@ def _check_tokenizer(path: Path) -> None:
     except (OSError, ValueError):
         pass
     raise BundleError(f"{path}: not a tokenizer.json: expected a JSON object")
-
-
-def _check_float16(source: Path, bundle: Bundle, session: ort.InferenceSession) -> None:
-    """Run the model as it was and as it is in float16 on a small batch, and refuse one that becomes another.
-
-    On processors without fp16 arithmetic the runtime computes in float32, so that what overflows would only be seen
-    elsewhere: hence a look at each value of the model as it was.
-    """
-    from pocketzo import onnx_graph
-
-    proto = onnx_graph.read_model(source)
-    names = [value.name for value in proto.graph.output]
-    onnx_graph.expose_activations(proto)
-    original = _open(source, proto.SerializeToString())
-    batch = probe_batch(bundle)
-    advice = "prepare the model in float32"
-    try:
-        asked = {value.name for value in original.get_inputs()}
-        values = original.run(None, {name: array for name, array in batch.items() if name in asked})
-        got = session.run(names, batch)
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{source}: a run on a probing batch failed: {error}") from error
-    floats = [
-        (output.name, value)
-        for output, value in zip(original.get_outputs(), values, strict=True)
-        if isinstance(value, np.ndarray) and value.dtype == np.float32
-    ]
-    for name, value in floats:
-        largest = value[np.isfinite(value)].max(initial=0)  # what is far below zero is a mask
-        if largest > onnx_graph.MOST_FLOAT16:
-            raise BundleError(
-                f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
-                f"{onnx_graph.MOST_FLOAT16:g}: {advice}"
-            )
-    found = dict(zip(names, got, strict=True))
-    for name, expected in floats:
-        if name in found:
-            size = np.abs(expected).max(initial=0, where=np.isfinite(expected))
-            apart = np.abs(found[name] - expected).max(initial=0, where=np.isfinite(expected))
-            if not apart <= 0.05 * size + 1e-3:
-                raise BundleError(
-                    f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
-                    f"constant may be beyond 6e-08 .. {onnx_graph.MOST_FLOAT16:g}): {advice}"
-                )
-
-
-def _open(source: Path, graph: str | bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # so that the weights are only mapped
-    if isinstance(graph, bytes):
-        folder = os.fspath(source.parent.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{source}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None

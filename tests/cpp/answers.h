@@ -1,4 +1,4 @@
-// The answer file of tests/vectors/generate.py, and its CRC.
+// Reads the answer file that tests/vectors/generate.py writes.
 #pragma once
 
 #include <array>
@@ -56,7 +56,7 @@ inline std::vector<Answer> read_answers(const char* path) {
   return answers;
 }
 
-// Those of the file that the command line names.
+// The answers of the file named on the command line.
 inline std::vector<Answer>& answers() {
   static std::vector<Answer> list;
   return list;

@@ -1,4 +1,4 @@
-// Tests that register themselves, and checks that print what differs and go on.
+// Tests, which register themselves, and checks, which report a difference and continue.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,7 @@
 
 namespace pocketzo::test {
 
-// ---- tests: run once for each set, which is then the one in use --------------------------------------------------
+// ---- tests: run once for each set, with that set in use ----------------------------------------------------------
 
 struct Test {
   const char* name;

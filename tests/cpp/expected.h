@@ -1,4 +1,4 @@
-// What the kernels have to compute, element by element, and the calls that have to do it.
+// The expected results, computed element by element, and the inputs and calls to be tested.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ inline std::vector<float> weights(std::size_t n) {
   return w;
 }
 
-// The same for 16 bits, over the range of fp16.
+// The same in 16 bits, over the range of fp16.
 inline std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
   const std::size_t whole = (n + kBlock - 1) / kBlock * kBlock;
   std::vector<float> w = weights(whole);
@@ -47,7 +47,7 @@ inline std::vector<std::uint16_t> weights16(std::size_t n, Storage storage) {
   return halves;
 }
 
-// A stretch of a distribution through the whole-block function of one set; the windows are cut here.
+// n elements of z by one set's function on whole blocks; splits at the subkey's windows.
 inline std::vector<float> noise_by(const KernelSet& set, Distribution distribution, std::uint64_t seed,
                                    std::uint32_t tensor, std::uint64_t draw, std::uint64_t offset, std::size_t n) {
   if (n == 0) return {};
@@ -85,7 +85,7 @@ inline Term term(Distribution distribution, std::uint64_t seed, std::uint64_t dr
   return t;
 }
 
-// What `apply` has to do, element by element, with std::fma; z from the scalar set.
+// The definition of `apply`, with std::fma and the scalar set's z.
 inline void expect_applied(std::vector<float>& w, std::uint32_t tensor, std::uint64_t offset,
                            const std::vector<Term>& terms) {
   for (const Term& t : terms) {

@@ -1,4 +1,4 @@
-// Memory that notices what is written beside it.
+// Memory in which any access beyond the end is detected.
 #pragma once
 
 #include <sys/mman.h>
@@ -12,8 +12,8 @@
 
 namespace pocketzo::test {
 
-// Room for `capacity` floats between two pages that cannot be touched. `take` places n floats so that they end
-// (at_end) or begin exactly at such a page, and fills all other room with a pattern that `intact` verifies.
+// Room for `capacity` floats between two inaccessible pages. `take` places n floats so that they end (at_end) or begin
+// exactly at such a page, and fills the remaining room with a pattern that `intact` verifies.
 class Guarded {
  public:
   explicit Guarded(std::size_t capacity) {
@@ -47,7 +47,7 @@ class Guarded {
   std::size_t page_ = 0, room_ = 0, start_ = 0, size_ = 0;
 };
 
-// Exactly n floats on the heap, for AddressSanitizer.
+// A copy of exactly n floats on the heap, for AddressSanitizer.
 inline std::unique_ptr<float[]> exact(const float* values, std::size_t n) {
   auto copy = std::make_unique<float[]>(n);
   std::copy_n(values, n, copy.get());

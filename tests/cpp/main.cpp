@@ -1,10 +1,11 @@
-// Tests of the kernels, for every instruction set that this processor can run:
+// Tests the kernels:
 //
 //   test_kernels answers.txt [set ...]
 //
-// answers.txt comes from tests/vectors/generate.py, an independent implementation of the specification. For each set
-// the last line says `<set> passed` or `<set> FAILED`. The exit code is 0 if all is well, 1 if a check failed, 2 for
-// wrong usage, and 77 if a set that is named cannot run here, which ctest reports as a skipped test.
+// Without names it tests every instruction set that this CPU can run. answers.txt comes from tests/vectors/generate.py,
+// an independent implementation of the specification. The last line for each set is `<set> passed` or `<set> FAILED`.
+// The exit code is 0 on success, 1 if a check failed, 2 for wrong usage, and 77 if a named set cannot run here, which
+// ctest reports as a skipped test.
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,12 +29,12 @@ namespace {
 
 constexpr int kCannotRun = 77;
 
-// Before a set is chosen. Leaves another one in use.
+// To be called before any set is selected. Leaves the scalar set in use.
 void test_choice() {
   std::array<const char*, 8> names{};
   const std::size_t count = available(names.data(), names.size());
   CHECK(count >= 1 && count <= 4);
-  CHECK(std::strcmp(instruction_set(), names[0]) == 0);  // the best, until `use`
+  CHECK(std::strcmp(instruction_set(), names[0]) == 0);  // the best, as none was selected
   CHECK(&current() == find(names[0]));
   CHECK(std::strcmp(names[count - 1], "scalar") == 0);
   CHECK(available(nullptr, 0) == count);
@@ -51,11 +52,11 @@ void test_choice() {
   for (const char* unknown : {"", "Scalar", "scalar ", "avx", "avx2x", "sse2"}) {
     CHECK(find(unknown) == nullptr);
     CHECK(!use(unknown));
-    CHECK(std::strcmp(instruction_set(), "scalar") == 0);  // the last of the loop above
+    CHECK(std::strcmp(instruction_set(), "scalar") == 0);  // selected last above
   }
 }
 
-// A guard page was touched, most likely.
+// Most likely a guard page was touched.
 extern "C" void on_fault(int) {
   const std::string message = "[" + testing + "] memory fault in " + running + "\n";
   [[maybe_unused]] const auto written = write(STDOUT_FILENO, message.data(), message.size());
@@ -78,7 +79,7 @@ void test_set(const KernelSet& set) {
 
 int run(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
-#ifndef POCKETZO_ASAN  // which says more
+#ifndef POCKETZO_ASAN  // whose own report says more
   std::signal(SIGSEGV, on_fault);
   std::signal(SIGBUS, on_fault);
 #endif

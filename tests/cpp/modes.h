@@ -9,7 +9,7 @@
 
 namespace pocketzo::test {
 
-// Control bits only: not the sticky exception flags.
+// The control bits only, without the sticky exception flags.
 #if defined(__x86_64__)
 constexpr std::uint64_t kFlush = 0x8040;  // flush to zero, denormals are zero
 inline std::uint64_t mode() { return _mm_getcsr() & 0xFFC0u; }

@@ -1,4 +1,4 @@
-// Which sanitizer this is compiled with.
+// Macros for the sanitizer in use.
 #pragma once
 
 #if defined(__has_feature)  // clang

@@ -1,4 +1,4 @@
-// Streams what the shipped kernels make to standard output, without end, for any statistical battery; `stream --help`.
+// Writes the kernels' noise to standard output, without end, for statistical test batteries. See `stream --help`.
 
 #include <pocketzo/kernels.h>
 
@@ -24,7 +24,7 @@ constexpr const char* kHelp =
     "Writes the noise of the PocketZO kernels to standard output as little-endian 32-bit units, without end:\n"
     "  words        the raw words behind the normals, block by block: 16 lanes of x0, of x1, of x2, of x3\n"
     "  normals      fp32 values in the order of their elements\n"
-    "  rademacher   32 directions a unit, the first in the lowest bit; a bit is 1 where the direction is -1\n"
+    "  rademacher   32 elements a unit, the first in the lowest bit; a bit is 1 where the element is -1\n"
     "\n"
     "  --seed N          64 bits, default 0        --tensor N   32 bits, default 0\n"
     "  --draw N          64 bits, default 0        --block N    first block of 64 elements, default 0; below 2^57\n"
@@ -116,11 +116,11 @@ Stream nth(const Options& o, std::uint64_t i) {
   return s;
 }
 
-// Units of one stream from `blocks` blocks of 64 units, the first of them `first`.
+// Fills `out` with `blocks` blocks of 64 units of one stream, from block `first` on.
 void fill(const Options& o, const Stream& s, std::uint64_t first, std::size_t blocks, std::uint32_t* out) {
   constexpr std::size_t kUnits = 64;
   if (o.kind == "words") {
-    for (std::size_t i = 0; i < blocks;) {  // a subkey serves a window of 2^28 blocks
+    for (std::size_t i = 0; i < blocks;) {  // a subkey covers a window of 2^28 blocks
       const std::uint64_t window = (first + i) >> 28;
       const std::uint64_t left = ((window + 1) << 28) - (first + i);
       const auto now = static_cast<std::size_t>(left < blocks - i ? left : blocks - i);
@@ -136,7 +136,7 @@ void fill(const Options& o, const Stream& s, std::uint64_t first, std::size_t bl
     std::memcpy(out, z.data(), z.size() * sizeof(float));
     return;
   }
-  for (std::size_t part = 0; part < 32; ++part) {  // z holds a 32nd of the directions
+  for (std::size_t part = 0; part < 32; ++part) {  // z holds a 32nd of the elements
     const std::uint64_t offset = o.block * kUnits + ((first - o.block) * 32 + part * blocks) * kUnits;
     pocketzo::generate({z.data(), z.size(), offset, s.tensor}, s.seed, s.draw, Distribution::rademacher);
     for (std::size_t unit = 0; unit < z.size() / 32; ++unit) {
@@ -168,7 +168,7 @@ int run(const Options& o) {
     }
     const std::uint64_t left = (per_stream - done) * streams;
     if (o.count != 0 && left < all.size()) all.resize(static_cast<std::size_t>(left));
-    if (!write(all)) return 1;  // the reader has gone
+    if (!write(all)) return 1;  // the reader has closed the pipe
   }
   return std::fflush(stdout) == 0 ? 0 : 1;
 }
@@ -183,7 +183,7 @@ int main(int argc, char** argv) {
   try {
     return run(parse(argc, argv));
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "stream: %s\nstream --help tells more\n", error.what());
+    std::fprintf(stderr, "stream: %s\nsee stream --help\n", error.what());
     return 2;
   }
 }

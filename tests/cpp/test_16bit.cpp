@@ -27,7 +27,7 @@ std::vector<Term> mixed_terms16() {
   return terms;
 }
 
-// Every pattern of 16 bits keeps its value, and fp32 values around every boundary are rounded as by the scalar set.
+// Every 16-bit pattern survives the round trip, and fp32 values around every boundary are rounded as by the scalar set.
 TEST(conversions) {
   const KernelSet& set = current();
   constexpr std::size_t n = 1 << 16;
@@ -61,13 +61,14 @@ TEST(conversions) {
           (set.*format).round_stochastic(got.data(), random, n);
           (scalar().*format).round_stochastic(want.data(), random, n);
         }
-        CHECK_SAME(got.data(), want.data(), n, say("rounding ", off, " beside what 16 bits hold"));
+        CHECK_SAME(got.data(), want.data(), n, say("rounding ", off, " beside a 16-bit value"));
       }
   }
 }
 
 TEST(weights_of_16_bits) {
-  // By one thread in one piece, which test_answers.cpp checks; then in pieces, by threads, in strange modes.
+  // The scalar set on one thread in one piece, which test_answers.cpp checks, gives the expected bits. Pieces, threads
+  // and floating-point modes must not change them.
   constexpr std::size_t n = 20'011;
   const auto terms = mixed_terms16();
   std::mt19937 random(3);
@@ -85,7 +86,7 @@ TEST(weights_of_16_bits) {
       for (int round = 0; round < 8; ++round) {
         CHECK(set_threads(1 + static_cast<unsigned>(round) % 3));
         const std::uint64_t longest = round % 2 == 0 ? 70 : 5000;
-        // Guarded hands out floats; a half may end at its edge all the same.
+        // Guarded hands out floats; 16-bit weights end at its edge, too.
         auto* const got = reinterpret_cast<std::uint16_t*>(memory.take((n + 1) / 2, round % 4 < 2)) + n % 2;
         std::copy(before.begin(), before.end(), got);
         const std::uint16_t beside = got[-1];

@@ -1,4 +1,4 @@
-// The answer file: what an independent implementation of the specification computes.
+// The answer file: results of an independent implementation of the specification.
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -26,7 +26,7 @@ void check_crc(const Answer& a, std::size_t field, std::size_t block, const floa
   }
 }
 
-// An answer that is the first values and the CRCs of all.
+// For answers that consist of the first values and the CRCs of all blocks.
 void check_values_and_crcs(const Answer& a, const std::vector<float>& w) {
   auto want = a.floats();
   CHECK_SAME(w.data(), want.data(), kApplyValues, a.where());
@@ -80,7 +80,7 @@ void check_crcs(const Answer& a, Distribution distribution) {
   }
 }
 
-// A term of a request, from field `at` on, which is moved behind it.
+// Reads a term from field `at` of a request on, and advances `at`.
 Term term_at(const Answer& a, std::size_t& at) {
   const Distribution distribution = a.request.at(at) == "normal" ? Distribution::gaussian : Distribution::rademacher;
   std::vector<float> scales;
@@ -122,7 +122,7 @@ void check_apply16(const Answer& a) {
   for (std::size_t b = 0; b * kCrcBlock < n; ++b) {
     const std::size_t size = std::min(kCrcBlock, n - b * kCrcBlock);
     if (crc32(w.data() + b * kCrcBlock, size * 2) != Answer::word(a.answer.at(kApplyValues + b)))
-      FAIL(say(a.where(), ": the CRC of block ", b, " is another"));
+      FAIL(say(a.where(), ": the CRC of block ", b, " differs"));
   }
 }
 

@@ -152,7 +152,7 @@ TEST(terms) {
 }
 
 TEST(long_programs) {
-  // A thousand terms in one call, as replay makes it, equal a thousand calls.
+  // One call with a thousand terms, as in a replay, equals a thousand calls.
   constexpr std::size_t n = 3001;
   const std::uint64_t offset = (1ull << 34) - 1234;
   std::mt19937 random(7);
@@ -171,7 +171,7 @@ TEST(long_programs) {
     apply_to(got.data(), n, 4, offset, terms);
     CHECK_SAME(got.data(), want.data(), n, say("1,000 terms, ", threads, " threads"));
   }
-  want.resize(300);  // and by the definition, for some elements
+  want.resize(300);  // compare some elements with the definition, too
   auto defined = weights(300);
   expect_applied(defined, 4, offset, terms);
   CHECK_SAME(want.data(), defined.data(), defined.size(), "1,000 terms by the definition");

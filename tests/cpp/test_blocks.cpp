@@ -17,7 +17,7 @@ namespace pocketzo::test {
 namespace {
 
 TEST(whole_blocks) {
-  // Counts around every unrolling, at blocks where the quad number carries or ends its window.
+  // Counts around every unrolling; blocks at which the quad number carries or its window ends.
   constexpr std::size_t kMost = 70;
   const KernelSet& set = current();
   const float scales[] = {1e-3f, -2e-3f, 1.5e-3f};
@@ -54,7 +54,7 @@ TEST(whole_blocks) {
 }
 
 TEST(words_make_rademacher) {
-  // The two are defined by the same words, so that each checks the other.
+  // Both are defined by the same words, so each checks the other.
   const KernelSet& set = current();
   const Key key = subkey(5, 6, 7, 1u << 31);
   constexpr std::size_t kGroups = 3;
@@ -96,8 +96,8 @@ struct Layout {
 };
 
 TEST(walks) {
-  // Where blocks lie and which blocks they are: packed panels of 16 columns, 256 rows high, walked along a row and down
-  // a column; backwards; spread out; at addresses that are aligned to nothing but a float.
+  // Any addresses and numbers of blocks: packed panels of 16 columns and 256 rows, along a row and down a column;
+  // backwards; spread out; at addresses aligned only to a float.
   std::vector<Layout> layouts = {
       {"panels, along a row", 16 * 256, 4 * 16 * 256, 1, 3},
       {"panels, down the rows", 16 * 256, 16, 3, 256},
@@ -108,7 +108,7 @@ TEST(walks) {
       {"one block", 33, 0, 0, 1},
       {"interleaved runs", 16 * 5, 16, 2, 5},
   };
-  // Around what is in flight at once and the height of a panel; what lies between the runs must stay as it is.
+  // Counts around the number of blocks in flight and the height of a panel. Memory between the runs must not change.
   for (const std::size_t count : {0, 1, 2, 3, 4, 5, 15, 16, 17, 255})
     layouts.push_back({"some rows of a panel", 16 * 256, 16, 48, count});
   layouts.push_back({"a row more", 16 * 257, 16, 48, 257});

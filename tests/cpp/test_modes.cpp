@@ -1,4 +1,4 @@
-// The caller's floating-point modes change nothing, and come back unchanged.
+// The caller's floating-point modes change no result, and are restored.
 #include <cstddef>
 #include <cstdint>
 #include <ios>
@@ -32,7 +32,7 @@ TEST(floating_point_modes) {
   }
   for (const std::uint64_t strange : modes) {
     for (const unsigned threads : {1u, 3u}) {
-      for (const bool inherited : {false, true}) {  // threads take over the mode of the thread that starts them
+      for (const bool inherited : {false, true}) {  // threads inherit the modes of the thread that starts them
         auto got = before, generated = before;
         CHECK(set_threads(inherited ? 1 : threads));
         set_mode(strange);

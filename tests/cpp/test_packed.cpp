@@ -12,7 +12,7 @@
 namespace pocketzo::test {
 namespace {
 
-// The layout as kernels.h describes it, by a table of every element.
+// The index of every element, by the formula of kernels.h.
 std::vector<std::size_t> packed_places(const Packing& p) {
   std::vector<std::size_t> at(static_cast<std::size_t>(p.rows * p.columns));
   for (std::uint64_t k = 0; k < p.rows; ++k)
@@ -25,16 +25,16 @@ std::vector<std::size_t> packed_places(const Packing& p) {
   return at;
 }
 
-// Packed memory gets the bits of contiguous memory, ends exactly where it says, and its padding stays.
+// Packed memory gets the same bits as contiguous memory. Nothing beyond its end and none of its padding is written.
 TEST(packed) {
   const Packing cases[] = {
-      {300, 128, 128, 256, false},                              // whole blocks along rows, a low last block of rows
+      {300, 128, 128, 256, false},                              // whole blocks along rows, a last block of fewer rows
       {64, 320, 320, 64, false},                                // more columns than a unit takes
       {257, 64, 96, 128, false},                                // padding of whole panels
-      {128, 21, 32, 64, true},                                  // turned rows, a panel with padding
-      {320, 48, 48, 256, true},    {70, 100, 112, 64, false},   // neither: elements are gathered
-      {70, 100, 112, 64, true},    {2000, 37, 48, 256, false},  // and more of them than a unit takes
-      {1, 1, 16, 64, false},       {8256, 21, 32, 256, true},   // more turned rows than a unit takes
+      {128, 21, 32, 64, true},                                  // transposed rows, a panel with padding
+      {320, 48, 48, 256, true},    {70, 100, 112, 64, false},   // elements are gathered
+      {70, 100, 112, 64, true},    {2000, 37, 48, 256, false},  // gathered, more than a unit takes
+      {1, 1, 16, 64, false},       {8256, 21, 32, 256, true},   // more transposed rows than a unit takes
   };
   for (const Packing& p : cases) {
     const auto n = static_cast<std::size_t>(p.rows * p.columns), size = static_cast<std::size_t>(p.rows * p.stride);

@@ -1,4 +1,4 @@
-// Threads: any number, slow ones, several callers, fork.
+// Threads: any number of them, slow ones, concurrent callers, fork.
 #include <poll.h>
 #include <pthread.h>
 #include <sys/wait.h>
@@ -26,7 +26,7 @@ namespace pocketzo::test {
 namespace {
 
 TEST(the_number_of_threads) {
-  // Enough elements for many chunks; every count of threads writes the same.
+  // Enough elements for many units. The bits do not depend on the number of threads.
   constexpr std::size_t n = 1'500'007;
   const auto terms = mixed_terms();
   auto want = weights(n);
@@ -47,8 +47,8 @@ TEST(the_number_of_threads) {
   CHECK(pocketzo::threads() == 3);
 }
 
-// A set whose gaussian keeps the first thread beside the main one in its first call until the others have done all but
-// one unit, and the main thread until there is such a thread.
+// A set whose `gaussian` blocks: the first other thread in its first call, until all but one unit are done; the main
+// thread, until such a thread exists.
 namespace held_up {
 
 constexpr std::uint64_t kUnitBlocks = (1u << 16) / kBlock;
@@ -59,7 +59,7 @@ std::atomic<std::uint64_t> done;
 std::atomic<bool> entered;
 
 template <typename Condition>
-bool comes_true(const Condition& condition) {  // in the time that a loaded machine or an emulator may take
+bool comes_true(const Condition& condition) {  // within a time that suffices on a loaded machine or an emulator
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (!condition()) {
     if (std::chrono::steady_clock::now() > deadline) return false;
@@ -123,7 +123,7 @@ TEST(a_thread_that_cannot_run_is_not_waited_for) {
   const KernelSet& set = current();
   CHECK(set_threads(2));
   std::vector<float> w(4 * held_up::kUnitBlocks * kBlock);
-  held_up::apply(set, {{w.data(), w.size(), 0, 7}});  // tells which thread the other one is
+  held_up::apply(set, {{w.data(), w.size(), 0, 7}});  // sets other_thread
   stopped = released = false;
   const auto before = std::signal(SIGUSR1, stop_here);
   CHECK(pthread_kill(held_up::other_thread, SIGUSR1) == 0);
@@ -161,7 +161,7 @@ TEST(callers_at_once) {
   third.join();
 }
 
-#ifndef POCKETZO_TSAN  // which lets no child of a process with threads start threads
+#ifndef POCKETZO_TSAN  // which allows no new threads in a child forked by a process with threads
 TEST(a_forked_child_has_threads_of_its_own) {
   CHECK(set_threads(3));
   constexpr std::size_t n = 300'001;
@@ -174,7 +174,7 @@ TEST(a_forked_child_has_threads_of_its_own) {
   std::fflush(stdout);
   const pid_t child = fork();
   if (child == 0) {
-    alarm(120);  // a pool that waits for threads which the child does not have would wait for ever
+    alarm(120);  // a pool waiting for threads that the child lacks would hang
     bool good = true;
     for (const unsigned threads : {0u, 2u, 1u}) {
       if (threads != 0) good = good && set_threads(threads);

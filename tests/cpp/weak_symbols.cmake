@@ -1,14 +1,14 @@
-# Fails if one of OBJECTS, which are the instruction sets' files compiled without optimisation, defines a weak symbol.
+# Fails if one of OBJECTS, the instruction sets' files compiled without optimisation, defines a weak symbol.
 #
-# Of several weak definitions of an inline function the linker keeps one, for every caller. If that is the one from
-# avx512.cpp, a processor without AVX-512 dies in what scalar.cpp calls. Optimised, such functions are usually inlined
-# and leave no symbol, which is why this looks at a build that is not.
+# The linker keeps one weak definition of an inline function for all callers. If it keeps the one from avx512.cpp,
+# scalar.cpp executes AVX-512 instructions on CPUs that lack them. In an optimised build such functions are usually
+# inlined and leave no symbol, so the check needs an unoptimised one.
 foreach(object IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --demangle --defined-only ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
   if(NOT symbols MATCHES "pocketzo::k")
     message(FATAL_ERROR "${NM} shows no kernel set in ${object}")
   endif()
-  # nm's V, W and lower case: weak; u: unique, as inline variables are. DW.ref.* are the compiler's own, and no code.
+  # nm's V, v, W and w are weak symbols, u unique ones (inline variables). The compiler's own DW.ref.* hold no code.
   string(REGEX MATCHALL "[^\n]* [VvWwu] [^\n]*" weak "${symbols}")
   list(FILTER weak EXCLUDE REGEX "DW\\.ref\\.")
   if(weak)

@@ -1,4 +1,4 @@
-"""Write minilm_expected.npz, what tests/test_minilm.py compares with: embeddings by transformers' BertModel.
+"""Write minilm_expected.npz, what tests/test_bert.py compares with: embeddings by transformers' BertModel.
 
 Written once with Python 3.11.7, torch 2.13.0 (CPU), transformers 5.23.0, numpy 2.4.6, safetensors 0.8.0 and tokenizers
 0.23.3, in an environment that has them, from a folder with all-MiniLM-L6-v2 (SHA-256 53aa5117...):

@@ -1,7 +1,7 @@
-"""Write answers.txt, which every instruction set must match bit for bit, from reference.py.
+"""Write answers.txt, which every instruction set must match bit for bit, with reference.py.
 
 Run it in tests/ as ``python -m vectors.generate -o vectors/answers.txt``; it takes about ten seconds. Each line is a
-request, `` = `` and the answer; :func:`answer` computes the one from the other.
+request, `` = `` and the answer, which :func:`answer` computes from the request.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _apply16(request: list[str]) -> str:
 
 
 def answer(request: str) -> str:
-    """Return what stands right of `` = `` for what stands left of it."""
+    """Return the answer to a request."""
     kind, *fields = request.split()
     if kind == "philox":
         numbers = [int(field, 16) for field in fields[1:]]
@@ -161,7 +161,7 @@ def answer(request: str) -> str:
     raise ValueError(f"unknown request: {request}")
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------
+# ---- the requests ----------------------------------------------------------------------------------------------------
 
 PHILOX = """\
 philox 7 00000000 00000000 00000000 00000000 00000000 00000000 = 5f6fb709 0d893f64 4f121f81 4f730a48
@@ -181,12 +181,12 @@ STREAMS = [
     "0x0123456789abcdef 0xdeadbeef 0x100000000",
 ]
 MAIN = "20250101 0x5eed 41"
-# Around lanes, slots, blocks, Rademacher groups, and where a counter carries: q at 2^34 (normal) and 2^39 (Rademacher).
+# Around lanes, slots, blocks, Rademacher groups, and counters that carry: q at 2^34 (normal) and 2^39 (Rademacher).
 OFFSETS = [*range(9), 15, 16, 17, 63, 64, 65, 2047, 2048, 2049]
 FAR = [2**32 - 9, 2**34 - 8, 2**38 - 8, 2**39 - 5, 2**40 + 3, 2**58 + 2**34 - 3, 2**63 - 7, 2**64 - 18]
 
-# Where SEED TENSOR DRAW = 7 11 13 meets rare words, found by going through 2^33 elements. Each run holds the cosine
-# (its first element) and the sine (its last).
+# Rare words of SEED TENSOR DRAW = 7 11 13, found by a search of 2^33 elements. Each request covers the cosine (first
+# element) and the sine (last).
 EDGES = {
     64983693: "x0 = 7fffffd7: v = 2^31, r = 0",
     164094020: "x0 = 8000003b: v = 2^31, r = 0, signed",

@@ -1,8 +1,8 @@
-"""The noise specification, version 1, once more: in numpy, from the text, sharing no line with the kernels.
+"""An independent implementation of the noise specification, version 1, in numpy. It shares no line with the kernels.
 
-It is slow and meant to be read beside cpp/SPEC.md. Philox works in uint64, all fp32 work is done with operations that
-are correctly rounded: numpy's own ``+ - *`` and ``sqrt``, and :func:`fma32`, which test_reference.py proves against
-exact fractions.
+It is slow and meant to be read beside cpp/SPEC.md, whose sections the docstrings name. Philox uses uint64. All fp32
+operations are correctly rounded: numpy's ``+ - *`` and ``sqrt``, and :func:`fma32`, which test_reference.py checks
+against exact fractions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def philox4x32(rounds: int, counter: Sequence[Words], key: Sequence[Words]) -> t
 
 
 def subkey(seed: int, tensor: int, draw: int, window: Words) -> tuple[U32, U32, U32, U32]:
-    """Item 1: the words K[0..3], where ``window`` is the fourth counter word."""
+    """Section 1: the words K[0..3]; ``window`` is the fourth counter word."""
     low = 0xFFFFFFFF
     return philox4x32(10, (draw & low, draw >> 32, tensor, window), (seed & low, seed >> 32))
 
@@ -66,7 +66,7 @@ def _words(seed: int, tensor: int, draw: int, first: int, count: int, window_bit
 
 
 def words(seed: int, tensor: int, draw: int, first: int, count: int) -> U32:
-    """Items 2 and 3: the words behind blocks ``first`` to ``first + count`` of 64 elements.
+    """Section 1: the words of blocks ``first`` to ``first + count`` of 64 elements.
 
     Returns
     -------
@@ -111,7 +111,7 @@ def fma32(a: F32 | np.float32, b: F32 | np.float32, c: F32 | np.float32) -> F32:
 
 
 def _horner(coefficients: F32, x: F32) -> F32:
-    """Evaluate a polynomial whose constant coefficient comes first, by fma, highest first."""
+    """Evaluate a polynomial, whose constant coefficient comes first, by Horner's rule with fma."""
     value = np.full_like(x, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         value = fma32(value, x, coefficient)
@@ -133,14 +133,14 @@ _C = _table("0x1.fffffep-1 -0x1.3bd3a6p+0 0x1.03bd06p-2 -0x1.54f61ap-6 0x1.c1f06
 
 
 def box_muller(x: U32, y: U32) -> tuple[F32, F32]:
-    """Item 4: cosine and sine."""
+    """Section 2: cosine and sine."""
     v = np.abs((x | np.uint32(1)).view(np.int32).astype(np.float32))
     d = bits(v).view(np.int32) - np.int32(0x4EB504F3)
     ex = (d >> 23).astype(np.float32)
     f = from_bits((d & 0x7FFFFF) + np.int32(0x3F3504F3)) - np.float32(1)
     p = _horner(_L, f)
     r = np.sqrt(fma32(p, f, ex * np.float32(-1.38629436)))
-    # "with the sign bit of x put on r": r is -0 where v = 2^31, so that this differs from a mere OR or XOR.
+    # Replaced, as r is -0 for v = 2^31: OR or XOR of the sign bit would differ.
     r = from_bits((bits(r) & np.uint32(0x7FFFFFFF)) | (x & np.uint32(0x80000000)))
 
     angle = y.view(np.int32).astype(np.float32) * np.float32(2.0**-31)
@@ -152,7 +152,7 @@ def box_muller(x: U32, y: U32) -> tuple[F32, F32]:
 
 
 def normal(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
-    """Elements ``offset`` to ``offset + n`` of z(seed, tensor, draw)."""
+    """Section 2: elements ``offset`` to ``offset + n`` of the Gaussian direction."""
     first = offset // BLOCK
     count = -(-(offset + n) // BLOCK) - first
     x = words(seed, tensor, draw, first, count)
@@ -163,7 +163,7 @@ def normal(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
 
 
 def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
-    """Item 7: elements ``offset`` to ``offset + n`` of the +-1 direction u(seed, tensor, draw)."""
+    """Section 3: elements ``offset`` to ``offset + n`` of the Rademacher direction."""
     group_size = LANES * ROWS
     first = offset // group_size
     count = -(-(offset + n) // group_size) - first
@@ -176,16 +176,16 @@ def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
 
 
 def noise(distribution: Distribution, seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
-    """Elements of a direction of either kind."""
+    """Elements ``offset`` to ``offset + n`` of z(seed, tensor, draw)."""
     return (normal if distribution == "gaussian" else rademacher)(seed, tensor, draw, offset, n)
 
 
-# ---- what is done with them ------------------------------------------------------------------------------------------
+# ---- their use -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Term:
-    """One direction, the scales it is applied with in turn, the decay after them, and the rounding to 16 bits."""
+    """A direction, the scales that are applied in turn, the decay after them, and the rounding to 16 bits."""
 
     seed: int
     draw: int
@@ -196,7 +196,7 @@ class Term:
 
 
 def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32:
-    """Item 5: a new array, every line of every term rounded to fp32."""
+    """Section 4: a new array, every line of every term rounded to fp32."""
     for term in terms:
         z = noise(term.distribution, term.seed, tensor, term.draw, offset, len(w))
         for scale in term.scales:
@@ -219,7 +219,7 @@ def nearest(w: F32, storage: Storage) -> F32:
 
 
 def random_bits(seed: int, tensor: int, draw: int, offset: int, n: int) -> U32:
-    """The 16 bits r of each element."""
+    """Section 5: the 16 random bits r of each element."""
     first = offset // BLOCK
     x = words(seed, tensor, draw, first, -(-(offset + n) // BLOCK) - first)
     slots = []
@@ -232,9 +232,9 @@ def random_bits(seed: int, tensor: int, draw: int, offset: int, n: int) -> U32:
 
 
 def stochastic(w: F32, r: U32, storage: Storage) -> F32:
-    """Cut magnitudes to whole units, after adding the fraction of a unit that r is.
+    """Add the fraction of a unit that r is to the magnitude, and truncate to whole units.
 
-    Exact in float64, but for fp16's subnormal numbers, whose sum is defined to be rounded to fp32.
+    Exact in float64, except for fp16's subnormal numbers, whose sum is defined to be rounded to fp32.
     """
     mantissa, least, bits_cut = (10, -14, 13) if storage == "float16" else (7, -126, 16)
     fraction = (r >> np.uint32(16 - bits_cut)).astype(np.float64) / 2**bits_cut

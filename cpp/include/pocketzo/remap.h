@@ -1,13 +1,13 @@
-// Anonymous memory in the place of a file mapping that someone else has made, and goes on using.
+// Replaces a file mapping, which another library made and goes on using, by anonymous memory.
 #pragma once
 
 #include <cstddef>
 
 namespace pocketzo {
 
-// Replaces the pages of a private mapping from `address` on, which begins a page, by zeroed memory: in huge pages where
-// the system has them. Returns 0 or the value of errno; EINVAL where `address` begins no page or `bytes` is 0, ENOSYS
-// where the system has no such call.
+// Replaces the pages of a private mapping, from the page-aligned `address` on, by zeroed memory: in huge pages if the
+// system has them. Addresses stay valid; the owner of the mapping still unmaps them. Returns 0 or an errno value:
+// EINVAL if `address` is not page-aligned or `bytes` is 0, ENOSYS if the system has no such call.
 int remap(void* address, std::size_t bytes) noexcept;
 
 }  // namespace pocketzo

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from pocketzo import kernels
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import load_dataset
-from pocketzo.demo.minilm import build_onnx, find_checkpoint, linear_probe
+from pocketzo.demo.minilm import find_checkpoint
+from pocketzo.demo.probe import linear_probe
 from pocketzo.errors import Error
-from pocketzo.formats.files import atomic_file
+from pocketzo.export.bert import build_onnx
 from pocketzo.machine.memory import process_memory, reset_peak
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup
@@ -35,9 +36,6 @@ from pocketzo.runtime.model import Model
 from pocketzo.tasks.evaluate import evaluate
 from pocketzo.train.recipe import Source
 from pocketzo.train.trainer import Trainer
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 __all__ = ["BATCH_SIZE", "LABELS", "STEPS", "Example", "Outcome", "messages", "run_demo"]
 
@@ -168,7 +166,7 @@ def run_demo(
         features, test_features = (_features(bundle.model_path, data) for data in (train, test))
         assert train.label_ids is not None
         assert test.label_ids is not None
-        _narrow_head(graph, features)
+        build_onnx(files, graph, len(LABELS), projection=_main_axes(features))
         bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
     finally:
         graph.unlink(missing_ok=True)
@@ -242,35 +240,16 @@ def _refuse_foreign(output: Path) -> None:
         raise Error(f"{output}: holds something else than an earlier demo; choose another folder with --output")
 
 
-def _narrow_head(path: Path, features: NDArray[np.float32]) -> None:
-    """Let the head see the embedding's main directions only.
+def _main_axes(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return weight and bias of a layer that lets the head see the embedding's main directions only.
 
-    Without gradients a layer is learnt the faster the fewer weights it has. The axes along which the training messages'
-    embeddings differ most (their labels are not looked at) keep most of what tells them apart.
-    They become the weights of a linear layer of their own, which is trained like all others.
+    Without gradients a layer learns the faster the fewer weights it has. The axes along which the training messages'
+    embeddings differ most (labels are not used) keep most of what separates the messages. The layer is trained like all
+    others.
     """
-    import onnx
-    from onnx import helper, numpy_helper
-
     mean = features.mean(0)
     axes = np.linalg.svd(features - mean, full_matrices=False)[2][:AXES].T  # [384, AXES], orthonormal
-    model: ModelProto = onnx.load(path)
-    graph = model.graph
-    (use,) = (node for node in graph.node if "classifier.weight" in node.input)
-    (weight,) = (tensor for tensor in graph.initializer if tensor.name == "classifier.weight")
-    weight.CopyFrom(numpy_helper.from_array(np.zeros((AXES, weight.dims[1]), np.float32), weight.name))
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.ascontiguousarray(axes, np.float32), "projection.weight"),
-            numpy_helper.from_array((-mean @ axes).astype(np.float32), "projection.bias"),
-        ]
-    )
-    at = list(graph.node).index(use)
-    graph.node.insert(at, helper.make_node("MatMul", ["embedding", "projection.weight"], ["projected"]))
-    graph.node.insert(at + 1, helper.make_node("Add", ["projected", "projection.bias"], ["main_axes"]))
-    use.input[0] = "main_axes"
-    with atomic_file(path) as file:
-        file.write(model.SerializeToString())
+    return np.ascontiguousarray(axes, np.float32), (-mean @ axes).astype(np.float32)
 
 
 def _batches(data: Dataset) -> list[dict[str, NDArray[Any]]]:

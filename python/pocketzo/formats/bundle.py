@@ -7,34 +7,7 @@
 ``tokenizer.json``    optional
 ====================  ==================================================================================================
 
-``bundle.json``, version 2, is one JSON object in UTF-8. All of these keys are there, in any order:
-
-=================  =====================================================================================================
-``format``         ``"pocketzo-bundle"``
-``version``        2
-``graph_sha256``   of ``model.onnx``; this and the next two are 64 lower-case hex digits
-``base_sha256``    of ``weights.safetensors`` as it was prepared; a tuned copy keeps it
-``header_sha256``  of the first 8 + n bytes of ``weights.safetensors``, n being the little-endian 64-bit integer in its
-                   first 8: all that is before the data
-``loss``           name of the output that holds the loss, one number; or null
-``logits``         name of the output that holds the scores of classes, [..., classes]; or null
-``max_length``     number of tokens, 1 or more, at which texts are cut; or null
-``tokenizer``      ``"tokenizer.json"``, or null where there is none
-``task``           null, or ``{"name": string, "settings": object}``: which kind of problem the graph is for. Settings
-                   belong to the task, but for one that has a meaning here: ``labels``, the different names of the
-                   classes, in the order of the logits
-``trainable``      the named sets of weights that may be trained: a list, not empty, of ``{"name": string, "tensors":
-                   [names]}``. Names of sets differ; each set has a tensor and each tensor once, of ``tensors`` and
-                   float32 or float16; sets may share tensors
-``inputs``         of the graph, in its order: a list of ``{"name": string, "dtype": numpy's name, "shape": [size or
-                   string]}``, where a string names a size that is known only at run time
-``outputs``        likewise
-``tensors``        in the order of their data in ``weights.safetensors``, exactly those that are in it: a list of
-                   ``{"name": string, "id": integer, "dtype": numpy's name, "shape": [sizes]}``. Ids are those of
-                   :func:`tensor_ids`
-=================  =====================================================================================================
-
-A reader ignores keys that it does not know, and refuses another version.
+``docs/formats.md`` specifies this for readers in other languages.
 """
 
 from __future__ import annotations
@@ -51,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from pocketzo.errors import BundleError
+from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 
@@ -283,10 +257,10 @@ class Bundle:
     def _parse(cls, path: Path) -> Self:
         file = path / DESCRIPTION
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            values = strict_json.parse(file.read_bytes())
+        except ValueError as error:
             raise BundleError(f"{file}: not JSON: {error}") from None
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+        if values.get("format") != FORMAT:
             raise BundleError(f"{file}: not the description of a bundle")
         if values.get("version") != VERSION:
             raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")

@@ -7,7 +7,7 @@ bytes   content
 ======  ==============================================================================================
 4       ``PZOJ``
 u32     length of the header in bytes
-..      the header, JSON in UTF-8
+..      the header, a JSON object in UTF-8
 u32     CRC-32 of the header
 ..      the entries
 ======  ==============================================================================================
@@ -15,7 +15,7 @@ u32     CRC-32 of the header
 and an entry is
 
 ======  ==============================================================================================
-u32     number of directions n, at least 1
+u32     number of directions n, 1 to 2^20
 f32     learning rate
 n times u64 draw, f32 coefficient: what times the direction was subtracted from the weights
 u32     CRC-32 of the entry up to here, continued from the CRC-32 of the entry before (of the header, for the first)
@@ -27,15 +27,20 @@ rate 0. ``docs/formats.md`` specifies this for readers in other languages.
 
 from __future__ import annotations
 
-import json
+import hashlib
+import math
 import os
+import reprlib
 import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from pocketzo.errors import JournalError
+from pocketzo.formats import strict_json
 from pocketzo.formats.files import atomic_file
 from pocketzo.kernels import SPEC_VERSION
 
@@ -44,16 +49,17 @@ try:
 except ImportError:  # no such module on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Entry", "Journal"]
+__all__ = ["Entry", "Journal", "Position"]
 
 _MAGIC = b"PZOJ"
 _FORMAT = 2
+_WORD = struct.Struct("<I")
 _HEAD = struct.Struct("<If")
 _DIRECTION = struct.Struct("<Qf")
-_CRC = struct.Struct("<I")
-_PAIR = struct.Struct("<II")
 _MOST_DIRECTIONS = 1 << 20
-_MOST_SCANNED = 1 << 10  # in a search after damage, where nearly every offset is none of an entry
+_BEFORE_HEADER = len(_MAGIC) + _WORD.size
+_SEARCHED = 1 << 20  # offsets at a time, in a search after damage
+_MOST_EFFORT, _EFFORT_OF_ONE = 1 << 30, 1 << 10  # bytes of checksums in such a search, and what an offset is worth
 
 
 class Entry(NamedTuple):
@@ -69,6 +75,24 @@ class Entry(NamedTuple):
 
     lr: float
     coefficients: Mapping[int, float]
+
+
+class Position(NamedTuple):
+    """A place between two steps of a journal. Another journal has other positions, even after the same header.
+
+    Attributes
+    ----------
+    run : str
+        SHA-256 of the header's bytes.
+    step : int
+        Entries before it.
+    crc32 : int
+        The CRC-32 that the entry before it ends with; of the header, where there is none.
+    """
+
+    run: str
+    step: int
+    crc32: int
 
 
 class Journal:
@@ -92,6 +116,7 @@ class Journal:
         self.entries = contents.entries
         self.notice = contents.notice
         self._file = file
+        self._run = contents.run
         self._ends = contents.ends  # offset behind the header, and behind each entry
         self._crcs = contents.crcs  # likewise
 
@@ -100,9 +125,9 @@ class Journal:
         """Begin a journal; a :class:`JournalError` if the file exists."""
         if path.exists():
             raise JournalError(f"{path} is there already: resume that run, or choose another folder")
+        text = strict_json.dump({"format": _FORMAT, "spec": SPEC_VERSION, **header})
         with atomic_file(path) as file:
-            text = json.dumps({"format": _FORMAT, "spec": SPEC_VERSION, **header}).encode()
-            file.write(_MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text)))
+            file.write(_MAGIC + _WORD.pack(len(text)) + text + _WORD.pack(zlib.crc32(text)))
         return cls.open(path)
 
     @classmethod
@@ -121,12 +146,16 @@ class Journal:
             file = path.open("r+b" if write else "rb", buffering=0)
         except FileNotFoundError:
             raise JournalError(f"{path}: there is no journal here; is {path.parent} a run?") from None
+        except OSError as error:
+            raise JournalError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
             if write and fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
+                except BlockingIOError:
                     raise JournalError(f"{path}: another process is writing to this run") from None
+                except OSError as error:
+                    raise JournalError(f"{path}: cannot be locked: {error.strerror}") from None
             contents = _read(path, file.read())
             if write and contents.notice:
                 file.truncate(contents.ends[-1])
@@ -143,12 +172,21 @@ class Journal:
         """Entries in the file now."""
         return len(self._ends) - 1
 
+    def position(self, step: int) -> Position:
+        """Return the position after so many entries."""
+        return Position(self._run, step, self._crcs[step])
+
     def append(self, entry: Entry) -> None:
-        """Append a step in one write: a killed process leaves whole entries."""
-        body = _HEAD.pack(len(entry.coefficients), entry.lr)
-        body += b"".join(_DIRECTION.pack(*item) for item in entry.coefficients.items())
+        """Append a step in one write: a killed process leaves whole entries.
+
+        Raises
+        ------
+        ValueError
+            The entry cannot be written exactly: its number of directions, or a number in it, is out of range.
+        """
+        body = _pack(entry)
         crc = zlib.crc32(body, self._crcs[-1])
-        left = memoryview(body + _CRC.pack(crc))
+        left = memoryview(body + _WORD.pack(crc))
         size = len(left)
         try:
             while left:
@@ -178,7 +216,35 @@ class Journal:
         self._file.close()
 
 
+def _pack(entry: Entry) -> bytes:
+    """Return an entry without its CRC."""
+    lr, coefficients = entry
+    if not 1 <= len(coefficients) <= _MOST_DIRECTIONS:
+        raise ValueError(f"an entry has 1 to {_MOST_DIRECTIONS} directions, got {len(coefficients)}")
+    try:
+        body = _HEAD.pack(len(coefficients), lr)
+        body += b"".join(_DIRECTION.pack(*item) for item in coefficients.items())
+    except (struct.error, OverflowError):
+        body = b""
+    if not body or not _is_finite(entry) or _unpack(body) != (lr, dict(coefficients)):
+        raise ValueError(
+            f"an entry has draws of 64 bits, and numbers that are finite and exact in float32; got lr={lr} and "
+            f"{reprlib.repr(dict(coefficients))}"
+        )
+    return body
+
+
+def _unpack(body: bytes | memoryview) -> Entry:
+    _, lr = _HEAD.unpack_from(body)
+    return Entry(lr, dict(_DIRECTION.iter_unpack(memoryview(body)[_HEAD.size :])))
+
+
+def _is_finite(entry: Entry) -> bool:
+    return math.isfinite(entry.lr) and all(map(math.isfinite, entry.coefficients.values()))
+
+
 class _Contents(NamedTuple):
+    run: str
     header: dict[str, Any]
     entries: list[Entry]
     notice: str | None
@@ -187,83 +253,119 @@ class _Contents(NamedTuple):
 
 
 def _read(path: Path, data: bytes) -> _Contents:
-    header, crc, start = _read_header(path, data)
-    entries, ends, crcs = [], [start], [crc]
-    while (found := _entry(data, ends[-1], crcs[-1])) is not None:
-        entry, end, crc = found
-        entries.append(entry)
-        ends.append(end)
-        crcs.append(crc)
-    rest = len(data) - ends[-1]
-    if rest and _goes_on(data, ends[-1], crcs[-1]):
-        raise JournalError(
-            f"{path}: entry {len(entries)}, at byte {ends[-1]}, is damaged, and there are good ones after it: its "
-            f"checksum does not match its content"
-        )
+    text = _header_text(path, data)
+    header = _parse_header(path, text)
+    entries: list[Entry] = []
+    ends, crcs = [_BEFORE_HEADER + len(text) + _WORD.size], [zlib.crc32(text)]
     notice = None
-    if rest:
-        notice = (
-            f"{path}: the last {rest} bytes are an incomplete entry and were dropped; {len(entries)} entries are good"
-        )
-    return _Contents(header, entries, notice, ends, crcs)
+    while ends[-1] < len(data):
+        start = ends[-1]
+        where = f"entry {len(entries)}, at byte {start}"
+        found = _check(data, start, crcs[-1])
+        if found.fault and (follows := _search(data, start, found)):
+            raise JournalError(f"{path}: {where}, is damaged, and {follows}: {found.fault}")
+        if found.fault:
+            notice = (
+                f"{path}: the last {len(data) - start} bytes are an incomplete entry and were dropped: {where}: "
+                f"{found.fault}"
+            )
+            break
+        entry = _unpack(memoryview(data)[start : found.end - _WORD.size])
+        if not _is_finite(entry) or _size(len(entry.coefficients)) != found.end - start:
+            raise JournalError(f"{path}: {where}, cannot be of a step: a number is not finite, or a draw occurs twice")
+        entries.append(entry)
+        ends.append(found.end)
+        crcs.append(found.crc)
+    return _Contents(hashlib.sha256(text).hexdigest(), header, entries, notice, ends, crcs)
 
 
-def _entry(data: bytes, start: int, before: int) -> tuple[Entry, int, int] | None:
-    """Return the entry at an offset, the offset behind it and its CRC; None if there is no whole and good one."""
-    end = _end(data, start)
-    if end is None:
-        return None
-    crc = zlib.crc32(memoryview(data)[start : end - _CRC.size], before)
-    if _CRC.unpack_from(data, end - _CRC.size) != (crc,):
-        return None
-    count, lr = _HEAD.unpack_from(data, start)
-    coefficients = dict(_DIRECTION.iter_unpack(memoryview(data)[start + _HEAD.size : end - _CRC.size]))
-    return (Entry(lr, coefficients), end, crc) if len(coefficients) == count else None
+class _Found(NamedTuple):
+    """An entry: what is wrong with it, where it ends, and the CRC-32 of its content; 0, 0 if it is not whole."""
+
+    fault: str
+    end: int
+    crc: int
 
 
-def _end(data: bytes, start: int) -> int | None:
-    """Return where an entry would end by its number of directions, if that is within the file."""
-    if start + _HEAD.size > len(data):
-        return None
-    count, _ = _HEAD.unpack_from(data, start)
-    end: int = start + _HEAD.size + count * _DIRECTION.size + _CRC.size
-    return end if 1 <= count <= _MOST_DIRECTIONS and end <= len(data) else None
+def _size(directions: int) -> int:
+    return _HEAD.size + directions * _DIRECTION.size + _WORD.size
 
 
-def _goes_on(data: bytes, start: int, before: int) -> bool:
-    """Whether a good entry begins anywhere after a bad one; each can be checked by the CRC that precedes it."""
-    end = _end(data, start)
-    if end is not None:  # perhaps it is the CRC that is damaged
-        crc = zlib.crc32(memoryview(data)[start : end - _CRC.size], before)
-        if _entry(data, end, crc) is not None:
-            return True
-    for at in range(start + _CRC.size, len(data) - _HEAD.size, _CRC.size):
-        before, count = _PAIR.unpack_from(data, at - _CRC.size)
-        if 1 <= count <= _MOST_SCANNED and _entry(data, at, before) is not None:
-            return True
-    return False
+def _check(data: bytes, start: int, before: int) -> _Found:
+    if len(data) - start < _WORD.size:
+        return _Found(f"it ends after {len(data) - start} bytes", 0, 0)
+    (count,) = _WORD.unpack_from(data, start)
+    if not 1 <= count <= _MOST_DIRECTIONS:
+        return _Found(f"its number of directions is {count}, expected 1 to {_MOST_DIRECTIONS}", 0, 0)
+    end = start + _size(count)
+    if end > len(data):
+        return _Found(f"it ends after {len(data) - start} bytes, expected {end - start}", 0, 0)
+    crc = zlib.crc32(memoryview(data)[start : end - _WORD.size], before)
+    (stored,) = _WORD.unpack_from(data, end - _WORD.size)
+    return _Found("" if crc == stored else f"its checksum is {crc:08x}, expected {stored:08x}", end, crc)
 
 
-def _read_header(path: Path, data: bytes) -> tuple[dict[str, Any], int, int]:
-    if data[:4] != _MAGIC or len(data) < 8:
+def _search(data: bytes, start: int, bad: _Found) -> str:
+    """Say whether good entries follow a bad one, so that it is not the end that is damaged; empty if none does.
+
+    An entry can be checked alone, as the CRC-32 of the one before it precedes it. Every offset is tried, since bytes
+    may be missing. A file can be made to keep this busy for hours; then it gives up.
+    """
+    good = "there are good ones after it"
+    if bad.end and not _check(data, bad.end, bad.crc).fault:  # it is the bad one's CRC that is damaged
+        return good
+    effort = 0
+    for first in range(start + _WORD.size, len(data) - _size(1) + 1, _SEARCHED):
+        offsets = min(_SEARCHED, len(data) - _size(1) + 1 - first)
+        counts = np.ndarray(offsets, "<u4", data, first, strides=(1,))  # a word at every byte
+        for offset in np.flatnonzero((counts >= 1) & (counts <= _MOST_DIRECTIONS)).tolist():
+            (before,) = _WORD.unpack_from(data, first + offset - _WORD.size)
+            found = _check(data, first + offset, before)
+            if not found.fault:
+                return good
+            effort += max(found.end - first - offset, 0) + _EFFORT_OF_ONE
+            if effort > _MOST_EFFORT:
+                return "there may be good ones after it: the search for them was given up"
+    return ""
+
+
+def _header_text(path: Path, data: bytes) -> bytes:
+    if data[: len(_MAGIC)] != _MAGIC:
         raise JournalError(f"{path}: not a PocketZO journal, which begins with {_MAGIC!r}; got {data[:4]!r}")
-    (length,) = struct.unpack_from("<I", data, 4)
-    if len(data) < 12 + length:
-        raise JournalError(f"{path}: the header is incomplete: it needs {12 + length} bytes, the file has {len(data)}")
-    text = data[8 : 8 + length]
-    (crc,) = struct.unpack_from("<I", data, 8 + length)
-    if zlib.crc32(text) != crc:
-        raise JournalError(f"{path}: the header is damaged: its checksum is {zlib.crc32(text):08x}, expected {crc:08x}")
-    try:
-        header = json.loads(text)
-        version, spec = header["format"], header["spec"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise JournalError(f"{path}: the header is not that of a journal: {error}") from None
-    if version != _FORMAT:
-        raise JournalError(f"{path}: format version {version}; this PocketZO reads version {_FORMAT}")
-    if spec != SPEC_VERSION:
+    length = int.from_bytes(data[len(_MAGIC) : _BEFORE_HEADER], "little")
+    expected = _BEFORE_HEADER + length + _WORD.size
+    if len(data) < max(expected, _BEFORE_HEADER + _WORD.size):
         raise JournalError(
-            f"{path}: recorded with version {spec} of the noise specification; this PocketZO has version "
+            f"{path}: the header is incomplete: the file ends after {len(data)} bytes, expected at least {expected}; "
+            f"nothing can be read without it"
+        )
+    text = data[_BEFORE_HEADER : expected - _WORD.size]
+    crc, (stored,) = zlib.crc32(text), _WORD.unpack_from(data, expected - _WORD.size)
+    if crc != stored:
+        raise JournalError(
+            f"{path}: the header, at byte {_BEFORE_HEADER}, is damaged: its checksum is {crc:08x}, expected "
+            f"{stored:08x}"
+        )
+    return text
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = strict_json.parse(text)
+    except ValueError as error:
+        raise JournalError(f"{path}: the header is not that of a journal: {error}") from None
+    if (version := _version(path, header, "format")) != _FORMAT:
+        raise JournalError(f"{path}: format version {version}; this PocketZO reads version {_FORMAT}")
+    if (version := _version(path, header, "spec")) != SPEC_VERSION:
+        raise JournalError(
+            f"{path}: recorded with version {version} of the noise specification; this PocketZO has version "
             f"{SPEC_VERSION} and would compute other weights"
         )
-    return header, crc, 12 + length
+    return header
+
+
+def _version(path: Path, header: Mapping[str, Any], name: str) -> int:
+    version = header.get(name)
+    if type(version) is not int:
+        raise JournalError(f"{path}: the header is not that of a journal: {name!r} is {version!r}, expected an integer")
+    return version

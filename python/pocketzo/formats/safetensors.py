@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pocketzo.errors import BundleError
+from pocketzo.formats import strict_json
 from pocketzo.formats.files import atomic_file
 
 ALIGNMENT: Final = 64
@@ -100,11 +101,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
     path = Path(path)
     head = header_bytes(path)
     try:
-        header = json.loads(head[8:], object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = strict_json.parse(head[8:])
+    except ValueError as error:
         raise BundleError(f"{path}: the safetensors header is damaged: {error}") from None
-    if not isinstance(header, dict):
-        raise BundleError(f"{path}: the safetensors header is damaged: not a JSON object")
     header.pop("__metadata__", None)
     entries = {name: _entry(path, name, fields, len(head)) for name, fields in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
@@ -182,13 +181,6 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 def _fields(code: str, shape: tuple[int, ...], offset: int, nbytes: int) -> dict[str, object]:
     return {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return fields
 
 
 def _entry(path: Path, name: str, fields: object, base: int) -> Entry:

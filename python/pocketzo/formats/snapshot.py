@@ -5,15 +5,15 @@ A snapshot is a folder ``step-00000100`` with
 =======================  ============================================================================================
 ``weights.safetensors``  the weights, in the layout of the bundle's file
 ``state.safetensors``    the method's state from step to step; missing for methods that have none
-``snapshot.json``        the step, the run (SHA-256 of the journal's header) and the SHA-256 of the other files
+``snapshot.json``        the position in the journal, and the SHA-256 of the other files
 =======================  ============================================================================================
 
-It is written beside and renamed, so that a killed process leaves a whole snapshot or none.
+It is written beside and renamed, so that a killed process leaves the snapshot before it or the whole new one.
+``docs/formats.md`` specifies this for readers in other languages.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError, JournalError
+from pocketzo.formats import strict_json
 from pocketzo.formats.files import atomic_file
+from pocketzo.formats.journal import Position
 from pocketzo.formats.safetensors import DTYPES, file_sha256, read_header, write
 
 FORMAT: Final = "pocketzo-snapshot"
@@ -37,81 +39,108 @@ _DESCRIPTION: Final = "snapshot.json"
 
 
 def write_snapshot(
-    folder: Path, step: int, run: str, write_weights: Callable[[Path], None], state: Mapping[str, NDArray[Any]]
+    folder: Path, position: Position, write_weights: Callable[[Path], None], state: Mapping[str, NDArray[Any]]
 ) -> Path:
-    """Write the snapshot of a step into the folder of a run's snapshots, and remove those that were there.
+    """Write a snapshot into the folder of a run's snapshots, and remove those that were there.
+
+    At every moment the old snapshot or the new one is there and whole.
 
     Parameters
     ----------
     folder : Path
         Made if it is missing.
-    step : int
-        Steps taken.
-    run : str
-        SHA-256 of the journal's header.
+    position : Position
+        The position of the weights in the run's journal.
     write_weights : callable
         Gets the path to write the weights to.
     state : mapping of str to ndarray
         The method's own; may be empty.
     """
-    final = folder / f"step-{step:08d}"
-    beside = folder / f".{final.name}.{os.getpid()}.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write_weights(beside / _WEIGHTS)
-        if state:
-            write(beside / _STATE, state.items())
-        files = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
-        described = {"format": FORMAT, "version": VERSION, "step": step, "run": run, "files": files}
-        with atomic_file(beside / _DESCRIPTION) as file:
-            file.write(json.dumps(described).encode())
-        old = [path for path in folder.glob("step-*") if path != final]
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-    except BaseException:
+    final = folder / f"step-{position.step:08d}"
+    if not _is_whole(final, position):
+        beside = folder / f".{final.name}.{os.getpid()}.part"
         shutil.rmtree(beside, ignore_errors=True)
-        raise
-    for path in old:
-        shutil.rmtree(path, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            write_weights(beside / _WEIGHTS)
+            if state:
+                write(beside / _STATE, state.items())
+            files = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
+            with atomic_file(beside / _DESCRIPTION) as file:
+                file.write(strict_json.dump(_description(position) | {"files": files}))
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or of entries that the journal has lost
+            beside.rename(final)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    for path in folder.glob("step-*"):
+        if path != final:
+            shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def _is_whole(path: Path, position: Position) -> bool:
+    """Whether a snapshot is there: a run that lost the end of its journal comes to the position again."""
+    try:
+        check_snapshot(path, position)
+    except JournalError:
+        return False
+    return True
 
 
 def snapshots(folder: Path) -> Iterator[tuple[int, Path]]:
     """Yield the snapshots in a folder by number of steps, the latest first."""
-    found = ((re.fullmatch(r"step-(\d{8,})", path.name), path) for path in folder.glob("step-*"))
+    found = ((re.fullmatch(r"step-([0-9]{8,})", path.name), path) for path in folder.glob("step-*"))
     yield from sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
-def check_snapshot(path: Path, step: int, run: str) -> tuple[Path, dict[str, NDArray[Any]]]:
+def check_snapshot(path: Path, position: Position) -> tuple[Path, dict[str, NDArray[Any]]]:
     """Check every byte of a snapshot; return the path of its weights, and its state.
 
     Raises
     ------
     JournalError
-        The snapshot is incomplete, damaged, or of another run; names the file and the reason.
+        The snapshot is incomplete, damaged, or of another position; names the file and the reason.
     """
-    try:
-        described = json.loads((path / _DESCRIPTION).read_bytes())
-        expected = {"format": FORMAT, "version": VERSION, "step": step, "run": run}
-        for key, value in expected.items():
-            if described[key] != value:
-                raise JournalError(f"{path / _DESCRIPTION}: {key} is {described[key]!r}, expected {value!r}")
-        files = described["files"]
-        if not {_WEIGHTS} <= set(files) <= {_WEIGHTS, _STATE}:
-            raise JournalError(f"{path / _DESCRIPTION}: names the files {', '.join(files)}")
-        for name, sha256 in files.items():
+    files = _read_description(path / _DESCRIPTION, position)
+    for name, sha256 in files.items():
+        try:
             got = file_sha256(path / name)
-            if got != sha256:
-                raise JournalError(f"{path / name}: damaged: SHA-256 is {got}, expected {sha256}")
-        return path / _WEIGHTS, _read_state(path / _STATE) if _STATE in files else {}
-    except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
-        raise JournalError(f"{path}: incomplete or damaged: {error}") from None
+        except OSError as error:
+            raise JournalError(f"{path / name}: cannot be read: {error.strerror}") from None
+        if got != sha256:
+            raise JournalError(f"{path / name}: damaged: SHA-256 is {got}, expected {sha256}")
+    return path / _WEIGHTS, _read_state(path / _STATE) if _STATE in files else {}
+
+
+def _description(position: Position) -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, **position._asdict()}
+
+
+def _read_description(path: Path, position: Position) -> dict[str, Any]:
+    """Return the SHA-256 of a snapshot's files by name."""
+    try:
+        described = strict_json.parse(path.read_bytes())
+    except OSError as error:
+        raise JournalError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise JournalError(f"{path}: damaged: {error}") from None
+    for key, value in _description(position).items():
+        got = described.get(key)
+        if got != value or type(got) is not type(value):
+            raise JournalError(f"{path}: {key} is {got!r}, expected {value!r}")
+    files = described.get("files")
+    if not isinstance(files, dict) or not {_WEIGHTS} <= set(files) <= {_WEIGHTS, _STATE}:
+        raise JournalError(f"{path}: files is {files!r}, expected {_WEIGHTS}, perhaps {_STATE}, and no others")
+    return files
 
 
 def _read_state(path: Path) -> dict[str, NDArray[Any]]:
-    data = path.read_bytes()
+    try:
+        entries, data = read_header(path), path.read_bytes()
+    except BundleError as error:
+        raise JournalError(str(error)) from None
     return {
         name: np.frombuffer(data[entry.start : entry.stop], DTYPES[entry.dtype]).reshape(entry.shape).copy()
-        for name, entry in read_header(path).items()
+        for name, entry in entries.items()
     }

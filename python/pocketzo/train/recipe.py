@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
@@ -151,16 +151,21 @@ class Recipe:
 
 
 def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
-    """Make a dataclass from JSON, and check that the names and types are its own."""
+    """Make a dataclass from JSON, and check that the names and types are its own.
+
+    A field that has a default may be missing: it was added after the journal was written.
+    """
     if not isinstance(given, Mapping):
         raise JournalError(f"{path}: {where} is {given!r}, expected an object")
-    names = {field.name for field in fields(cls)}
-    if names != set(given):
-        wrong = ", ".join(sorted(names ^ set(given)))
-        raise JournalError(f"{path}: {where} has not the fields of this version of PocketZO; these differ: {wrong}")
+    known = fields(cls)
+    for unknown in sorted(set(given) - {own.name for own in known}):
+        raise JournalError(f"{path}: {where}.{unknown} is a setting that this version of PocketZO does not have")
+    for own in known:
+        if own.name not in given and own.default is MISSING and own.default_factory is MISSING:
+            raise JournalError(f"{path}: {where}.{own.name} is missing")
     hints = get_type_hints(cls)
     try:
-        return cls(**{name: _value(hints[name], given[name], path, f"{where}.{name}") for name in names})
+        return cls(**{name: _value(hints[name], value, path, f"{where}.{name}") for name, value in given.items()})
     except ValueError as error:
         raise JournalError(f"{path}: {where}: {error}") from None
 
@@ -168,8 +173,16 @@ def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
 def _value(hint: Any, given: Any, path: Path, where: str) -> Any:
     if is_dataclass(hint):
         return _parse(hint, given, path, where)  # type: ignore[arg-type]
-    choices = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = tuple(getattr(choice, "__origin__", choice) for choice in choices)
-    if type(given) not in kinds:
-        raise JournalError(f"{path}: {where} is {given!r}, expected {hint}")
+    if not _fits(hint, given):
+        expected = hint.__name__ if isinstance(hint, type) else hint
+        raise JournalError(f"{path}: {where} is {given!r}, expected {expected}")
     return given
+
+
+def _fits(hint: Any, given: object) -> bool:
+    """Whether a value from JSON is of a type; a number without a fraction may be a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(choice, given) for choice in get_args(hint))
+    if get_origin(hint) is dict:
+        return isinstance(given, dict) and all(_fits(get_args(hint)[1], value) for value in given.values())
+    return hint is Any or type(given) is hint or (hint is float and type(given) is int)

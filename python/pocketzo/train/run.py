@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pocketzo.errors import JournalError
+from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.journal import Journal
 from pocketzo.formats.safetensors import file_sha256
@@ -56,7 +55,7 @@ class Run:
         journal = Journal.open(self.path / JOURNAL, write=False)
         self.recipe = Recipe.read(journal.header, journal.path)
         self.spec = int(journal.header["spec"])
-        self.id = run_id(journal)
+        self._journal = journal
         self.entries = journal.entries
         self.notice = journal.notice
 
@@ -119,16 +118,19 @@ class Run:
         step = self.steps if step is None else step
         if not 0 <= step <= self.steps:
             raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
-        optimizer = from_settings(model, self.recipe.method)
+        try:
+            optimizer = from_settings(model, self.recipe.method)
+        except ValueError as error:
+            raise JournalError(f"{self._journal.path}: header.method: {error}") from None
         for number, path in snapshots(self.path / SNAPSHOTS):
             if number > step:
                 continue
             try:
-                weights, state = check_snapshot(path, number, self.id)
-            except JournalError as error:  # the journal alone gives the same weights
+                weights, state = check_snapshot(path, self._journal.position(number))
+                model.weights.read(weights)
+            except (JournalError, BundleError) as error:  # the journal alone gives the same weights
                 warnings.warn(f"passed over: {error}", stacklevel=3)
                 continue
-            model.weights.read(weights)
             optimizer.set_state(state)
             optimizer.skip(self.entries[:number])
             break
@@ -157,11 +159,6 @@ class _Unloaded:
         self.bundle = bundle
         self.weights = Weights(bundle)
         self.weights.read()
-
-
-def run_id(journal: Journal) -> str:
-    """Return the SHA-256 of a journal's header, by which a run's snapshots are told from others."""
-    return hashlib.sha256(json.dumps(journal.header, sort_keys=True).encode()).hexdigest()
 
 
 def finite(value: float) -> float | None:

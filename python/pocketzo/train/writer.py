@@ -15,7 +15,7 @@ from pocketzo.formats.journal import Entry, Journal
 from pocketzo.formats.snapshot import write_snapshot
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.train.recipe import Recipe
-from pocketzo.train.run import JOURNAL, METRICS, SNAPSHOTS, Run, run_id
+from pocketzo.train.run import JOURNAL, METRICS, SNAPSHOTS, Run
 
 _SYNC_SECONDS = 30.0
 
@@ -78,8 +78,8 @@ class RunWriter:
 
     def snapshot(self, optimizer: Optimizer) -> None:
         """Save the weights and the optimizer's state; only the last snapshot is kept."""
-        weights, state = optimizer.model.weights, optimizer.state()
-        write_snapshot(self.path / SNAPSHOTS, optimizer.step_number, run_id(self._journal), weights.save, state)
+        position = self._journal.position(optimizer.step_number)
+        write_snapshot(self.path / SNAPSHOTS, position, optimizer.model.weights.save, optimizer.state())
 
     def close(self) -> None:
         """Write everything to storage and release the run."""

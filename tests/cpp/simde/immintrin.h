@@ -1,18 +1,18 @@
-// The header that cpp/avx512.cpp finds in place of the compiler's own where POCKETZO_EMULATE_AVX512 is on: SIMDe
-// (Debian's libsimde-dev) gives the AVX-512 intrinsics by pairs of AVX2 ones. So the set's code, unchanged, is tested
-// on processors without AVX-512. What it cannot show is the compiler's own AVX-512 code.
+// Replaces the compiler's header for cpp/avx512.cpp if POCKETZO_EMULATE_AVX512 is on. SIMDe (Debian's libsimde-dev)
+// implements AVX-512 intrinsics by pairs of AVX2 ones, so the set's source is tested unchanged on CPUs without AVX-512.
+// The machine code that the compiler generates for AVX-512 is not.
 #pragma once
 
 #include_next <immintrin.h>
 
 #if !defined(__AVX2__) || !defined(__FMA__)
-#error "SIMDe would round twice where no fma instruction is allowed"
+#error "without fma instructions, SIMDe rounds twice"
 #endif
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 
-// What SIMDe 0.7.4 lacks.
+// Missing in SIMDe 0.7.4.
 inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
   const simde__m512i_private from = simde__m512i_to_private(a);
   simde__m512_private to;

@@ -1,0 +1,63 @@
+"""Add nodes, parameters, inputs and outputs to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.weight import Array
+
+
+class Builder:
+    """Adds to a graph, and returns the values that it adds.
+
+    Parameters
+    ----------
+    graph : Graph
+    prefix : str
+        Beginning of the names that it makes up.
+    before : Node, optional
+        Where nodes are put; by default at the graph's end.
+    """
+
+    def __init__(self, graph: ir.Graph, prefix: str = "", *, before: ir.Node | None = None) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.before = before
+        self._taken = value_names(graph)
+
+    def op(self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any) -> ir.Value:
+        """Add a node with one output, which has its name."""
+        name = unique(f"{self.prefix}{kind}", self._taken) if name is None else name
+        node = ir.node(kind, inputs, attributes, outputs=[ir.Value(name=name)], name=name)
+        if self.before is None:
+            self.graph.append(node)
+        else:
+            self.before.prepend(node)
+        return node.outputs[0]
+
+    def constant(self, value: float | Sequence[int] | Array) -> ir.Value:
+        """Add a constant: float32 for a float, int64 for integers. It is a node, as initializers are parameters."""
+        return self.op("Constant", value=ir.tensor(value))
+
+    def parameter(self, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:
+        """Add an initializer."""
+        stored = tensor if isinstance(tensor, ir.TensorProtocol) else ir.tensor(tensor, name=name)
+        value = ir.val(name, const_value=stored)
+        self.graph.register_initializer(value)
+        return value
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Add an input of the graph."""
+        value = ir.val(name, dtype, shape)
+        self.graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make a value an output of the graph."""
+        value.dtype = dtype
+        value.shape = ir.Shape(shape)
+        self.graph.outputs.append(value)

@@ -1,0 +1,131 @@
+"""Read an ONNX file, and describe its inputs and outputs."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Final
+
+import onnx.checker
+import onnx.inliner
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes import common
+
+from pocketzo.errors import BundleError
+from pocketzo.formats.bundle import ValueSpec
+from pocketzo.graph.names import title_of
+
+MIN_OPSET: Final = 13
+
+
+def read_model(path: Path) -> ir.Model:
+    """Read a graph without its external data, and bring it to one form.
+
+    Local functions are inlined. Constants are initializers of the main graph, whether they were nodes or belonged to an
+    inner graph, and are no inputs.
+
+    Raises
+    ------
+    BundleError
+        If the file is not an ONNX model, of an operator set before 13, or not well formed.
+    """
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError:
+        raise BundleError("not an ONNX file, or cut off") from None
+    versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    if not proto.graph.node or not versions:
+        raise BundleError("not an ONNX file, or an empty one: it has no nodes or names no operator set")
+    if versions[0] < MIN_OPSET:
+        raise BundleError(f"operator set {versions[0]}; export the model with opset {MIN_OPSET} or later")
+    if proto.graph.sparse_initializer:
+        raise BundleError("sparse initializers are not supported; export the model with dense weights")
+    proto.ir_version = max(proto.ir_version, 4)  # before, each initializer had to be an input too
+    if proto.functions:
+        try:
+            proto = onnx.inliner.inline_local_functions(proto)
+        except (RuntimeError, onnx.checker.ValidationError) as error:
+            raise BundleError(f"the graph's functions cannot be inlined: {_reason(error)}") from None
+    model = from_proto(proto)
+    ir.passes.Sequential(
+        common.RemoveInitializersFromInputsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+    )(model)
+    return model
+
+
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """Return a graph as onnx_ir has it, its nodes in the order of the computation.
+
+    Raises
+    ------
+    BundleError
+        If it is not well formed: two values of one name, a value that nothing computes, a cycle.
+    """
+    log = logging.getLogger("onnx_ir")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of, and mends, what is an error below
+    try:
+        model = ir.from_proto(proto)
+        model.graph.sort()
+    except (ir.serde.SerdeError, ValueError) as error:
+        raise BundleError(f"the graph cannot be read: {_reason(error)}") from None
+    finally:
+        log.setLevel(level)
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and value.producer() is None and value.graph is None:
+                raise BundleError(f"node {title_of(node)} reads {value.name!r}, which nothing computes")
+    for value in model.graph.outputs:
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            raise BundleError(f"nothing computes the graph's output {value.name!r}")
+    return model
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """Return a graph as the bytes of an ONNX file, the same for the same graph."""
+    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return content
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first sentence of the error at the bottom of a chain, in which each quotes all that it was about."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return re.split(r"\.?\n|\. ", str(error).strip())[0] or type(error).__name__
+
+
+def drop_provenance(model: ir.Model) -> None:
+    """Remove the stack traces that exporters attach to each node: often more bytes than all else in a graph."""
+    common.ClearMetadataAndDocStringPass()(model)
+
+
+def describe(value: ir.Value) -> ValueSpec:
+    """Return the name, element type and shape of an input or output.
+
+    Raises
+    ------
+    BundleError
+        If it is not a tensor, or of unknown rank.
+    """
+    shape = shape_of(value)
+    if shape is None:
+        raise BundleError(f"the graph's input or output {value.name!r} is not a tensor of known rank")
+    return ValueSpec(str(value.name), dtype_of(value), tuple(shape))
+
+
+def shape_of(value: ir.Value) -> list[int | str] | None:
+    """Return the sizes of a tensor's axes, names for those that vary; None if its rank is not known."""
+    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+        return None
+    return [(size if size >= 0 else "?") if isinstance(size, int) else size.value or "?" for size in value.shape]
+
+
+def dtype_of(value: ir.Value) -> str:
+    """Return the name of a tensor's element type."""
+    if value.dtype is None or value.dtype == ir.DataType.STRING:
+        return "object"
+    return value.dtype.numpy().name

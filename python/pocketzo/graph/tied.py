@@ -1,0 +1,146 @@
+"""Which tensors are one weight, and how the nodes that use it read it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+
+from pocketzo.errors import DeadWeightError
+from pocketzo.graph.build import Builder
+from pocketzo.graph.names import scope_of, title_of
+from pocketzo.graph.roles import role_of
+from pocketzo.graph.weight import Array, Constant, Draft, Use, Weight
+
+
+def unify_equal_matrices(draft: Draft) -> None:
+    """Let equal matrices share their memory, also where one is the other transposed.
+
+    Folding the transpose of a tied weight, exporters store it twice. A diagonal is the same for both, so that few
+    matrices need be compared whole. Equality of matrices whose elements all have one value is coincidence.
+    """
+    families: defaultdict[tuple[object, ...], list[Constant]] = defaultdict(list)
+    for constant in draft.constants.values():
+        array = constant.array
+        if array.ndim == 2 and min(array.shape) > 1:
+            families[array.dtype, frozenset(array.shape), array.diagonal().tobytes()].append(constant)
+    for family in families.values():
+        originals: list[Constant] = []
+        for constant in family if len(family) > 1 else []:
+            views = ((original, view) for original in originals for view in (original.array, original.array.T))
+            equal = next((pair for pair in views if np.array_equal(pair[1], constant.array)), None)
+            if equal is not None:
+                constant.root = equal[0].value
+                constant.array = equal[1]
+            elif not _is_constant(constant.array):
+                originals.append(constant)
+
+
+def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
+    """Decide which tensors to store for the views of one root: one if it is tied, else one for each parameter."""
+    roles: list[tuple[Constant, Use, str | None]] = [
+        (constant, use, role_of(draft, constant, use)) for constant in family for use in constant.value.uses()
+    ]
+    if not any(role for _, _, role in roles):
+        return [Weight(str(one.value.name), one.array, uses=list(one.value.uses())) for one in family]
+    if len(roles) > 1 and _is_constant(family[0].array):
+        return _split(roles)
+
+    for stored in family:
+        array = stored.array
+        others = [constant for constant in family if not _same_view(constant.array, array)]
+        if not others or (
+            array.ndim == 2
+            and all(
+                _same_view(constant.array, array.T)
+                and all(_reads_transposed(draft, use) for use in constant.value.uses())
+                for constant in others
+            )
+        ):
+            return [
+                Weight(
+                    next((constant.label for constant in family if constant.label), str(stored.root.name)),
+                    array,
+                    parameter=True,
+                    uses=[use for constant in family if constant not in others for use in constant.value.uses()],
+                    transposed=[use for constant in others for use in constant.value.uses()],
+                )
+            ]
+    other = next(constant for constant in family[1:] if not _same_view(constant.array, family[0].array))
+    node, _ = next(iter(other.value.uses()))
+    raise DeadWeightError(
+        f"weight {other.label or other.root.name!r} is used as it is stored and, by node {title_of(node)}, in another "
+        "form that cannot read the same memory"
+    )
+
+
+def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
+    """Give each parameter its own copy of a tensor that is shared because all its elements had one value.
+
+    The old torch exporter left an Identity node with the name of each parameter. The new one left nothing, but
+    tells from which module each node comes: uses by one module are one parameter.
+    """
+    scopes: defaultdict[ir.Value, set[str | None]] = defaultdict(set)
+    for constant, (node, _), role in roles:
+        if role:
+            scopes[constant.value].add(scope_of(node))
+    weights: dict[tuple[str, tuple[int, ...]], Weight] = {}
+    for constant, use, role in roles:
+        label, array, scope = constant.label, constant.array, scope_of(use[0])
+        if role is None:
+            key = f"{constant.value.name}.constant"
+        elif label and len(scopes[constant.value]) == 1 and scope:
+            key = label
+        elif scope:
+            key = f"{scope}.{role}"
+        elif label and (label, array.shape) not in weights:
+            key = label
+        else:
+            key = f"{title_of(use[0], bare=True)}.{role}"
+        weight = weights.setdefault((key, array.shape), Weight(key, array, parameter=role is not None))
+        weight.uses.append(use)
+    return list(weights.values())
+
+
+def _reads_transposed(draft: Draft, use: Use) -> bool:
+    node, index = use
+    return node.graph is draft.graph and (node.op_type, index) in {("MatMul", 1), ("Gemm", 0), ("Gemm", 1)}
+
+
+def connect(draft: Draft, weights: list[Weight]) -> None:
+    """Let each node read its weights under their names, transposed where it is tied."""
+    for weight in weights:
+        value = ir.val(weight.name, ir.DataType.from_numpy(weight.array.dtype), weight.array.shape)
+        draft.graph.initializers.add(value)
+        for node, index in weight.uses:
+            node.replace_input_with(index, value)
+        for node, index in weight.transposed:
+            node.replace_input_with(index, value)
+            if node.op_type == "Gemm":
+                flag = "transA" if index == 0 else "transB"
+                node.attributes.add(ir.AttrInt64(flag, 1 - node.attributes.get_int(flag, 0)))
+            else:
+                _multiply_transposed(draft.graph, node, weight.array.shape)
+
+
+def _multiply_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
+    """Compute X @ W.T with X of any rank by Gemm, which reads W as it is stored but takes two axes only."""
+    x, matrix = node.inputs
+    (output,) = node.outputs
+    classes, width = shape
+    build = Builder(graph, f"{output.name}/", before=node)
+    product = build.op("Gemm", build.op("Reshape", x, build.constant([-1, width])), matrix, transB=1)
+    batch = build.op("Slice", build.op("Shape", x), build.constant([0]), build.constant([-1]))
+    result = build.op("Reshape", product, build.op("Concat", batch, build.constant([classes]), axis=0))
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [], [output], [result])
+
+
+def _same_view(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and a.strides == b.strides and a.ctypes.data == b.ctypes.data
+
+
+def _is_constant(array: Array) -> bool:
+    """Return whether all elements have one value; most arrays differ in the first few."""
+    flat = array.reshape(-1) if array.flags.c_contiguous else array.T.reshape(-1)
+    return bool((flat[:64] == flat[0]).all() and (flat == flat[0]).all())

@@ -1,0 +1,90 @@
+"""Tensors of a graph: constants as the graph holds them, weights as they are stored outside of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array: TypeAlias = npt.NDArray[Any]
+Use: TypeAlias = tuple[ir.Node, int]
+"""A node that reads a tensor, and the number of the input by which it does."""
+
+
+@dataclass(eq=False)
+class Constant:
+    """A floating-point tensor of a graph, or a view of one.
+
+    Attributes
+    ----------
+    value : Value
+        What the graph knows it by.
+    array : ndarray
+        The elements; often a view of a mapped file.
+    root : Value
+        The tensor that it is a view of: its own value if it is none.
+    label : str or None
+        The name of the parameter that it is, where the exporter kept it.
+    """
+
+    value: ir.Value
+    array: Array
+    root: ir.Value
+    label: str | None
+
+
+@dataclass(eq=False)
+class Weight:
+    """A tensor to be stored outside of the graph.
+
+    Attributes
+    ----------
+    name : str
+    array : ndarray
+        The elements; often a view of a mapped file.
+    parameter : bool
+        Whether an operator uses it as a weight, so that it can be trained.
+    folded_by : str or None
+        A node that the runtime computes once, when it loads the graph, so that later writes are not seen.
+    uses, transposed : list of Use
+        Who reads it as it is stored, and who reads it transposed.
+    storage_dtype : str or None
+        The type in which it is to be stored, if it is another one than the array's.
+    """
+
+    name: str
+    array: Array
+    parameter: bool = False
+    folded_by: str | None = None
+    uses: list[Use] = field(default_factory=list)
+    transposed: list[Use] = field(default_factory=list)
+    storage_dtype: str | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type in which it is to be stored."""
+        return np.dtype(self.storage_dtype or self.array.dtype)
+
+
+@dataclass(eq=False)
+class Draft:
+    """A graph from which weights are being taken.
+
+    Attributes
+    ----------
+    graph : Graph
+    constants : dict of Value to Constant
+        All its floating-point constants.
+    large : list of Weight
+        Constants of other types that are too large to stay in the graph.
+    constant_nodes : set of Node
+        Nodes that compute from constants alone.
+    """
+
+    graph: ir.Graph
+    constants: dict[ir.Value, Constant] = field(default_factory=dict)
+    large: list[Weight] = field(default_factory=list)
+    constant_nodes: set[ir.Node] = field(default_factory=set)

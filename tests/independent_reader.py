@@ -1,0 +1,99 @@
+"""Bundles, journals and snapshots, read and replayed as docs/formats.md says; the noise as cpp/SPEC.md says."""
+
+import json
+import re
+import struct
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from vectors.reference import Term, apply, apply16, normal
+
+TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "u1", "BOOL": "?"}
+
+
+def read_tensors(data: bytearray) -> dict[str, Any]:
+    """Return arrays over the bytes of a safetensors file."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    return {
+        name: np.ndarray(item["shape"], TYPES[item["dtype"]], data, size + item["data_offsets"][0])
+        for name, item in json.loads(data[8:size]).items()
+        if not name.startswith("pocketzo.padding.")
+    }
+
+
+def read_bundle(folder: Path) -> tuple[dict[str, Any], bytearray]:
+    """Return what bundle.json says, and the weights' file."""
+    bundle = json.loads((folder / "bundle.json").read_bytes())
+    data = bytearray((folder / "weights.safetensors").read_bytes())
+    assert (bundle["format"], bundle["version"]) == ("pocketzo-bundle", 2), folder
+    assert bundle["graph_sha256"] == sha256((folder / "model.onnx").read_bytes()).hexdigest(), folder
+    assert bundle["header_sha256"] == sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest(), folder
+    for tensor in bundle["tensors"]:  # of which no two meet
+        assert tensor["id"] == int.from_bytes(sha256(tensor["name"].encode()).digest()[:4], "little"), tensor
+    return bundle, data
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], str, list[tuple[float, dict[int, float]]], list[int]]:
+    """Return the header, its SHA-256, the entries, and the CRC-32 of the header and of each entry."""
+    data = path.read_bytes()
+    magic, size = struct.unpack_from("<4sI", data)
+    text, end, entries, crcs = data[8 : 8 + size], 12 + size, [], [crc32(data[8 : 8 + size])]
+    assert (magic, data[end - 4 : end]) == (b"PZOJ", crcs[0].to_bytes(4, "little")), f"{path}: the header is damaged"
+    while end < len(data):
+        start, (count, lr) = end, struct.unpack_from("<If", data, end)
+        end += 12 + 12 * count
+        crcs.append(crc32(data[start : end - 4], crcs[-1]))
+        assert data[end - 4 : end] == crcs[-1].to_bytes(4, "little"), f"{path}: the entry at byte {start} is damaged"
+        entries.append((lr, dict(struct.iter_unpack("<Qf", data[start + 8 : end - 4]))))
+    return json.loads(text), sha256(text).hexdigest(), entries, crcs
+
+
+def read_snapshot(folder: Path, run: str, crcs: list[int]) -> tuple[int, dict[str, bytearray]]:
+    """Return the number of steps, and the other files by name."""
+    about = json.loads((folder / "snapshot.json").read_bytes())
+    files = {name: bytearray((folder / name).read_bytes()) for name in about["files"]}
+    expected = ["pocketzo-snapshot", 1, run, crcs[about["step"]]]
+    assert [about[key] for key in ("format", "version", "run", "crc32")] == expected, f"{folder} is of another journal"
+    assert about["files"] == {name: sha256(data).hexdigest() for name, data in files.items()}, f"{folder} is damaged"
+    return about["step"], files
+
+
+def terms(method: dict[str, Any], tensor: dict[str, Any], lr: float, moves: dict[int, float]) -> Iterator[Term]:
+    """Yield what a step does to one tensor."""
+    group = next((g for g in method["groups"] if re.search(g["pattern"], tensor["name"])), {"lr": 1.0, "eps": 1.0})
+    eps, is_16bit = float(np.float32(method["eps"] * group["eps"])), tensor["dtype"] != "float32"
+    decay = float(np.float32(lr * group["lr"] * method["weight_decay"])) if len(tensor["shape"]) > 1 else 0.0
+    seed, kind, draws, at = method["seed"], method["distribution"], list(moves), dict[int, int]()
+    sides: list[dict[int, int]] = [{draw: side} for draw in draws for side in (1, -1)]
+    points = {"mezo": sides, "fzoo": [{}, *sides[::2]]}[method["method"]]
+    points.append({draw: side for draw, side in points[-1].items() if draw == draws[0] and not is_16bit})
+    for point in points:
+        for draw in dict.fromkeys([*at, *point]):
+            start, end = at.get(draw, 0), point.get(draw, 0)
+            for leg in [-start, end] if is_16bit and start and end else [end - start] * (start != end):
+                yield Term(seed, draw, (leg * eps,), 0.0, kind)
+        at = point
+    for draw in draws:
+        scale, last = -group["lr"] * moves[draw] - at.get(draw, 0) * eps, draw == draws[-1]
+        yield Term(seed, draw, (scale,), decay if last else 0.0, kind, "stochastic" if last else "later")
+
+
+def replay(bundle: dict[str, Any], data: bytearray, header: dict[str, Any], entries: list[Any], first: int = 0) -> None:
+    """Do to the weights' file what some steps did, the first of which has a number."""
+    method, arrays = header["method"], read_tensors(data)
+    trained = [(tensor, list[Term]()) for tensor in bundle["tensors"] if tensor["name"] in method["trained"]]
+    for step, entry in enumerate(entries, first):
+        order = normal(method["seed"], 0xFFFFFFFE, step, 0, len(trained)).argsort(kind="stable")
+        share = method["subset"]["share"] if method["subset"] else 1.0
+        for tensor, todo in [trained[i] for i in order[: max(1, round(share * len(trained)))]]:
+            todo.extend(terms(method, tensor, *entry))
+    for tensor, todo in trained:
+        w = arrays[tensor["name"]].reshape(-1)
+        if tensor["dtype"] == "float32":
+            w[...] = apply(w, todo, tensor=tensor["id"])
+        else:
+            w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], tensor=tensor["id"])

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pocketzo.demo import probe
+
+Array = npt.NDArray[Any]
+
+
+def clusters(rows: int, seed: int, spread: float) -> tuple[Array, Array]:
+    """Return three Gaussian clusters in 5 dimensions, whose scales differ by a factor of 1e6."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 3, rows)
+    features = 4 * np.eye(3, 5)[labels] + spread * random.standard_normal((rows, 5))
+    return features * 10.0 ** np.arange(-3, 2), labels
+
+
+def test_probe_separates_what_is_separable() -> None:
+    train, test = clusters(60, 0, 0.1), clusters(200, 1, 0.1)
+    assert probe.linear_probe(*train, *test) == 1.0
+    assert probe.linear_probe(train[0].astype(np.float32), train[1], *test, l2=1e-6) == 1.0
+
+
+def test_probe_is_at_chance_on_noise() -> None:
+    random = np.random.default_rng(0)
+    train, test = random.standard_normal((300, 4)), random.standard_normal((3000, 4))
+    accuracy = probe.linear_probe(train, np.arange(300) % 2, test, np.arange(3000) % 2)
+    assert 0.45 < accuracy < 0.55
+
+
+def test_probe_ignores_constant_columns_and_knows_unbalanced_classes() -> None:
+    features, labels = np.ones((50, 3)), np.array([0] * 40 + [1] * 10)
+    assert probe.linear_probe(features, labels, features, labels) == 0.8
+
+
+def test_probe_solution_is_the_minimum() -> None:
+    features, labels = clusters(90, 0, 3.0)
+    x = np.column_stack([(features - features.mean(0)) / features.std(0), np.ones(90)])
+    y = np.eye(3)[labels]
+    l2 = np.array([[0.05]] * 5 + [[0.0]])
+
+    def objective(weights: Array) -> float:
+        scores = np.exp(x @ weights)
+        return float(-np.log((scores / scores.sum(1, keepdims=True) * y).sum(1)).mean() + (l2 * weights**2).sum() / 2)
+
+    best = probe._fit(x, y, 0.05)
+    gradient = np.zeros_like(best)
+    for index in np.ndindex(*best.shape):
+        step = np.zeros_like(best)
+        step[index] = 1e-5
+        gradient[index] = (objective(best + step) - objective(best - step)) / 2e-5
+    np.testing.assert_allclose(gradient, 0, atol=2e-5)  # and the objective is convex
+
+
+def test_probe_refuses_what_does_not_fit() -> None:
+    features, labels = clusters(20, 0, 1.0)
+    with pytest.raises(ValueError, match=r"got \(20, 5\) and \(19,\)"):
+        probe.linear_probe(features, labels[:19], features, labels)
+    with pytest.raises(ValueError, match=r"for testing \(20, 4\)"):
+        probe.linear_probe(features, labels, features[:, :4], labels)
+    with pytest.raises(ValueError, match="got 20 and 0"):
+        probe.linear_probe(features, labels, features[:0], labels[:0])
