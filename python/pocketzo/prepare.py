@@ -35,7 +35,7 @@ def prepare(
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
-    The graph computes what it did, from weights that lie outside of it in the form in which its nodes read them. If it
+    The graph computes the same function, from weights in a file of their own, stored as its nodes read them. If it
     has no ``loss`` but class scores (an output named ``logits``, or a single one of shape [batch, classes]), it gets an
     int64 input ``labels`` and an output ``loss``, the mean cross-entropy: labels of shape [batch] for logits [batch,
     classes], or [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 do not count. A
@@ -75,7 +75,7 @@ def prepare(
         If the model, its external data or the tokenizer cannot be used, the labels do not fit, the model computes
         something else in float16, or ``out`` exists and is not a bundle. Nothing is written then.
     DeadWeightError
-        If the runtime would not see changes of a weight that is to be trained.
+        If the runtime would not see changes of a trainable weight.
     MissingExtraError
         If the package onnx is not installed.
     """

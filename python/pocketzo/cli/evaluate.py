@@ -60,7 +60,7 @@ def evaluate(
     threads: int | None,
     columns: Columns,
 ) -> None:
-    """Evaluate a bundle, or what a run has made of its base bundle.
+    """Evaluate a bundle, or the weights of a run.
 
     Prints accuracy, mean loss, and the count of examples; null, or "-", for what the graph does not give.
 

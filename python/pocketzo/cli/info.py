@@ -27,7 +27,7 @@ from pocketzo.train.run import JOURNAL, Run
 @json_option
 @click.option("--tensors", is_flag=True, help="List a bundle's weights, for --trainable and --group.")
 def info(path: Path, as_json: bool, tensors: bool) -> None:
-    """Tell what a bundle or a run holds.
+    """Show what a bundle or a run contains.
 
     \b
     Example:

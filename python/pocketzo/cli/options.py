@@ -88,9 +88,6 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
-_HOLDS = {"text": "text", "text_pair": "second text", "label": "label"}
-
-
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that name columns; the command gets them as ``columns``."""
 
@@ -104,6 +101,6 @@ def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
         with_columns = click.option(
             f"--{field.name.replace('_', '-')}-column",
             metavar="NAME",
-            help=f"Column that holds the {_HOLDS[field.name]}.  [default: {', '.join(names)}]",
+            help=f"Column that holds the {field.metadata['holds']}.  [default: {', '.join(names)}]",
         )(with_columns)
     return with_columns

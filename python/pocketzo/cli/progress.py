@@ -28,7 +28,7 @@ def fit_shown(trainer: Trainer, again: str) -> int | None:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM end training after the step that is under way, a second one at once."""
+    """Ctrl-C and SIGTERM end training after the current step; a second signal ends it at once."""
 
     def __init__(self, trainer: Trainer, again: str) -> None:
         self.received: int | None = None
@@ -47,7 +47,7 @@ class _Signals:
         if self.received is not None:
             err.show_cursor()
             click.echo(f"\npocketzo: ended at once; to go on: {self._again}", err=True)
-            # Like a kill: an exception in the middle of a step would have it recorded as one that moved nothing.
+            # Like a kill: an exception in the middle of a step would record it as undone.
             os._exit(128 + number)
         self.received = number
         self._trainer.stop_requested = True

@@ -39,7 +39,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--resume", type=PATH, metavar="RUN", help="Go on with a run. All settings come from its record.")
+@click.option("--resume", type=PATH, metavar="RUN", help="Continue a run. All settings come from its journal.")
 @click.option("--data", type=PATH, metavar="FILE", help="Examples to learn: .jsonl, .tsv, .csv or .npz.")
 @click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples to evaluate.")
 @click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new, or hold this run.")
@@ -51,15 +51,15 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     help="fzoo: 1 + --queries forwards a step; mezo: 2 forwards for each of --queries.",
 )
 @click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo]")
-@click.option("--eps", type=float, default=1e-3, help="How far weights are shifted to see the loss change.")
+@click.option("--eps", type=float, default=1e-3, help="Size of a shift along a direction.")
 @click.option("--batch-size", type=int, default=32, help="Examples a step.")
 @click.option("--seed", type=int, default=0, help="Fixes every direction and the order of the data.")
-@click.option("--weight-decay", type=float, default=0.0, help="lr times this share of each matrix is taken off a step.")
+@click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this of every matrix.")
 @click.option(
     "--trainable",
     callback=regex,
     metavar="REGEX",
-    help="Train only weights whose names it is found in.  [default: all]",
+    help="Train only weights whose names match.  [default: all]",
 )
 @click.option(
     "--group",
@@ -84,8 +84,10 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     "batches, where moving weights takes as long as the forwards.  [default: all tensors]",
 )
 @click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Of the lr.")
-@click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises.")
-@click.option("--eval-every", type=int, metavar="STEPS", help="Evaluate so often.  [default: 10 times a run]")
+@click.option("--warmup", type=int, default=0, help="Steps over which the lr rises at first.")
+@click.option(
+    "--eval-every", type=int, metavar="STEPS", help="Steps between evaluations.  [default: a tenth of the run]"
+)
 @click.option(
     "--metric",
     type=click.Choice(list(METRICS)),
@@ -98,13 +100,14 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     help="What is minimised, of each step's batch; 1 - metric, where higher is better. accuracy, f1 and matthews are "
     "piecewise constant, so that small batches and a small --eps show no difference.",
 )
-@click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without a better one.")
+@click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without improvement.")
 @click.option(
-    "--snapshot-every", type=int, metavar="STEPS", help="Save the weights so often: a resume is quicker then."
+    "--snapshot-every",
+    type=int,
+    metavar="STEPS",
+    help="Steps between snapshots of the weights, which make resuming quicker.",
 )
-@click.option(
-    "--group-by-length", is_flag=True, help="Batches of texts of similar length: less padding to compute with."
-)
+@click.option("--group-by-length", is_flag=True, help="Form batches of texts of similar length, which saves padding.")
 @click.option(
     "--prepack/--no-prepack",
     default=None,
@@ -114,8 +117,8 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     "--max-memory",
     callback=memory_size,
     metavar="SIZE",
-    help="Stop, and undo the step under way, before this process has so much memory resident, such as 1.5G. There is "
-    "no loss.png then, as drawing it takes 50 MB.",
+    help="Stop, and undo the current step, before the resident memory of this process reaches SIZE, such as 1.5G. "
+    "There is no loss.png then, as drawing it takes 50 MB.",
 )
 @threads_option("all cores; for forwards, what is quickest in a few with 1, 2, the fast cores and all")
 @column_options
@@ -152,14 +155,14 @@ def train(
     threads: int | None,
     columns: Columns,
 ) -> None:
-    """Train BUNDLE on examples, and keep the record in a run folder.
+    """Train BUNDLE on examples, and keep a journal in a run folder.
 
-    The weights are moved in place, by forward passes alone. RUN gets journal.pzj, from which `pocketzo replay` rebuilds
-    the tuned weights bit for bit, metrics.jsonl, and, with matplotlib, loss.png.
+    Training moves the weights in place, by forward passes alone. RUN gets journal.pzj, from which `pocketzo replay`
+    rebuilds the tuned weights bit for bit, metrics.jsonl, and, with matplotlib, loss.png.
 
-    Ctrl-C (or SIGTERM) ends the run after the step that is under way, with exit code 130 (143); the same command, or
-    --resume, goes on from there, and also after a crash or a kill, to the very weights that the uninterrupted run would
-    have reached (a --max-memory too small for prepacked weights changes roundings, and says so). With --resume only
+    Ctrl-C (or SIGTERM) ends the run after the current step, with exit code 130 (143). The same command, or --resume,
+    continues the run, also after a crash or a kill, and reaches the weights that the uninterrupted run would have
+    reached (a --max-memory too small for prepacked weights changes roundings, and says so). With --resume only
     BUNDLE, --data and --eval may be given, if these files were moved, and --max-memory. A second Ctrl-C ends at once.
 
     \b
@@ -173,7 +176,7 @@ def train(
         for option in context.command.params:
             given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
             if given and option.expose_value and option.name not in allowed:
-                raise click.UsageError(f"{option.opts[-1]} cannot be changed by --resume: it is in the run's record")
+                raise click.UsageError(f"{option.opts[-1]} cannot be changed by --resume: it is in the run's journal")
         trainer = resume_run(resume, bundle=bundle, train=data, eval=eval_data, max_memory=max_memory)
         _train(_noted(trainer), resume)
         return
@@ -199,7 +202,7 @@ def train(
         prepack = prepack or (None if session.prepacked else False)
     elif threads is not None:
         kernels.set_threads(threads)
-    # Only what is to be timed needs a batch.
+    # Only timing needs a batch.
     first = None if threads else examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
     with err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
         model = load(
@@ -264,7 +267,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _noted(trainer: Trainer) -> Trainer:
-    """Say where a run that is taken up stands."""
+    """Print where a resumed run continues."""
     step = trainer.optimizer.step_number
     if step >= trainer.loop.steps:
         note(f"{trainer.run}: all {trainer.loop.steps} steps are done")

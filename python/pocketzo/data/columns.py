@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Columns:
     """The names of columns that have none of their usual names; None where they have.
 
-    The command line's options ``--text-column``, ``--text-pair-column`` and ``--label-column`` are these fields.
+    The command line makes an option of each field: ``--text-column``, ``--text-pair-column``, ``--label-column``.
 
     Attributes
     ----------
@@ -18,9 +18,9 @@ class Columns:
         The exact names of the columns that hold the text, the second text and the label.
     """
 
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
+    text: str | None = field(default=None, metadata={"holds": "text"})
+    text_pair: str | None = field(default=None, metadata={"holds": "second text"})
+    label: str | None = field(default=None, metadata={"holds": "label"})
 
 
 def find_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str | None:

@@ -13,8 +13,7 @@ suffix    content
 
 Text is UTF-8; a byte order mark, CRLF and empty lines at the end are accepted.
 
-Columns are found by name, upper or lower case; others are ignored. Which columns there are, and what they hold, is the
-task's affair:
+Columns are found by name, upper or lower case; others are ignored. The bundle's task says which columns it reads:
 
 - ``classification``: the text in ``text``, ``sentence`` or ``sentence1``, its pair, if any, in ``text_pair`` or
   ``sentence2``, the class in ``label`` or ``labels``;
@@ -64,7 +63,7 @@ def load_dataset(
     Parameters
     ----------
     path
-        A ``.jsonl``, ``.tsv``, ``.csv`` or ``.npz`` file, as described in :mod:`pocketzo.data`.
+        A ``.jsonl``, ``.tsv``, ``.csv`` or ``.npz`` file, as described in :mod:`pocketzo.data.load`.
     bundle
         The model that the examples are for.
     require_labels

@@ -22,7 +22,7 @@ from pocketzo.formats.files import atomic_file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of a BERT encoder and what its weights do not tell; by default all-MiniLM-L6-v2.
+    """The files and the shape of a BERT encoder; by default all-MiniLM-L6-v2.
 
     Attributes
     ----------

@@ -45,7 +45,7 @@ _CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a file.
+    """The place of one tensor in a file.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ def header_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
-    """Read where each tensor lies, and check that the file is exactly as long as its header says.
+    """Read the place of each tensor, and check that the file is exactly as long as its header says.
 
     Parameters
     ----------

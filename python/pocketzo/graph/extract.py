@@ -95,7 +95,7 @@ def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, 
     location : str
         Name of the weights' file, relative to the graph's.
     entries : mapping of str to Entry
-        Where each lies in that file.
+        Where each is in that file.
     """
     for weight in weights:
         entry = entries[weight.name]

@@ -41,7 +41,7 @@ def find_folded(draft: Draft) -> dict[ir.Value, str]:
     Returns
     -------
     dict of Value to str
-        The node that stands between, by the root of the weight.
+        The node between a weight and its use, by the root of the weight.
     """
     folded: dict[ir.Value, str] = {}
     known: set[ir.Value] = set(draft.graph.initializers.values()) | draft.constants.keys()

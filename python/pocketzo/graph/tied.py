@@ -79,7 +79,7 @@ def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
     """Give each parameter its own copy of a tensor that is shared because all its elements had one value.
 
     The old torch exporter left an Identity node with the name of each parameter. The new one left nothing, but
-    tells from which module each node comes: uses by one module are one parameter.
+    names the module of each node: uses by one module are one parameter.
     """
     scopes: defaultdict[ir.Value, set[str | None]] = defaultdict(set)
     for constant, (node, _), role in roles:

@@ -58,6 +58,6 @@ def _view(node: ir.Node, array: Array) -> Array | None:
 
 
 def _integers(value: ir.Value | None) -> Array | None:
-    """Return the elements of a constant that shapes and axes are made of."""
+    """Return the elements of an integer constant, such as a shape or axes."""
     tensor = None if value is None else value.const_value
     return tensor.numpy() if tensor is not None and tensor.dtype == ir.DataType.INT64 else None

@@ -52,7 +52,7 @@ class Weight:
     uses, transposed : list of Use
         Who reads it as it is stored, and who reads it transposed.
     storage_dtype : str or None
-        The type in which it is to be stored, if it is another one than the array's.
+        Storage type, if it differs from the array's.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Weight:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type in which it is to be stored."""
+        """The storage type."""
         return np.dtype(self.storage_dtype or self.array.dtype)
 
 

@@ -251,7 +251,7 @@ class Optimizer(ABC):
             if record is not None:
                 record(entry)
             self._advance(entry)
-        except BaseException:  # a step that is not on record may not move anything
+        except BaseException:  # a step that is not in the journal may not move anything
             entry = undone
             raise
         finally:

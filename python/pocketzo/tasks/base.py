@@ -1,4 +1,4 @@
-"""What a task is: it turns columns of a data file into inputs, and outputs into what metrics are made of.
+"""The interface of a task, which turns columns of a data file into inputs, and outputs into metrics.
 
 A task is a class with a name, in a file of its own, and one line of :mod:`pocketzo.tasks.registry`.
 """
@@ -156,7 +156,7 @@ class Task(ABC):
         return metric
 
     def outputs(self, metrics: Sequence[Metric]) -> tuple[str, ...]:
-        """Return the names of the outputs that metrics are made of."""
+        """Return the names of the outputs that the metrics need."""
         needed = {metric.of for metric in metrics}
         names = {"loss": self.bundle.loss, "predictions": self.bundle.logits}
         return tuple(name for of, name in names.items() if of in needed and name is not None)
@@ -169,7 +169,7 @@ class Task(ABC):
         return examples
 
     def found(self, outputs: Mapping[str, NDArray[Any]], batch: Mapping[str, NDArray[Any]]) -> Found:
-        """Return what metrics are made of, for one batch, as far as its outputs and labels are there."""
+        """Return predictions, labels and loss of one batch, as far as its outputs and labels have them."""
         loss = None if self.bundle.loss is None else outputs.get(self.bundle.loss)
         scores = None if self._logits is None else outputs.get(self._logits.name)
         labels = batch.get("labels")

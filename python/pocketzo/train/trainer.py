@@ -56,7 +56,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains a model on data and keeps the record.
+    """Trains a model on data and keeps the journal.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ class Trainer:
     steps : int
         Length of the run.
     run : path, optional
-        Folder for the record; without it there is none.
+        Folder for the journal; by default there is none.
     objective : str or callable
         What is minimised: the name of a metric, of each step's batch (1 - metric, where higher is better); or
         ``objective(outputs, batch) -> float``, from the graph's outputs and its inputs, both mappings of arrays by
