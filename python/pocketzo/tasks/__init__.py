@@ -1,1 +1,1 @@
-"""From columns of data to inputs, loss and metrics: a file for each kind of problem."""
+"""Tasks: turn data columns into model inputs, and model outputs into loss and metrics. One file per task."""

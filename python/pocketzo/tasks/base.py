@@ -1,6 +1,6 @@
-"""The interface of a task, which turns columns of a data file into inputs, and outputs into metrics.
+"""The base class of tasks. A task turns columns of a data file into inputs, and outputs into predictions for metrics.
 
-A task is a class with a name, in a file of its own, and one line of :mod:`pocketzo.tasks.registry`.
+To add a task, write a named class in its own file and add one line to :mod:`pocketzo.tasks.registry`.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle, ValueSpec
 
 IGNORED: Final = -100
-"""The label of a token that does not count."""
+"""The label of a token that loss and metrics ignore."""
 
 
 class Task(ABC):
-    """A kind of problem, for one bundle.
+    """A task, such as classification, for one bundle.
 
     Parameters
     ----------
     bundle : Bundle
         The model.
     **settings
-        Those of the bundle's task, by name; a ValueError or TypeError if one is wrong.
+        The settings of the bundle's task, by name. A wrong one raises ValueError or TypeError.
 
     Attributes
     ----------
     name : str
-        As in ``bundle.json``.
+        The name in ``bundle.json``.
     settings : tuple of str
-        The names of the settings that it takes.
+        The names of the accepted settings.
     columns : mapping of str to tuple of str
-        The columns that it reads, by the names of :class:`Columns`' fields, the first one always and the others where
-        they are there; each with the names that it has as a rule, in lower case, the first of which is also the key of
-        a record without a header.
+        The usual names of each column, in lower case, by role. Roles are the field names of :class:`Columns`. The
+        first role is required, the others are optional. The first name is also the key in records without a header.
     headerless : mapping of int to tuple of str
-        Which columns a table of so many has that has no header.
+        The columns of a table without a header, by the number of its columns.
     labels_per : {"example", "token"}
-        What has a label, and so what the mean loss of a batch is over: examples, or tokens with a label other than
-        :data:`IGNORED`.
+        What a label belongs to. The loss of a batch is the mean over these: examples, or tokens with a label other
+        than :data:`IGNORED`.
     default_metric : str
-        By which runs are judged, where the graph gives what it needs.
+        The metric that the best evaluation is chosen by, if the graph has the output that it needs.
     bundle : Bundle
     label_input : ValueSpec or None
-        The graph's input for labels, if it takes those of this task.
+        The graph's label input, if its shape and dtype suit this task.
     """
 
     name: ClassVar[str]
@@ -73,7 +72,7 @@ class Task(ABC):
 
     @classmethod
     def suits(cls, labels: ValueSpec | None, logits: ValueSpec | None) -> bool:
-        """Whether a graph with this input for labels and this output of class scores may be for this task."""
+        """Return whether a graph with this label input and this logits output suits this task."""
         rank = 1 if cls.labels_per == "example" else 2
         if labels is not None and not (len(labels.shape) == rank and labels.dtype.startswith(("int", "uint"))):
             return False
@@ -85,19 +84,19 @@ class Task(ABC):
 
     @abstractmethod
     def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
-        """Check a record and take from it what an example needs.
+        """Check a record and convert it to an example.
 
         Parameters
         ----------
         record : mapping of str to any
-            A line's values by column.
+            The values of a line, by column.
         columns : Columns
-            The names that the user gave.
+            The column names that the user gave.
 
         Raises
         ------
         LineError
-            The record cannot be used; says why.
+            The record cannot be used. The message gives the reason.
         """
 
     @abstractmethod
@@ -109,35 +108,35 @@ class Task(ABC):
 
     @abstractmethod
     def class_number(self, label: object) -> int:
-        """Return the number of the class that a label of a data file names; a :class:`LineError` if it names none."""
+        """Return the class number of a label from a data file; raise :class:`LineError` for an unknown label."""
 
     @property
     def class_count(self) -> int | None:
-        """The number of classes, if it is known."""
+        """The number of classes; None if the graph does not fix it."""
         count = None if self._logits is None else self._logits.shape[-1]
         return count if isinstance(count, int) else None
 
     def find(self, record: Mapping[str, Any], columns: Columns, role: str) -> str | None:
-        """Return the name of the column that has a role in a record, if it is there and not null."""
+        """Return the name of the column for a role; None if the record lacks it or its value is null."""
         name = find_column(record, getattr(columns, role), self.columns[role])
         return None if name is None or record[name] is None else name
 
     def missing(self, record: Mapping[str, Any], columns: Columns, role: str) -> str:
-        """Return what to say where a record lacks the column that has a role."""
+        """Return the error message for a record that lacks the column for a role."""
         return missing_column(record, getattr(columns, role), self.columns[role])
 
     # ---- outputs -> loss and metrics ----
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics that the graph gives what they need for, the default one first."""
+        """The names of the metrics that the graph's outputs allow, the default one first."""
         given = {"loss": self.bundle.loss is not None, "predictions": self._logits is not None}
         names = [name for name, metric in METRICS.items() if given[metric.of]]
         return tuple(sorted(names, key=lambda name: (name != self.default_metric, name != "loss")))
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The metrics that are evaluated where none is asked for: the default one and the loss."""
+        """The metrics that are evaluated by default: the task's default metric and the loss."""
         return tuple(name for name in self.metrics if name in (self.default_metric, "loss"))
 
     def metric(self, name: str | None = None) -> Metric:
@@ -146,7 +145,7 @@ class Task(ABC):
         Raises
         ------
         ValueError
-            There is no such metric, or the graph lacks what it needs.
+            The metric is unknown, or the graph lacks the output that it needs.
         """
         if name is None:
             return METRICS[next(iter(self.metrics), "loss")]
@@ -156,20 +155,20 @@ class Task(ABC):
         return metric
 
     def outputs(self, metrics: Sequence[Metric]) -> tuple[str, ...]:
-        """Return the names of the outputs that the metrics need."""
+        """Return the names of the outputs that metrics need."""
         needed = {metric.of for metric in metrics}
         names = {"loss": self.bundle.loss, "predictions": self.bundle.logits}
         return tuple(name for of, name in names.items() if of in needed and name is not None)
 
     def weight(self, batch: Mapping[str, NDArray[Any]], examples: int) -> int:
-        """Return the number of examples or tokens over which the loss of a batch of so many examples is the mean."""
+        """Return the number of examples or tokens that the mean loss of a batch is taken over."""
         labels = batch.get("labels")
         if self.labels_per == "token" and labels is not None:
             return int(np.count_nonzero(labels != IGNORED))
         return examples
 
     def found(self, outputs: Mapping[str, NDArray[Any]], batch: Mapping[str, NDArray[Any]]) -> Found:
-        """Return predictions, labels and loss of one batch, as far as its outputs and labels have them."""
+        """Return the loss, predictions and labels of one batch; None for each that outputs or labels do not give."""
         loss = None if self.bundle.loss is None else outputs.get(self.bundle.loss)
         scores = None if self._logits is None else outputs.get(self._logits.name)
         labels = batch.get("labels")
@@ -180,7 +179,7 @@ class Task(ABC):
         return Found(mean, self.predictions(scores[counted]), labels[counted])
 
     def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the class with the highest score, or -1 where scores are NaN.
+        """Return the class with the highest score, or -1 where a score is NaN.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Class labels: each example has one class."""
+"""Classification: each example has one class."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Classification(Task):
     """A text, or a pair of texts, and its class.
 
-    A label is a class name of the bundle or a class number, from 0; where names look like numbers, a name only. In a
-    bundle that knows neither names nor the number of classes, any number from 0 is a class.
+    A label is a class name of the bundle, or a class number from 0. If a class name looks like a number, labels must be
+    names. If the bundle has neither names nor a number of classes, any number from 0 is a class.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class Classification(Task):
         self._expected = ", ".join(expected)
 
     def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
-        """Take text, pair and class from a record."""
+        """Read text, pair and class from a record."""
         text, pair, label = (self.find(record, columns, role) for role in ("text", "text_pair", "label"))
         if text is None:
             raise LineError(self.missing(record, columns, "text"))
@@ -78,7 +78,7 @@ class Classification(Task):
         return [Encoded(got.ids, got.type_ids, e.label) for e, got in zip(examples, encodings, strict=True)]
 
     def class_number(self, label: object) -> int:
-        """Return the number of the class that a label names; a :class:`LineError` if it names none."""
+        """Return the class number of a label; raise :class:`LineError` for an unknown label."""
         if isinstance(label, bool) or not isinstance(label, (str, int)):
             raise LineError(f"the label must be a name or an integer, found {type(label).__name__}")
         text = str(label)

@@ -25,25 +25,27 @@ def evaluate(
     ----------
     model : Model
     data : Data
-        The examples, all of which are evaluated.
+        The examples. All of them are evaluated.
     batch_size : int
-        Examples a forward pass.
+        Examples per forward pass.
     metrics : sequence of str, optional
-        Which of :data:`pocketzo.tasks.metrics.METRICS`. By default the task's own (accuracy) and the loss, as far as
-        the graph and the data give them.
+        Names from :data:`pocketzo.tasks.metrics.METRICS`. By default the task's default metric (accuracy) and the loss,
+        if graph and data allow them.
 
     Returns
     -------
     dict
-        ``count`` of examples, and each metric: ``loss`` is the mean over what counts, examples or tokens, and the
-        others are of all examples together. NaN where nothing has a label, or the model gives NaN.
+        ``count``, the number of examples, and the value of each metric. ``loss`` is the mean over all labelled examples
+        or tokens. Other metrics are computed once over the whole dataset, not per batch. A value is NaN if nothing has
+        a label, or if the model returns NaN.
 
     Raises
     ------
     TrainingError
-        The graph has nothing to evaluate, there is no example, or no labels for a metric that was asked for.
+        The graph has neither loss nor logits, the dataset is empty, or a requested metric needs labels that the data
+        lacks.
     ValueError
-        There is no such metric, or the graph lacks the output that it needs.
+        A metric is unknown, or the graph lacks the output that it needs.
     """
     task = task_of(model.bundle)
     chosen = [task.metric(name) for name in (task.shown if metrics is None else metrics)]

@@ -1,4 +1,4 @@
-"""The metrics. A new one is one entry of :data:`METRICS`, and nothing else."""
+"""The metrics. To add one, add an entry to :data:`METRICS`; nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Source: TypeAlias = Literal["loss", "predictions"]
 
 @dataclass(frozen=True)
 class Found:
-    """What a model gave for some examples; each is None if it was not asked for or is not there.
+    """The results of a model for some examples. A field is None if it was not requested or is not available.
 
     Attributes
     ----------
     loss : float or None
-        The mean over what counts, examples or tokens.
+        The mean over labelled examples or tokens.
     predictions, labels : ndarray of integers, shape [n], or None
-        The class of whatever has a label, an example or a token; -1 for a prediction from scores that are NaN.
+        One class for each labelled example or token. A prediction is -1 if its scores contain NaN.
     """
 
     loss: float | None = None
@@ -34,20 +34,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how good a model is.
+    """A measure of model quality.
 
     Attributes
     ----------
     name : str
-        As in ``--metric`` and in results.
+        The name for ``--metric`` and in results.
     of : {"loss", "predictions"}
-        What it is a function of.
+        The input of `function`.
     function : callable
-        ``function(loss) -> float``, or ``function(predictions, labels) -> float`` of two integer vectors of equal
-        length, at least 1, with no negative number in them.
+        ``function(loss) -> float``, or ``function(predictions, labels) -> float``. Predictions and labels are integer
+        vectors of equal length, at least 1, without negative values.
     higher_is_better : bool
     text : callable
-        ``text(value) -> str``, for people.
+        ``text(value) -> str`` formats a finite value for display.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Metric:
     text: Callable[[float], str]
 
     def __call__(self, found: Found) -> float:
-        """Return the value; NaN where nothing has a label, or a score or the loss is NaN.
+        """Return the value; NaN if nothing has a label, or if a score or the loss is NaN.
 
         Raises
         ------
         ValueError
-            What the metric is a function of was not found.
+            `found` lacks the input of the metric, or predictions and labels are not vectors of one length.
         """
         if self.of == "loss":
             if found.loss is None:
@@ -80,16 +80,16 @@ class Metric:
         return float(self.function(found.predictions, found.labels))
 
     def cost(self, value: float) -> float:
-        """Return a number that is smaller the better a value is: the value, or 1 - value if higher is better."""
+        """Return the quantity to minimise: the value, or 1 - value if higher is better."""
         return 1.0 - value if self.higher_is_better else value
 
     @property
     def cost_name(self) -> str:
-        """What :meth:`cost` is called."""
+        """The name of the quantity that :meth:`cost` returns."""
         return f"1 - {self.name}" if self.higher_is_better else self.name
 
     def score(self, evaluation: Mapping[str, float | None]) -> float:
-        """Return a number that is larger the better an evaluation is; -inf without a finite value."""
+        """Return a number that is larger for a better evaluation; -inf if the value is missing or not finite."""
         value = evaluation.get(self.name)
         if value is None or not math.isfinite(value):
             return -math.inf
@@ -107,7 +107,7 @@ def _accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
 
 
 def _counts(predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return, by class that occurs, how often it is right, predicted and the label."""
+    """Return three counts for each class that occurs: correct predictions, predictions, labels."""
     classes, index = np.unique(np.concatenate([predictions, labels]), return_inverse=True)
     predicted, true = index[: predictions.size], index[predictions.size :]
     right = np.bincount(true[predicted == true], minlength=classes.size)
@@ -115,13 +115,13 @@ def _counts(predictions: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[An
 
 
 def _f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Macro-F1: the mean of each class's F1, over the classes that occur among predictions or labels."""
+    """Return macro-F1: the mean F1 over the classes that occur in predictions or labels."""
     right, predicted, true = _counts(predictions, labels)
     return float(np.mean(2 * right / (predicted + true)))
 
 
 def _matthews(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Matthews' correlation, for any number of classes; 0 where all predictions or all labels are one class."""
+    """Return the multiclass Matthews correlation coefficient; 0 if all predictions or all labels are one class."""
     right, predicted, true = (counts.astype(np.float64) for counts in _counts(predictions, labels))
     n = float(labels.size)
     of_predictions, of_labels = n * n - predicted @ predicted, n * n - true @ true
@@ -151,7 +151,7 @@ METRICS: Final[Mapping[str, Metric]] = {
 
 
 def metric_named(name: str) -> Metric:
-    """Return a metric by its name; a :class:`ValueError` that names all if there is none of that name."""
+    """Return a metric by name; raise a :class:`ValueError` that lists all names if it is unknown."""
     if name not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
     return METRICS[name]

@@ -1,4 +1,4 @@
-"""A metric as an objective: what zeroth-order methods minimise needs no gradient."""
+"""Metrics as objectives: zeroth-order methods can minimise a function that has no gradient."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MetricObjective:
-    """A metric of one batch, as a number to be minimised; called with the graph's outputs and inputs.
+    """A metric of one batch as the objective to minimise. Call it with the graph's outputs and inputs.
 
     Attributes
     ----------
     metric : Metric
     task : Task
     outputs : tuple of str
-        The outputs that it needs.
+        The names of the required outputs.
     """
 
     metric: Metric
@@ -33,7 +33,7 @@ class MetricObjective:
     outputs: tuple[str, ...]
 
     def __call__(self, outputs: Mapping[str, NDArray[Any]], batch: Mapping[str, NDArray[Any]]) -> float:
-        """Return the metric, or 1 - metric if higher is better; NaN if nothing of the batch has a label.
+        """Return the metric, or 1 - metric if higher is better; NaN if nothing in the batch has a label.
 
         Raises
         ------
@@ -44,19 +44,19 @@ class MetricObjective:
 
 
 def metric_objective(name: str, bundle: Bundle) -> MetricObjective:
-    """Return the objective that a metric is, for a model.
+    """Return the objective that minimises the cost of a metric for a model.
 
     Parameters
     ----------
     name : str
-        One of :data:`pocketzo.tasks.metrics.METRICS`.
+        A name from :data:`pocketzo.tasks.metrics.METRICS`.
     bundle : Bundle
         The model.
 
     Raises
     ------
     ValueError
-        There is no such metric, or the graph lacks the output that it needs.
+        The metric is unknown, or the graph lacks the output that it needs.
     """
     task = task_of(bundle)
     metric = task.metric(name)

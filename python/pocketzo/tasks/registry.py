@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The registry of tasks, by name."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TASKS: Final[Mapping[str, type[Task]]] = {
 
 
 def task_of(bundle: Bundle) -> Task:
-    """Make the task of a bundle.
+    """Create the task of a bundle.
 
-    A bundle without a task is read like one for classification; of metrics it has those of its loss, if it has one.
+    A bundle without a task is treated as classification. If it has a loss, only the metrics of the loss are available.
 
     Raises
     ------
     BundleError
-        The task is unknown, or a setting of it is wrong.
+        The task is unknown, or one of its settings is wrong.
     """
     spec = bundle.task or TaskSpec(Classification.name)
     file = bundle.path / DESCRIPTION
@@ -55,9 +55,9 @@ def task_for(
     Parameters
     ----------
     inputs, outputs : iterable of ValueSpec
-        Of the graph.
+        The graph's inputs and outputs.
     logits : str or None
-        The name of the output of class scores.
+        The name of the logits output.
     labels : sequence of str or None
         The names of the classes.
     """

@@ -1,4 +1,4 @@
-"""Token labels: each token has a class, or none."""
+"""Token classification: each token has a class, or none."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TokenClassification(Classification):
     """Words and the class of each: ``{"tokens": ["Ada", "sleeps"], "labels": ["NAME", "O"]}``.
 
-    Either may also be one string, to be split at white space. The first token of a word gets the word's class; its
-    other tokens, special tokens and words with the label -100 do not count.
+    Either may also be one string, which is split at white space. The first token of a word gets the word's class. All
+    other tokens of the word, special tokens and words with the label -100 are ignored.
     """
 
     name: ClassVar[str] = "token-classification"
@@ -31,7 +31,7 @@ class TokenClassification(Classification):
     labels_per: ClassVar[Literal["example", "token"]] = "token"
 
     def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
-        """Take words and their classes from a record."""
+        """Read words and their classes from a record."""
         text, label = (self.find(record, columns, role) for role in ("text", "label"))
         if text is None:
             raise LineError(self.missing(record, columns, "text"))
@@ -49,7 +49,7 @@ class TokenClassification(Classification):
         return Example(words, None, labels)
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
-        """Return the tokens of each example, and a class by token."""
+        """Return the tokens of each example, and the class of each token."""
         encodings = tokenizer.encode_batch([example.text for example in examples], is_pretokenized=True)
         return [
             Encoded(encoding.ids, encoding.type_ids, _by_token(encoding.word_ids, example.label))
@@ -57,7 +57,7 @@ class TokenClassification(Classification):
         ]
 
     def class_number(self, label: object) -> int:
-        """Return the number of the class that a label names, or -100; a :class:`LineError` if it is neither."""
+        """Return the class number of a label, or -100 for -100; raise :class:`LineError` for any other label."""
         if not isinstance(label, bool) and label in (IGNORED, str(IGNORED)):
             return IGNORED
         return super().class_number(label)
