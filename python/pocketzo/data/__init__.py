@@ -1,1 +1,1 @@
-"""Examples: read from files, checked to the last line, kept as token ids, handed out in padded batches."""
+"""Datasets: read a file, check every line, keep the examples as token ids, return them in padded batches."""

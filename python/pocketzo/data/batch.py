@@ -1,4 +1,4 @@
-"""A batch: the model's inputs for some examples, and which examples these are."""
+"""A batch: the model's inputs for some examples, and the numbers of these examples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class Batch(Mapping[str, "NDArray[Any]"]):
-    """Arrays by the names of the model's inputs, each [batch, ...]; read like a dict.
+    """A read-only mapping from the names of the model's inputs to arrays [batch, ...].
 
-    The numbers of the examples are an attribute and no item, so that a model does not take them for an input.
+    The numbers of the examples are an attribute, not an item, so that they are not passed to the model as an input.
 
     Parameters
     ----------

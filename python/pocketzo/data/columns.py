@@ -1,4 +1,4 @@
-"""Which column of a data file holds what."""
+"""The columns of a data file, found by name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of columns that have none of their usual names; None where they have.
+    """Column names that the user gives, for files that use none of the usual names.
 
     The command line makes an option of each field: ``--text-column``, ``--text-pair-column``, ``--label-column``.
 
     Attributes
     ----------
     text, text_pair, label : str or None
-        The exact names of the columns that hold the text, the second text and the label.
+        The exact names of the columns that hold the text, the second text and the label. None means one of the usual
+        names.
     """
 
     text: str | None = field(default=None, metadata={"holds": "text"})
@@ -24,7 +25,7 @@ class Columns:
 
 
 def find_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str | None:
-    """Return the name of a column: the one given, else the first one known, in upper or lower case; None if missing."""
+    """Return the given name, else the first known name in any case; None if the column is missing."""
     if given is not None:
         return given if given in columns else None
     folded = {column.strip().lower(): column for column in columns}
@@ -32,5 +33,5 @@ def find_column(columns: Collection[str], given: str | None, known: tuple[str, .
 
 
 def missing_column(columns: Collection[str], given: str | None, known: tuple[str, ...]) -> str:
-    """Return what to say where a column is missing."""
+    """Return the error message for a missing column."""
     return f"no {given or known[0]!r} among the columns {', '.join(map(repr, columns)) or '(none)'}"

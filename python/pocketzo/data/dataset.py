@@ -1,4 +1,4 @@
-"""Examples of one model, handed out in padded batches."""
+"""Examples for one model, returned in padded batches."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from pocketzo.tasks.base import Task
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-IMPLIED = {"attention_mask": 1, "token_type_ids": 0}  # of each token, where the data does not say
+IMPLIED = {"attention_mask": 1, "token_type_ids": 0}  # the values of each token that the data leaves out
 
 
 class Dataset:
-    """Examples for one model, in the order of their file; made by :func:`load_dataset` and :func:`encode_texts`.
+    """Examples for one model, in file order. :func:`load_dataset` and :func:`encode_texts` create it.
 
     Attributes
     ----------
     label_ids : ndarray of int64, shape [n], or None
-        The class number of each example; None without labels, or where tokens have them.
+        The class number of each example; None without labels, or if tokens have the labels.
     lengths : ndarray of int32, shape [n], or None
         The number of tokens of each example; None for a model that takes no tokens.
     labels : tuple of str or None
-        The names of the classes, where the bundle has them.
+        The names of the classes; None if the bundle has none.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class Dataset:
         Returns
         -------
         Batch
-            C-contiguous arrays of the inputs' dtypes, [batch, ...], by name: those of the model's inputs that the data
-            fills, which are all but perhaps ``labels``. Tokens are padded to the longest example of the batch, or to
-            the fixed length that the model has. ``examples`` are the `indices`.
+            C-contiguous arrays [batch, ...] of the inputs' dtypes, by input name. All inputs are present, except
+            ``labels`` if the data has none. Tokens are padded to the longest example of the batch, or to the model's
+            fixed length if it has one. ``examples`` holds the `indices`.
 
         Raises
         ------
         ValueError
             `indices` is not a non-empty vector of integers, or one is out of range.
         DataError
-            The model takes batches of another size only.
+            The model has a fixed batch size, and the number of `indices` differs from it.
         """
         indices = np.asarray(indices)
         if indices.ndim != 1 or indices.size == 0 or indices.dtype.kind not in "iu":
@@ -113,7 +113,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what training sees: tokens, padding, other inputs and labels, whatever file they came from."""
+        """Hex SHA-256 of tokens, padding, other inputs and labels; independent of the file and its format."""
         digest = hashlib.sha256()
         content = [*self._arrays.items()]
         if self._tokens is not None:
@@ -129,20 +129,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of all examples, end to end."""
+    """The tokens of all examples, concatenated."""
 
     lengths: NDArray[np.int32]  # [n]
     columns: dict[str, NDArray[np.int32]]  # [sum of lengths] for each input that is not implied
-    padding: dict[str, int]  # what fills each input of the model beyond the tokens, in the model's order
+    padding: dict[str, int]  # the padding value of each input, in the model's order
     pad_left: bool = False
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where the tokens of each example begin, shape [n]."""
+        """The offset of each example's first token, shape [n]."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     def padded(self, indices: NDArray[Any], length: int | None) -> dict[str, NDArray[np.int64]]:
-        """Return each input as [batch, length], or [batch, longest] if there is no fixed length."""
+        """Return each input as [batch, length], or as [batch, longest] if `length` is None."""
         lengths = self.lengths[indices][:, None]
         width = length or int(lengths.max())
         position = np.arange(width) - (width - lengths) * self.pad_left  # within the example; [batch, width]
@@ -159,11 +159,11 @@ class Tokens:
 
 
 def _token_length(bundle: Bundle) -> int | None:
-    """Return the fixed number of tokens that a model takes, if it has one."""
+    """Return the fixed number of tokens that a model takes; None if the number may vary."""
     shapes = [spec.shape for spec in bundle.inputs if spec.name in TOKEN_INPUTS and len(spec.shape) == 2]
     return next((shape[1] for shape in shapes if isinstance(shape[1], int)), None)
 
 
 def token_limit(bundle: Bundle) -> int | None:
-    """Return the number of tokens that an example may have at most, if there is a bound."""
+    """Return the maximum number of tokens of an example; None if there is no limit."""
     return min((length for length in (bundle.max_length, _token_length(bundle)) if length is not None), default=None)

@@ -1,4 +1,4 @@
-"""Records of a data file, checked by a task: what they hold, and which lines are bad."""
+"""Convert records of a data file to examples, and collect the bad lines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class LineError(Exception):
-    """What is wrong with a line."""
+    """A line of a data file cannot be used; the message gives the reason."""
 
 
 class Problems:
-    """The first bad line, and how many there are."""
+    """The bad lines of a data source, each with its reason."""
 
     def __init__(self, source: str, unit: str) -> None:
         self.source = source
@@ -26,11 +26,11 @@ class Problems:
         self.reasons: dict[int, str] = {}
 
     def add(self, number: int, reason: str) -> None:
-        """Keep what is wrong with a line."""
+        """Add a bad line; the first reason for a line is kept."""
         self.reasons.setdefault(number, reason)
 
     def check(self) -> None:
-        """Raise a :class:`DataError` if any line was bad."""
+        """Raise a :class:`DataError` that names the first bad line and counts the others, if there are any."""
         if self.reasons:
             first = min(self.reasons)
             others = len(self.reasons) - 1
@@ -39,16 +39,16 @@ class Problems:
 
 
 class Example(NamedTuple):
-    """What a task took from a record.
+    """An example that a task read from a record.
 
     Attributes
     ----------
     text : str or list of str
         The text, or its words.
     pair : str or None
-        A second text.
+        The second text of a pair.
     label : int, list of int or None
-        The class, or that of each word; None without labels.
+        The class, or the class of each word; None without labels.
     """
 
     text: str | list[str]
@@ -57,14 +57,14 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An example as a task encoded it: a row of a batch, without padding.
+    """A tokenised example: one row of a batch, without padding.
 
     Attributes
     ----------
     ids, type_ids : list of int
-        By token.
+        One value per token.
     label : int, list of int or None
-        The class, or a label by token; None without labels.
+        The class, or one label per token; None without labels.
     """
 
     ids: list[int]
@@ -75,7 +75,7 @@ class Encoded(NamedTuple):
 def examples_of(
     records: Iterable[tuple[int, Record]], task: Task, columns: Columns, require_labels: bool, problems: Problems
 ) -> Iterator[tuple[int, Example]]:
-    """Check records and yield the number and the example of the good ones; ``problems`` gets the others."""
+    """Check records; yield the number and the example of each good one, and add the others to ``problems``."""
     labelled = True if require_labels else None
     empty: list[int] = []
     for number, record in records:
@@ -102,7 +102,7 @@ def examples_of(
 
 
 def text_of(record: Mapping[str, Any], name: str) -> str:
-    """Return the text of a column; a :class:`LineError` if it is none."""
+    """Return the text of a column; raise :class:`LineError` if it is not a string, empty or not valid Unicode."""
     text = record[name]
     if not isinstance(text, str):
         raise LineError(f"{name!r} must be a string, found {type(text).__name__}")
@@ -112,5 +112,5 @@ def text_of(record: Mapping[str, Any], name: str) -> str:
 
 
 def not_text(name: str, text: str) -> str | None:
-    """Return what is wrong with a text of a column, or None."""
+    """Return the reason why a column's text cannot be used, or None."""
     return not_unicode(text) if text.strip() else f"{name!r} is empty"

@@ -1,30 +1,31 @@
-"""Labelled examples: read from a file, checked to the last line, kept as token ids, handed out in padded batches.
+"""Load examples from a file. Every line is checked before a dataset is returned.
 
 ========  ==========================================================================================================
 suffix    content
 ========  ==========================================================================================================
-.jsonl    one object a line, whose keys are the columns
-.tsv      fields between tabs, taken verbatim: a quote is a character like any other, nothing is escaped
-.csv      fields between commas, in double quotes where needed, line breaks within quotes included
-.npz      arrays named as the model's inputs, one row an example: ``input_ids`` [n, length], ``attention_mask`` and
-          ``token_type_ids`` of the same shape if need be, or whatever else the model takes; ``labels`` [n], or
-          [n, length] where tokens have them
+.jsonl    one object per line; its keys are the columns
+.tsv      tab-separated fields, taken verbatim: no quoting, no escapes
+.csv      comma-separated fields; double quotes allow commas and line breaks in a field
+.npz      arrays named as the model's inputs, one row per example: ``input_ids`` [n, length], optionally
+          ``attention_mask`` and ``token_type_ids`` of the same shape, or the model's other inputs; ``labels`` [n], or
+          [n, length] for token labels
 ========  ==========================================================================================================
 
 Text is UTF-8; a byte order mark, CRLF and empty lines at the end are accepted.
 
 Columns are found by name, upper or lower case; others are ignored. The bundle's task says which columns it reads:
 
-- ``classification``: the text in ``text``, ``sentence`` or ``sentence1``, its pair, if any, in ``text_pair`` or
-  ``sentence2``, the class in ``label`` or ``labels``;
-- ``token-classification``: the words in ``tokens``, ``words``, ``text`` or ``sentence``, their classes in ``labels``,
-  ``tags`` or ``label``; either a list, or a string to be split at white space.
+- ``classification``: the text in ``text``, ``sentence`` or ``sentence1``; its optional pair in ``text_pair`` or
+  ``sentence2``; the class in ``label`` or ``labels``;
+- ``token-classification``: the words in ``tokens``, ``words``, ``text`` or ``sentence``; their classes in ``labels``,
+  ``tags`` or ``label``. Each is a list, or a string that is split at white space.
 
-The first row of a TSV or CSV file is a header if one cell names the text and either there is no other or another names
-the pair or the label, and always if the caller names a column. Without a header the columns are: text; or text, label;
-or text, text_pair, label.
+The first row of a TSV or CSV file is a header if one cell names the text, and it is the only cell or another cell names
+the pair or the label. It is always a header if the caller names a column. Without a header the columns are: text; or
+text, label; or text, text_pair, label.
 
-A label is a class name of the bundle or a class number, from 0; where names look like numbers, a name only.
+A label is a class name of the bundle, or a class number from 0. If a class name looks like a number, labels must be
+names.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def load_dataset(
     require_labels: bool = True,
     columns: Columns = Columns(),  # noqa: B008 - frozen
 ) -> Dataset:
-    """Read a file of examples for a model; the whole file is checked before anything is returned.
+    """Load a file of examples for a model.
 
-    Text of more tokens than the bundle's maximum length, or than a fixed length of its inputs, is truncated; rows of
-    token ids that are longer are refused.
+    The limit on tokens is the bundle's maximum length, or the fixed length of the model's inputs. Longer texts are
+    truncated. Longer rows of token ids are an error.
 
     Parameters
     ----------
@@ -67,10 +68,10 @@ def load_dataset(
     bundle
         The model that the examples are for.
     require_labels
-        Whether each example must have a label. If not, either all have one or none has.
+        Whether each example must have a label. If False, either all examples have one or none has.
     columns
-        The names of columns that are called otherwise; a TSV or CSV file must then have a header. In an ``.npz``, only
-        the labels' array can be named.
+        Column names, for a file that does not use the usual ones. A TSV or CSV file must then have a header. In an
+        ``.npz`` file, only the array of labels can be named.
 
     Returns
     -------
@@ -79,8 +80,10 @@ def load_dataset(
     Raises
     ------
     DataError
-        The file is missing, empty or of an unknown kind; or a line of it cannot be used: the first such line is named,
-        with the reason and the number of others; or it lacks what an input of the model needs.
+        The file is missing, empty or of an unknown kind; a line cannot be used; or an input of the model cannot be
+        filled. The message names the first bad line, its reason and the number of other bad lines.
+    ValueError
+        ``columns`` names a column that the bundle's task does not read.
     BundleError
         The bundle's tokenizer cannot be read.
     MissingExtraError
@@ -117,7 +120,7 @@ def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
     texts
         The sentences.
     bundle
-        The model that they are for.
+        The model that the sentences are for.
 
     Returns
     -------
@@ -126,9 +129,9 @@ def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
     Raises
     ------
     TypeError
-        `texts` is itself a string.
+        `texts` is a single string.
     DataError
-        There is no text, or one is empty or no string, or the model has inputs that text cannot fill.
+        There is no text, a text is empty or not a string, or the model has inputs that text cannot fill.
     BundleError, MissingExtraError
         As for :func:`load_dataset`.
     """

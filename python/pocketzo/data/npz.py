@@ -30,10 +30,10 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
             arrays = dict(file)
     except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not an .npz of plain arrays: {error}") from error
-    except TypeError as error:  # numpy.load gives the array itself, which is no context manager
+    except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
         raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
     specs = {spec.name: spec for spec in task.bundle.inputs}
-    has_labels = specs.get("labels") == task.label_input  # they are the task's, or there is no input for them
+    has_labels = specs.get("labels") == task.label_input  # the task's label input, or the graph has none
     label_names = task.columns.get("label", ())
     label_name = find_column(arrays, columns.label, label_names) if has_labels else None
     has_tokens = "input_ids" in arrays and arrays["input_ids"].ndim == 2

@@ -1,4 +1,4 @@
-"""Which examples each step takes."""
+"""The order of the data: which examples each step uses."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pocketzo.kernels import noise
 
 
 class Data(Protocol):
-    """What training reads: examples by number, as inputs of the graph. :class:`pocketzo.Dataset` is one."""
+    """The interface of training data: numbered examples, returned as inputs of the graph, as in :class:`Dataset`."""
 
     def __len__(self) -> int: ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the content."""
+        """A string that changes with the content."""
 
     def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
         """Return the numbered examples as the graph's inputs.
 
-        :class:`Trainer` asks for a step's batch from another thread, while the step before it runs and never beyond. So
-        it must not look at the model, whose weights are shifted meanwhile.
+        :class:`Trainer` calls this for the next step from another thread while a step runs, and waits for it before the
+        step ends. An implementation must not read the model, because its weights are perturbed during that time.
         """
 
 
 class Order:
-    """Which examples each step takes, a function of the arguments alone.
+    """The examples of each step, a function of the arguments alone.
 
-    The data is gone through again and again, each time in another order; a batch may straddle two of them. With
-    ``lengths``, shape [size], all other batches are of examples of similar length.
+    Each epoch visits all examples in a new order. A batch may contain the end of one epoch and the start of the next.
+    With ``lengths``, shape [size], all other batches hold examples of similar length.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Order:
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # a batch needs two at most, unless it is larger than the data
+            if len(self._epochs) > 1:  # a batch needs at most two epochs, unless it is larger than the data
                 self._epochs.clear()
-            # Our own noise: numpy does not promise its permutations from one version to the next.
+            # PocketZO's noise, because numpy does not guarantee the same permutations in every version.
             order = np.argsort(self._noise(self._size, epoch), kind="stable")
             if self._lengths is not None:
                 self._group(order, epoch, self._lengths)
@@ -67,8 +67,8 @@ class Order:
         return self._epochs[epoch]
 
     def _group(self, order: NDArray[np.int64], epoch: int, lengths: NDArray[np.integer[Any]]) -> None:
-        """Sort by length within stretches of many batches, then shuffle the batches."""
-        first = -epoch * self._size % self._batch_size  # those before it end a batch of the epoch before
+        """Sort by length within runs of up to 50 batches, then shuffle the batches."""
+        first = -epoch * self._size % self._batch_size  # earlier ones complete the last batch of the previous epoch
         count = max(0, self._size - first) // self._batch_size
         whole = order[first : first + count * self._batch_size]
         stretch = max(1, min(50, count // 4)) * self._batch_size

@@ -13,12 +13,12 @@ from pocketzo.data.columns import Columns, find_column, missing_column
 if TYPE_CHECKING:
     from pocketzo.tasks.base import Task
 
-Record: TypeAlias = "dict[str, Any] | str | None"  # a line's values by column; or what is wrong with it; None if empty
-Row: TypeAlias = "list[str] | str"  # a line's fields, none if it is empty; or what is wrong with it
+Record: TypeAlias = "dict[str, Any] | str | None"  # values by column; or an error message; None for an empty line
+Row: TypeAlias = "list[str] | str"  # fields, none for an empty line; or an error message
 
 
 def not_unicode(text: str) -> str | None:
-    """Return what is wrong with the encoding of a text, or None."""
+    """Return the reason why a text is not valid Unicode, or None."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -29,7 +29,7 @@ def not_unicode(text: str) -> str | None:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
-    """Yield number, line, and what is wrong with its encoding."""
+    """Yield the number, the text and the encoding error, if any, of each line."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, 1):
             yield number, line.removesuffix("\n").removesuffix("\r"), not_unicode(line)
@@ -45,7 +45,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             yield number, f"not JSON: {error.msg} at column {error.colno}"
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested as deep
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of nested brackets
             yield number, f"not JSON that can be read: {error}"
         else:
             yield number, record if isinstance(record, dict) else f"not a JSON object: {type(record).__name__}"
@@ -62,7 +62,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, Row]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
         while True:
-            number = rows.line_num + 1  # where the row begins
+            number = rows.line_num + 1  # the first line of the row
             try:
                 row = next(rows)
             except StopIteration:
@@ -74,7 +74,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns, task: Task) -> Iterator[tuple[int, Record]]:
-    """Turn rows into records by the header, or by the position of a task's columns where there is none."""
+    """Convert rows to records by the header, or by the task's column order if there is no header."""
     header: tuple[str, ...] | None = None
     for number, row in rows:
         if isinstance(row, str):

@@ -1,4 +1,4 @@
-"""Text to token ids."""
+"""Tokenise text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_
 from pocketzo.data.examples import Example, Problems
 from pocketzo.tasks.base import IGNORED
 
-CHUNK = 256  # texts tokenised at once: bounds the memory held beside the ids
+CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
 
 
 def _load_tokenizer(bundle: Bundle) -> Tokenizer:
@@ -30,7 +30,7 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
         raise DataError(
             f"{bundle.path}: the bundle has no tokenizer for text: prepare it with one, or give token ids as .npz"
         )
-    # Its threads would outlive the tokenising, hold memory and warn at every fork after it.
+    # Its threads would outlive tokenisation, hold memory and cause a warning at every later fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from tokenizers import Tokenizer
@@ -38,13 +38,13 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
         raise MissingExtraError("tokenizers", "text") from error
     try:
         tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:  # the library raises no narrower type
         raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
     return tokenizer
 
 
 def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:
-    """Tokenise examples, each with its number, in chunks."""
+    """Tokenise numbered examples in chunks."""
     bundle = task.bundle
     tokenizer = _load_tokenizer(bundle)
     padding = tokenizer.padding or {}
@@ -53,7 +53,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0), "labels": IGNORED}
     tokenizer.no_padding()
     longest = token_limit(bundle)
-    if longest is not None:  # else the tokenizer's own truncation, if any, holds
+    if longest is not None:  # otherwise the tokenizer's own truncation, if any, applies
         tokenizer.enable_truncation(longest, direction=(tokenizer.truncation or {}).get("direction", "right"))
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
@@ -91,9 +91,9 @@ def keep_tokens(
     *,
     pad_left: bool = False,
 ) -> Tokens:
-    """Keep what the model takes and nothing that is implied: the same tokens are then the same from any file.
+    """Keep the columns that the model takes, without implied values, so that equal tokens from any file compare equal.
 
-    ``columns`` are by token; beside token inputs, ``labels`` may be among them.
+    ``columns`` hold one value per token. They are token inputs, and optionally ``labels``.
     """
     names = [spec.name for spec in bundle.inputs if spec.name in (*TOKEN_INPUTS, *columns)]
     kept = {
