@@ -1,4 +1,4 @@
-"""Turn an ONNX file, as exporters write it, into a bundle whose weights can be trained in place."""
+"""Convert an exported ONNX file to a bundle whose weights can be trained in place."""
 
 from __future__ import annotations
 
@@ -47,33 +47,35 @@ def prepare(
     Parameters
     ----------
     model : path-like
-        An ONNX file of opset 13 or later, its external data beside it; weights in float32.
+        An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
     out : path-like
-        The folder to write. A bundle that is already there is replaced when the new one is complete.
+        The folder to write. An existing bundle is replaced when the new one is complete.
     tokenizer : path-like, optional
-        The model's ``tokenizer.json``, to go with it.
+        The model's ``tokenizer.json``, copied into the bundle.
     labels : sequence of str, optional
         The names of the classes, as many as the logits have.
     max_length : int, optional
-        Number of tokens at which texts are to be cut.
+        Texts are truncated to this number of tokens.
     trainable : str or callable, optional
-        Which of the weights may be trained: a regular expression to be found in their names, or a function of the
-        name. By default all are that operators use as weights: the matrices, tables, biases and scales.
+        Selects the trainable weights: a regular expression that is searched for in their names, or a predicate of the
+        name. By default all tensors that operators use as weights are trainable: matrices, embedding tables, biases and
+        scales.
     dtype : {"float32", "float16"}
-        In which type weights are stored and, on processors with fp16 arithmetic, computed with. float16 takes half the
-        memory; inputs, outputs and the loss that is added stay float32. On x86-64 the runtime converts each weight
-        whenever it uses it, so that it is slow there.
+        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
+        halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
+        runtime converts each weight at every use.
 
     Returns
     -------
     Bundle
-        What was written.
+        The bundle written.
 
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not fit, the model computes
-        something else in float16, or ``out`` exists and is not a bundle. Nothing is written then.
+        If the model, its external data or the tokenizer cannot be used, the labels do not match, the model exceeds the
+        range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
+        in these cases.
     DeadWeightError
         If the runtime would not see changes of a trainable weight.
     MissingExtraError
@@ -160,13 +162,13 @@ def prepare(
         )
         if dtype == "float16":
             check_float16(source, session, probe_batch(bundle))
-        del session  # which maps a file of the folder that is now renamed
+        del session  # it maps a file of the folder, which is renamed next
         bundle.write_description()
     return Bundle.read(out)
 
 
 def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:
-    """Return the names of the weights that are to be trained; refuse those whose changes would not be seen."""
+    """Return the names of the trainable weights; raise DeadWeightError if the runtime would not see writes to one."""
     parameters = [weight for weight in weights if weight.parameter]
     if not parameters:
         raise BundleError("the graph has no float32 weights that could be trained")

@@ -24,8 +24,8 @@ class Data(Protocol):
     def batch(self, indices: NDArray[np.int64]) -> Mapping[str, NDArray[Any]]:
         """Return the numbered examples as the graph's inputs.
 
-        :class:`Trainer` calls this for the next step from another thread while a step runs, and waits for it before the
-        step ends. An implementation must not read the model, because its weights are perturbed during that time.
+        :class:`Trainer` calls this for the next step from another thread while the current step runs, and waits for it
+        after the step. An implementation must not read the model, because its weights are perturbed during that time.
         """
 
 

@@ -1,1 +1,1 @@
-"""Every file that PocketZO writes: bundle, safetensors, journal."""
+"""The file formats that PocketZO writes: bundle, safetensors, journal, snapshot."""

@@ -3,7 +3,7 @@
 ====================  ==================================================================================================
 ``model.onnx``        the graph; its weights are external data that point into the next file
 ``weights.safetensors``  all weights; tuning changes this file only
-``bundle.json``       what is in them: the task, tensors and their ids, inputs, outputs, checksums
+``bundle.json``       the description: task, tensors and their ids, inputs, outputs, checksums
 ``tokenizer.json``    optional
 ====================  ==================================================================================================
 
@@ -37,10 +37,10 @@ TOKENIZER: Final = "tokenizer.json"
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
 ORDER_ID: Final = 0xFFFFFFFF
-"""The id of no weight: its noise is the order of the data."""
+"""A reserved tensor id, given to no weight: its noise orders the data."""
 
 BLOCK_ID: Final = 0xFFFFFFFE
-"""The id of no weight: its noise chooses the tensors of a step (:class:`pocketzo.optim.block.Block`)."""
+"""A reserved tensor id, given to no weight: its noise selects tensors in :class:`pocketzo.optim.block.Block`."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class TensorSpec:
     ----------
     name : str
     id : int
-        32 bits, made from the names alone by :func:`tensor_ids`; it selects the tensor's noise.
+        A 32-bit id that selects the tensor's noise; computed from the names alone by :func:`tensor_ids`.
     dtype : str
         ``"float32"`` or ``"float16"`` for every trainable tensor; large constants of the graph may have another type.
     shape : tuple of int
     sets : tuple of str
-        The names of the trainable sets that it is in.
+        The names of the trainable sets that contain it.
     """
 
     name: str
@@ -73,7 +73,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ValueSpec:
-    """One input or output of the graph; a size known only at run time is a name, or ``"?"`` where it has none."""
+    """One input or output of the graph; a dynamic size is a name, or ``"?"`` if it has no name."""
 
     name: str
     dtype: str
@@ -82,12 +82,12 @@ class ValueSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """Which kind of problem a graph is for; :func:`pocketzo.tasks.registry.task_of` makes the task of it.
+    """The task of a graph, by name; :func:`pocketzo.tasks.registry.task_of` creates the task object.
 
     Attributes
     ----------
     name : str
-    settings : mapping of str to what JSON can hold
+    settings : mapping of str to JSON value
     """
 
     name: str
@@ -96,31 +96,32 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What ``bundle.json`` says, checked against the other files.
+    """The contents of ``bundle.json``, checked against the other files.
 
     Attributes
     ----------
     path : Path
         The folder.
     tensors : tuple of TensorSpec
-        In the order of their bytes in the weights' file.
+        In the byte order of the weights file.
     inputs, outputs : tuple of ValueSpec
     loss : str or None
-        The output that holds the scalar loss, if the graph has one.
+        The name of the scalar loss output; None if the graph has none.
     logits : str or None
-        The output that holds the class scores, if the graph has one.
+        The name of the logits output; None if the graph has none.
     task : TaskSpec or None
-        What the graph is for, where that is known.
+        The graph's task; None if it is unknown.
     max_length : int or None
-        Number of tokens at which texts are cut.
+        Texts are truncated to this number of tokens; None if the bundle sets none.
     tokenizer : str or None
-        Name of the tokenizer's file in the folder.
+        The name of the tokenizer file in the folder.
     graph_sha256 : str
-        Of ``model.onnx``.
+        SHA-256 of ``model.onnx``.
     base_sha256 : str
-        Of ``weights.safetensors`` as prepared; a tuned copy keeps it, and so names the base it came from.
+        SHA-256 of ``weights.safetensors`` as prepared. A tuned copy keeps this value, which identifies its base.
     header_sha256 : str
-        Of the part of ``weights.safetensors`` before the data, which never changes: the graph points past it.
+        SHA-256 of the part of ``weights.safetensors`` before the data. This part never changes, because the graph
+        refers to offsets behind it.
     """
 
     path: Path
@@ -138,14 +139,14 @@ class Bundle:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a bundle and check that its files are whole and belong together.
+        """Read a bundle and check that its files are complete and match each other.
 
-        The bytes of the weights are not read, so this takes the same time for any size.
+        The weights' data is not read, so the time does not depend on its size.
 
         Raises
         ------
         BundleError
-            If a file is missing, damaged, of another version, or does not belong to the others.
+            If a file is missing, damaged, of another version, or does not match the others.
         """
         path = Path(path)
         if not path.exists():
@@ -179,7 +180,7 @@ class Bundle:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """The names of the classes, in the order of the logits, where the task has them."""
+        """The names of the classes, in the order of the logits; None if the task has none."""
         labels = None if self.task is None else self.task.settings.get("labels")
         return None if labels is None else tuple(labels)
 
@@ -196,33 +197,33 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The graph's file."""
+        """The path of the graph file."""
         return self.path / MODEL
 
     @property
     def weights_path(self) -> Path:
-        """The weights' file."""
+        """The path of the weights file."""
         return self.path / WEIGHTS
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The tokenizer's file, if the bundle has one."""
+        """The path of the tokenizer file; None if the bundle has none."""
         return None if self.tokenizer is None else self.path / self.tokenizer
 
     def copy_to(self, out: str | os.PathLike[str], write_weights: Callable[[Path], None]) -> None:
-        """Make a bundle that differs from this one in its weights only.
+        """Write a copy of this bundle with other weights.
 
         Parameters
         ----------
         out : path-like
-            The new folder; a bundle already there, this one too, is replaced when the new one is complete.
+            The new folder. An existing bundle, even this one, is replaced when the new one is complete.
         write_weights : callable
-            Called with the path at which it must write the new ``weights.safetensors``, with this bundle's header.
+            Called with the path of the new ``weights.safetensors``. It must write that file, with this bundle's header.
 
         Raises
         ------
         BundleError
-            If ``out`` exists and is not a bundle, or the written file does not belong to this bundle.
+            If ``out`` exists and is not a bundle, or the written file does not match this bundle.
         """
         with staged_folder(out) as folder:
             for name in (DESCRIPTION, MODEL, *([self.tokenizer] if self.tokenizer else [])):
@@ -286,11 +287,11 @@ class Bundle:
 
 
 def tensor_ids(names: Iterable[str]) -> dict[str, int]:
-    """Give each name its 32-bit id, a function of the set of names alone.
+    """Return a 32-bit id for each name, a function of the set of names alone.
 
-    An id is the first 4 bytes, little endian, of the name's SHA-256. Where two names meet, the later one in sorted
-    order takes the hash of its name with a zero byte appended, and so on; :data:`ORDER_ID` and :data:`BLOCK_ID` are
-    given to none.
+    An id is the first 4 bytes, little-endian, of the name's SHA-256. If two names collide, the later one in sorted
+    order uses the hash of its name with a zero byte appended, and so on until the id is free. No name gets
+    :data:`ORDER_ID` or :data:`BLOCK_ID`.
 
     Returns
     -------
@@ -310,12 +311,14 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
 
 @contextmanager
 def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Build a bundle in a folder beside ``out`` and rename it when the block ends without an error.
+    """Yield a temporary folder beside ``out``, and rename it to ``out`` when the block ends without an error.
+
+    The temporary folder is removed if the block fails.
 
     Raises
     ------
     BundleError
-        If ``out`` exists and is not a bundle. Nothing is left behind then, nor when the block fails.
+        If ``out`` exists and is not a bundle. Nothing is written then.
     """
     out = Path(out)
     if os.path.lexists(out) and not (out / DESCRIPTION).is_file():

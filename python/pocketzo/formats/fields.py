@@ -1,4 +1,4 @@
-"""Typed values of a JSON object; an error says which value is wrong, what was expected and what came."""
+"""Read typed values from a JSON object. Errors name the value, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class FieldError(ValueError):
-    """A value of a JSON object is missing or not as it should be."""
+    """A value of a JSON object is missing or invalid."""
 
 
 class Fields:
@@ -17,9 +17,9 @@ class Fields:
     Parameters
     ----------
     value
-        What ``json.loads`` returned.
+        The value from ``json.loads``.
     where : str
-        Where it is in the file, such as ``tensors[3]``, for errors; empty at the top.
+        The location in the file for error messages, such as ``tensors[3]``; empty at the top level.
     """
 
     def __init__(self, value: object, where: str = "") -> None:
@@ -29,7 +29,7 @@ class Fields:
         self._where = where
 
     def error(self, key: str, expected: str) -> FieldError:
-        """Return an error that names a key, what it should be and what it is."""
+        """Return an error that names a key, its value and the expected value."""
         return FieldError(f"{self._prefix}{key!r} is {_short(self._values.get(key))}, expected {expected}")
 
     def text(self, key: str) -> str:
@@ -62,7 +62,7 @@ class Fields:
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
-        """Return a list of different strings, none empty, at least one."""
+        """Return a non-empty list of unique, non-empty strings, as a tuple."""
         value = self._get(key)
         if type(value) is not list or not value or not all(type(name) is str and name for name in value):
             raise self.error(key, "a list of names")
@@ -71,7 +71,7 @@ class Fields:
         return tuple(value)
 
     def shape(self, key: str, *, symbols: bool = False) -> tuple[Any, ...]:
-        """Return a list of sizes, 0 or more; with ``symbols``, a size may also be a name."""
+        """Return a list of sizes, each 0 or more, as a tuple; with ``symbols``, a size may also be a name."""
         value = self._get(key)
         if type(value) is not list or not all(
             (type(size) is int and size >= 0) or (symbols and type(size) is str) for size in value
@@ -80,15 +80,15 @@ class Fields:
         return tuple(value)
 
     def object(self, key: str) -> Fields:
-        """Return an object within this one."""
+        """Return a nested object."""
         return Fields(self._get(key), f"{self._where}.{key}" if self._where else key)
 
     def optional_object(self, key: str) -> Fields | None:
-        """Return an object within this one, or None for null."""
+        """Return a nested object, or None for null."""
         return None if self._get(key) is None else self.object(key)
 
     def objects(self, key: str) -> Sequence[Fields]:
-        """Return a list of objects within this one."""
+        """Return a list of nested objects."""
         value = self._get(key)
         if type(value) is not list:
             raise self.error(key, "a list")
@@ -96,7 +96,7 @@ class Fields:
         return [Fields(item, f"{where}[{index}]") for index, item in enumerate(value)]
 
     def plain(self) -> dict[str, Any]:
-        """Return the object as it was read."""
+        """Return the object as a plain dict."""
         return self._values
 
     @property

@@ -1,4 +1,4 @@
-"""The journal of a run: what it started from, and one entry a step, from which the weights can be rebuilt.
+"""The journal of a run: a header that names its start, and one entry per step; enough to rebuild the weights.
 
 All numbers are little-endian. A journal is
 
@@ -17,12 +17,12 @@ and an entry is
 ======  ==============================================================================================
 u32     number of directions n, 1 to 2^20
 f32     learning rate
-n times u64 draw, f32 coefficient: what times the direction was subtracted from the weights
+n times u64 draw, f32 coefficient: coefficient * direction was subtracted from the weights
 u32     CRC-32 of the entry up to here, continued from the CRC-32 of the entry before (of the header, for the first)
 ======  ==============================================================================================
 
-so that no entry passes for another one. A step that was undone (a loss was not finite) has coefficients and learning
-rate 0. ``docs/formats.md`` specifies this for readers in other languages.
+The CRC-32 is chained, so an entry is valid only at its own position. A step that was undone (a loss was not finite) has
+coefficients and learning rate 0. ``docs/formats.md`` specifies this for readers in other languages.
 """
 
 from __future__ import annotations
@@ -58,19 +58,20 @@ _HEAD = struct.Struct("<If")
 _DIRECTION = struct.Struct("<Qf")
 _MOST_DIRECTIONS = 1 << 20
 _BEFORE_HEADER = len(_MAGIC) + _WORD.size
-_SEARCHED = 1 << 20  # offsets at a time, in a search after damage
-_MOST_EFFORT, _EFFORT_OF_ONE = 1 << 30, 1 << 10  # bytes of checksums in such a search, and what an offset is worth
+_SEARCHED = 1 << 20  # offsets per block, in the search for entries after damage
+_MOST_EFFORT, _EFFORT_OF_ONE = 1 << 30, 1 << 10  # limit of that search, in checksummed bytes; fixed cost of an offset
 
 
 class Entry(NamedTuple):
-    """What one step did.
+    """The update of one step.
 
     Attributes
     ----------
     lr : float
         The learning rate, a float32; 0 if the step was undone.
     coefficients : mapping of int to float
-        By draw (64-bit), in the order of the update: what times the direction was subtracted, a float32.
+        A float32 coefficient for each draw (64-bit), in the order of the update. The step subtracted coefficient *
+        direction.
     """
 
     lr: float
@@ -78,16 +79,16 @@ class Entry(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place between two steps of a journal. Another journal has other positions, even after the same header.
+    """A position between two steps of a journal. It is unique to that journal, even among those with equal headers.
 
     Attributes
     ----------
     run : str
         SHA-256 of the header's bytes.
     step : int
-        Entries before it.
+        The number of entries before it.
     crc32 : int
-        The CRC-32 that the entry before it ends with; of the header, where there is none.
+        The CRC-32 at the end of the previous entry; that of the header at step 0.
     """
 
     run: str
@@ -96,18 +97,18 @@ class Position(NamedTuple):
 
 
 class Journal:
-    """An open journal, to read and to append to.
+    """An open journal, for reading and appending.
 
     Attributes
     ----------
     path : Path
         The file.
     header : dict
-        What was given to :meth:`create`, and ``format`` and ``spec``, the versions.
+        The header passed to :meth:`create`, with the versions ``format`` and ``spec`` added.
     entries : list of Entry
-        Those that the file held when it was opened.
+        The entries in the file when it was opened.
     notice : str or None
-        What was wrong at the end of the file and has been dropped.
+        A description of the incomplete end of the file that was dropped; None if there was none.
     """
 
     def __init__(self, path: Path, file: BinaryIO, contents: _Contents) -> None:
@@ -117,12 +118,12 @@ class Journal:
         self.notice = contents.notice
         self._file = file
         self._run = contents.run
-        self._ends = contents.ends  # offset behind the header, and behind each entry
+        self._ends = contents.ends  # end offset of the header, and of each entry
         self._crcs = contents.crcs  # likewise
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
-        """Begin a journal; a :class:`JournalError` if the file exists."""
+        """Create a journal; raise :class:`JournalError` if the file exists."""
         if path.exists():
             raise JournalError(f"{path} is there already: resume that run, or choose another folder")
         text = strict_json.dump({"format": _FORMAT, "spec": SPEC_VERSION, **header})
@@ -134,13 +135,13 @@ class Journal:
     def open(cls, path: Path, *, write: bool = True) -> Journal:
         """Open a journal and check every byte of it.
 
-        A damaged or incomplete end, as a power cut leaves it, is dropped with a notice. With ``write`` it is dropped
-        from the file, too, which stays open and locked against other processes; without, the file is closed again.
+        A damaged or incomplete end, for example after a power failure, is dropped with a notice. With ``write``, the
+        file is truncated too, and stays open and locked against other processes. Without ``write``, the file is closed.
 
         Raises
         ------
         JournalError
-            The file is no journal, of another version, damaged before its end, or in use.
+            The file is missing, not a journal, of another version, damaged before its end, or in use.
         """
         try:
             file = path.open("r+b" if write else "rb", buffering=0)
@@ -169,15 +170,15 @@ class Journal:
 
     @property
     def count(self) -> int:
-        """Entries in the file now."""
+        """The current number of entries in the file."""
         return len(self._ends) - 1
 
     def position(self, step: int) -> Position:
-        """Return the position after so many entries."""
+        """Return the position after ``step`` entries."""
         return Position(self._run, step, self._crcs[step])
 
     def append(self, entry: Entry) -> None:
-        """Append a step in one write: a killed process leaves whole entries.
+        """Append an entry in one write, so that a killed process leaves complete entries.
 
         Raises
         ------
@@ -191,7 +192,7 @@ class Journal:
         try:
             while left:
                 left = left[self._file.write(left) :]
-        except BaseException:  # a full disk takes a part
+        except BaseException:  # a full disk may have accepted a part
             self._cut(self._ends[-1])
             raise
         self._ends.append(self._ends[-1] + size)
@@ -208,7 +209,7 @@ class Journal:
         self._file.seek(end)
 
     def sync(self) -> None:
-        """Have the system write the file to storage."""
+        """Flush the file to storage (fsync)."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -280,7 +281,7 @@ def _read(path: Path, data: bytes) -> _Contents:
 
 
 class _Found(NamedTuple):
-    """An entry: what is wrong with it, where it ends, and the CRC-32 of its content; 0, 0 if it is not whole."""
+    """A checked entry: its fault or "", its end offset and the CRC-32 of its content; 0, 0 if it is incomplete."""
 
     fault: str
     end: int
@@ -306,13 +307,13 @@ def _check(data: bytes, start: int, before: int) -> _Found:
 
 
 def _search(data: bytes, start: int, bad: _Found) -> str:
-    """Say whether good entries follow a bad one, so that it is not the end that is damaged; empty if none does.
+    """Return a message if good entries follow a bad one, so that the damage is not at the end; else an empty string.
 
-    An entry can be checked alone, as the CRC-32 of the one before it precedes it. Every offset is tried, since bytes
-    may be missing. A file can be made to keep this busy for hours; then it gives up.
+    An entry can be checked on its own, because the previous entry's CRC-32 precedes it. Every offset is tried, because
+    bytes may be missing. A crafted file could take hours, so the effort is limited.
     """
     good = "there are good ones after it"
-    if bad.end and not _check(data, bad.end, bad.crc).fault:  # it is the bad one's CRC that is damaged
+    if bad.end and not _check(data, bad.end, bad.crc).fault:  # only the stored CRC of the bad entry is damaged
         return good
     effort = 0
     for first in range(start + _WORD.size, len(data) - _size(1) + 1, _SEARCHED):

@@ -1,7 +1,7 @@
-"""Read and write safetensors files whose every tensor starts at a multiple of 64 bytes.
+"""Read and write safetensors files. Every written tensor starts at a multiple of 64 bytes.
 
-The format allows no holes between tensors, so the padding is explicit: ``U8`` entries named ``pocketzo.padding.N``,
-which any reader can open and :func:`read_header` leaves out. The header is padded with spaces, as the format allows.
+The format allows no gaps between tensors, so padding is explicit: ``U8`` entries named ``pocketzo.padding.N``. Any
+reader can open them; :func:`read_header` omits them. The header is padded with spaces, as the format allows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DTYPES: Final[Mapping[str, str]] = {
     "F32": "float32",
     "F64": "float64",
 }
-"""The format's names of the element types, and NumPy's."""
+"""NumPy's name of each element type of the format."""
 _CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
 
 
@@ -91,12 +91,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
     Returns
     -------
     dict of str to Entry
-        In the order of the bytes; padding entries are left out.
+        In the order of the bytes, without padding entries.
 
     Raises
     ------
     BundleError
-        If the header is damaged, tensors overlap or leave holes, or the file is too short or too long.
+        If the header is damaged, tensors overlap or leave gaps, or the file is too short or too long.
     """
     path = Path(path)
     head = header_bytes(path)
@@ -128,23 +128,24 @@ def write(
 ) -> None:
     """Write tensors in the given order, each at a multiple of 64 bytes.
 
-    One tensor at a time is made contiguous, so views of memory-mapped files, transposed ones too, cost no more memory
-    than the largest. The file is written beside and renamed: a reader sees the old file or the whole new one.
+    One tensor at a time is made contiguous. So views of memory-mapped files, even transposed ones, need no more memory
+    than the largest tensor. The file is written under a temporary name and renamed: a reader sees the old file or the
+    complete new one.
 
     Parameters
     ----------
     path : path-like
     tensors : iterable of (str, ndarray)
-        Unique names, and arrays of a type that the format knows.
+        Unique names, and arrays of a dtype that the format supports.
     dtypes : mapping of str to dtype, optional
-        The types in which some are to be stored, where these are not the arrays' own.
+        Storage types by name, for tensors whose storage type differs from the array's.
 
     Raises
     ------
     TypeError
-        If an array's element type has no name in the format.
+        If the format does not support a storage type.
     ValueError
-        If a name occurs twice, or is one that the format or the padding reserves.
+        If a name occurs twice, or is reserved by the format or for padding.
     """
     path = Path(path)
     tensors = list(tensors)

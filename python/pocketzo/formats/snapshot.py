@@ -1,14 +1,14 @@
-"""A snapshot: the weights and the optimizer's state after a step, so that a resumed run replays only what follows.
+"""A snapshot: weights and optimizer state after a step. A resumed run replays only the journal entries after it.
 
 A snapshot is a folder ``step-00000100`` with
 
 =======================  ============================================================================================
 ``weights.safetensors``  the weights, in the layout of the bundle's file
-``state.safetensors``    the method's state from step to step; missing for methods that have none
+``state.safetensors``    the optimizer's state; missing for methods without state
 ``snapshot.json``        the position in the journal, and the SHA-256 of the other files
 =======================  ============================================================================================
 
-It is written beside and renamed, so that a killed process leaves the snapshot before it or the whole new one.
+It is written under a temporary name and renamed: a killed process leaves the previous snapshot or the complete new one.
 ``docs/formats.md`` specifies this for readers in other languages.
 """
 
@@ -41,20 +41,25 @@ _DESCRIPTION: Final = "snapshot.json"
 def write_snapshot(
     folder: Path, position: Position, write_weights: Callable[[Path], None], state: Mapping[str, NDArray[Any]]
 ) -> Path:
-    """Write a snapshot into the folder of a run's snapshots, and remove those that were there.
+    """Write a snapshot into a run's snapshot folder, and remove all others.
 
-    At every moment the old snapshot or the new one is there and whole.
+    A complete snapshot exists at every moment, the old one or the new one.
 
     Parameters
     ----------
     folder : Path
-        Made if it is missing.
+        The snapshot folder; created if it is missing.
     position : Position
         The position of the weights in the run's journal.
     write_weights : callable
-        Gets the path to write the weights to.
+        Called with the path of the weights file to write.
     state : mapping of str to ndarray
-        The method's own; may be empty.
+        The optimizer's state; may be empty.
+
+    Returns
+    -------
+    Path
+        The snapshot's folder.
     """
     final = folder / f"step-{position.step:08d}"
     if not _is_whole(final, position):
@@ -80,7 +85,7 @@ def write_snapshot(
 
 
 def _is_whole(path: Path, position: Position) -> bool:
-    """Whether a snapshot is there: a run that lost the end of its journal comes to the position again."""
+    """Return whether a complete snapshot exists: a run that lost the end of its journal reaches a position again."""
     try:
         check_snapshot(path, position)
     except JournalError:
@@ -100,7 +105,7 @@ def check_snapshot(path: Path, position: Position) -> tuple[Path, dict[str, NDAr
     Raises
     ------
     JournalError
-        The snapshot is incomplete, damaged, or of another position; names the file and the reason.
+        The snapshot is incomplete, damaged, or of another position. The message names the file and the reason.
     """
     files = _read_description(path / _DESCRIPTION, position)
     for name, sha256 in files.items():

@@ -1,4 +1,4 @@
-"""JSON objects that every reader understands alike: UTF-8, no name twice, no NaN, no infinity."""
+"""Strict JSON objects, which every reader interprets alike: UTF-8, no duplicate names, no NaN, no infinity."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, NoReturn
 
 
 def dump(fields: Mapping[str, Any]) -> bytes:
-    """Return the text of an object, in ASCII; a ValueError for a number that is not finite."""
+    """Serialise an object to ASCII; raise ValueError for a number that is not finite."""
     return json.dumps(fields, allow_nan=False).encode()
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """Return the object that a text holds.
+    """Parse an object.
 
     Raises
     ------
     ValueError
-        It holds none, or one that readers in other languages could understand otherwise.
+        The text is not a JSON object, or other readers could interpret it differently.
     """
     try:
         fields = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)

@@ -1,6 +1,6 @@
 """ONNX graphs: read, rewrite, build and write them.
 
-Graphs are held as ``onnx_ir`` has them: a value knows its producer and its readers, in inner graphs too, and keeps its
-identity whatever it is called. Its modules need the packages ``onnx`` and ``onnx_ir``; the rest of PocketZO imports
-them where a graph is prepared or exported, and nowhere else.
+A graph is an ``onnx_ir`` graph: a value refers to its producer and its consumers, in subgraphs too, and renaming does
+not change its identity. The modules of this package need ``onnx`` and ``onnx_ir``. The rest of PocketZO imports them
+only where a graph is prepared or exported.
 """

@@ -12,15 +12,15 @@ from pocketzo.graph.weight import Array
 
 
 class Builder:
-    """Adds to a graph, and returns the values that it adds.
+    """Adds nodes and values to a graph, and returns the values.
 
     Parameters
     ----------
     graph : Graph
     prefix : str
-        Beginning of the names that it makes up.
+        Prefix of generated names.
     before : Node, optional
-        Where nodes are put; by default at the graph's end.
+        Nodes are inserted before this one; by default they are appended to the graph.
     """
 
     def __init__(self, graph: ir.Graph, prefix: str = "", *, before: ir.Node | None = None) -> None:
@@ -30,7 +30,7 @@ class Builder:
         self._taken = value_names(graph)
 
     def op(self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any) -> ir.Value:
-        """Add a node with one output, which has its name."""
+        """Add a node with one output of the same name."""
         name = unique(f"{self.prefix}{kind}", self._taken) if name is None else name
         node = ir.node(kind, inputs, attributes, outputs=[ir.Value(name=name)], name=name)
         if self.before is None:
@@ -40,7 +40,7 @@ class Builder:
         return node.outputs[0]
 
     def constant(self, value: float | Sequence[int] | Array) -> ir.Value:
-        """Add a constant: float32 for a float, int64 for integers. It is a node, as initializers are parameters."""
+        """Add a Constant node: float32 for a float, int64 for integers. Initializers are kept for parameters."""
         return self.op("Constant", value=ir.tensor(value))
 
     def parameter(self, name: str, tensor: Array | ir.TensorProtocol) -> ir.Value:

@@ -1,4 +1,4 @@
-"""The elements of a graph's tensors, in the graph's own file or in those beside it."""
+"""Read the elements of a graph's tensors, from the graph's own file or from external data files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pocketzo.graph.weight import Array
 
 
 class ExternalFiles:
-    """The files beside a graph that hold its external data, each mapped once.
+    """The external data files of a graph, each mapped once.
 
-    ``ir.ExternalTensor`` is not asked for its elements: it maps the file once more for each tensor, does not look at
-    the declared length, and refuses what symbolic or hard links lead to, as in the Hugging Face cache.
+    ``ir.ExternalTensor`` is not used to read elements: it maps the file again for each tensor, ignores the declared
+    length, and refuses symbolic and hard links, which the Hugging Face cache uses.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +23,7 @@ class ExternalFiles:
         self.maps: dict[str, Array] = {}
 
     def read(self, tensor: ir.TensorProtocol) -> Array:
-        """Return a tensor's elements, as a view of the file or of the graph's own bytes where possible."""
+        """Return a tensor's elements; a view of the file or of the graph's own bytes if possible."""
         try:
             return self._read(tensor)
         except ValueError as error:

@@ -1,12 +1,13 @@
 """Rewrite an ONNX graph so that its nodes read their weights as they are stored.
 
-A write to a weight is seen by the runtime only if the node that uses it reads the stored bytes. What exporters leave
-between the two is undone here:
+The runtime sees a write to a weight only if the node that uses the weight reads the stored bytes. This module removes
+the indirections that exporters add:
 
-1. views of a weight (Identity, Transpose, Reshape, ...) are folded into what is stored;
-2. a matrix that was stored twice, perhaps once transposed, becomes one again (a tied embedding and output projection);
-3. weights that were merged only because all their elements had one value become separate again;
-4. a transposed use of a weight that is also used plainly becomes ``Gemm(transB=1)``, which reads it as it is stored.
+1. views of a weight (Identity, Transpose, Reshape, ...) are folded into the stored tensor;
+2. a matrix that was stored twice, possibly once transposed, is stored once (a tied embedding and output projection);
+3. weights that were merged only because all their elements had one value are separated;
+4. if a weight is used both directly and transposed, the transposed use becomes ``Gemm(transB=1)``, which reads the
+   stored bytes.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from pocketzo.graph.views import fold_views
 from pocketzo.graph.weight import Array, Constant, Draft, Weight
 
 _FLOATS: Final = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
-_INLINE_BYTES = 1024  # constants that are no weights stay in the graph up to this size, as in onnx and onnxruntime
+_INLINE_BYTES = 1024  # constants other than weights stay in the graph up to this size, as in onnx and onnxruntime
 
 
 def extract_weights(model: ir.Model, folder: Path) -> list[Weight]:
-    """Take the weights out of a graph, and rewrite it so that each node reads its weights as they are returned.
+    """Remove the weights from a graph, and rewrite it so that each node reads its weights in the returned layout.
 
     Parameters
     ----------
     model : Model
-        As :func:`read_model` returns it; changed in place. Its weights are initializers without elements, until
+        As :func:`read_model` returns it; changed in place. Its weights become initializers without elements, until
         :func:`point_to_weights` completes them.
     folder : Path
-        Where the files of external data are.
+        The folder of the external data files.
 
     Returns
     -------
@@ -99,7 +100,7 @@ def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, 
     """
     for weight in weights:
         entry = entries[weight.name]
-        value = model.graph.initializers.pop(weight.name)  # and behind the others, in the order of the weights
+        value = model.graph.initializers.pop(weight.name)  # added again at the end, in the order of the weights
         value.const_value = ir.ExternalTensor(
             location,
             entry.start,
@@ -112,7 +113,7 @@ def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, 
 
 
 def _collect(graph: ir.Graph, files: ExternalFiles) -> Draft:
-    """Take the floating-point constants out of a graph; make the others part of it, the large ones excepted."""
+    """Remove floating-point constants and the elements of other large constants from a graph; embed the rest."""
     draft = Draft(graph)
     for scope in (graph, *graph.subgraphs()):
         for value in tuple(scope.initializers.values()):
@@ -138,7 +139,7 @@ def _is_large(array: Array) -> bool:
 
 
 def _put_back(graph: ir.Graph, weight: Weight, taken: set[str]) -> None:
-    """Make a constant that is no weight part of the graph again."""
+    """Put a constant that is not a weight back into the graph."""
     value = ir.val(unique(weight.name, taken), const_value=ir.tensor(weight.array))
     graph.initializers.add(value)
     for node, index in weight.uses:

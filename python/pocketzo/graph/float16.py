@@ -1,4 +1,4 @@
-"""Have a graph compute in float16, and check what it then computes."""
+"""Convert a graph to float16, and check the outputs of the converted graph."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MOST_FLOAT16: Final = 65504.0
 
 
 def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
-    """Have a graph compute in float16 what it computes in float32, between inputs and outputs of the old types.
+    """Convert a graph from float32 to float16; its inputs and outputs keep their types.
 
     Parameters
     ----------
     model : Model
-        As :func:`extract_weights` left it; not to be used afterwards.
+        The result of :func:`extract_weights`. Do not use it afterwards.
     weights : iterable of Weight
-        Those in float32 are marked to be stored in float16.
+        The storage type of float32 weights is set to float16.
 
     Returns
     -------
@@ -49,7 +49,7 @@ def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
             largest = np.abs(weight.array).max(initial=0)
             if weight.parameter and largest > MOST_FLOAT16:
                 raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {MOST_FLOAT16}")
-            if largest > MOST_FLOAT16:  # what masks is as good
+            if largest > MOST_FLOAT16:  # a mask works as well when clipped
                 weight.array = np.clip(weight.array, -MOST_FLOAT16, MOST_FLOAT16)
     blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
     model = from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=ends, op_block_list=blocked))
@@ -61,10 +61,10 @@ def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
 
 
 def check_float16(source: Path, session: ort.InferenceSession, batch: Mapping[str, NDArray[Any]]) -> None:
-    """Run the model as it was and as it is in float16 on a small batch, and refuse one that becomes another.
+    """Compare the original model with its float16 version on a small batch; raise BundleError if they differ.
 
-    On processors without fp16 arithmetic the runtime computes in float32, so that what overflows would only be seen
-    elsewhere: hence a look at each value of the model as it was.
+    Without fp16 arithmetic in the CPU, the runtime computes in float32, and an overflow would show on other machines
+    only. So each intermediate value of the original model is checked against the float16 range.
     """
     names, graph = _with_activations(source)
     original = open_unoptimised(source, graph)
@@ -81,7 +81,7 @@ def check_float16(source: Path, session: ort.InferenceSession, batch: Mapping[st
         if isinstance(value, np.ndarray) and value.dtype == np.float32
     ]
     for name, value in floats:
-        largest = value[np.isfinite(value)].max(initial=0)  # what is far below zero is a mask
+        largest = value[np.isfinite(value)].max(initial=0)  # large negative values are masks
         if largest > MOST_FLOAT16:
             raise BundleError(
                 f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
@@ -100,7 +100,7 @@ def check_float16(source: Path, session: ort.InferenceSession, batch: Mapping[st
 
 
 def _with_activations(source: Path) -> tuple[list[str], bytes]:
-    """Return the names of a graph's outputs, and the graph with all that it computes from its inputs as outputs."""
+    """Return the names of a graph's outputs, and the graph with every value that depends on its inputs as an output."""
     model = read_model(source)
     graph = model.graph
     names = [str(value.name) for value in graph.outputs]
@@ -114,11 +114,11 @@ def _with_activations(source: Path) -> tuple[list[str], bytes]:
 
 
 def open_unoptimised(source: Path, graph: str | bytes) -> ort.InferenceSession:
-    """Open a graph as it is, so that weights are only mapped."""
+    """Open a session without graph optimizations or prepacking."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # so that the weights are only mapped
+    options.add_session_config_entry("session.disable_prepacking", "1")  # weights are mapped, not copied
     if isinstance(graph, bytes):
         folder = os.fspath(source.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

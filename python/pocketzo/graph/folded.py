@@ -17,11 +17,11 @@ class _Derived(NamedTuple):
     Attributes
     ----------
     roots : set of Value
-        The tensors that it was computed from.
+        The tensors that it is computed from.
     node : str
-        The node that made it.
+        The node that computes it.
     by_channel : bool
-        Whether it still has one element for each channel, as a norm's scale or a bias does.
+        Whether it has one element per channel, like a norm's scale or a bias.
     """
 
     roots: set[ir.Value]
@@ -35,8 +35,8 @@ class _Derived(NamedTuple):
 def find_folded(draft: Draft) -> dict[ir.Value, str]:
     """Find weights that reach their operator only through nodes that compute from constants alone.
 
-    The runtime computes such nodes once. What they use is a weight if it comes out at a weight's place, or if it
-    has a parameter's name; else it is a constant: tables of sines are made so.
+    The runtime computes such nodes once. Their input is a weight if the result is used as a weight, or if the input has
+    a parameter's name. Otherwise it is a constant, such as a table of sines.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The loss of a graph."""
+"""Find or add the loss of a graph."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.read import dtype_of, shape_of
 
 IGNORED_LABEL: Final = -100
-"""The label of a token that does not count in the loss, as everywhere in the field."""
+"""The label of a token that the loss ignores, as in PyTorch."""
 RESERVED: Final = ("labels", "loss")
-"""What the input and the output are called that are added."""
+"""The names of the input and the output that are added."""
 
 
 def add_loss(model: ir.Model) -> tuple[str | None, str | None]:
     """Find the loss of a graph, or add it to one that ends in class scores.
 
     The loss is the mean cross-entropy of an int64 input ``labels``: of shape [batch] for logits [batch, classes], or
-    [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 do not count.
+    [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 are ignored.
 
     Returns
     -------
     loss, logits : str or None
-        Names of the outputs; None where the graph has none.
+        Names of the outputs; None if the graph has none.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def add_loss(model: ir.Model) -> tuple[str | None, str | None]:
 
 
 def _free_names(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Call values otherwise that have these names, in inner graphs too."""
+    """Rename the values that have these names, in subgraphs too."""
     taken = value_names(graph)
     for node in graph.all_nodes():
         for value in (*node.inputs, *node.outputs):
@@ -72,7 +72,7 @@ def _free_names(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def _append_cross_entropy(graph: ir.Graph, logits: ir.Value, shape: Sequence[int | str]) -> None:
-    """Add the input ``labels`` and the output ``loss``, as log-sum-exp: the log of a softmax is off near 0 and 1."""
+    """Add the input ``labels`` and the output ``loss``, by LogSoftmax: Log of Softmax is inaccurate near 0 and 1."""
     build = Builder(graph, "pocketzo.loss.")
     labels = build.input("labels", ir.DataType.INT64, shape[:-1])
     last = build.constant([-1])

@@ -1,4 +1,4 @@
-"""What weights are called."""
+"""Names of weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import onnx_ir as ir
 from pocketzo.graph.roles import ROLES
 from pocketzo.graph.weight import Use, Weight
 
-# Names that an exporter made up: "onnx::MatMul_370", "val_87", "/bert/Constant_3_output_0", "1234".
+# Names that exporters generate: "onnx::MatMul_370", "val_87", "/bert/Constant_3_output_0", "1234".
 _GENERATED = re.compile(r"onnx::|/|\d+$|(val|const|constant|initializer|tensor|t)_?\d*$|.*_output_\d+$", re.IGNORECASE)
 
 
 def is_generated(name: str) -> bool:
-    """Return whether an exporter made a name up."""
+    """Return whether an exporter generated a name."""
     return _GENERATED.match(name) is not None
 
 
 def value_names(graph: ir.Graph) -> set[str]:
-    """Return the names that the values of a graph and of the graphs in it have."""
+    """Return the names of all values of a graph and of its subgraphs."""
     names = {output.name for node in graph.all_nodes() for output in node.outputs}
     for scope in (graph, *graph.subgraphs()):
         names.update(value.name for value in scope.inputs)
@@ -29,7 +29,7 @@ def value_names(graph: ir.Graph) -> set[str]:
 
 
 def unique(name: str, taken: set[str]) -> str:
-    """Return a name, with a number behind it if it is taken, and take it."""
+    """Return a name, with a number appended if it is taken, and add it to `taken`."""
     count = 1
     found = name
     while found in taken:
@@ -40,7 +40,7 @@ def unique(name: str, taken: set[str]) -> str:
 
 
 def name_weights(weights: list[Weight], taken: set[str]) -> None:
-    """Give each weight a unique name: its own, else one made from the module that uses it, else the exporter's."""
+    """Give each weight a unique name: its own, else one from the module that uses it, else the generated one."""
     named: dict[Use, str] = {}
     for weight in sorted(weights, key=lambda weight: is_generated(weight.name)):
         name = weight.name
@@ -57,7 +57,7 @@ def _name_from_use(weight: Weight, named: Mapping[Use, str]) -> str | None:
     if role is None or scope is None:
         return None
     if role == "weight":
-        # The old exporter's scopes miss modules that are called past their parent's forward; a bias keeps its name.
+        # The old exporter's scopes lack modules called outside their parent's forward; but a bias keeps its name.
         for reader in (node, *node.outputs[0].consumers()):
             for position in range(len(reader.inputs)):
                 module, _, attribute = named.get((reader, position), "").rpartition(".")
@@ -67,7 +67,7 @@ def _name_from_use(weight: Weight, named: Mapping[Use, str]) -> str | None:
 
 
 def scope_of(node: ir.Node) -> str | None:
-    """Return the module that a node comes from, as torch names it: "encoder.layer.0.attention.self.query"."""
+    """Return the torch name of the module that a node comes from: "encoder.layer.0.attention.self.query"."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if scopes is not None:  # the new exporter: "['', 'encoder', ..., 'linear_3']"
         names = re.findall(r"'([^']*)'", scopes)
@@ -78,6 +78,6 @@ def scope_of(node: ir.Node) -> str | None:
 
 
 def title_of(node: ir.Node, *, bare: bool = False) -> str:
-    """Return what a message calls a node; ``bare`` as a part of a weight's name."""
+    """Return a node's name for messages; with ``bare``, for use in a weight's name."""
     name = node.name or next((output.name for output in node.outputs if output.name), "")
     return name.strip("/").replace("/", ".") if bare else f"{name!r} ({node.op_type})"

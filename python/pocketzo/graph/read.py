@@ -21,15 +21,15 @@ MIN_OPSET: Final = 13
 
 
 def read_model(path: Path) -> ir.Model:
-    """Read a graph without its external data, and bring it to one form.
+    """Read a graph without its external data, and normalise it.
 
-    Local functions are inlined. Constants are initializers of the main graph, whether they were nodes or belonged to an
-    inner graph, and are no inputs.
+    Local functions are inlined. Constant nodes and the initializers of subgraphs become initializers of the main graph.
+    Initializers are not inputs.
 
     Raises
     ------
     BundleError
-        If the file is not an ONNX model, of an operator set before 13, or not well formed.
+        If the file is not an ONNX model, its operator set is older than 13, or it is not well formed.
     """
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
@@ -42,7 +42,7 @@ def read_model(path: Path) -> ir.Model:
         raise BundleError(f"operator set {versions[0]}; export the model with opset {MIN_OPSET} or later")
     if proto.graph.sparse_initializer:
         raise BundleError("sparse initializers are not supported; export the model with dense weights")
-    proto.ir_version = max(proto.ir_version, 4)  # before, each initializer had to be an input too
+    proto.ir_version = max(proto.ir_version, 4)  # before version 4, each initializer had to be an input too
     if proto.functions:
         try:
             proto = onnx.inliner.inline_local_functions(proto)
@@ -58,16 +58,16 @@ def read_model(path: Path) -> ir.Model:
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
-    """Return a graph as onnx_ir has it, its nodes in the order of the computation.
+    """Return the onnx_ir model, its nodes in topological order.
 
     Raises
     ------
     BundleError
-        If it is not well formed: two values of one name, a value that nothing computes, a cycle.
+        If the graph is not well formed: two values have one name, no node computes a value, or there is a cycle.
     """
     log = logging.getLogger("onnx_ir")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of, and mends, what is an error below
+    log.setLevel(logging.ERROR)  # onnx_ir warns about and repairs graphs that are refused below
     try:
         model = ir.from_proto(proto)
         model.graph.sort()
@@ -86,20 +86,20 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
 
 
 def to_bytes(model: ir.Model) -> bytes:
-    """Return a graph as the bytes of an ONNX file, the same for the same graph."""
+    """Serialise a graph to the bytes of an ONNX file, deterministically."""
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return content
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first sentence of the error at the bottom of a chain, in which each quotes all that it was about."""
+    """Return the first sentence of the root cause: each error of the chain quotes its whole input."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return re.split(r"\.?\n|\. ", str(error).strip())[0] or type(error).__name__
 
 
 def drop_provenance(model: ir.Model) -> None:
-    """Remove the stack traces that exporters attach to each node: often more bytes than all else in a graph."""
+    """Remove the stack traces that exporters attach to each node: often more bytes than the rest of the graph."""
     common.ClearMetadataAndDocStringPass()(model)
 
 
@@ -109,7 +109,7 @@ def describe(value: ir.Value) -> ValueSpec:
     Raises
     ------
     BundleError
-        If it is not a tensor, or of unknown rank.
+        If the value is not a tensor, or its rank is unknown.
     """
     shape = shape_of(value)
     if shape is None:
@@ -118,7 +118,7 @@ def describe(value: ir.Value) -> ValueSpec:
 
 
 def shape_of(value: ir.Value) -> list[int | str] | None:
-    """Return the sizes of a tensor's axes, names for those that vary; None if its rank is not known."""
+    """Return the shape of a tensor, with names for dynamic axes; None if the rank is unknown."""
     if not isinstance(value.type, ir.TensorType) or value.shape is None:
         return None
     return [(size if size >= 0 else "?") if isinstance(size, int) else size.value or "?" for size in value.shape]

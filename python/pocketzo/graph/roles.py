@@ -1,4 +1,4 @@
-"""Which inputs of which operators are weights, and what torch calls them."""
+"""The operator inputs that are weights, and torch's names for them."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ ELEMENTWISE: Final = {
     "Sub",
 }
 
-# Tables that torch modules keep beside their parameters: rotary position embeddings.
+# Buffers of torch modules, which are not parameters: rotary position embeddings.
 _BUFFER = re.compile(r"(^|[._])(inv_freq|(cos|sin)_cached?)$")
 
 
 def is_buffer(constant: Constant) -> bool:
-    """Return whether a tensor is a table that a torch module keeps beside its parameters."""
+    """Return whether a tensor is a buffer of a torch module, not a parameter."""
     return _BUFFER.search(constant.label or "") is not None
 
 
 def role_of(draft: Draft, constant: Constant, use: Use) -> str | None:
-    """Return what a node uses a tensor as, such as "weight" or "bias"; None if it is a mere constant there."""
+    """Return a tensor's role in a node, such as "weight" or "bias"; None if it is only a constant there."""
     node, index = use
     array = constant.array
     role = ROLES.get(node.op_type, {}).get(index)

@@ -1,4 +1,4 @@
-"""Which tensors are one weight, and how the nodes that use it read it."""
+"""Find the tensors that are one tied weight, and connect the nodes that read it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pocketzo.graph.weight import Array, Constant, Draft, Use, Weight
 
 
 def unify_equal_matrices(draft: Draft) -> None:
-    """Let equal matrices share their memory, also where one is the other transposed.
+    """Make equal matrices share one buffer, also if one is the transpose of the other.
 
-    Folding the transpose of a tied weight, exporters store it twice. A diagonal is the same for both, so that few
-    matrices need be compared whole. Equality of matrices whose elements all have one value is coincidence.
+    Exporters that fold the transpose of a tied weight store it twice. Both copies have the same diagonal, so few
+    matrices need a full comparison. Matrices whose elements all have one value are skipped: their equality is chance.
     """
     families: defaultdict[tuple[object, ...], list[Constant]] = defaultdict(list)
     for constant in draft.constants.values():
@@ -109,7 +109,7 @@ def _reads_transposed(draft: Draft, use: Use) -> bool:
 
 
 def connect(draft: Draft, weights: list[Weight]) -> None:
-    """Let each node read its weights under their names, transposed where it is tied."""
+    """Connect each node to its weights by name; a transposed use is rewritten to read the stored layout."""
     for weight in weights:
         value = ir.val(weight.name, ir.DataType.from_numpy(weight.array.dtype), weight.array.shape)
         draft.graph.initializers.add(value)
@@ -125,7 +125,7 @@ def connect(draft: Draft, weights: list[Weight]) -> None:
 
 
 def _multiply_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
-    """Compute X @ W.T with X of any rank by Gemm, which reads W as it is stored but takes two axes only."""
+    """Compute X @ W.T by Gemm, which reads W as it is stored; X of any rank is reshaped, as Gemm takes two axes."""
     x, matrix = node.inputs
     (output,) = node.outputs
     classes, width = shape
@@ -141,6 +141,6 @@ def _same_view(a: Array, b: Array) -> bool:
 
 
 def _is_constant(array: Array) -> bool:
-    """Return whether all elements have one value; most arrays differ in the first few."""
+    """Return whether all elements have one value; the first few elements decide for most arrays."""
     flat = array.reshape(-1) if array.flags.c_contiguous else array.T.reshape(-1)
     return bool((flat[:64] == flat[0]).all() and (flat == flat[0]).all())

@@ -1,4 +1,4 @@
-"""Nodes that only view the elements of a tensor in another way."""
+"""Fold nodes that only compute a view of a tensor, such as Transpose and Reshape."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pocketzo.graph.weight import Array, Constant, Draft
 
 
 def fold_views(draft: Draft) -> None:
-    """Replace each node that only views a tensor by that view; the graph's order lets chains fold in one pass."""
+    """Replace each node that only computes a view by that view. Topological order folds chains in one pass."""
     for node in draft.graph:
         source = draft.constants.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
         if source is None or node.outputs[0].is_graph_output():
             continue
         try:
             array = _view(node, source.array)
-        except ValueError:  # the runtime will say what is wrong with it
+        except ValueError:  # the runtime will report the invalid node
             array = None
         if array is None:
             continue

@@ -1,4 +1,4 @@
-"""Tensors of a graph: constants as the graph holds them, weights as they are stored outside of it."""
+"""Tensors of a graph: constants inside the graph, and weights stored outside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 Array: TypeAlias = npt.NDArray[Any]
 Use: TypeAlias = tuple[ir.Node, int]
-"""A node that reads a tensor, and the number of the input by which it does."""
+"""A node that reads a tensor, and the index of its input."""
 
 
 @dataclass(eq=False)
@@ -21,13 +21,13 @@ class Constant:
     Attributes
     ----------
     value : Value
-        What the graph knows it by.
+        Its value in the graph.
     array : ndarray
         The elements; often a view of a mapped file.
     root : Value
-        The tensor that it is a view of: its own value if it is none.
+        The tensor that it is a view of; its own value if it is not a view.
     label : str or None
-        The name of the parameter that it is, where the exporter kept it.
+        Its parameter name, if the exporter kept it.
     """
 
     value: ir.Value
@@ -48,9 +48,9 @@ class Weight:
     parameter : bool
         Whether an operator uses it as a weight, so that it can be trained.
     folded_by : str or None
-        A node that the runtime computes once, when it loads the graph, so that later writes are not seen.
+        The node that the runtime folds when it loads the graph, so that later writes to the weight have no effect.
     uses, transposed : list of Use
-        Who reads it as it is stored, and who reads it transposed.
+        The uses that read it as it is stored, and those that read it transposed.
     storage_dtype : str or None
         Storage type, if it differs from the array's.
     """
@@ -77,7 +77,7 @@ class Draft:
     ----------
     graph : Graph
     constants : dict of Value to Constant
-        All its floating-point constants.
+        The floating-point constants of the graph.
     large : list of Weight
         Constants of other types that are too large to stay in the graph.
     constant_nodes : set of Node
