@@ -134,7 +134,7 @@ def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path, prepack: bo
 
 
 def test_loading_is_refused_with_figures(bundle: Path) -> None:
-    with pytest.raises(pz.MemoryLimitError, match=r"loading takes \d+ MB .* and the limit is 1 MB"):
+    with pytest.raises(pz.MemoryLimitError, match=r"loading takes [\d,]+ MB .* and the limit is 1 MB"):
         pz.load(bundle, max_memory=MB)
 
 
