@@ -76,7 +76,7 @@ def test_a_watch_calls_once_when_the_limit_is_exceeded() -> None:
     assert calls == readings == []
     most = resident_memory() + 50 * MB
     with watch(most, lambda: calls.append(1)) as readings:
-        ballast = []
+        ballast: list[np.ndarray[Any, Any]] = []
         while not calls and len(ballast) < 10:  # more than one where the system has taken back other pages meanwhile
             ballast.append(np.ones(20 * MB))  # 160 MB
             time.sleep(0.2)
