@@ -20,7 +20,18 @@ import pocketzo as pz
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-OPTIONAL = ("click", "matplotlib", "onnx", "onnx_ir", "rich", "safetensors", "tokenizers", "torch", "transformers")
+OPTIONAL = (
+    "click",
+    "matplotlib",
+    "onnx",
+    "onnx_ir",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pocketzo import MissingExtraError
 from pocketzo.demo import probe
+from pocketzo.demo.run import run_demo
 
 Array = npt.NDArray[Any]
 
@@ -37,17 +41,23 @@ def test_probe_ignores_constant_columns_and_knows_unbalanced_classes() -> None:
     assert probe.linear_probe(features, labels, features, labels) == 0.8
 
 
-def test_probe_solution_is_the_minimum() -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probe_solution_is_the_minimum(classes: int) -> None:
     features, labels = clusters(90, 0, 3.0)
-    x = np.column_stack([(features - features.mean(0)) / features.std(0), np.ones(90)])
-    y = np.eye(3)[labels]
+    features, labels = features[labels < classes], labels[labels < classes]
+    standard = (features - features.mean(0)) / features.std(0)
+    x = np.column_stack([standard, np.ones(len(labels))])
+    y = np.eye(classes)[labels]
     l2 = np.array([[0.05]] * 5 + [[0.0]])
 
     def objective(weights: Array) -> float:
         scores = np.exp(x @ weights)
         return float(-np.log((scores / scores.sum(1, keepdims=True) * y).sum(1)).mean() + (l2 * weights**2).sum() / 2)
 
-    best = probe._fit(x, y, 0.05)
+    model = probe._fit(standard, labels, 0.05)
+    best = np.vstack([model.coef_.T, model.intercept_])
+    if classes == 2:
+        best = np.hstack([-best / 2, best / 2])
     gradient = np.zeros_like(best)
     for index in np.ndindex(*best.shape):
         step = np.zeros_like(best)
@@ -64,3 +74,21 @@ def test_probe_refuses_what_does_not_fit() -> None:
         probe.linear_probe(features, labels, features[:, :4], labels)
     with pytest.raises(ValueError, match="got 20 and 0"):
         probe.linear_probe(features, labels, features[:0], labels[:0])
+    with pytest.raises(ValueError, match="2 classes, got 1"):
+        probe.linear_probe(features, labels * 0, features, labels)
+    rare = np.array([1] * 16 + [0] * 4)
+    with pytest.raises(ValueError, match="each class to choose l2 by, got 4 of one"):
+        probe.linear_probe(features, rare, features, labels)
+    assert 0 <= probe.linear_probe(features, rare, features, rare, l2=0.1) <= 1
+
+
+def test_without_scikit_learn_the_demo_says_so_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    features, labels = clusters(20, 0, 1.0)
+    with pytest.raises(MissingExtraError, match=r"'scikit-learn'.*pip install 'pocketzo\[demo\]'"):
+        probe.linear_probe(features, labels, features, labels)
+    with pytest.raises(MissingExtraError, match="'scikit-learn'"):
+        run_demo(tmp_path / "out", checkpoint=tmp_path, say=lambda line: None)
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ EXTRAS: Final = {
     "text": ("tokenizers",),
     "prepare": ("onnx", "onnx-ir"),
     "plot": ("matplotlib",),
+    "demo": ("scikit-learn",),
 }
 
 _SEED, _TENSOR, _DRAW = 20250101, 0x5EED, 41

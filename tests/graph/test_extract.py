@@ -200,6 +200,24 @@ def test_large_constants_of_other_types_are_external_and_frozen(tmp_path: Path) 
     np.testing.assert_array_equal(run(bundle.model_path, feed | {"labels": np.array([0, 0])})["logits"], expected)
 
 
+def test_a_large_constant_of_a_branch_is_external_too(tmp_path: Path) -> None:
+    def branch(name: str, step: int) -> onnx.GraphProto:
+        table = numpy_helper.from_array(np.arange(0, 4000 * step, step) % 4, "table")
+        nodes = [node("Gather", "table x", "ids"), node("Gather", "fc.weight ids", f"{name}_out")]
+        output = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["batch", 3])
+        return helper.make_graph(nodes, name, [], [output], [table])
+
+    choose = helper.make_node("If", ["flag"], ["logits"], then_branch=branch("a", 1), else_branch=branch("b", 3))
+    inputs = [("x", TensorProto.INT64, ("batch",)), ("flag", TensorProto.BOOL, ())]
+    path = model_of(tmp_path / "m.onnx", [choose], [weight("fc.weight", 4, 3)], inputs=inputs)
+    bundle = prepare(path, tmp_path / "out")
+    assert [(t.dtype, t.trainable) for t in bundle.tensors] == [("float32", True), ("int64", False), ("int64", False)]
+    for flag in np.array(True), np.array(False):
+        feed = {"x": np.array([5, 3]), "flag": flag}
+        result = run(bundle.model_path, feed | {"labels": np.array([0, 0])})
+        np.testing.assert_array_equal(result["logits"], run(path, feed)["logits"])
+
+
 @pytest.mark.parametrize("operator", ["LSTM", "GRU"])
 def test_recurrent_weights_are_live(tmp_path: Path, operator: str) -> None:
     gates = {"LSTM": 4, "GRU": 3}[operator]

@@ -106,6 +106,25 @@ def test_tables_of_sines_made_of_constants_are_no_weights(tmp_path: Path) -> Non
     assert [tensor.name for tensor in bundle.tensors] == ["fc.weight"]
 
 
+def test_what_is_multiplied_from_the_left_is_no_weight(tmp_path: Path) -> None:
+    """As a rotary embedding's frequencies are with the positions, though they have a parameter's name."""
+    nodes = [
+        node("Mul", "scales.weight two", "frequencies"),
+        node("MatMul", "frequencies x", "angles"),
+        node("MatMul", "angles fc.weight", "logits"),
+    ]
+    two = numpy_helper.from_array(np.array(2, np.float32), "two")
+    path = model_of(
+        tmp_path / "m.onnx",
+        nodes,
+        [weight("scales.weight", 1, 4, 1), weight("fc.weight", 5, 3), two],
+        inputs=[("x", TensorProto.FLOAT, ("batch", 1, 5))],
+        outputs=[("logits", ("batch", 4, 3))],
+    )
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {"fc.weight"}
+
+
 def test_a_bias_that_shares_its_zeros_with_a_constant(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", "x fc.weight", "a"),

@@ -85,22 +85,23 @@ def test_a_transposed_use_of_a_tied_weight_reads_what_is_stored(tmp_path: Path, 
     np.testing.assert_allclose(live.outputs(feed)[0], 9 * run(path, {"ids": ids})["scores"], rtol=1e-5)
 
 
-def test_a_gemm_that_is_tied_flips_its_flag(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", [0, 1])
+def test_a_gemm_that_is_tied_flips_its_flag(tmp_path: Path, flag: int) -> None:
     nodes = [
         node("Gather", "embedding.weight ids", "x"),
         node("Transpose", "embedding.weight", "t"),
-        node("Gemm", "x t", "logits"),
+        node("Gemm", "x t", "logits", transB=flag),
     ]
     path = model_of(
         tmp_path / "m.onnx",
         nodes,
-        [weight("embedding.weight", 9, 4)],
+        [weight("embedding.weight", 4, 4)],
         inputs=[("ids", TensorProto.INT64, ["n"])],
-        outputs=[("logits", ["n", 9])],
+        outputs=[("logits", ["n", 4])],
     )
     bundle = prepare(path, tmp_path / "out")
     gemm = next(n for n in onnx.load(bundle.model_path).graph.node if n.op_type == "Gemm")
-    assert helper.get_node_attr_value(gemm, "transB") == 1
+    assert helper.get_node_attr_value(gemm, "transB") == 1 - flag
     feed = {"ids": np.array([1, 2])}
     expected = run(path, feed)["logits"]
     np.testing.assert_allclose(

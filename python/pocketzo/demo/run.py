@@ -23,7 +23,7 @@ from pocketzo import kernels
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import load_dataset
 from pocketzo.demo.minilm import find_checkpoint
-from pocketzo.demo.probe import linear_probe
+from pocketzo.demo.probe import linear_probe, require_scikit_learn
 from pocketzo.errors import Error
 from pocketzo.export.bert import build_onnx
 from pocketzo.machine.memory import process_memory, reset_peak
@@ -152,6 +152,7 @@ def run_demo(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     _refuse_foreign(output)
+    require_scikit_learn()
     files = find_checkpoint(checkpoint)
     say(f"weights: {files.weights}")
     output.mkdir(parents=True, exist_ok=True)
@@ -164,13 +165,10 @@ def run_demo(
         bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
         train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
         features, test_features = (_features(bundle.model_path, data) for data in (train, test))
-        assert train.label_ids is not None
-        assert test.label_ids is not None
         build_onnx(files, graph, len(LABELS), projection=_main_axes(features))
         bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
     finally:
         graph.unlink(missing_ok=True)
-    probe = linear_probe(features, train.label_ids, test_features, test.label_ids)
 
     train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
     model = load(bundle, batch=train.batch(np.arange(BATCH_SIZE)))
@@ -217,10 +215,12 @@ def run_demo(
     tuned = _guesses(model, test)
     model.save(output / "tuned")
     plain = _plain_guesses(output / "tuned" / "model.onnx", test)
+    assert train.label_ids is not None
+    assert test.label_ids is not None
     return Outcome(
         before=before,
         after=after,
-        probe=probe,
+        probe=linear_probe(features, train.label_ids, test_features, test.label_ids),
         count=len(test),
         agreeing=int((plain == tuned).sum()),
         examples=_examples(test, guesses, tuned),
