@@ -20,6 +20,7 @@ NEAREST, STOCHASTIC, LATER = range(3)  # pocketzo::Rounding
 
 TERM = struct.Struct("=QQ3ffBBB5x")  # TERM_DTYPE; writing the fields of a structured array takes four times as long
 _MOST_SCALES = 3
+_UNUSED = [(0.0,) * (_MOST_SCALES - count) for count in range(_MOST_SCALES + 1)]
 
 
 def float32(value: float) -> float:
@@ -90,7 +91,7 @@ class Program:
 
     def move(self, before: Point, after: Point) -> None:
         """Shift the weights from one point to another."""
-        for draw in dict.fromkeys((*before, *after)):
+        for draw in {**before, **after}:
             start, end = before.get(draw, 0.0), after.get(draw, 0.0)
             # 16-bit weights return to where they were before they go on to the other side, so that both roundings undo
             # each other. Else each step would leave the roundings of three shifts, two thirds of a unit.
@@ -100,9 +101,11 @@ class Program:
 
     def update(self, point: Point, coefficients: Mapping[int, float], lr: float) -> None:
         """Return from a point, move by ``-coefficient`` along each direction, then decay; round once, at the end."""
-        decay = float32(lr * self._lr * self._weight_decay)
+        decay = float32(lr * self._lr * self._weight_decay) if self._weight_decay else 0.0
         first, last = next(iter(coefficients)), next(reversed(coefficients))
-        self.move({draw: start for draw, start in point.items() if draw != first}, {})
+        for draw, start in point.items():
+            if draw != first:
+                self.move({draw: start}, {})
         for draw, coefficient in coefficients.items():
             amount = -self._lr * coefficient
             if draw == first and point.get(draw):
@@ -116,23 +119,18 @@ class Program:
 
     def _add(self, draw: int, scale: float, decay: float = 0.0, rounding: int = NEAREST) -> None:
         scales: tuple[float, ...] = (float32(scale),)
-        if self._terms:
-            before = self._terms[-1]
-            if (
-                before.draw == draw
-                and len(before.scales) < _MOST_SCALES
-                and (before.decay, before.rounding) == (0.0, NEAREST)
-            ):
-                scales = before.scales + scales
+        if self._terms and self._terms[-1].draw == draw:
+            _, earlier, earlier_decay, earlier_rounding = self._terms[-1]
+            if len(earlier) < _MOST_SCALES and earlier_decay == 0.0 and earlier_rounding == NEAREST:
+                scales = earlier + scales
                 self._terms.pop()
         self._terms.append(Term(draw, scales, decay, rounding))
 
     def pack(self, seed: int, *, rademacher: bool) -> bytes:
         """Return the terms as the kernels read them."""
         return b"".join(
-            TERM.pack(
-                *(seed, draw, *scales, *(0.0,) * (_MOST_SCALES - len(scales))),
-                *(decay, len(scales), rademacher, rounding),
-            )
-            for draw, scales, decay, rounding in self._terms
+            [
+                TERM.pack(seed, draw, *scales, *_UNUSED[len(scales)], decay, len(scales), rademacher, rounding)
+                for draw, scales, decay, rounding in self._terms
+            ]
         )
