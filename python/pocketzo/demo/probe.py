@@ -1,4 +1,4 @@
-"""A linear probe: what any fine-tuning of an encoder has to beat."""
+"""A linear probe: the baseline for fine-tuning an encoder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def linear_probe(
 ) -> float:
     """Return the test accuracy of multinomial logistic regression on frozen features.
 
-    Features are standardised by the training rows' mean and standard deviation. The mean cross-entropy plus
-    ``l2 / 2 * sum(weight ** 2)``, the intercept free, is minimised in float64 by Newton's method from zero, so the
-    result depends on no random number.
+    Features are standardised by the training rows' mean and standard deviation. The objective is the mean cross-entropy
+    plus ``l2 / 2 * sum(weight ** 2)``, without a penalty on the intercept. Newton's method minimises it in float64 from
+    zero, so the result is deterministic.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ def linear_probe(
     labels, test_labels : ndarray of int, shape (rows,)
         Classes, counted from 0.
     l2 : float, optional
-        Strength of the penalty, positive. By default the one, out of five between 0.01 and 1, with the lowest 5-fold
-        cross-entropy on the training rows: a probe that overfits would make any comparison with it too kind.
+        Strength of the penalty, positive. By default the one of five values between 0.01 and 1 with the lowest 5-fold
+        cross-entropy on the training rows: a probe that overfits would be too weak a baseline.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def linear_probe(
     y = np.eye(int(labels.max()) + 1)[labels]
     if l2 is None:
         fold = np.empty(len(labels), np.int64)
-        fold[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 5  # as many of each class in every fold
+        fold[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % 5  # stratified by class
 
         def held_out_loss(l2: float) -> float:
             weights = [_fit(x[fold != k], y[fold != k], l2) for k in range(5)]
@@ -73,9 +73,9 @@ def _log_softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _fit(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], l2: float) -> npt.NDArray[np.float64]:
-    """Weights [columns, classes] of logistic regression; `x` ends in a column of ones, `y` is one-hot.
+    """Return weights [columns, classes] of logistic regression; `x` ends in a column of ones, `y` is one-hot.
 
-    Newton's direction comes from conjugate gradients, so no Hessian is ever held.
+    Conjugate gradients compute the Newton direction, so no Hessian is stored.
     """
     rows = len(x)
     decay = np.full((x.shape[1], 1), l2)
@@ -95,7 +95,9 @@ def _fit(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], l2: float) -> n
         residual = -gradient
         search = residual
         square = float((residual**2).sum())
-        enough = min(0.25, np.sqrt(square)) * square  # ever closer to the exact direction: convergence is superlinear
+        enough = (
+            min(0.25, np.sqrt(square)) * square
+        )  # the tolerance shrinks with the gradient: convergence is superlinear
         for _ in range(weights.size):
             moved = x @ search
             curved = x.T @ (p * (moved - (p * moved).sum(axis=1, keepdims=True))) / rows + decay * search
