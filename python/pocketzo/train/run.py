@@ -117,7 +117,7 @@ class Run:
         """
         step = self.steps if step is None else step
         if not 0 <= step <= self.steps:
-            raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
+            raise ValueError(f"step must be in 0 .. {self.steps}, the steps in the journal of {self.path}; got {step}")
         try:
             optimizer = from_settings(model, self.recipe.method)
         except ValueError as error:
