@@ -1,4 +1,4 @@
-"""PocketZO: fine-tune an ONNX model in place, in the memory that running it takes."""
+"""PocketZO: fine-tune an ONNX model in place, in the memory that inference takes."""
 
 from __future__ import annotations
 

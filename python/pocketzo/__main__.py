@@ -1,4 +1,4 @@
-"""``python -m pocketzo``, and the console program ``pocketzo``."""
+"""Entry point of ``python -m pocketzo`` and of the console script ``pocketzo``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it."""
+    """Run the command line; if a package that it needs is missing, exit with the command that installs it."""
     try:
         from pocketzo.cli import app as cli
     except ModuleNotFoundError as error:

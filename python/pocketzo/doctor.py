@@ -39,9 +39,9 @@ _FAR: Final[dict[str, Any]] = {"seed": 0x0123456789ABCDEF, "tensor": 0xDEADBEEF,
 _COUNT = 1 << 16
 
 # CRC-32 of 65,536 little-endian numbers. The first four are the first CRCs of the lines normal_crc and rademacher_crc
-# in tests/vectors/answers.txt; the others apply two directions, with weight decay between, to the first stream, the
-# last in fp16. All come from tests/vectors/reference.py, which implements cpp/SPEC.md in numpy; tests/test_cli.py
-# computes them again.
+# in tests/vectors/answers.txt. The others apply two directions, with weight decay between them, to the first stream;
+# the last one does so in fp16. All come from tests/vectors/reference.py, which implements cpp/SPEC.md in numpy, and
+# tests/test_cli.py recomputes them.
 ANSWERS: Final = {
     "normal": 0x33DBAC66,
     "normal, far": 0xAC30A971,
@@ -103,12 +103,12 @@ def _crc(array: NDArray[Any]) -> int:
 
 
 def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Time the perturbation of ``count`` weights, in nanoseconds a weight, the best of ``repeats``.
+    """Time the perturbation of ``count`` weights, in nanoseconds per weight; the best of ``repeats``.
 
     Returns
     -------
     dict of str to dict of str to float
-        By distribution and then by ``"1 thread"`` and, where there are more, ``"N threads"``.
+        By distribution, then by number of threads: ``"1 thread"`` and, if there are more, ``"N threads"``.
     """
     w = np.zeros(count, np.float32)
     threads = kernels.threads()
@@ -131,12 +131,13 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
 
 
 def examine() -> dict[str, Any]:
-    """Collect everything that ``pocketzo doctor`` prints; takes about a second.
+    """Collect everything that ``pocketzo doctor`` prints; this takes about a second.
 
     Returns
     -------
     dict
-        Values for JSON. ``ok`` is whether the self-test passed; sizes are in bytes, ``speed`` in nanoseconds a weight.
+        Values for JSON. ``ok`` is whether the self-test passed. Sizes are in bytes; ``speed`` is in nanoseconds per
+        weight.
     """
     failed = self_test()
     total, available = system_memory()
@@ -170,9 +171,9 @@ def examine() -> dict[str, Any]:
 
 
 def prepacking(bundle: Bundle | None = None) -> str:
-    """Describe whether weights, those of a bundle if one is given, can be prepacked here, and if not, why.
+    """Describe whether weights can be prepacked on this system, and if not, why; of a bundle if one is given.
 
-    :func:`pocketzo.load` checks that they are live in the session, too.
+    :func:`pocketzo.load` also checks that they are live in the session.
     """
     try:
         if bundle is None:

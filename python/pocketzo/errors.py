@@ -1,4 +1,4 @@
-"""The errors that PocketZO raises beside ``ValueError`` and ``TypeError``."""
+"""Exceptions that PocketZO raises besides ``ValueError`` and ``TypeError``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class BundleError(Error):
 
 
 class DeadWeightError(Error):
-    """A trainable weight is not live: the session does not see what is written to it."""
+    """A trainable weight is not live: writes to it do not reach the session."""
 
 
 class DataError(Error):
@@ -24,7 +24,7 @@ class JournalError(Error):
 
 
 class TrainingError(Error):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class MemoryLimitError(Error):
@@ -39,4 +39,4 @@ class MissingExtraError(Error, ImportError):
 
 
 class NotPrepackableError(Error):
-    """Weights cannot be prepacked and live on this system; the plain layout is used instead."""
+    """Prepacked weights cannot be live on this system; the plain layout is used instead."""

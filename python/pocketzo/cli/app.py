@@ -1,4 +1,4 @@
-"""The command line. Results go to standard output, all else to standard error."""
+"""The command line: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pocketzo.cli.train import train
 
 
 def main() -> None:
-    """Run the command line and exit: 0, 1 for an error in the user's input, 2 for usage, 130 after Ctrl-C."""
+    """Run the command line and exit: 0, 1 for an error in the user's input, 2 for wrong usage, 130 after Ctrl-C."""
     warnings.showwarning = _show_warning
     cli(prog_name="pocketzo")
 
@@ -35,7 +35,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Fine-tune an ONNX language model in place, in the memory that running it takes.
+    """Fine-tune an ONNX language model in place, in the memory that inference takes.
 
     A typical session:
 
@@ -45,7 +45,7 @@ def cli() -> None:
       pocketzo eval runs/first --data dev.tsv
       pocketzo replay runs/first -o tuned
 
-    Exit codes: 0; 1 for an error in the input (one line says which); 2 for wrong usage; 130 after Ctrl-C.
+    Exit codes: 0; 1 for an error in the input (reported in one line); 2 for wrong usage; 130 after Ctrl-C.
     """
 
 

@@ -1,4 +1,4 @@
-"""How commands behave: errors on one line, exit codes, ``--debug``."""
+"""Behaviour of all commands: one-line errors, exit codes, ``--debug``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEBUG = "pocketzo.debug"
 
 
 class _Failure(click.ClickException):
-    """An error in what the user gave: one line, exit code 1."""
+    """An error in the user's input: printed as one line, exit code 1."""
 
     def show(self, file: Any = None) -> None:
         click.echo(f"pocketzo: error: {self.message}", err=True)
@@ -44,11 +44,11 @@ class Commands(click.Group):
         self.params.append(_DEBUG_OPTION)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, and end with one line for an error in what the user gave."""
+        """Run the command; print an error in the user's input as one line."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # click knows what to do when the reader of our output has gone
+            raise  # click handles a closed standard output
         except (Error, ValueError, TypeError, OSError, MemoryError) as error:
             if ctx.meta.get(_DEBUG):
                 raise

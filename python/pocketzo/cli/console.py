@@ -1,4 +1,4 @@
-"""Text that commands print."""
+"""Formatting and printing of the commands' output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def say(text: str = "") -> None:
 
 
 def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """Return a table of evaluations, one a column."""
+    """Return a table of evaluations, one per column."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in columns:
@@ -40,7 +40,7 @@ def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table
 
 
 def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
-    """JSON has no infinity and no NaN."""
+    """Return an evaluation with None for infinity and NaN, which JSON does not have."""
     return {name: value if value is not None and math.isfinite(value) else None for name, value in evaluation.items()}
 
 
@@ -98,5 +98,5 @@ def duration(seconds: float) -> str:
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
-    """Return a path as a shell takes it."""
+    """Return a path quoted for a shell."""
     return shlex.quote(os.fspath(path))

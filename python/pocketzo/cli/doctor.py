@@ -55,7 +55,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "cores": f"{cores['usable']} to use, {fast}{cores['present']} present; {facts['threads']} used by the kernels",
         "memory": f"{total or 'unknown'} in all, {available or 'unknown'} available",
         "weights": facts["prepacking"],
-        "fp16": "fast: this processor computes in it" if facts["fp16"] else "slow: this processor cannot compute in it",
+        "fp16": "fast: this CPU has fp16 arithmetic" if facts["fp16"] else "slow: this CPU has no fp16 arithmetic",
         "instruction set": f"{facts['isa']} in use; available: {', '.join(facts['available'])}",
         "self-test": tests,
         **{

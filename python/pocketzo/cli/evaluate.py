@@ -39,14 +39,14 @@ from pocketzo.tasks.registry import task_of
     callback=metric_names,
     multiple=True,
     metavar="NAME",
-    help=f"What to print: {', '.join(METRICS)}; repeatable, or several with commas.  [default: the task's, and loss]",
+    help=f"Metrics to print: {', '.join(METRICS)}; repeatable, or comma-separated.  [default: the task's, and loss]",
 )
 @json_option
 @step_option
 @best_option
 @base_option
-@click.option("--batch-size", type=int, default=32, help="Examples a forward pass.")
-@threads_option("as many as there are fast cores")
+@click.option("--batch-size", type=int, default=32, help="Examples per forward pass.")
+@threads_option("the number of fast cores")
 @column_options
 def evaluate(
     model: Path,
@@ -60,9 +60,9 @@ def evaluate(
     threads: int | None,
     columns: Columns,
 ) -> None:
-    """Evaluate a bundle, or the weights of a run.
+    """Evaluate a bundle, or the weights after a run.
 
-    Prints accuracy, mean loss, and the count of examples; null, or "-", for what the graph does not give.
+    Prints accuracy, mean loss, and the number of examples. A metric that the graph has no output for is null, or "-".
 
     \b
     Examples:

@@ -25,9 +25,9 @@ from pocketzo.train.run import JOURNAL, Run
 @click.command(cls=Command)
 @click.argument("path", type=PATH, metavar="BUNDLE|RUN")
 @json_option
-@click.option("--tensors", is_flag=True, help="List a bundle's weights, for --trainable and --group.")
+@click.option("--tensors", is_flag=True, help="List a bundle's weights, whose names --trainable and --group match.")
 def info(path: Path, as_json: bool, tensors: bool) -> None:
-    """Show what a bundle or a run contains.
+    """Show what a bundle or a run holds.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """Return what there is to say about a bundle."""
+    """Return the facts about a bundle that ``pocketzo info`` prints."""
     return {
         "kind": "bundle",
         "path": os.fspath(bundle.path),

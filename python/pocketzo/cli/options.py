@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
 
 
 def metric_names(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
-    """Parse names of metrics, several with commas between."""
+    """Parse comma-separated names of metrics."""
     names = [name.strip() for value in values for name in value.split(",")]
     for name in names:
         if name not in METRICS:
@@ -58,22 +58,20 @@ PATH = click.Path(path_type=Path)
 bundle_out = click.option(
     "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."
 )
-force_option = click.option("--force", is_flag=True, help="Replace a bundle that is at --output already.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def threads_option(default: str) -> Callable[[Any], Any]:
-    """Return the option ``--threads`` with its default in words."""
-    return click.option("--threads", type=int, metavar="N", help=f"Threads.  [default: {default}]")
+    """Return the option ``--threads``; its help text describes the default."""
+    return click.option("--threads", type=int, metavar="N", help=f"Number of threads.  [default: {default}]")
 
 
-base_option = click.option(
-    "--base", type=PATH, metavar="BUNDLE", help="Where the run's base bundle is, if it was moved."
-)
+base_option = click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")
 step_option = click.option(
-    "--step", type=int, metavar="N", help="The weights after N steps of a run.  [default: all steps]"
+    "--step", type=int, metavar="N", help="Use the weights after N steps of a run.  [default: all steps]"
 )
-best_option = click.option("--best", is_flag=True, help="The weights at the run's best evaluation.")
+best_option = click.option("--best", is_flag=True, help="Use the weights at the run's best evaluation.")
 
 
 def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
@@ -89,7 +87,7 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
 
 
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name columns; the command gets them as ``columns``."""
+    """Add the options that name columns; the command receives them as ``columns``."""
 
     @functools.wraps(command)
     def with_columns(*arguments: Any, **options: Any) -> Any:

@@ -19,17 +19,17 @@ from pocketzo.prepare import prepare as prepare_bundle
 @click.command(cls=Command)
 @click.argument("model", type=PATH)
 @bundle_out
-@click.option("--tokenizer", type=PATH, metavar="FILE", help="The model's tokenizer.json, to train on text.")
+@click.option("--tokenizer", type=PATH, metavar="FILE", help="The model's tokenizer.json; needed to train on text.")
 @click.option("--labels", metavar="A,B,...", help="Names of the classes, in the order of the logits.")
-@click.option("--max-length", type=int, metavar="TOKENS", help="Cut texts at so many tokens.")
+@click.option("--max-length", type=int, metavar="TOKENS", help="Truncate texts to this many tokens.")
 @click.option(
-    "--trainable", callback=regex, metavar="REGEX", help="Only weights whose names it is found in may be trained."
+    "--trainable", callback=regex, metavar="REGEX", help="Allow training only of weights whose names contain a match."
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     default="float32",
-    help="Type of the weights. float16 halves the memory; for phones and boards, as it is slow on x86-64.",
+    help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
 )
 @force_option
 def prepare(
@@ -42,9 +42,10 @@ def prepare(
     dtype: Literal["float32", "float16"],
     force: bool,
 ) -> None:
-    """Turn MODEL, an ONNX file as exporters write it, into a bundle that can be trained.
+    """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.
 
-    A bundle is a folder that a phone reads with numpy and onnxruntime alone. Preparing needs the package onnx.
+    A bundle is a folder. Reading it needs numpy and onnxruntime only, as on a phone; preparing it needs the package
+    onnx.
 
     \b
     Example:
@@ -67,7 +68,7 @@ def prepare(
 
 
 def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Raise a :class:`BundleError` where a path is taken, unless a bundle there may be replaced."""
+    """Raise a :class:`BundleError` if the path exists, unless it is a bundle that may be replaced."""
     if os.path.lexists(path) and not (force and (path / "bundle.json").is_file()):
         how = "choose another folder, or --force to replace a bundle" if not force else "it is not a bundle"
         raise BundleError(f"{path}: already exists: {how}")

@@ -1,4 +1,4 @@
-"""Training with a live display and signals."""
+"""Training with a live display and signal handling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pocketzo.train.trainer import Progress, Trainer
 
 
 def fit_shown(trainer: Trainer, again: str) -> int | None:
-    """Train with a display; return the signal that ended it early, if one did."""
+    """Train with a display; return the signal that ended training early, or None."""
     with _Display(trainer) as display, _Signals(trainer, again) as signals:
         trainer.callback = display.update
         trainer.fit()
@@ -28,7 +28,7 @@ def fit_shown(trainer: Trainer, again: str) -> int | None:
 
 
 class _Signals:
-    """Ctrl-C and SIGTERM end training after the current step; a second signal ends it at once."""
+    """The first Ctrl-C or SIGTERM ends training after the current step, the second immediately."""
 
     def __init__(self, trainer: Trainer, again: str) -> None:
         self.received: int | None = None
@@ -47,7 +47,7 @@ class _Signals:
         if self.received is not None:
             err.show_cursor()
             click.echo(f"\npocketzo: ended at once; to go on: {self._again}", err=True)
-            # Like a kill: an exception in the middle of a step would record it as undone.
+            # Like a kill: an exception in the middle of a step would add it to the journal as one that moved nothing.
             os._exit(128 + number)
         self.received = number
         self._trainer.stop_requested = True
@@ -55,7 +55,7 @@ class _Signals:
 
 
 class _Display:
-    """How training goes: live on a terminal, a plain line now and then elsewhere."""
+    """Progress of training: live on a terminal; elsewhere a plain line every ``seconds_between_lines``."""
 
     def __init__(self, trainer: Trainer, seconds_between_lines: float = 10.0) -> None:
         self._steps = trainer.loop.steps
@@ -80,7 +80,7 @@ class _Display:
             self._live.stop()
 
     def update(self, progress: Progress) -> None:
-        """Take in a step, and show it if it is time to."""
+        """Add a step; refresh the display if due."""
         done = progress.info.step + 1
         self._loss.add(progress.info.loss)
         self._seconds.add(progress.seconds)
@@ -120,7 +120,7 @@ class _Display:
 
 
 class _Smoothed:
-    """A running mean in which each older value counts ``weight`` times the next; what is not finite counts nothing."""
+    """Exponential moving average with decay ``weight``; ignores values that are not finite."""
 
     def __init__(self, weight: float) -> None:
         self._weight = weight

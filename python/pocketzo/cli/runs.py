@@ -1,4 +1,4 @@
-"""A path that may be a bundle or a run."""
+"""Arguments that are a bundle or a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocketzo.train.run import Run
 
 
 def as_run(path: Path) -> Run | None:
-    """Return the run that is at a path, or None where a bundle is."""
+    """Return the run at a path, or None if there is a bundle."""
     if (path / "journal.pzj").is_file():
         run = Run(path)
         if run.notice:
@@ -26,11 +26,11 @@ def as_run(path: Path) -> Run | None:
 
 
 def chosen_step(run: Run, step: int | None, best: bool) -> int:
-    """Return the number of steps that ``--step`` and ``--best`` ask for."""
+    """Return the number of steps that ``--step`` or ``--best`` selects."""
     if step is not None and best:
         raise click.UsageError("--step and --best exclude each other")
     if step is not None and not 0 <= step <= run.steps:
-        raise ValueError(f"--step must be 0 to {run.steps}, which is what {run.path} has recorded; got {step}")
+        raise ValueError(f"--step must be 0 to {run.steps}, the steps in the journal of {run.path}; got {step}")
     if best:
         return run.best_step
     return run.steps if step is None else step

@@ -39,27 +39,27 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH, required=False)
-@click.option("--resume", type=PATH, metavar="RUN", help="Continue a run. All settings come from its journal.")
-@click.option("--data", type=PATH, metavar="FILE", help="Examples to learn: .jsonl, .tsv, .csv or .npz.")
-@click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples to evaluate.")
-@click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new, or hold this run.")
+@click.option("--resume", type=PATH, metavar="RUN", help="Resume a run. All settings come from its journal.")
+@click.option("--data", type=PATH, metavar="FILE", help="Training examples: .jsonl, .tsv, .csv or .npz.")
+@click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples for evaluation.")
+@click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new or hold this run.")
 @click.option("--steps", type=int, default=1000, help="Length of the run in steps.")
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
     default="fzoo",
-    help="fzoo: 1 + --queries forwards a step; mezo: 2 forwards for each of --queries.",
+    help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries.",
 )
 @click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo]")
-@click.option("--eps", type=float, default=1e-3, help="Size of a shift along a direction.")
-@click.option("--batch-size", type=int, default=32, help="Examples a step.")
-@click.option("--seed", type=int, default=0, help="Fixes every direction and the order of the data.")
-@click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this of every matrix.")
+@click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
+@click.option("--batch-size", type=int, default=32, help="Examples per step.")
+@click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
+@click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix.")
 @click.option(
     "--trainable",
     callback=regex,
     metavar="REGEX",
-    help="Train only weights whose names match.  [default: all]",
+    help="Train only weights whose names contain a match.  [default: all]",
 )
 @click.option(
     "--group",
@@ -67,60 +67,62 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     callback=groups_option,
     multiple=True,
     metavar="PATTERN:lr=X,eps=Y",
-    help="Factors of --lr and --eps for weights whose names match; repeatable, the first that matches counts. "
-    "A new head wants more than a pretrained body: --group classifier:lr=10,eps=10",
+    help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies. "
+    "A new head needs larger ones than a pretrained body: --group classifier:lr=10,eps=10",
 )
 @click.option(
     "--distribution",
     type=click.Choice(["gaussian", "rademacher"]),
-    help="Of the directions' elements.  [default: rademacher for fzoo, gaussian for mezo]",
+    help="Distribution of the directions' elements.  [default: rademacher for fzoo, gaussian for mezo]",
 )
-@click.option("--queries", type=int, metavar="N", help="Directions a step.  [default: 8 for fzoo, 1 for mezo]")
+@click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: 8 for fzoo, 1 for mezo]")
 @click.option(
     "--block",
     type=float,
     metavar="SHARE",
-    help="Perturb and move only a random share of the tensors each step, such as 0.25: for short texts and small "
-    "batches, where moving weights takes as long as the forwards.  [default: all tensors]",
+    help="Perturb and update only a random share of the tensors each step, such as 0.25. Useful for short texts and "
+    "small batches, where updating weights takes as long as the forward passes.  [default: all tensors]",
 )
-@click.option("--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Of the lr.")
-@click.option("--warmup", type=int, default=0, help="Steps over which the lr rises at first.")
 @click.option(
-    "--eval-every", type=int, metavar="STEPS", help="Steps between evaluations.  [default: a tenth of the run]"
+    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Schedule of the lr."
+)
+@click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises linearly.")
+@click.option(
+    "--eval-every", type=int, metavar="STEPS", help="Steps between evaluations.  [default: 10 evaluations per run]"
 )
 @click.option(
     "--metric",
     type=click.Choice(list(METRICS)),
-    help="What the best is judged by.  [default: as --objective; for the loss, accuracy if there are logits]",
+    help="Metric that selects the best step.  [default: as --objective; for the loss, accuracy if there are logits]",
 )
 @click.option(
     "--objective",
     type=click.Choice(list(METRICS)),
     default="loss",
-    help="What is minimised, of each step's batch; 1 - metric, where higher is better. accuracy, f1 and matthews are "
-    "piecewise constant, so that small batches and a small --eps show no difference.",
+    help="Metric of each step's batch to minimise; 1 - metric where higher is better. accuracy, f1 and matthews are "
+    "piecewise constant: with small batches and a small --eps they do not change.",
 )
-@click.option("--patience", type=int, metavar="N", help="Stop after N evaluations in a row without improvement.")
+@click.option("--patience", type=int, metavar="N", help="Stop after N consecutive evaluations without improvement.")
 @click.option(
     "--snapshot-every",
     type=int,
     metavar="STEPS",
-    help="Steps between snapshots of the weights, which make resuming quicker.",
+    help="Steps between snapshots of the weights, which make a resume faster.",
 )
-@click.option("--group-by-length", is_flag=True, help="Form batches of texts of similar length, which saves padding.")
+@click.option("--group-by-length", is_flag=True, help="Batch texts of similar length, which reduces padding.")
 @click.option(
     "--prepack/--no-prepack",
     default=None,
-    help="Use onnxruntime's prepacked weight layout, which is faster.  [default: where it is possible]",
+    help="Use onnxruntime's prepacked weight layout, which is faster.  [default: where possible]",
 )
 @click.option(
     "--max-memory",
     callback=memory_size,
     metavar="SIZE",
     help="Stop, and undo the current step, before the resident memory of this process reaches SIZE, such as 1.5G. "
-    "There is no loss.png then, as drawing it takes 50 MB.",
+    "loss.png is not drawn then, as drawing it takes 50 MB.",
 )
-@threads_option("all cores; for forwards, what is quickest in a few with 1, 2, the fast cores and all")
+@threads_option("all cores; for forward passes, the fastest of 1, 2, the fast cores and all, timed in a few passes")
 @column_options
 @click.pass_context
 def train(
@@ -155,15 +157,16 @@ def train(
     threads: int | None,
     columns: Columns,
 ) -> None:
-    """Train BUNDLE on examples, and keep a journal in a run folder.
+    """Train BUNDLE on examples, and save the run as a journal in a run folder.
 
-    Training moves the weights in place, by forward passes alone. RUN gets journal.pzj, from which `pocketzo replay`
+    The weights are updated in place, by forward passes alone. RUN gets journal.pzj, from which `pocketzo replay`
     rebuilds the tuned weights bit for bit, metrics.jsonl, and, with matplotlib, loss.png.
 
-    Ctrl-C (or SIGTERM) ends the run after the current step, with exit code 130 (143). The same command, or --resume,
-    continues the run, also after a crash or a kill, and reaches the weights that the uninterrupted run would have
-    reached (a --max-memory too small for prepacked weights changes roundings, and says so). With --resume only
-    BUNDLE, --data and --eval may be given, if these files were moved, and --max-memory. A second Ctrl-C ends at once.
+    Ctrl-C (or SIGTERM) ends the run after the current step, with exit code 130 (143). A second Ctrl-C ends it
+    immediately. The same command, or --resume, resumes the run, also after a crash or a kill. On the same machine the
+    final weights are bit for bit those of the uninterrupted run, unless --max-memory is too small for prepacked
+    weights: that changes roundings, and a warning says so. With --resume only --max-memory may be given, and, if these
+    files were moved, BUNDLE, --data and --eval.
 
     \b
     Examples:
@@ -262,12 +265,12 @@ def train(
 
 
 def _is_empty_folder(path: Path) -> bool:
-    """Whether nothing is in it but a file that a killed process had begun to write."""
+    """Whether a folder holds nothing but partial files of a killed process."""
     return path.is_dir() and all(re.fullmatch(r"\..*\.part", entry.name) for entry in path.iterdir())
 
 
 def _noted(trainer: Trainer) -> Trainer:
-    """Print where a resumed run continues."""
+    """Print how far a resumed run is."""
     step = trainer.optimizer.step_number
     if step >= trainer.loop.steps:
         note(f"{trainer.run}: all {trainer.loop.steps} steps are done")

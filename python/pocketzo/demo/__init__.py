@@ -1,1 +1,1 @@
-"""The built-in example: a small pretrained encoder learns to sort phone messages."""
+"""The built-in example: fine-tuning a small pretrained encoder to classify phone messages."""

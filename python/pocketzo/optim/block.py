@@ -1,4 +1,4 @@
-"""Block: each step perturbs and moves a random share of the tensors only."""
+"""Block: each step perturbs and updates only a random share of the tensors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pocketzo.kernels import noise
 
 @dataclass(frozen=True)
 class Block:
-    """A random share of the trained tensors, another one each step, for any method.
+    """A random share of the trained tensors, drawn anew each step, for any method.
 
-    The passes over the weights shrink to this share, while a forward costs what it did. That pays where the passes are
-    a large part of a step: short sequences and small batches. LeZO (Wang et al., arXiv 2410.09823) and MeZO-BCD (Park
-    et al., arXiv 2501.19099) choose whole layers; here the unit is a tensor.
+    The passes over the weights shrink to this share; the cost of a forward pass is unchanged. This helps where the
+    passes over the weights are a large part of a step: short sequences and small batches. LeZO (Wang et al., arXiv
+    2410.09823) and MeZO-BCD (Park et al., arXiv 2501.19099) choose whole layers; here the unit is a tensor.
 
     Attributes
     ----------
     share : float
-        In (0, 1]: of the tensors, rounded to a whole number of them, at least one.
+        Share of the tensors, in (0, 1], rounded to a whole number of tensors, at least one.
     """
 
     share: float
@@ -34,12 +34,12 @@ class Block:
             raise ValueError(f"block must be greater than 0 and at most 1, got {self.share}")
 
     def __call__(self, *, seed: int, step: int, count: int) -> list[int]:
-        """Return the numbers of the tensors of one step, sorted: a function of the arguments alone.
+        """Return the sorted indices of the tensors of one step; a pure function of the arguments.
 
         Parameters
         ----------
         seed, step : int
-            64-bit, unsigned.
+            Unsigned, 64-bit.
         count : int
             Number of tensors.
         """
@@ -47,5 +47,5 @@ class Block:
         return sorted(order[: max(1, round(self.share * count))].tolist())
 
     def settings(self) -> dict[str, Any]:
-        """Return the name, and the arguments that make an equal one."""
+        """Return the name and the constructor's arguments."""
         return {"name": self.name, "share": self.share}

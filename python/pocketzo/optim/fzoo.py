@@ -1,4 +1,4 @@
-"""FZOO: the loss at the weights and on one side of them, and steps as long as the losses' spread allows."""
+"""FZOO: one-sided differences, with a step size normalised by the standard deviation of the losses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pocketzo.optim.program import Point
 class FZOO(Optimizer):
     """FZOO (Dang et al., arXiv 2506.09034): the loss l_0 at the weights, and l_i along each of N directions u_i.
 
-    ``w -= lr / (N std(l)) sum_i (l_i - l_0) u_i``. Parameters are those of :class:`Optimizer`; by default a step takes
-    8 directions (``queries``, at least 2), of +1 and -1.
+    ``w -= lr / (N std(l)) sum_i (l_i - l_0) u_i``. Parameters are those of :class:`Optimizer`; by default a step uses
+    8 Rademacher directions (``queries``, at least 2).
     """
 
     method: ClassVar[str] = "fzoo"
@@ -32,7 +32,7 @@ class FZOO(Optimizer):
             loss = yield {draw: +1.0}
             along.append(loss)
         spread = float(np.std(along, ddof=1))
-        if spread == 0.0:  # no direction differs from another, so there is nothing to learn
+        if spread == 0.0:  # all directions have the same loss: no information, and a division by 0
             return dict.fromkeys(draws, 0.0)
         return {draw: lr * (loss - base) / (len(draws) * spread) for draw, loss in zip(draws, along, strict=True)}
 

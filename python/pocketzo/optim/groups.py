@@ -1,4 +1,4 @@
-"""Which weights are trained, and settings by group."""
+"""Selection of the trained weights, and settings per group."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pocketzo.runtime.weights import Weights
 
 
 class Tunable(Protocol):
-    """What can be replayed onto; a :class:`Model` can also be stepped."""
+    """Target of a replay; a :class:`Model` is one that can also be stepped."""
 
     @property
     def bundle(self) -> Bundle:
-        """What it is."""
+        """The bundle that the weights belong to."""
 
     @property
     def weights(self) -> Weights:
-        """What is moved."""
+        """The weights that are updated."""
 
 
 @dataclass(frozen=True)
 class ParamGroup:
     """Settings for the weights whose names match ``pattern`` (``re.search``), as factors of the optimizer's own.
 
-    A new head wants a larger ``lr`` and ``eps`` than a pretrained body. A factor of 0 for ``lr`` keeps weights as they
-    are but for the roundings of perturbing.
+    A new head needs a larger ``lr`` and ``eps`` than a pretrained body. With a factor of 0 for ``lr``, weights change
+    only by the rounding of the perturbations.
     """
 
     pattern: str

@@ -1,4 +1,4 @@
-"""The methods, and the ways to choose a step's tensors, by name."""
+"""Registries of the methods and of the subsets, by name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SUBSETS: Mapping[str, type[Subset]] = {
 
 
 def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
-    """Make the optimizer whose :meth:`Optimizer.settings` were recorded.
+    """Make the optimizer with the given :meth:`Optimizer.settings`.
 
     Parameters
     ----------
     model : Tunable
-        Its weights are those that the recorded optimizer began with, or a copy of them.
+        Its weights are those that the original optimizer began with, or a copy of them.
     settings : mapping
-        As :meth:`Optimizer.settings` returned them; a round trip through JSON does not matter.
+        As returned by :meth:`Optimizer.settings`, also after a round trip through JSON.
 
     Raises
     ------

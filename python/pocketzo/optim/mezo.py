@@ -1,4 +1,4 @@
-"""MeZO: the loss on both sides of the weights."""
+"""MeZO: two-sided (central) differences."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pocketzo.optim.program import Point
 
 
 class MeZO(Optimizer):
-    """MeZO (Malladi et al., arXiv 2305.17333): the loss on both sides of the weights, along each direction.
+    """MeZO (Malladi et al., arXiv 2305.17333): a central difference of the loss along each direction.
 
     ``g = (loss(w + eps z) - loss(w - eps z)) / (2 eps)``, then ``w -= lr g z``. With several ``queries``, the update is
-    the mean over that many directions. Parameters are those of :class:`Optimizer`; by default a step takes one
-    direction, Gaussian.
+    the mean over that many directions. Parameters are those of :class:`Optimizer`; by default a step uses one
+    Gaussian direction.
     """
 
     method: ClassVar[str] = "mezo"

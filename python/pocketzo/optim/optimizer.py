@@ -1,9 +1,9 @@
-"""The step that PocketZO exists for, written once for all zeroth-order methods.
+"""The step and its replay, shared by all zeroth-order methods.
 
-A method (:mod:`pocketzo.optim.mezo`, :mod:`pocketzo.optim.fzoo`) says at which points it wants the loss and what it
-concludes. Everything else is here: moving the weights in place, undoing a step that failed, the entry for the journal,
-replay. There is no gradient and no copy of a weight: a direction z is regenerated from (seed, tensor, draw) whenever it
-is needed, and a step is saved as one number a direction.
+A method (:mod:`pocketzo.optim.mezo`, :mod:`pocketzo.optim.fzoo`) defines the points at which the loss is evaluated and
+the coefficients of the update. Everything else is here: updating the weights in place, undoing a failed step, the entry
+for the journal, replay. No gradient and no copy of a weight is stored. A direction z is regenerated from (seed, tensor,
+draw) whenever it is needed, and a step is saved as one number per direction.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ Objective: TypeAlias = Callable[[Model], float]
 
 
 class Subset(Protocol):
-    """Which of the trained tensors a step perturbs and moves; :class:`pocketzo.optim.block.Block` is one."""
+    """Chooses the trained tensors that a step perturbs and updates, such as :class:`pocketzo.optim.block.Block`."""
 
     def __call__(self, *, seed: int, step: int, count: int) -> Sequence[int]:
-        """Return the numbers of a step's tensors, out of ``count``: a function of the arguments alone."""
+        """Return the indices, below ``count``, of a step's tensors; a pure function of the arguments."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the name in :data:`pocketzo.optim.methods.SUBSETS`, and the arguments that make an equal one."""
+        """Return the name in :data:`pocketzo.optim.methods.SUBSETS` and the constructor's arguments."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What one step found.
+    """Result of one step.
 
     Attributes
     ----------
     step : int
         Its number, from 0.
     loss : float
-        The step's best estimate of the loss at the weights that it began with.
+        The step's best estimate of the loss at its initial weights.
     losses : tuple of float
         All losses, in the order of evaluation.
     lr : float
@@ -73,32 +73,32 @@ class StepInfo:
 
 
 class Optimizer(ABC):
-    """What all methods share: which weights move and how, the draws, the step and its replay.
+    """Base class of the methods: selection of the weights, draws, the step and its replay.
 
     Parameters
     ----------
     model : Model
-        Its trainable weights are moved in place.
+        Its trainable weights are updated in place.
     lr : float
-        Learning rate at its peak.
+        Peak learning rate.
     eps : float
-        Size of a shift along a direction.
+        Size of the perturbation along a direction.
     seed : int
-        64-bit; with it, every direction of the run is fixed.
+        Unsigned, 64-bit; determines every direction of the run.
     weight_decay : float
-        Each step subtracts ``lr * weight_decay`` of every matrix; vectors (biases, norms) are spared.
+        Each step subtracts ``lr * weight_decay`` of every matrix; vectors (biases, norms) do not decay.
     trainable : str or callable, optional
-        Regular expression (``re.search``) or predicate on names that narrows what is trained.
+        Regular expression (``re.search``) or predicate on names; only matching weights are trained. By default all.
     groups : sequence of ParamGroup
         The first whose pattern matches a name applies.
     distribution : {"gaussian", "rademacher"}, optional
-        Of the directions' elements; each method has its own default.
+        Distribution of the directions' elements; each method has its own default.
     queries : int, optional
-        Directions a step; each method has its own default.
+        Directions per step; each method has its own default.
     schedule : Schedule, optional
         Constant by default.
     subset : Subset, optional
-        Which tensors each step perturbs and moves, such as ``Block(0.25)``; all by default.
+        Chooses the tensors that each step perturbs and updates, such as ``Block(0.25)``; all by default.
 
     Attributes
     ----------
@@ -107,9 +107,9 @@ class Optimizer(ABC):
     next_draw : int
         The first draw of the next step; the draws of a run count up from 0.
     names : tuple of str
-        The weights that are trained.
+        Names of the trained weights.
     parameters : int
-        How many numbers these are.
+        Number of trained parameters.
     """
 
     method: ClassVar[str]
@@ -163,28 +163,28 @@ class Optimizer(ABC):
                 raise ValueError(f"group {group.pattern!r} matches none of the {len(self.names)} trained weights")
         self._parts = self._make_parts(self._tensors)
         self._pending = self._parts  # those that the last step moved
-        self._lock = threading.RLock()  # another thread may look at the weights just when a step begins
+        self._lock = threading.RLock()  # another thread may read the weights while a step begins
 
     # ---- a method ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
-        """Yield the points at which the loss is wanted, receive each loss, and return the coefficients of the update.
+        """Yield the points at which to evaluate the loss, receive each loss, return the coefficients of the update.
 
-        The weights start and end at the point ``{}``. In replay, and after a failure, every loss is NaN: the points may
-        not depend on the losses but for how many draws are used.
+        The weights start and end at the point ``{}``. In replay, and after a failure, every loss is NaN. The points
+        must therefore not depend on the losses, except for the number of draws used.
 
         Parameters
         ----------
         draws : sequence of int
             The step's directions.
         lr : float
-            The coefficients are proportional to it; 1 gives the estimate of the gradient itself.
+            The coefficients are proportional to it; with 1 they are the gradient estimate itself.
 
         Returns
         -------
         dict of int to float
-            By draw, in order: what times the direction is subtracted from the weights.
+            By draw, in order: the multiple of the direction to subtract from the weights.
         """
 
     def loss(self, losses: Sequence[float]) -> float:
@@ -192,11 +192,11 @@ class Optimizer(ABC):
         return sum(losses) / len(losses)
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Return what a method keeps from step to step beside the counts, for a snapshot."""
+        """Return the method's state between steps, without the counts, for a snapshot."""
         return {}
 
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Take what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
         if state:
             raise ValueError(f"{self.method} keeps no state, got {', '.join(state)}")
 
@@ -206,16 +206,16 @@ class Optimizer(ABC):
     def step(self, objective: Objective, record: Callable[[Entry], None] | None = None) -> StepInfo:
         """Take one step; an interrupt (Ctrl-C) waits for its end.
 
-        The last pass over the weights is left to the next step, which merges it with its own first shift. Reading,
-        saving and running the model apply it before they begin, so that nobody sees shifted weights.
+        The last pass over the weights is deferred to the next step, which merges it with its own first shift. Reading,
+        saving and running the model apply it first, so that shifted weights are never visible.
 
-        If the objective raises, or a loss is not finite, the step is undone: it becomes one whose coefficients are 0.
-        Its bits do not depend on where it failed.
+        If the objective raises, or a loss is not finite, the step is undone: it becomes a step whose coefficients are
+        0. The resulting bits do not depend on the point of failure.
 
         Parameters
         ----------
         objective : callable
-            Gets the model, whose weights are shifted at that moment, and returns the loss as a float.
+            Gets the model, whose weights are shifted during the call, and returns the loss as a float.
         record : callable, optional
             Gets the step's entry before any weight is updated. If it raises, the weights are as if the step had been
             undone.
@@ -236,12 +236,12 @@ class Optimizer(ABC):
                     try:
                         loss = float(objective(cast(Model, self.model)))
                         losses.append(loss)
-                    except BaseException as error:  # the rest of the walk still leaves its roundings
+                    except BaseException as error:  # the rest of the walk must still round the weights
                         failure = error
                 point = walk.send(loss if math.isfinite(loss) else math.nan)
         except StopIteration as stop:
             coefficients = {draw: float32(value) for draw, value in stop.value.items()}
-        except BaseException:  # of the method itself
+        except BaseException:  # raised by the method itself
             self._move(parts, at, {})
             raise
         skipped = failure is not None or not self._finite(coefficients)
@@ -251,7 +251,7 @@ class Optimizer(ABC):
             if record is not None:
                 record(entry)
             self._advance(entry)
-        except BaseException:  # a step that is not in the journal may not move anything
+        except BaseException:  # a step that is not in the journal may not update the weights
             entry = undone
             raise
         finally:
@@ -262,7 +262,7 @@ class Optimizer(ABC):
 
     @property
     def forwards(self) -> int:
-        """Evaluations of the objective a step."""
+        """Evaluations of the objective per step."""
         return sum(1 for _ in self._points(range(self.queries)))
 
     def _points(self, draws: Sequence[int]) -> Iterator[Point]:
@@ -284,12 +284,12 @@ class Optimizer(ABC):
     # ---- replay ------------------------------------------------------------------------------------------------------
 
     def replay(self, entries: Sequence[Entry]) -> None:
-        """Do to the weights what recorded steps did, in one pass over them.
+        """Apply the steps of a journal to the weights, in one pass over them.
 
         Parameters
         ----------
         entries : sequence of Entry
-            The steps that follow those taken so far.
+            The steps after those taken so far.
         """
         walks = [
             (self.step_number + i, entry, list(self._points(list(entry.coefficients))))
@@ -314,12 +314,12 @@ class Optimizer(ABC):
         self.skip(entries)
 
     def skip(self, entries: Sequence[Entry]) -> None:
-        """Count recorded steps as taken, where the weights are those after them already."""
+        """Count steps of a journal as taken, when the weights already include them."""
         for entry in entries:
             self._advance(entry)
 
     def settings(self) -> dict[str, Any]:
-        """Return what, with the model, makes an equal optimizer: :func:`pocketzo.optim.methods.from_settings`."""
+        """Return the settings from which :func:`pocketzo.optim.methods.from_settings` makes an equal optimizer."""
         return {
             "method": self.method,
             "lr": self.lr,
@@ -374,10 +374,10 @@ class Optimizer(ABC):
         return program.pack(self.seed, rademacher=self.distribution == "rademacher")
 
     def _apply(self, parts: list[Part], programs: Sequence[Program]) -> None:
-        """Apply what is pending, and these, in one pass over the weights where they are the same parts."""
+        """Apply the pending terms and these programs; in one pass over the weights if the parts are the same."""
         with self._lock:
             if not any(part.pending for part in self._pending):
-                self.model.weights.flush()  # what is pending of another optimizer
+                self.model.weights.flush()  # pending terms of another optimizer
             if parts is not self._pending:
                 for part in self._pending:
                     part.apply()
@@ -385,11 +385,11 @@ class Optimizer(ABC):
                 part.apply(self._pack(program))
 
     def _defer(self, parts: list[Part], at: Point, entry: Entry) -> None:
-        """Leave the return from a point, and the update, to the next pass.
+        """Defer the return from a point, and the update, to the next pass.
 
-        A term rounds as in a pass of its own, so that when it is applied does not change a bit.
+        A term rounds as in a pass of its own, so the bits do not depend on the pass that applies it.
         """
-        # Nothing here refers back to the model, which would then be kept until the garbage collector came by.
+        # No reference to the model: a cycle would keep it alive until the garbage collector ran.
         self.model.weights.defer(partial(flush, parts, self._lock))
         for part in parts:
             program = self._program(part)

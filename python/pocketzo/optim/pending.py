@@ -1,4 +1,4 @@
-"""Passes over the weights that are left to the next step, and Ctrl-C in the middle of one."""
+"""Deferred passes over the weights, and protection of a pass against Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C: an exception between two passes over the weights would leave them half shifted."""
     # The functions of signal search enumerations for what these return: 12 us a step.
     elsewhere = threading.current_thread() is not threading.main_thread()  # only the main thread gets signals
-    if elsewhere or _signal.getsignal(signal.SIGINT) is None:  # and a handler that is not Python's cannot be put back
+    if elsewhere or _signal.getsignal(signal.SIGINT) is None:  # a handler not set from Python cannot be restored
         yield
         return
     held: list[tuple[int, FrameType | None]] = []

@@ -1,4 +1,4 @@
-"""What a step does to the weights, in terms of the kernels."""
+"""Translation of a step into terms for the kernels."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pocketzo._core import TERM as TERM_DTYPE
 from pocketzo._core import Segments
 
 Point: TypeAlias = Mapping[int, float]
-"""Where the weights are during a step: by draw, the multiple of eps by which they are shifted along its direction."""
+"""Position of the weights in a step: by draw, the shift along its direction as a multiple of eps."""
 
 NEAREST, STOCHASTIC, LATER = range(3)  # pocketzo::Rounding
 
-TERM = struct.Struct("=QQ3ffBBB5x")  # TERM_DTYPE; writing the fields of a structured array takes four times as long
+TERM = struct.Struct("=QQ3ffBBB5x")  # TERM_DTYPE; assigning the fields of a structured array takes four times as long
 _MOST_SCALES = 3
 _UNUSED = [(0.0,) * (_MOST_SCALES - count) for count in range(_MOST_SCALES + 1)]
 
 
 def float32(value: float) -> float:
-    """Round to float32; a value that is too large becomes infinity, which :meth:`Optimizer.step` refuses."""
+    """Round to float32; a value that is too large becomes infinity, and :meth:`Optimizer.step` undoes the step."""
     return c_float(value).value
 
 
 class Term(NamedTuple):
-    """One direction: the factors that multiply it in turn, the decay after them, the rounding of 16-bit weights."""
+    """One direction: the scales applied in turn, the decay after them, the rounding of 16-bit weights."""
 
     draw: int
     scales: tuple[float, ...]
@@ -44,15 +44,15 @@ class Part:
     Attributes
     ----------
     segments : Segments
-        Their memory.
+        Their memory segments.
     lr, eps : float
-        Factors of the optimizer's own.
+        Factors of the optimizer's ``lr`` and ``eps``.
     decays : bool
         Whether weight decay applies to them.
     is_16bit : bool
         Whether each scale of a term rounds.
     pending : bytes
-        Terms that the next pass begins with.
+        Packed terms that the next pass applies first.
     """
 
     segments: Segments
@@ -72,14 +72,14 @@ class Part:
 class Program:
     """The terms of one part, in order.
 
-    The moves and updates of several passes may be put into one: a term that goes on with the direction of the term
-    before it is merged into it, which changes no bit (cpp/SPEC.md, section 4).
+    A program may hold the moves and updates of several passes. A term with the same direction as the previous term is
+    merged into it, which changes no bit (cpp/SPEC.md, section 4).
 
     Parameters
     ----------
     part : Part
     eps, weight_decay : float
-        Of the optimizer.
+        The optimizer's.
     """
 
     def __init__(self, part: Part, *, eps: float, weight_decay: float) -> None:
@@ -93,8 +93,8 @@ class Program:
         """Shift the weights from one point to another."""
         for draw in {**before, **after}:
             start, end = before.get(draw, 0.0), after.get(draw, 0.0)
-            # 16-bit weights return to where they were before they go on to the other side, so that both roundings undo
-            # each other. Else each step would leave the roundings of three shifts, two thirds of a unit.
+            # 16-bit weights return to the origin before they move to the other side, so that the two roundings cancel.
+            # Otherwise each step would leave the rounding errors of three shifts, two thirds of a unit.
             legs = (-start, end) if self._is_16bit and start and end else (end - start,)
             for leg in legs:
                 self._add(draw, leg * self._eps)
@@ -127,7 +127,7 @@ class Program:
         self._terms.append(Term(draw, scales, decay, rounding))
 
     def pack(self, seed: int, *, rademacher: bool) -> bytes:
-        """Return the terms as the kernels read them."""
+        """Return the terms in the binary format of the kernels."""
         return b"".join(
             [
                 TERM.pack(seed, draw, *scales, *_UNUSED[len(scales)], decay, len(scales), rademacher, rounding)

@@ -9,16 +9,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate changes over a run, as a factor of its peak.
+    """Learning rate over a run, as a factor of its peak.
 
     Attributes
     ----------
     kind : {"constant", "linear", "cosine"}
-        Stay, or fall to 0 at ``steps`` along a line or half a cosine.
+        Constant, or decay to 0 at ``steps`` along a line or half a cosine.
     steps : int
-        Length of the run; not used by "constant".
+        Length of the run; ignored for "constant".
     warmup : int
-        Steps over which the rate first rises from 0 along a line.
+        Steps over which the rate first rises linearly from 0.
     """
 
     kind: Literal["constant", "linear", "cosine"] = "constant"

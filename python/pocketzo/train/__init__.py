@@ -1,1 +1,1 @@
-"""The training loop and its run folder."""
+"""The training loop and the run folder."""

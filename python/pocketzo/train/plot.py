@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""Plot of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RAW, _LINE, _EVAL = "#c3cfe2", "#1f4e9c", "#c8551b"
 
 
 def smooth(values: NDArray[np.float64], weight: float = 0.95) -> NDArray[np.float64]:
-    """Return the running mean in which each older value counts ``weight`` times the next; NaN counts nothing."""
+    """Return the exponential moving average with decay ``weight``; values that are not finite are ignored."""
     out = np.empty(len(values))
     total = count = 0.0
     for i, value in enumerate(values):
@@ -30,9 +30,9 @@ def smooth(values: NDArray[np.float64], weight: float = 0.95) -> NDArray[np.floa
 
 
 def plot_run(run: str | os.PathLike[str]) -> Path:
-    """Draw what was minimised, and the run's metric where there were evaluations, into ``loss.png``.
+    """Plot the minimised values, and the run's metric if there were evaluations, to ``loss.png``.
 
-    In the place of a metric that is the loss, accuracy or another one that was evaluated is drawn.
+    If the metric is the loss, accuracy or another metric that was evaluated is plotted in its place.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     Returns
     -------
     Path
-        The picture.
+        ``loss.png`` in the run's folder.
 
     Raises
     ------
@@ -112,17 +112,17 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
 
 
 def _cost(evaluation: Mapping[str, float | None], objective: str | None) -> float | None:
-    """Return what was minimised, of the evaluation data."""
+    """Return the value of the minimised objective on the evaluation data."""
     value = None if objective is None else evaluation.get(objective)
     return None if value is None or objective is None else METRICS[objective].cost(value)
 
 
 def _known(evaluations: list[tuple[int, dict[str, float | None]]], name: str) -> bool:
-    """Whether a metric was evaluated, at least once to a finite number."""
+    """Whether at least one evaluation of a metric was finite."""
     return any(result.get(name) is not None for _, result in evaluations)
 
 
 def _series(pairs: list[tuple[int, float | None]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return steps and values; what was not finite, None in the file, is NaN."""
+    """Return steps and values; values that were not finite (None in the file) are NaN."""
     steps = np.array([step for step, _ in pairs], np.int64)
     return steps, np.array([np.nan if value is None else value for _, value in pairs], np.float64)

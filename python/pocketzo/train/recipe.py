@@ -1,4 +1,4 @@
-"""What a run is: all that its journal's header holds, typed, written and read in this file alone."""
+"""The header of a run's journal as typed dataclasses; only this module writes and reads it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pocketzo.tasks.metrics import metric_named
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The bundle that the run started from.
+    """The base bundle of the run.
 
     Attributes
     ----------
     bundle : str
-        Absolute path at that time.
+        Absolute path when the run began.
     graph_sha256, weights_sha256 : str
     """
 
@@ -33,7 +33,7 @@ class BaseModel:
 class Loop:
     """The settings of the training loop; see :class:`pocketzo.Trainer`.
 
-    ``objective`` is the name of the metric that is minimised, and None if it is a function of the caller's.
+    ``objective`` is the name of the metric that is minimised, or None if the caller gave a function.
     """
 
     steps: int
@@ -48,7 +48,7 @@ class Loop:
 
     @property
     def minimised(self) -> str:
-        """What to call the numbers that are minimised: the loss, another metric, 1 - metric, or objective."""
+        """Label of the minimised values: the loss, another metric, 1 - metric, or objective."""
         return "objective" if self.objective is None else metric_named(self.objective).cost_name
 
     def __post_init__(self) -> None:
@@ -63,13 +63,13 @@ class Loop:
 
 @dataclass(frozen=True)
 class Session:
-    """How the model was run, on which the roundings of losses depend.
+    """Settings of the onnxruntime session; the rounding of losses depends on them.
 
     Attributes
     ----------
     threads : int
     forward_seconds : dict or None
-        Seconds of a forward pass by number of threads, where the number was chosen by that.
+        Seconds per forward pass by number of threads, if these timings chose the number.
     prepacked : bool
     """
 
@@ -79,13 +79,13 @@ class Session:
 
     @property
     def prepack(self) -> Literal["auto", False]:
-        """What :func:`pocketzo.load` needs to compute the losses that the run would have had."""
+        """Argument of :func:`pocketzo.load` that reproduces the run's losses."""
         return "auto" if self.prepacked else False
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data was, for a command that takes the run up.
+    """Location of the data, for a command that resumes the run.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Source:
 
 @dataclass(frozen=True)
 class DataUsed:
-    """The fingerprints of the training and evaluation data, and where they were."""
+    """Fingerprints and locations of the training and evaluation data."""
 
     train: str
     eval: str | None
@@ -120,7 +120,7 @@ class Recipe:
     ----------
     model : BaseModel
     method : dict
-        The optimizer's settings, as :func:`pocketzo.optim.methods.from_settings` takes them.
+        The optimizer's settings, for :func:`pocketzo.optim.methods.from_settings`.
     loop : Loop
     session : Session
     data : DataUsed
@@ -138,12 +138,12 @@ class Recipe:
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:
-        """Make the recipe that a journal's header holds.
+        """Parse a journal's header.
 
         Raises
         ------
         JournalError
-            A field is missing, unknown or of another type; names it.
+            A field is missing, unknown or of another type; the message names it.
         """
         own = {name: value for name, value in header.items() if name not in ("format", "spec")}
         recipe: Self = _parse(cls, own, path, "header")
@@ -151,9 +151,9 @@ class Recipe:
 
 
 def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
-    """Make a dataclass from JSON, and check that the names and types are its own.
+    """Make a dataclass from JSON; check the names and types of its fields.
 
-    A field that has a default may be missing: it was added after the journal was written.
+    A field with a default may be missing: such fields were added after the journal was written.
     """
     if not isinstance(given, Mapping):
         raise JournalError(f"{path}: {where} is {given!r}, expected an object")
@@ -180,7 +180,7 @@ def _value(hint: Any, given: Any, path: Path, where: str) -> Any:
 
 
 def _fits(hint: Any, given: object) -> bool:
-    """Whether a value from JSON is of a type; a number without a fraction may be a float."""
+    """Whether a value from JSON has a type; an integer also fits float."""
     if isinstance(hint, types.UnionType):
         return any(_fits(choice, given) for choice in get_args(hint))
     if get_origin(hint) is dict:

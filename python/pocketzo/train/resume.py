@@ -1,4 +1,4 @@
-"""Going on with a run from its folder: its journal says where the bundle and the data are."""
+"""Resuming a run from its folder: the journal holds the paths of the bundle and the data."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def resume(
     eval: Path | None = None,  # noqa: A002
     max_memory: int | None = None,
 ) -> Trainer:
-    """Make the trainer that goes on with a run; see :meth:`Trainer.resume`.
+    """Return a trainer that resumes a run; see :meth:`Trainer.resume`.
 
     Parameters
     ----------
     run : path
         The run's folder.
     bundle, train, eval : path, optional
-        Where the base bundle and the files of examples are, if they were moved.
+        The base bundle and the files of examples, if they were moved.
     max_memory : int, optional
         See :func:`pocketzo.load`.
     """
@@ -52,7 +52,7 @@ def resume(
 
 
 def use_threads(session: Session) -> int:
-    """Return the threads of a run's forwards, and have the kernels use as many if the user chose them."""
+    """Return the number of threads of a run's forward passes; set the kernels to it if the user chose it."""
     if session.forward_seconds is None:
         kernels.set_threads(session.threads)
     return session.threads

@@ -1,4 +1,4 @@
-"""A run's folder: its journal, metrics and snapshots, to read and to replay."""
+"""Reading and replaying a run folder: journal, metrics and snapshots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SNAPSHOTS = "snapshots"
 
 
 class Run:
-    """A run folder, to read.
+    """A run folder, opened for reading.
 
     Parameters
     ----------
@@ -38,11 +38,11 @@ class Run:
     Attributes
     ----------
     recipe : Recipe
-        What the run is.
+        The header of the journal.
     entries : list of Entry
-        One a step.
+        One per step.
     notice : str or None
-        What was wrong at the end of the journal and is ignored.
+        Damage at the end of the journal that is ignored.
 
     Raises
     ------
@@ -61,12 +61,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps in the journal."""
+        """Number of steps in the journal."""
         return len(self.entries)
 
     @property
     def best_step(self) -> int:
-        """The number of steps after which the evaluation was best; all steps if there was none."""
+        """Number of steps before the best evaluation; all steps if there was none."""
         evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
         if not evaluations:
             return self.steps
@@ -74,7 +74,7 @@ class Run:
         return int(max(evaluations, key=lambda line: metric.score(line["eval"]))["step"])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``; an incomplete last one is passed over."""
+        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored."""
         path = self.path / METRICS
         if path.exists():
             for line in path.read_text().splitlines():
@@ -84,12 +84,12 @@ class Run:
                     return
 
     def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
-        """Return the bundle that the run started from, and check that its graph and weights are those.
+        """Return the base bundle of the run, after checking the SHA-256 of its graph and weights.
 
         Parameters
         ----------
         bundle : path, optional
-            Where it is now; by default where it was.
+            Its path, if it was moved.
         """
         recorded = self.recipe.model
         base = Bundle.read(Path(recorded.bundle) if bundle is None else Path(bundle))
@@ -106,18 +106,18 @@ class Run:
         return base
 
     def replay_onto(self, model: Tunable, *, step: int | None = None) -> Optimizer:
-        """Bring the weights of the base bundle to where they were after ``step`` steps, in one pass over them.
+        """Set a model's weights to those after ``step`` steps, in one pass over them.
 
-        Begins from the last snapshot that is not past ``step``.
+        The replay begins at the last usable snapshot that is not past ``step``, else at the base bundle.
 
         Returns
         -------
         Optimizer
-            As it was then.
+            Its state after ``step`` steps.
         """
         step = self.steps if step is None else step
         if not 0 <= step <= self.steps:
-            raise ValueError(f"step must be in 0 .. {self.steps}, which is what {self.path} has recorded; got {step}")
+            raise ValueError(f"step must be in 0 .. {self.steps}, the steps in the journal of {self.path}; got {step}")
         try:
             optimizer = from_settings(model, self.recipe.method)
         except ValueError as error:
@@ -146,14 +146,14 @@ class Run:
         step: int | None = None,
         bundle: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Write the bundle as it was after ``step`` steps (all of them by default), bit for bit."""
+        """Write the bundle after ``step`` steps (by default all), bit for bit as training left it."""
         model = _Unloaded(self.base(bundle))
         self.replay_onto(model, step=step)
         model.bundle.copy_to(Path(out), model.weights.save)
 
 
 class _Unloaded:
-    """A bundle's weights without a session: enough to replay."""
+    """A bundle's weights without a session, which is enough to replay."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -162,5 +162,5 @@ class _Unloaded:
 
 
 def finite(value: float) -> float | None:
-    """Return a number as JSON has it, which has no infinity."""
+    """Return a number, or None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None

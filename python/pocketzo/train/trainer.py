@@ -1,4 +1,4 @@
-"""The training loop, its run folder, and how a run is taken up again."""
+"""The training loop, its run folder, and resuming a run."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback of :class:`Trainer` gets after every step.
+    """Argument of the callback of :class:`Trainer`, after every step.
 
     Attributes
     ----------
     info : StepInfo
-        What the step found.
+        Result of the step.
     steps : int
         Length of the run.
     seconds : float
-        Time that the step took.
+        Wall time of the step.
     evaluation : dict or None
-        What :func:`evaluate` found after this step, where it was called.
+        Result of :func:`evaluate` after this step, if there was an evaluation.
     """
 
     info: StepInfo
@@ -56,44 +56,44 @@ class Progress:
 
 
 class Trainer:
-    """Trains a model on data and keeps the journal.
+    """Trains a model on data and writes the journal.
 
     Parameters
     ----------
     model : Model
-        Its weights are moved in place.
+        Its weights are updated in place.
     optimizer : Optimizer
-        Made for this model; fresh.
+        Made for this model; it has taken no step yet.
     train : Data
-        What is learnt from.
+        Training data.
     eval : Data, optional
-        What is evaluated.
+        Evaluation data.
     batch_size : int
-        Examples a step.
+        Examples per step.
     steps : int
         Length of the run.
     run : path, optional
-        Folder for the journal; by default there is none.
+        Folder for the journal; by default none is written.
     objective : str or callable
-        What is minimised: the name of a metric, of each step's batch (1 - metric, where higher is better); or
-        ``objective(outputs, batch) -> float``, from the graph's outputs and its inputs, both mappings of arrays by
-        name. It needs no gradient. A resumed run needs a callable again.
+        Minimised on each step's batch. A name is that of a metric (1 - metric is minimised where higher is better). A
+        callable is ``objective(outputs, batch) -> float``; it gets the graph's outputs and inputs, both mappings of
+        arrays by name. It needs no gradient. Resuming a run with a callable needs that callable again.
     eval_every : int, optional
-        Evaluate after so many steps, and at the end; by default at the end only.
+        Number of steps between evaluations. There is always one at the end; by default that is the only one.
     metric : str, optional
-        By which of the metrics the best evaluation is found. By default that of the objective, unless it is the loss
-        or a callable; else the task's (accuracy), if the graph has logits; else the loss.
+        Metric that selects the best evaluation. By default that of the objective, unless it is the loss or a callable;
+        else the task's (accuracy), if the graph has logits; else the loss.
     patience : int, optional
-        Stop after so many evaluations in a row without a better one.
+        Stop after this many consecutive evaluations without improvement.
     snapshot_every : int, optional
-        Save the weights after so many steps, which makes a resume quick; only the last is kept.
+        Number of steps between snapshots of the weights, which make a resume fast. Only the last one is kept.
     group_by_length : bool
-        Put examples of similar length into a batch, so that less of it is padding. ``train.lengths`` must hold the
-        lengths, an array of shape [n].
+        Batch examples of similar length, which reduces padding. ``train.lengths`` must hold the lengths, an integer
+        array of shape [n].
     max_skipped : int
-        So many steps in a row with a loss that is not finite end the run with an error.
+        The run ends with an error after this many consecutive steps whose loss is not finite.
     source : Source, optional
-        Kept in the header: where the data came from.
+        Location of the data, saved in the header.
     callback : callable, optional
         Called after every step with a :class:`Progress`.
     """
@@ -178,23 +178,23 @@ class Trainer:
         objective: BatchObjective | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> Trainer:
-        """Go on with a run after its last step; on the same machine the final weights are the same as without a break.
+        """Resume a run after its last step; on the same machine the final weights equal those of an unbroken run.
 
-        For that the session has the threads and the layout of weights that the journal names; a warning says where
-        they differ.
+        To that end the session uses the number of threads and the weight layout in the journal; a warning names any
+        difference.
 
         Parameters
         ----------
         run : path
             The run's folder.
         train, eval : Data
-            The same data as before, which is checked.
+            The data of the run; the fingerprints are checked.
         model : Model, optional
-            The base bundle, loaded, with its weights untouched; by default it is loaded from where it was.
+            The base bundle, loaded, with its weights unchanged. By default it is loaded from the path in the journal.
         objective : callable, optional
-            The function that the run minimised, if it was one.
+            The function that the run minimised, if it did not minimise a metric.
         callback : callable, optional
-            As before.
+            Called after every step with a :class:`Progress`.
         """
         past = Run(run)
         recipe = past.recipe
@@ -242,9 +242,10 @@ class Trainer:
             self._skipped += 1
 
     def differences(self, past: Run) -> list[str]:
-        """Return the settings in which a recorded run and this trainer differ; :meth:`resume` takes those of the run.
+        """Return the settings in which a saved run and this trainer differ; :meth:`resume` uses those of the run.
 
-        The data and the base bundle are not compared, as resuming checks them, and neither are threads and prepacking.
+        The data and the base bundle are not compared, as :meth:`resume` checks them. Threads and prepacking are not
+        compared either.
         """
         method = json.loads(json.dumps(self.optimizer.settings()))  # as the journal has it: lists, no tuples
         there = {**past.recipe.method, **asdict(past.recipe.loop)}
@@ -263,10 +264,10 @@ class Trainer:
         ]
 
     def fit(self) -> None:
-        """Train to the end, or until :attr:`stop_requested` is set or evaluations stop improving.
+        """Train until the last step, until :attr:`stop_requested` is set or until ``patience`` runs out.
 
-        An exception of the objective ends the run; the journal ends before that step, and :meth:`resume` takes it
-        again. A run that ends so in its first step leaves no journal.
+        An exception in the objective ends the run. The journal then ends before that step, and :meth:`resume` repeats
+        the step. If it was the first step of the run, no journal is left.
 
         Raises
         ------
@@ -305,7 +306,7 @@ class Trainer:
             ahead = helper.submit(self._batch, step + 1) if step + 1 < loop.steps else None
             info = self._step(batch)
             if ahead is not None:
-                ahead.exception()  # waits, and leaves what was raised to the step that needs the batch
+                ahead.exception()  # waits; the step that needs the batch raises its exception
             seconds = time.perf_counter() - started
             self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
@@ -328,7 +329,7 @@ class Trainer:
                 lambda model: self._loss(model, batch), None if writer is None else writer.append
             )
         except Exception:
-            # The step was undone but for roundings. As the journal ends before it, a resumed run takes it again.
+            # The step was undone except for rounding. The journal ends before it, so a resumed run repeats it.
             if writer is not None:
                 writer.truncate(step)
             raise
@@ -378,7 +379,7 @@ class Trainer:
         return step == self.loop.steps or (every is not None and step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the model as it is: :func:`evaluate` of the evaluation data, with the metric and the objective."""
+        """Run :func:`evaluate` on the evaluation data now, with the metric and the objective."""
         if self.eval is None:
             raise ValueError("the trainer has no eval data")
         return evaluate(self.model, self.eval, batch_size=self.loop.batch_size, metrics=self._metrics)

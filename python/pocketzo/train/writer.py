@@ -1,4 +1,4 @@
-"""A run's folder, while it is written: the journal, the metrics, the snapshots."""
+"""Writing a run folder: journal, metrics and snapshots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SYNC_SECONDS = 30.0
 
 
 class RunWriter:
-    """Writes a run; made by :meth:`begin` or :meth:`resume`. The journal is locked against other processes."""
+    """Writes a run; create with :meth:`begin` or :meth:`resume`. The journal is locked against other processes."""
 
     def __init__(self, path: Path, journal: Journal) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class RunWriter:
 
     @classmethod
     def begin(cls, path: Path, recipe: Recipe) -> Self:
-        """Begin a run; a :class:`pocketzo.JournalError` if the folder holds one already."""
+        """Begin a run; raise :class:`pocketzo.JournalError` if the folder already holds one."""
         path.mkdir(parents=True, exist_ok=True)
         journal = Journal.create(path / JOURNAL, recipe.header())
         (path / METRICS).unlink(missing_ok=True)
@@ -40,7 +40,7 @@ class RunWriter:
 
     @classmethod
     def resume(cls, run: Run, steps: int) -> Self:
-        """Go on with a run after so many of its steps."""
+        """Resume a run after its first ``steps`` steps."""
         journal = Journal.open(run.path / JOURNAL)
         if journal.notice:
             warnings.warn(journal.notice, stacklevel=4)
@@ -48,7 +48,7 @@ class RunWriter:
         lines = [line for line in run.metrics() if line["step"] <= steps]
         with atomic_file(run.path / METRICS) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        for pattern in ".*.part", f"{SNAPSHOTS}/.*.part":  # left by a process that was killed while it wrote
+        for pattern in ".*.part", f"{SNAPSHOTS}/.*.part":  # left by a process that was killed while writing
             for left in run.path.glob(pattern):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
@@ -58,11 +58,11 @@ class RunWriter:
 
     @property
     def steps(self) -> int:
-        """Steps in the journal."""
+        """Number of steps in the journal."""
         return self._journal.count
 
     def append(self, entry: Entry) -> None:
-        """Append a step to the journal; it is on storage within half a minute."""
+        """Append a step to the journal; sync the journal if the last sync was over half a minute ago."""
         self._journal.append(entry)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             self._journal.sync()
@@ -73,7 +73,7 @@ class RunWriter:
         self._journal.truncate(steps)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Write a line to the metrics."""
+        """Append a line to the metrics."""
         self._metrics.write(json.dumps(line) + "\n")
 
     def snapshot(self, optimizer: Optimizer) -> None:
@@ -88,6 +88,6 @@ class RunWriter:
         self._journal.close()
 
     def discard(self) -> None:
-        """Remove the journal and the metrics of a run without a step, which would refuse one with other settings."""
+        """Remove the journal and metrics of a run without steps, as they would block a run with other settings."""
         for name in JOURNAL, METRICS:
             (self.path / name).unlink(missing_ok=True)
