@@ -80,7 +80,8 @@ def task_for(
     kind = "cross-entropy" if loss is None and threshold is None else loss or "bce"
     for name, task in TASKS.items():
         if kind in task.losses and task.suits(label_input, found, threshold):
-            return TaskSpec(name, {key: value for key, value in settings.items() if value is not None})
+            given = {key: value for key, value in settings.items() if key in task.settings and value is not None}
+            return TaskSpec(name, given)
     return None
 
 
