@@ -89,6 +89,10 @@ def test_training(tmp_path: Path, kind: str) -> None:
         outputs[bundle.logits or ""], model.run(batch)[bundle.logits or ""], rtol=1e-5, atol=1e-6
     )
 
+    unlabelled = model.run({name: array for name, array in batch.items() if name != "labels"})
+    np.testing.assert_array_equal(unlabelled[bundle.logits or ""], model.run(batch)[bundle.logits or ""])
+    assert "loss" not in unlabelled
+
     # The evaluation of the run is what scikit-learn says of those outputs.
     task = task_of(bundle)
     result = pz.evaluate(model, data, batch_size=20, metrics=task.metrics)
