@@ -11,6 +11,7 @@ import onnx
 import pytest
 from graphs import model_of, node, run, weight
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 
 from pocketzo import BundleError, prepare
 from pocketzo.cli.info import bundle_facts
@@ -26,7 +27,9 @@ def axes(name: str, *values: int) -> onnx.TensorProto:
     return numpy_helper.from_array(np.array(values), name)
 
 
-def made(path: Path, n: int, nodes: list[onnx.NodeProto], shape: tuple[int | str, ...], output: str = "y") -> Path:
+def made(
+    path: Path, n: int, nodes: list[onnx.NodeProto], shape: tuple[int | str, ...], output: str = "y", opset: int = 17
+) -> Path:
     """Write a graph of a linear layer ``z`` of n columns, and more nodes that compute the output from it."""
     constants = [axes("one", 1), axes("two", 2), axes("flat", -1), axes("column", -1, 1)]
     used = {name for entry in nodes for name in entry.input}
@@ -35,6 +38,7 @@ def made(path: Path, n: int, nodes: list[onnx.NodeProto], shape: tuple[int | str
         [node("Gemm", "x w b", "z"), *nodes],
         [weight("w", 4, n), weight("b", n), *(constant for constant in constants if constant.name in used)],
         outputs=[(output, shape)],
+        opset=opset,
     )
 
 
@@ -365,6 +369,52 @@ def test_tokens_by_softmax(tmp_path: Path) -> None:
     expected = cross_entropy(z[:3], labels[:3])
     labels[3:] = -100
     assert check_same(bundle, path, labels[:, None]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("opset", [13, 18, 21, 23])
+def test_every_operator_set_has_every_loss(tmp_path: Path, opset: int) -> None:
+    def check(n: int, nodes: list[Any], labels: Array, expected: float, **options: Any) -> None:
+        path = made(tmp_path / "m.onnx", n, nodes, ("batch", n), opset=opset)
+        assert check_same(prepare(path, tmp_path / "out", **options), path, labels) == pytest.approx(expected, rel=1e-5)
+
+    rng = np.random.default_rng(2)
+    z = scores_of(made(tmp_path / "m.onnx", 3, [node("Identity", "z", "y")], ("batch", 3)))
+    numbers = rng.normal(size=(BATCH, 3)).astype(np.float32)
+    sets = (numbers > 0).astype(np.float32)
+    check(3, [node("Softmax", "z", "y")], CLASSES, cross_entropy(z, CLASSES))
+    check(3, [node("Sigmoid", "z", "y")], sets, binary(z, sets))
+    check(3, [node("Identity", "z", "y")], numbers, float(np.mean((z - numbers) ** 2)), loss="mse")
+    z = scores_of(made(tmp_path / "m.onnx", 1, [node("Identity", "z", "y")], ("batch", 1)))
+    check(1, [node("Sigmoid", "z", "y")], YES_NO, binary(z[:, 0], YES_NO))
+
+
+@pytest.mark.parametrize("op", ["Identity", "Softmax", "Sigmoid"])
+@pytest.mark.parametrize("qdq", [False, True])
+def test_quantised_graphs_end_as_others_do(tmp_path: Path, op: str, qdq: bool) -> None:
+    path = made(tmp_path / "m.onnx", 3, [node("MatMul", "z v", "u"), node(op, "u", "y")], ("batch", 3))
+    model = onnx.load(path)
+    model.graph.initializer.append(weight("v", 3, 3))
+    if qdq:
+        scale = numpy_helper.from_array(np.array(0.05, np.float32), "s")
+        zero = numpy_helper.from_array(np.array(0, np.int8), "zero")
+        model.graph.initializer.extend([scale, zero])
+        model.graph.node[-1].output[0] = "float"
+        model.graph.node.extend(
+            [node("QuantizeLinear", "float s zero", "q"), node("DequantizeLinear", "q s zero", "y", "dequantize")]
+        )
+    onnx.save(model, path)
+    source = path
+    if not qdq:
+        source = tmp_path / "int8.onnx"
+        quantize_dynamic(path, source, op_types_to_quantize=["MatMul"])
+        assert "MatMulInteger" in {entry.op_type for entry in onnx.load(source).graph.node}
+    _, said = noted(source, tmp_path / "out")
+    expected = {
+        "Identity": "cross-entropy of 'y' over 3 classes (chosen as it is the only float output",
+        "Softmax": "cross-entropy of 'y' over 3 classes (chosen as 'y' ends in Softmax",
+        "Sigmoid": "bce of 'y' over 3 labels (chosen as 'y' ends in Sigmoid",
+    }
+    assert said.startswith(f"loss: {expected[op]}")
 
 
 # ---- a loss of the graph's own ---------------------------------------------------------------------------------------
