@@ -55,7 +55,7 @@ def test_what_was_prepared_is_read(prepared: Path) -> None:
     assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
     assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
     assert bundle.trainable == {"all": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
-    assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"]})
+    assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"], "loss": "cross-entropy"})
     assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
 
 

@@ -354,7 +354,7 @@ def test_eval_prints_the_metrics_that_are_asked_for(workspace: Workspace, tmp_pa
     assert re.fullmatch(pattern, good(*words, "perplexity, accuracy"))
     process = pocketzo(*words, "f1,recall")
     assert process.returncode == 2
-    assert "'recall' is not one of accuracy, f1, matthews, loss, perplexity" in process.stderr
+    assert "'recall' is not one of accuracy, f1, matthews, subset-accuracy, " in process.stderr
 
 
 def test_eval_of_a_bundle_takes_no_step(workspace: Workspace) -> None:
@@ -409,7 +409,8 @@ def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -
 def test_info(workspace: Workspace) -> None:
     bundle = json.loads(good("info", workspace.base, "--json"))
     assert bundle["kind"] == "bundle"
-    assert bundle["task"] == {"name": "classification", "settings": {"labels": list(LABELS)}}
+    settings = {"labels": list(LABELS), "loss": "cross-entropy"}
+    assert bundle["task"] == {"name": "classification", "settings": settings}
     assert bundle["sets"] == {"all": bundle["trainable"]}
     assert bundle["tuned"] is False
     assert bundle["parameters"] >= bundle["trainable"] > 1000
@@ -421,6 +422,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["last"]["count"] == 45
     assert bundle["prepacking"] == "can be prepacked: 2 matrices, 0.0 MB"
     assert re.search(r"task +classification, labels red, green, blue *\n", good("info", workspace.base))
+    assert re.search(r"loss +cross-entropy of 'logits' over 3 classes *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
 

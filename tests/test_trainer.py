@@ -711,11 +711,11 @@ def test_the_best_evaluation_is_the_lowest_where_lower_is_better(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "recall"}, "metric must be one of accuracy, f1, matthews, loss, perplexity, got 'recall'"),
+        ({"objective": "recall"}, "metric must be one of accuracy, f1, matthews, .*, got 'recall'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
-        ({"metric": "recall"}, "metric must be one of accuracy, f1, matthews, loss, perplexity, got 'recall'"),
+        ({"metric": "recall"}, "metric must be one of accuracy, f1, matthews, .*, got 'recall'"),
         ({"patience": 2}, "patience needs eval and eval_every"),
         ({"group_by_length": True}, "group_by_length needs train.lengths"),
     ],

@@ -9,18 +9,23 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.outputs import probe_batch
-from pocketzo.tasks.registry import task_for
+from pocketzo.tasks.base import is_column
+from pocketzo.tasks.registry import loss_text, task_for
 
 if TYPE_CHECKING:
+    from pocketzo.formats.bundle import TaskSpec, ValueSpec
     from pocketzo.graph.weight import Weight
 
-__all__ = ["prepare"]
+__all__ = ["LOSSES", "prepare"]
+
+LOSSES: Final = ("cross-entropy", "bce", "mse", "none")
+"""What :func:`prepare` takes as the loss."""
 
 
 def prepare(
@@ -32,14 +37,32 @@ def prepare(
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
+    loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
     The graph computes the same function, from weights in a file of their own, stored as its nodes read them. If it
-    has no ``loss`` but class scores (an output named ``logits``, or a single one of shape [batch, classes]), it gets an
-    int64 input ``labels`` and an output ``loss``, the mean cross-entropy: labels of shape [batch] for logits [batch,
-    classes], or [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 do not count. A
-    causal model's labels have to be the tokens shifted by one; the graph does not shift them.
+    has no ``loss``, it gets an input ``labels`` and an output ``loss``, the mean over the batch of a function of the
+    output ``logits``, or else of the only float output. The loss is the stated one; by default it follows from what
+    computes that output:
+
+    ==================================  =============  =========================================================
+    output                              default        labels
+    ==================================  =============  =========================================================
+    [batch, classes]: ``logits``, or    cross-entropy  int64 [batch]
+    by Softmax or a linear layer
+    [batch, sequence, classes]:         cross-entropy  int64 [batch, sequence]; tokens labelled -100 are ignored
+    ``logits``, or by Softmax
+    [batch] or [batch, 1]: by Sigmoid   bce            int64 [batch], 0 or 1
+    [batch, labels]: by Sigmoid         bce            float32 [batch, labels], 0 or 1
+    [batch] or [batch, 1]: others       an error       float32 [batch] for ``mse``
+    others                              none           float32 [batch, values] for ``mse``
+    ==================================  =============  =========================================================
+
+    Cross-entropy and bce (binary cross-entropy) are computed from the input of a Softmax, LogSoftmax or Sigmoid that
+    computes the output, else from the output itself. A causal model's labels have to be the tokens shifted by one; the
+    graph does not shift them.
 
     Weights are read through memory maps and written one at a time. A model with external data never has more than its
     largest tensor in memory; one without has its file twice.
@@ -64,6 +87,10 @@ def prepare(
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
         halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
         runtime converts each weight at every use.
+    loss : {"cross-entropy", "bce", "mse", "none"}, optional
+        The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    note : callable, optional
+        Called with a line of text for each choice that was made: which loss, and why.
 
     Returns
     -------
@@ -73,7 +100,8 @@ def prepare(
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not match, the model exceeds the
+        If the model, its external data or the tokenizer cannot be used, the labels do not match, the stated loss cannot
+        be added, or one has to be stated, the model exceeds the
         range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
         in these cases.
     DeadWeightError
@@ -94,6 +122,8 @@ def prepare(
         raise BundleError(f"{source}: no such file")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
+    if loss not in (None, *LOSSES):
+        raise ValueError(f"loss must be {', '.join(map(repr, LOSSES))} or None, got {loss!r}")
     class_names = _checked_labels(labels)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
@@ -109,21 +139,17 @@ def prepare(
             drop_provenance(onnx_model)
             if dtype == "float16":
                 onnx_model = to_float16(onnx_model, weights)
-            loss, logits = add_loss(onnx_model)
+            found = add_loss(onnx_model, loss, labels=class_names is not None)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
             outputs = tuple(map(describe, onnx_model.graph.outputs))
+            task = task_for(
+                inputs, outputs, found.scores, labels=class_names, loss=found.kind, threshold=found.threshold
+            )
+            if class_names is not None:
+                scores = next((value for value in outputs if value.name == found.scores), None)
+                _check_class_names(class_names, scores, task)
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
-        classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
-        if class_names is not None and isinstance(classes, int) and classes != len(class_names):
-            raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
-        if class_names is not None and logits is None:
-            raise BundleError(
-                f"{source}: labels given, but the graph has no output 'logits' to which they could belong"
-            )
-        task = task_for(inputs, outputs, logits, class_names)
-        if class_names is not None and task is None:
-            raise BundleError(f"{source}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
 
         write(
             folder / WEIGHTS,
@@ -151,8 +177,8 @@ def prepare(
             ),
             inputs=inputs,
             outputs=outputs,
-            loss=loss,
-            logits=logits,
+            loss=found.output,
+            logits=found.scores,
             task=task,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
@@ -164,6 +190,8 @@ def prepare(
             check_float16(source, session, probe_batch(bundle))
         del session  # it maps a file of the folder, which is renamed next
         bundle.write_description()
+    if note is not None:
+        note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)
 
 
@@ -205,6 +233,20 @@ def _checked_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
     if not labels or not all(labels) or len(set(labels)) != len(labels):
         raise ValueError(f"labels must be different names, none of them empty, got {list(labels)!r}")
     return tuple(labels)
+
+
+def _check_class_names(names: Sequence[str], scores: ValueSpec | None, task: TaskSpec | None) -> None:
+    """Raise BundleError unless the task has classes, as many as names."""
+    if scores is None:
+        raise BundleError(
+            "labels given, but the graph has no output 'logits' to which they could belong: state the loss, such as "
+            "--loss cross-entropy of its only float output"
+        )
+    if task is None or "labels" not in task.settings:
+        raise BundleError(f"labels given, but {scores.name!r}, the input 'labels' and the loss do not fit to classes")
+    count = 2 if is_column(scores) else scores.shape[-1]
+    if isinstance(count, int) and count != len(names):
+        raise BundleError(f"{len(names)} labels given, but {scores.name!r} has {count} classes")
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -19,6 +19,7 @@ from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.tasks.registry import loss_text
 from pocketzo.train.run import JOURNAL, Run
 
 
@@ -48,7 +49,10 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         return
     listed = facts.pop("tensors", None)
     if facts.get("task"):
-        facts["task"] = ", ".join([facts["task"]["name"], fact("", facts["task"]["settings"])]).removesuffix(", ")
+        labels = {name: value for name, value in facts["task"]["settings"].items() if name == "labels"}
+        facts["task"] = ", ".join([facts["task"]["name"], fact("", labels)]).removesuffix(", ")
+    if run is None:
+        facts["loss"] = loss_text(bundle)
     print_facts({name: value for name, value in facts.items() if value is not None})
     if listed is not None:
         table = Table("weight", "type", "shape", "trainable", box=None, header_style="bold")

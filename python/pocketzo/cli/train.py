@@ -18,7 +18,7 @@ from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
-from pocketzo.errors import JournalError, MemoryLimitError, MissingExtraError
+from pocketzo.errors import BundleError, JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.cores import thread_counts
 from pocketzo.optim.block import Block
@@ -93,7 +93,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option(
     "--metric",
     type=click.Choice(list(METRICS)),
-    help="Metric that selects the best step.  [default: as --objective; for the loss, accuracy if there are logits]",
+    help="Metric that selects the best step.  [default: as --objective; for the loss, the task's, such as accuracy]",
 )
 @click.option(
     "--objective",
@@ -192,6 +192,11 @@ def train(
     if past is None and os.path.lexists(output) and not _is_empty_folder(output):
         raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
     read = Bundle.read(bundle)
+    if objective == "loss" and read.loss is None:
+        raise BundleError(
+            f"{bundle}: the bundle has no loss to train by: prepare the model with --loss cross-entropy, bce or mse, "
+            f"train by --objective, or by a function of your own in Python"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     examples = load_dataset(data, read, columns=columns)

@@ -99,8 +99,11 @@ class Model:
             # onnxruntime requires every input, also those that only the loss needs.
             labels = self._inputs["labels"]
             names = [name for name in names if name != self.bundle.loss]
-            first = next(iter(feed.values()))
-            feed["labels"] = np.zeros(first.shape[: len(labels.shape)], labels.dtype)
+            # Sizes that the graph does not fix are those of examples and tokens, in the first input with axes.
+            like = next((array.shape for array in feed.values() if np.ndim(array)), (1,))
+            sizes = enumerate(labels.shape)
+            shape = [size if isinstance(size, int) else like[min(axis, len(like) - 1)] for axis, size in sizes]
+            feed["labels"] = np.zeros(shape, labels.dtype)
         try:
             return dict(zip(names, self._run(names, feed), strict=True))
         except (ValueError, Error):

@@ -29,7 +29,7 @@ def evaluate(
     batch_size : int
         Examples per forward pass.
     metrics : sequence of str, optional
-        Names from :data:`pocketzo.tasks.metrics.METRICS`. By default the task's default metric (accuracy) and the loss,
+        Names from :data:`pocketzo.tasks.metrics.METRICS`. By default the task's default metric and the loss,
         if graph and data allow them.
 
     Returns
@@ -54,8 +54,8 @@ def evaluate(
     if not len(data):
         raise TrainingError("there are no examples to evaluate")
     total, counted = 0.0, 0
-    predictions: list[NDArray[np.integer[Any]]] = []
-    labels: list[NDArray[np.integer[Any]]] = []
+    predictions: list[NDArray[Any]] = []
+    labels: list[NDArray[Any]] = []
     outputs = task.outputs(chosen)
     for at in range(0, len(data), batch_size):
         indices = np.arange(at, min(at + batch_size, len(data)))
@@ -77,7 +77,7 @@ def evaluate(
     )
     result: dict[str, float] = {"count": len(data)}
     for metric in chosen:
-        if metric.of == "loss" or labels:
+        if metric.of_loss or labels:
             result[metric.name] = metric(whole)
         elif metrics is not None:
             raise TrainingError(f"the data has no labels, which the metric {metric.name!r} needs")
