@@ -275,6 +275,15 @@ def test_one_column_is_not_guessed_and_learns_by_a_stated_loss(tmp_path: Path, s
     assert (none.loss, none.logits, none.task) == (None, None, None)  # the class of the highest score is always 0
 
 
+@pytest.mark.parametrize("op", ["Identity", "Sigmoid", "Softmax"])
+def test_one_axis_of_fixed_size_may_be_the_classes_of_one_example(tmp_path: Path, op: str) -> None:
+    path = made(tmp_path / "m.onnx", 3, [node("Reshape", "z flat", "r"), node(op, "r", "y")], (3,))
+    bundle, said = noted(path, tmp_path / "out")
+    assert said == "loss: none ('y' has the shape [3], which may be examples or classes; --loss states one)"
+    assert (bundle.loss, bundle.logits) == (None, None)
+    assert prepare(path, tmp_path / "mse", loss="mse").loss == "loss"
+
+
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("cast", [False, True])
 def test_bce_of_a_sigmoid_is_computed_from_its_input(tmp_path: Path, n: int, cast: bool) -> None:

@@ -60,6 +60,11 @@ class _Scores(NamedTuple):
         """Whether there is one number an example."""
         return len(self.shape) == 1 or (len(self.shape) == 2 and self.shape[1] == 1)
 
+    @property
+    def is_unbatched(self) -> bool:
+        """Whether a single axis has a fixed size, so that it may hold the classes of one example."""
+        return len(self.shape) == 1 and isinstance(self.shape[0], int)
+
     def threshold(self, kind: str | None) -> float | None:
         return None if kind != "bce" else 0.5 if self.ending.kind == "sigmoid" else 0.0
 
@@ -115,7 +120,7 @@ def add_loss(model: ir.Model, stated: str | None = None, *, labels: bool = False
             f"prepare it with --loss none"
         )
     kind, because = (stated, "") if stated in _EXPECTED else _default(scores, labels)
-    if stated is None and kind is None and scores.is_column:
+    if stated is None and kind is None and scores.is_column and not scores.is_unbatched:
         raise BundleError(
             f"{scores} has one column, which is no choice between classes: state the loss, --loss mse for a number, "
             f"bce for yes or no, or none"
@@ -169,6 +174,8 @@ def _default(scores: _Scores, labels: bool) -> tuple[str | None, str]:
     """Return the kind of loss that follows from the graph, or None, and the reason."""
     value, shape, ending = scores
     ends = f"{value.name!r} ends in {ending.op}"
+    if scores.is_unbatched:
+        return None, f"{value.name!r} has the shape {_text(shape)}, which may be examples or classes"
     if scores.is_column:
         return ("bce", f"chosen as {ends}") if ending.kind == "sigmoid" else (None, f"{value.name!r} has one column")
     if len(shape) not in (2, 3):
