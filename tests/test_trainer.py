@@ -544,9 +544,9 @@ def test_data_is_asked_by_one_at_a_time(model: pz.Model, data: pz.Dataset) -> No
 def test_a_batch_that_fails_ends_the_run_at_its_step(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
     before = threading.enumerate()
     done: list[int] = []
-    with pytest.raises(OSError, match="the card has gone"):
+    with pytest.raises(OSError, match="the card has gone"):  # two batches are evaluated before the first step
         train(
-            model, Watched(data, fails=6), tmp_path / "run", callback=lambda progress: done.append(progress.info.step)
+            model, Watched(data, fails=8), tmp_path / "run", callback=lambda progress: done.append(progress.info.step)
         )
     assert done == list(range(5))
     assert pz.Run(tmp_path / "run").steps == 5

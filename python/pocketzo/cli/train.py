@@ -284,16 +284,18 @@ def _noted(trainer: Trainer) -> Trainer:
 
 def _train(trainer: Trainer, run: Path) -> None:
     again = f"pocketzo train --resume {quoted(run)}"
-    if trainer.optimizer.step_number < trainer.loop.steps:
-        with err.status("trying the longest texts"):
-            expected = trainer.forecast()
-        if expected is not None:
-            note(forecast_text(expected))
     try:
+        if trainer.optimizer.step_number < trainer.loop.steps:
+            with err.status("trying the longest texts"):
+                expected = trainer.forecast()
+            if expected is not None:
+                note(forecast_text(expected))
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
-            raise MemoryLimitError(f"{error}. Stopped in the first step, so that there is no journal") from None
+            raise MemoryLimitError(
+                f"{error}. Stopped before the end of the first step, so that there is no journal"
+            ) from None
         done = Run(run).steps
         raise MemoryLimitError(
             f"{error}. Stopped after step {done} of {trainer.loop.steps}; to go on: {again} --max-memory SIZE"

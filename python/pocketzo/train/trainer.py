@@ -300,10 +300,10 @@ class Trainer:
             self.history.batches = self.history.batches[0], self._sampled_losses()
 
     def _sampled_losses(self) -> list[float]:
-        """Return the losses of a few batches, from at most a hundredth of the run's forward passes; often none."""
-        count = min(8, self.loop.steps * self.optimizer.forwards // 200)
-        if count < 2 or not isinstance(self.objective, MetricObjective):
+        """Return the losses of 2 to 8 batches, some hundredth of the run's forward passes; none for a short run."""
+        if self.loop.steps < 20 or not isinstance(self.objective, MetricObjective):
             return []
+        count = min(8, max(2, self.loop.steps * self.optimizer.forwards // 200))
         return [self._loss(self.model, self._batch(step)) for step in range(count)]
 
     def _train(self, helper: ThreadPoolExecutor) -> None:
