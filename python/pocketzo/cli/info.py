@@ -86,7 +86,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
-    evaluations = {line["step"]: line["eval"] for line in run.metrics() if "eval" in line and line["step"] <= run.steps}
+    evaluations, best = run.evaluations(), run.best_step
     recipe = run.recipe
     source = recipe.data.source
     method = {name: value for name, value in recipe.method.items() if name != "trained"}
@@ -104,7 +104,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "data": {"train": source.train, "eval": source.eval},
         "before": source.before,
         "last": evaluations[max(evaluations)] if evaluations else None,
-        "best_step": run.best_step if evaluations else None,
-        "best": evaluations.get(run.best_step) if evaluations else None,
+        "best_step": best,
+        "best": None if best is None else evaluations[best],
         "spec": run.spec,
     }

@@ -45,8 +45,11 @@ class Dataset:
         tokens: Tokens | None,
         arrays: Mapping[str, NDArray[Any]],
         labels: Sequence[Any],
+        lines: Sequence[int] | None = None,
     ) -> None:
         bundle = task.bundle
+        self._source = source
+        self._lines = lines
         self.labels = bundle.labels
         self._labels = np.array(labels, task.label_dtype) if labels else None  # [n], or [n, columns]
         self.label_ids = self._labels if task.predicts == "classes" else None
@@ -70,6 +73,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return self._size
+
+    def where(self, index: int) -> str:
+        """Return the place of an example in its file, for messages."""
+        place = f"row {index}" if self._lines is None else f"line {self._lines[index]}"
+        return f"{self._source}, {place}"
 
     def batch(self, indices: NDArray[np.integer[Any]]) -> Batch:
         """Return the model's inputs for some of the examples.

@@ -58,7 +58,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     ids, types, by_token = array("i"), array("i"), array("i")
-    lengths, labels = array("i"), list[Any]()
+    lengths, labels, lines = array("i"), list[Any](), array("q")
     while chunk := list(islice(examples, CHUNK)):
         encoded = task.encode(tokenizer, [example for _, example in chunk])
         for (number, example), row in zip(chunk, encoded, strict=True):
@@ -69,6 +69,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
             ids.extend(row.ids)
             types.extend(row.type_ids)
             lengths.append(len(row.ids))
+            lines.append(number)
             if row.label is not None and task.labels_per == "token":
                 by_token.extend(row.label)
             elif row.label is not None:
@@ -80,7 +81,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     if by_token:
         columns["labels"] = np.asarray(by_token)
     tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
-    return Dataset(task, problems.source, len(lengths), tokens, {}, labels)
+    return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines)
 
 
 def keep_tokens(

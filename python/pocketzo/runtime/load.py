@@ -12,6 +12,7 @@ import numpy as np
 
 from pocketzo._core import MAX_THREADS
 from pocketzo._core import threads as kernel_threads
+from pocketzo.arguments import check_integer
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.runtime.liveness import Verify
@@ -78,8 +79,10 @@ def load(
         An argument is of the wrong type, or out of range.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    _check_integer("threads", threads, MAX_THREADS)
-    _check_integer("max_memory", max_memory, 2**63)
+    if threads is not None:
+        check_integer("threads", threads, 1, MAX_THREADS)
+    if max_memory is not None:
+        check_integer("max_memory", max_memory, 1, 2**63)
     _check_batch(batch)
     if prepack not in (True, False, "auto"):
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
@@ -103,15 +106,6 @@ def load(
         max_memory=max_memory,
         forward_seconds=seconds,
     ).load()
-
-
-def _check_integer(name: str, value: object, most: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name} must be in 1 .. {most}, got {value}")
 
 
 def _check_batch(batch: object) -> None:

@@ -65,14 +65,20 @@ class Run:
         """Number of steps in the journal."""
         return len(self.entries)
 
+    def evaluations(self) -> dict[int, dict[str, float | None]]:
+        """Return the evaluations by the number of steps before them; 0 is that of the base."""
+        before = self.recipe.data.source.before
+        found = {} if before is None else {0: before}
+        return found | {
+            line["step"]: line["eval"] for line in self.metrics() if "eval" in line and line["step"] <= self.steps
+        }
+
     @property
-    def best_step(self) -> int:
-        """Number of steps before the best evaluation; all steps if there was none."""
-        evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
-        if not evaluations:
-            return self.steps
-        metric = metric_named(self.recipe.loop.metric)
-        return int(max(evaluations, key=lambda line: metric.score(line["eval"]))["step"])
+    def best_step(self) -> int | None:
+        """Number of steps before the best evaluation, 0 for the base; None if none was finite."""
+        metric, evaluations = metric_named(self.recipe.loop.metric), self.evaluations()
+        best = max(evaluations, key=lambda step: metric.score(evaluations[step]), default=None)
+        return None if best is None or metric.score(evaluations[best]) == -math.inf else best
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored.
