@@ -29,8 +29,9 @@ from pocketzo.prepare import prepare
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.progress import Progress
 from pocketzo.train.run import Run
-from pocketzo.train.trainer import Progress, Trainer
+from pocketzo.train.trainer import Trainer
 
 __all__ = [
     "FZOO",

@@ -260,10 +260,9 @@ class Optimizer(ABC):
             raise failure
         return StepInfo(number, self.loss(losses), tuple(losses), entry.lr, skipped, entry.coefficients)
 
-    @property
-    def shifts(self) -> tuple[float, ...]:
-        """The sizes of a shift along a direction, ``eps`` times the factor of each group, in rising order."""
-        return tuple(sorted({self.eps * part.eps for part in self._parts}))
+    def group_of(self, name: str) -> ParamGroup:
+        """Return the settings of a trained weight: the first group whose pattern matches, or one of factors 1."""
+        return next((group for group in self.groups if re.search(group.pattern, name)), ParamGroup(""))
 
     @property
     def forwards(self) -> int:
@@ -342,10 +341,9 @@ class Optimizer(ABC):
     # ---- passes over the weights -------------------------------------------------------------------------------------
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[Part]:
-        plain = ParamGroup("")
         members: dict[tuple[float, float, bool, bool], list[Any]] = {}
         for tensor in tensors:
-            group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
+            group = self.group_of(tensor.name)
             if not 0 < float32(self.eps * group.eps) < math.inf:
                 raise ValueError(f"eps must be a positive float32, got {self.eps * group.eps}")
             decays = self.weight_decay > 0 and len(tensor.shape) > 1

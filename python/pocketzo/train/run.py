@@ -25,6 +25,7 @@ from pocketzo.train.recipe import Recipe
 
 JOURNAL = "journal.pzj"
 METRICS = "metrics.jsonl"
+EVAL, SAMPLE = "eval", "sample"  # kinds of its lines: evaluations on evaluation data, or on some training data
 SNAPSHOTS = "snapshots"
 
 
@@ -65,13 +66,12 @@ class Run:
         """Number of steps in the journal."""
         return len(self.entries)
 
-    def evaluations(self) -> dict[int, dict[str, float | None]]:
-        """Return the evaluations by the number of steps before them; 0 is that of the base."""
-        before = self.recipe.data.source.before
+    def evaluations(self, kind: str = EVAL) -> dict[int, dict[str, float | None]]:
+        """Return the evaluations of a kind by the number of steps before them; 0 is that of the base."""
+        before = self.recipe.data.source.before if kind == EVAL else None
         found = {} if before is None else {0: before}
-        return found | {
-            line["step"]: line["eval"] for line in self.metrics() if "eval" in line and line["step"] <= self.steps
-        }
+        lines = (line for line in self.metrics() if kind in line and line["step"] <= self.steps)
+        return found | {line["step"]: line[kind] for line in lines}
 
     @property
     def best_step(self) -> int | None:
@@ -173,12 +173,20 @@ def _metrics_line(text: bytes) -> dict[str, Any]:
     line = strict_json.parse(text)
     if type(line.get("step")) is not int:
         raise ValueError(f"'step' is {reprlib.repr(line.get('step'))}, expected an integer")
-    evaluation = line.get("eval", {})
-    if not isinstance(evaluation, dict) or not all(
-        value is None or type(value) in (int, float) for value in evaluation.values()
+    for kind in EVAL, SAMPLE:
+        evaluation = line.get(kind, {})
+        if not isinstance(evaluation, dict) or not all(map(_is_number, evaluation.values())):
+            raise ValueError(f"{kind!r} is {reprlib.repr(evaluation)}, expected numbers by name")
+    without = line.get("without", {})
+    if not isinstance(without, dict) or not all(
+        isinstance(values, list) and all(map(_is_number, values)) for values in without.values()
     ):
-        raise ValueError(f"'eval' is {reprlib.repr(evaluation)}, expected numbers by name")
+        raise ValueError(f"'without' is {reprlib.repr(without)}, expected lists of numbers by name")
     return line
+
+
+def _is_number(value: object) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 class _Unloaded:
@@ -188,8 +196,3 @@ class _Unloaded:
         self.bundle = bundle
         self.weights = Weights(bundle)
         self.weights.read()
-
-
-def finite(value: float) -> float | None:
-    """Return a number, or None for infinity and NaN, which JSON does not have."""
-    return value if math.isfinite(value) else None
