@@ -31,6 +31,12 @@ from pocketzo.prepare import prepare as prepare_bundle
     default="float32",
     help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
 )
+@click.option(
+    "--probe",
+    type=PATH,
+    metavar="FILE",
+    help="A batch for comparing MODEL with the bundle (.npz, an array for each input); by default it is made up.",
+)
 @force_option
 def prepare(
     model: Path,
@@ -40,6 +46,7 @@ def prepare(
     max_length: int | None,
     trainable: str | None,
     dtype: Literal["float32", "float16"],
+    probe: Path | None,
     force: bool,
 ) -> None:
     """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.
@@ -61,6 +68,7 @@ def prepare(
         max_length=max_length,
         trainable=trainable,
         dtype=dtype,
+        probe=probe,
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
