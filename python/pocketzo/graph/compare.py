@@ -156,7 +156,7 @@ def _run_source(origin: Origin, outputs: list[str], to_fp16: bool, probe: Probe 
             first, values = probe, run(probe)
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise BundleError(
-                f"{origin.path}: the model does not run on the probing batch: {first_line(error)}"
+                f"{origin.path}: the model does not run on the given batch: {first_line(error)}"
             ) from None
     else:
         first, values = _first_that_runs(origin, run)

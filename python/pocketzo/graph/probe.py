@@ -69,9 +69,9 @@ def _rows_read(value: ir.Value) -> Iterator[int]:
             table = _TABLES.get(node.op_type, {}).get(index)
             if table is not None and table < len(node.inputs):
                 axis = node.attributes.get("gather_axis", node.attributes.get("axis"))
-                rows = _size_of_constant(node.inputs[table], 0 if axis is None else axis.as_int())
-                if rows is not None:
-                    yield rows
+                shape = _constant_shape(node.inputs[table])
+                if shape:
+                    yield shape[0 if axis is None else axis.as_int()]
             elif (node.op_type in _MOVING and index == 0) or node.op_type in _JOINING:
                 for output in node.outputs:
                     if output not in seen:
@@ -79,26 +79,20 @@ def _rows_read(value: ir.Value) -> Iterator[int]:
                         ahead.append(output)
 
 
-def _size_of_constant(value: ir.Value | None, axis: int) -> int | None:
-    """Return the size of an axis of a constant, which may be dequantised or transposed; None of other values."""
-    while value is not None and not value.is_initializer():
-        node = value.producer()
-        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Identity", "Transpose"):
-            return None
-        if node.op_type == "Transpose":
-            rank = None if value.shape is None else len(value.shape)
-            perm = node.attributes.get("perm")
-            if perm is not None:
-                axis = perm.as_ints()[axis]
-            elif rank is not None:
-                axis = rank - 1 - axis % rank
-            else:
-                return None
-        value = node.inputs[0]
-    if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
+def _constant_shape(value: ir.Value | None) -> Sequence[int] | None:
+    """Return the shape of a constant, which may be dequantised or transposed; None of other values."""
+    if value is None:
         return None
-    size = value.shape[axis]
-    return size if isinstance(size, int) else None
+    if value.is_initializer():
+        return None if value.shape is None else value.shape.numpy()
+    node = value.producer()
+    if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Identity", "Transpose"):
+        return None
+    shape = _constant_shape(node.inputs[0])
+    if shape is None or node.op_type != "Transpose":
+        return shape
+    perm = node.attributes.get("perm")
+    return shape[::-1] if perm is None else [shape[axis] for axis in perm.as_ints()]
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

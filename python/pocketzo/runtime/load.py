@@ -88,8 +88,9 @@ def load(
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    checked = bundle
     if bundle.probe is None and batch is not None:
-        bundle = replace(bundle, probe=_fitting(bundle, batch))
+        checked = replace(bundle, probe=_fitting(bundle, batch))
     if max_memory is not None:
         check_room(bundle, max_memory)
     seconds: dict[int, float] = {}
@@ -100,14 +101,16 @@ def load(
             threads = quickest(seconds)
         else:
             threads = min(cores.fast(), kernel_threads())
-    return Loader(
-        bundle,
+    model = Loader(
+        checked,
         threads=threads,
         prepack=prepack,
         verify=verify,
         max_memory=max_memory,
         forward_seconds=seconds,
     ).load()
+    model.bundle = bundle  # as it is on disk
+    return model
 
 
 def _check_integer(name: str, value: object, most: int) -> None:
