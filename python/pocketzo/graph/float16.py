@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -62,6 +63,10 @@ def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
 
 def open_with_activations(source: Path) -> ort.InferenceSession:
     """Open a session of a graph whose outputs are its own and every value that depends on its inputs."""
+    return open_graph(source, _with_activations(source))
+
+
+def _with_activations(source: Path) -> onnx.ModelProto:
     model = read_model(source)
     graph = model.graph
     computed = set(graph.inputs)
@@ -70,7 +75,7 @@ def open_with_activations(source: Path) -> ort.InferenceSession:
             values = [value for value in node.outputs if value.name]
             computed.update(values)
             graph.outputs.extend(value for value in values if not value.is_graph_output())
-    return open_graph(source, ir.to_proto(model))
+    return ir.to_proto(model)
 
 
 def check_range(source: Path, values: Mapping[str, NDArray[Any]]) -> None:

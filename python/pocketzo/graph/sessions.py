@@ -41,6 +41,7 @@ def open_graph(source: Path, graph: Path | onnx.ModelProto, folder: Path | None 
             real = _relocate(_external_tensors(graph.graph), folder or source.parent)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(real))
             content = graph.SerializeToString()
+            del graph  # it may hold the weights
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no public base
         raise BundleError(f"{source}: onnxruntime cannot run it: {first_line(error)}") from None
