@@ -38,13 +38,13 @@ def first(**inputs: tuple[str, tuple[int | str, ...]]) -> dict[str, NDArray[Any]
 
 def test_fixed_sizes_are_kept_and_a_name_is_one_size() -> None:
     batch = first(
-        x=("float32", ("b", "s", 5)), y=("float32", ("s", "b")), one=("float32", ()), rows=("float32", (3, "?", "?"))
+        x=("float32", ("b", "s", 5)), y=("float32", ("s", "b")), one=("float32", ()), rows=("float32", (1, "?", "?"))
     )
     assert {name: array.shape for name, array in batch.items()} == {
         "x": (2, 8, 5),
         "y": (8, 2),
         "one": (),
-        "rows": (3, 8, 8),
+        "rows": (1, 8, 8),
     }
     assert all(array.dtype == np.float32 for array in batch.values())
 
@@ -72,6 +72,11 @@ def test_a_decoder_gets_empty_caches_and_a_mask_of_the_tokens() -> None:
         past_key_values__0__key=("float32", ("batch", 2, "past_sequence_length", 4)),
     )
     assert [array.shape for array in batch.values()] == [(1, 1), (1, 1), (1, 2, 0, 4)]
+
+
+def test_the_state_of_a_recurrent_layer_has_the_examples_second() -> None:
+    batch = first(input=("float32", ("?", "?")), state=("float32", (2, "?", 128)))
+    assert [array.shape for array in batch.values()] == [(2, 8), (2, 2, 128)]
 
 
 def test_masks_keep_and_drop_in_either_sense() -> None:
@@ -117,9 +122,12 @@ def test_a_type_without_numpy_is_refused() -> None:
 
 
 def test_other_branches_turn_flags_and_signs() -> None:
-    batch = first(flag=("bool", (1,)), x=("float32", ("b", 8)), mask=("bool", ("b", "s")))
+    batch = first(flag=("bool", (1,)), x=("float32", ("b", 8)), mask=("bool", ("b", "s")), sr=("int64", ()))
     turned, positive, negative = other_branches(batch)
     assert turned["flag"].all()
+    assert turned["sr"] == 8000
+    assert turned["sr"].shape == ()
+    assert turned["sr"].dtype == np.int64
     np.testing.assert_array_equal(turned["mask"], batch["mask"])
     assert (positive["x"] >= 0).all()
     assert (negative["x"] <= 0).all()

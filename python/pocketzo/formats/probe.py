@@ -87,13 +87,22 @@ def check_probe(batch: Mapping[str, NDArray[Any]], inputs: Iterable[ValueSpec], 
     return checked
 
 
-def other_branches(batch: Probe) -> Iterator[Probe]:
-    """Yield batches on which a graph may take other branches: with flags turned, and with floats of one sign."""
-    if any(array.dtype.kind == "b" and array.size == 1 for array in batch.values()):
-        yield {name: ~array if array.dtype.kind == "b" and array.size == 1 else array for name, array in batch.items()}
+def other_branches(batch: Mapping[str, NDArray[Any]]) -> Iterator[Probe]:
+    """Yield batches on which a graph may take other branches: with flags turned, numbers halved, floats of one sign."""
+    turned = {name: _turned(array) for name, array in batch.items()}
+    if any(turned[name] is not batch[name] for name in batch):
+        yield turned
     if any(array.dtype.kind == "f" and array.size for array in batch.values()):
         for sign in (1, -1):
             yield {name: sign * np.abs(array) if array.dtype.kind == "f" else array for name, array in batch.items()}
+
+
+def _turned(array: NDArray[Any]) -> NDArray[Any]:
+    if array.size == 1 and array.dtype.kind == "b":
+        return ~array
+    if array.size == 1 and array.ndim < 2 and array.dtype.kind in "iu":  # 16,000 samples a second, 1
+        return np.asarray(array // 2)
+    return array
 
 
 def _kind(array: NDArray[Any]) -> str:

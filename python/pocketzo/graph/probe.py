@@ -164,9 +164,11 @@ class _Maker:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for spec in sorted(inputs, key=_is_cache):  # a cache has an axis of its own, and the others are known by then
             rest = 0 if _is_cache(spec) else self._length
+            usual = [self._examples, *[rest] * len(spec.shape)]
+            if len(spec.shape) == 3 and isinstance(spec.shape[0], int) and spec.shape[0] > 1:
+                usual[1] = self._examples  # the state of a recurrent layer is [directions, examples, units]
             self.shapes[spec.name] = tuple(
-                size if isinstance(size, int) else self._size(size, self._examples if axis == 0 else rest)
-                for axis, size in enumerate(spec.shape)
+                size if isinstance(size, int) else self._size(size, usual[axis]) for axis, size in enumerate(spec.shape)
             )
 
     def _size(self, name: str, usual: int) -> int:
