@@ -144,7 +144,7 @@ def prepare(
             outputs = tuple(map(describe, onnx_model.graph.outputs))
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
-        given = None if probe is None else _given_probe(probe, inputs, origin.inputs)
+        given = None if probe is None else _given_probe(probe, origin.inputs, inputs)
         classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
         if class_names is not None and isinstance(classes, int) and classes != len(class_names):
             raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
@@ -219,10 +219,11 @@ def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str
 def _given_probe(
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]],
     inputs: Sequence[ValueSpec],
-    required: Sequence[ValueSpec],
+    prepared: Sequence[ValueSpec],
 ) -> Probe:
-    """Return a batch that was given, if it fits to the inputs of a graph; it may lack those that were added."""
-    optional = {value.name for value in inputs} - {value.name for value in required}
+    """Return a batch that was given, if it fits to the inputs of a graph; it may have those that were added."""
+    optional = {value.name for value in prepared} - {value.name for value in inputs}
+    inputs = [*inputs, *(value for value in prepared if value.name in optional)]
     if isinstance(probe, Mapping):
         if not all(isinstance(array, np.ndarray) for array in probe.values()):
             raise TypeError(f"probe must be a file or a mapping of names to arrays, got {reprlib.repr(probe)}")

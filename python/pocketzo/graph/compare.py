@@ -41,7 +41,6 @@ _COARSE: Final = Tolerance(5e-2, 1e-3)
 _MASKED: Final = 1e30
 """Elements from here on are what masks add, or infinite."""
 _16_BIT: Final = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-_ROUNDING_OPERATORS: Final = {"DynamicQuantizeLinear", "QuantizeLinear", "DynamicQuantizeMatMul"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class Origin:
     ----------
     path : Path
     inputs : tuple of ValueSpec
+    external : bool
+        Whether weights are in external data.
     limits : mapping of str to int
         See :func:`index_limits`.
     branches : bool
@@ -64,6 +65,7 @@ class Origin:
 
     path: Path
     inputs: tuple[ValueSpec, ...]
+    external: bool
     limits: Mapping[str, int]
     branches: bool
     coarse: bool
@@ -74,19 +76,26 @@ class Origin:
         """Look at a graph that :func:`read_model` has returned."""
         nodes = list(model.graph.all_nodes())
         values = (value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None)
-        coarse = any(node.op_type in _ROUNDING_OPERATORS or _casts_to_16_bit(node) for node in nodes)
+        tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
         return cls(
             path=path,
             inputs=tuple(map(describe, model.graph.inputs)),
+            external=any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors),
             limits=index_limits(model.graph),
             branches=any(node.op_type == "If" for node in nodes),
-            coarse=coarse or any(value.dtype in _16_BIT for value in values),
+            coarse=any(map(_rounds, nodes)) or any(value.dtype in _16_BIT for value in values),
             converted=model.meta.get(CONVERTED),
         )
 
 
-def _casts_to_16_bit(node: ir.Node) -> bool:
-    return node.op_type == "Cast" and node.attributes["to"].as_int() in _16_BIT
+def _rounds(node: ir.Node) -> bool:
+    """Return whether a node rounds what it computes to 16-bit floats or to integers."""
+    if node.op_type == "Cast":
+        return node.attributes["to"].as_int() in _16_BIT
+    if node.op_type == "MatMulNBits":  # of accuracy level 4, it quantises what it multiplies
+        level = node.attributes.get("accuracy_level")
+        return level is not None and level.as_int() == 4
+    return node.op_type == "QuantizeLinear" or node.op_type.startswith("DynamicQuantize")
 
 
 def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, str], probe: Probe | None) -> Probe:
@@ -116,7 +125,9 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
         The source does not run on the batch, the bundle or its loss does not, or an output differs: names it, and how
         far it is off.
     """
-    runs = _run_source(origin, list(outputs), bundle.is_fp16, probe)
+    runs = _run_source(origin, list(outputs), probe)
+    if bundle.is_fp16:
+        _check_range(origin, runs.batches)
     if runs.random:
         warnings.warn(
             f"{origin.path}: not compared with the source, as it differs from run to run: {', '.join(runs.random)}",
@@ -124,14 +135,16 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
         )
     tolerance = _COARSE if origin.coarse or bundle.is_fp16 else _FLOAT32
     session = open_graph(origin.path, bundle.model_path)
-    feeds = [_with_labels(bundle, *run) for run in zip(runs.batches, runs.values, strict=True)]
-    for feed, expected in zip(feeds, runs.values, strict=True):
+    feeds = []
+    for batch, expected in zip(runs.batches, runs.values, strict=True):
+        feed = _with_labels(bundle, batch, {outputs[name]: value for name, value in expected.items()})
+        feeds.append(feed)
         got = _run_bundle(origin, bundle, session, list(outputs.values()), feed)
         for name, output in outputs.items():
             fault = None if name in runs.random else _difference(got[output], expected[name], tolerance)
             if fault is not None:
                 raise BundleError(_refusal(origin, bundle, name, fault))
-    return check_probe(feeds[0], bundle.inputs)
+    return check_probe({value.name: feeds[0][value.name] for value in bundle.inputs}, bundle.inputs)
 
 
 # ---- the source ------------------------------------------------------------------------------------------------------
@@ -145,8 +158,8 @@ class _Runs(NamedTuple):
     random: list[str]
 
 
-def _run_source(origin: Origin, outputs: list[str], to_fp16: bool, probe: Probe | None) -> _Runs:
-    session = open_with_activations(origin.path) if to_fp16 else open_source(origin.path)
+def _run_source(origin: Origin, outputs: list[str], probe: Probe | None) -> _Runs:
+    session = _open_source(origin)
 
     def run(batch: Probe) -> dict[str, Array]:
         return _run(session, outputs, batch)
@@ -169,11 +182,31 @@ def _run_source(origin: Origin, outputs: list[str], to_fp16: bool, probe: Probe 
             except Exception:  # not every flag can be turned
                 continue
             runs.batches.append(batch)
-    if to_fp16:
-        for batch in runs.batches:
-            everything = [value.name for value in session.get_outputs()]
-            check_range(origin.path, _run(session, everything, batch))
     return runs
+
+
+def _open_source(origin: Origin) -> ort.InferenceSession:
+    try:
+        return open_source(origin.path, external=origin.external)
+    except BundleError as error:
+        if origin.converted is None:
+            raise
+        reason = str(error).removeprefix(f"{origin.path}: ")
+        raise BundleError(f"{origin.path}: {too_old(origin.converted, reason)}") from None
+
+
+def _check_range(origin: Origin, batches: list[Probe]) -> None:
+    """Check that no value of the source is too large for float16."""
+    session = open_with_activations(origin.path)
+    everything = [value.name for value in session.get_outputs()]
+    for batch in batches:
+        try:
+            values = _run(session, everything, batch)
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise BundleError(
+                f"{origin.path}: the model does not run where each of its values is an output: {first_line(error)}"
+            ) from None
+        check_range(origin.path, values)
 
 
 def _first_that_runs(origin: Origin, run: Callable[[Probe], dict[str, Array]]) -> tuple[Probe, dict[str, Array]]:
@@ -213,7 +246,7 @@ def _run(session: ort.InferenceSession, outputs: list[str], batch: Mapping[str, 
 
 def _with_labels(bundle: Bundle, batch: Probe, values: Mapping[str, Array]) -> Probe:
     """Add the input of a loss that was added: zeros, as many as there are scores."""
-    scores = values.get(bundle.logits or "", next(iter(values.values())))
+    scores = values.get(bundle.logits or "", next(iter(values.values()), np.empty(())))
     feed = dict(batch)
     for value in bundle.inputs:
         if value.name not in feed:

@@ -47,13 +47,11 @@ def open_graph(source: Path, graph: Path | onnx.ModelProto, folder: Path | None 
         raise BundleError(f"{source}: onnxruntime cannot run it: {first_line(error)}") from None
 
 
-def open_source(source: Path) -> ort.InferenceSession:
-    """Open a session of a model as it was exported, as :func:`open_graph` does."""
-    proto = onnx.load(source, format="protobuf", load_external_data=False)
-    if any(_external_tensors(proto.graph)):
-        return open_graph(source, proto)
-    del proto  # onnxruntime reads the file itself
-    return open_graph(source, source)
+def open_source(source: Path, *, external: bool) -> ort.InferenceSession:
+    """Open a session of a model as it was exported, which may have external data, as :func:`open_graph` does."""
+    if external:
+        return open_graph(source, onnx.load(source, format="protobuf", load_external_data=False))
+    return open_graph(source, source)  # onnxruntime reads the file itself, once
 
 
 def first_line(error: BaseException) -> str:
