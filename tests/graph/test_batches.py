@@ -305,7 +305,24 @@ def decoder(path: Path) -> Path:
     )
 
 
-@pytest.mark.parametrize("make", [image, scalar, one_example, offset, decoder], ids=lambda make: make.__name__)
+def merged(path: Path) -> Path:
+    """The same in both branches of a merged decoder: with a cache, and without."""
+    model = onnx.load(decoder(path))
+    graph = model.graph
+    outputs = [value.name for value in graph.output]
+    bodies = {name: helper.make_graph(graph.node, name, [], graph.output) for name in ("then_branch", "else_branch")}
+    for copied in bodies["else_branch"].node:
+        if copied.op_type == "Concat":
+            copied.op_type = "Identity"
+            del copied.input[0], copied.attribute[:]
+    del graph.node[:]
+    graph.node.append(helper.make_node("If", ["use_cache_branch"], outputs, **bodies))
+    graph.input.append(helper.make_tensor_value_info("use_cache_branch", BOOL, (1,)))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("make", [image, scalar, one_example, offset, decoder, merged], ids=lambda make: make.__name__)
 def test_models_with_inputs_of_their_own_kind_are_prepared_and_loaded(tmp_path: Path, make: Any) -> None:
     bundle = pz.prepare(make(tmp_path / "m.onnx"), tmp_path / "bundle")
     model = pz.load(bundle, threads=1, prepack=False, verify="full")
