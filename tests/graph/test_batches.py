@@ -46,7 +46,7 @@ def test_fixed_sizes_are_kept_and_a_name_is_one_size() -> None:
         "one": (),
         "rows": (1, 8, 8),
     }
-    assert all(array.dtype == np.float32 for array in batch.values())
+    assert {(type(array), array.dtype) for array in batch.values()} == {(np.ndarray, np.dtype(np.float32))}
 
 
 def test_a_decoder_gets_empty_caches_and_a_mask_of_the_tokens() -> None:
@@ -122,13 +122,22 @@ def test_a_type_without_numpy_is_refused() -> None:
 
 
 def test_other_branches_turn_flags_and_signs() -> None:
-    batch = first(flag=("bool", (1,)), x=("float32", ("b", 8)), mask=("bool", ("b", "s")), sr=("int64", ()))
+    batch = first(
+        flag=("bool", (1,)),
+        x=("float32", ("b", 8)),
+        mask=("bool", ("b", "s")),
+        sr=("int64", ()),
+        bare=("bool", ()),
+        scale=("float32", ()),
+    )
     turned, positive, negative = other_branches(batch)
     assert turned["flag"].all()
     assert turned["sr"] == 8000
     assert turned["sr"].shape == ()
     assert turned["sr"].dtype == np.int64
     np.testing.assert_array_equal(turned["mask"], batch["mask"])
+    assert turned["bare"]
+    assert {type(array) for other in (turned, positive, negative) for array in other.values()} == {np.ndarray}
     assert (positive["x"] >= 0).all()
     assert (negative["x"] <= 0).all()
     assert list(other_branches({"ids": np.arange(3)})) == []
@@ -175,6 +184,26 @@ def test_ids_are_below_the_smallest_table(
     assert limits(path) == {"ids": 5}
     for batch in islice(made_up_batches([ValueSpec("ids", "int64", ("batch", "sequence"))], {"ids": 5}), 2):
         assert set(np.unique(batch["ids"])) == set(range(5))
+
+
+def test_ids_may_be_declared_as_floats(tmp_path: Path) -> None:
+    """As Keras does, which also adds an offset to those below 0."""
+    path = model_of(
+        tmp_path / "m.onnx",
+        [
+            node("Cast", "x", "i", to=TensorProto.INT32),
+            node("Add", "i zero", "at"),
+            node("Gather", "W at", "e"),
+            node("ReduceMean", "e", "y", axes=[1], keepdims=0),
+            node("MatMul", "y V", "logits"),
+        ],
+        [weight("W", 5, 4), weight("V", 4, 3), numpy_helper.from_array(np.array(0, np.int32), "zero")],
+        inputs=[("x", FLOAT, ("batch", 21))],
+    )
+    bundle = pz.prepare(path, tmp_path / "bundle")
+    assert bundle.probe is not None
+    assert bundle.probe["x"].dtype == np.float32
+    assert set(np.unique(bundle.probe["x"])) == set(range(5))
 
 
 def test_a_table_in_a_branch_counts(tmp_path: Path) -> None:

@@ -94,12 +94,15 @@ def other_branches(batch: Mapping[str, NDArray[Any]]) -> Iterator[Probe]:
         yield turned
     if any(array.dtype.kind == "f" and array.size for array in batch.values()):
         for sign in (1, -1):
-            yield {name: sign * np.abs(array) if array.dtype.kind == "f" else array for name, array in batch.items()}
+            yield {
+                name: np.asarray(sign * np.abs(array)) if array.dtype.kind == "f" else array
+                for name, array in batch.items()
+            }
 
 
 def _turned(array: NDArray[Any]) -> NDArray[Any]:
     if array.size == 1 and array.dtype.kind == "b":
-        return ~array
+        return np.asarray(~array)  # of an array without axes, numpy returns a number
     if array.size == 1 and array.ndim < 2 and array.dtype.kind in "iu":  # 16,000 samples a second, 1
         return np.asarray(array // 2)
     return array

@@ -21,12 +21,13 @@ _TOKEN_LENGTHS: Final = (8, 64)
 _MOST_ELEMENTS: Final = 1 << 22  # of a made-up batch: the bundle keeps it
 _SAMPLE_RATE: Final = 16000
 
-# Operators that hand on the elements of their first input, or of all, as they are.
+# Operators that hand on the elements of their first input, or of all, as they are or moved by a little.
 _MOVING: Final = {
     "Cast",
     "Clip",
     "Expand",
     "Flatten",
+    "Floor",
     "Gather",
     "Identity",
     "Reshape",
@@ -37,7 +38,7 @@ _MOVING: Final = {
     "Transpose",
     "Unsqueeze",
 }
-_JOINING: Final = {"Concat", "Max", "Min", "Where"}
+_JOINING: Final = {"Add", "Concat", "Max", "Min", "Mul", "Sub", "Where"}
 # Of operators that read rows of a table by an index: its input of the index, and that of the table.
 _TABLES: Final[Mapping[str, Mapping[int, int]]] = {
     "Gather": {1: 0},
@@ -50,14 +51,9 @@ _TABLES: Final[Mapping[str, Mapping[int, int]]] = {
 
 
 def index_limits(graph: ir.Graph) -> dict[str, int]:
-    """Return for each integer input that indexes constant tables the number of rows of the smallest."""
-    limits = {}
-    for value in graph.inputs:
-        if value.dtype is not None and value.dtype.is_integer():
-            rows = list(_rows_read(value))
-            if rows:
-                limits[str(value.name)] = min(rows)
-    return limits
+    """Return for each input that indexes constant tables, as integers or cast to them, the rows of the smallest."""
+    rows = {str(value.name): list(_rows_read(value)) for value in graph.inputs}
+    return {name: min(found) for name, found in rows.items() if found}
 
 
 def _rows_read(value: ir.Value) -> Iterator[int]:
@@ -122,7 +118,7 @@ def made_up_batches(inputs: Sequence[ValueSpec], limits: Mapping[str, int]) -> I
                 f"the input {spec.name!r} is {spec.dtype}, which numpy does not have; export the model with float32 "
                 "inputs"
             )
-    has_tokens = any(spec.dtype.startswith("int") and len(spec.shape) == 2 for spec in inputs)
+    has_tokens = any(_is_tokens(spec, limits) for spec in inputs)
     done: set[tuple[object, ...]] = set()
     for top in (8, 1):
         for length in _TOKEN_LENGTHS if has_tokens else _LENGTHS:
@@ -144,7 +140,7 @@ class _Maker:
     examples, length : int
         The size of dynamic first axes, and of other dynamic axes.
     top : int
-        Integers of which nothing is known are less than this.
+        Integers of which nothing is known are less than this; with 1, all are 0.
 
     Attributes
     ----------
@@ -155,7 +151,7 @@ class _Maker:
     def __init__(
         self, inputs: Sequence[ValueSpec], limits: Mapping[str, int], *, examples: int, length: int, top: int
     ) -> None:
-        tokens = [spec.shape for spec in inputs if spec.dtype.startswith("int") and len(spec.shape) == 2]
+        tokens = [spec.shape for spec in inputs if _is_tokens(spec, limits)]
         self._examples = next((shape[0] for shape in tokens if isinstance(shape[0], int)), examples)
         self._length = next((shape[1] for shape in tokens if isinstance(shape[1], int)), length)
         self._limits = limits
@@ -198,8 +194,8 @@ class _Maker:
         if "mask" in name and shape:
             kept = np.arange(shape[-1]) < (shape[-1] + 1) // 2
             return np.full(shape, kept, dtype)
-        if dtype.kind == "f":
-            return np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
+        if dtype.kind == "f" and spec.name not in self._limits:
+            return np.asarray(np.random.default_rng(0).standard_normal(shape, np.float32), dtype)
         if dtype.kind == "b":  # a sole one is a flag
             return (np.arange(math.prod(shape)) % 2).reshape(shape).astype(dtype)
         return self._integers(name, shape, self._limits.get(spec.name), dtype).astype(dtype)
@@ -207,7 +203,7 @@ class _Maker:
     def _integers(
         self, name: str, shape: tuple[int, ...], limit: int | None, dtype: np.dtype[Any]
     ) -> NDArray[np.int64]:
-        top = self._top if limit is None else max(1, min(limit, 64))
+        top = self._top if limit is None or self._top == 1 else max(1, min(limit, 64))
         if "position" in name and shape:
             return np.full(shape, np.arange(shape[-1]) % max(limit or shape[-1], 1))
         if "past" in name or name.endswith("_keep") or (limit is None and ("type" in name or "segment" in name)):
@@ -222,6 +218,10 @@ class _Maker:
         if dtype == np.uint8 and limit is None and len(shape) > 2:  # an image
             top = 256
         return (np.arange(math.prod(shape)) % top).reshape(shape)
+
+
+def _is_tokens(spec: ValueSpec, limits: Mapping[str, int]) -> bool:
+    return len(spec.shape) == 2 and (spec.dtype.startswith("int") or spec.name in limits)
 
 
 def _is_cache(spec: ValueSpec) -> bool:
