@@ -6,33 +6,21 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.formats.bundle import (
-    FLOATS,
-    MODEL,
-    TOKENIZER,
-    WEIGHTS,
-    Bundle,
-    TensorSpec,
-    ValueSpec,
-    staged_folder,
-    tensor_ids,
-)
-from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe, write_probe
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.tasks.registry import task_for
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pocketzo.graph.weight import Weight
 
 __all__ = ["prepare"]
@@ -57,9 +45,10 @@ def prepare(
     classes], or [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 do not count. A
     causal model's labels have to be the tokens shifted by one; the graph does not shift them.
 
-    Both are run on a small batch, and their outputs have to agree: to 1e-4 of the largest element of each, or to 5 %
-    where 16-bit floats or quantised activations round them. Outputs that differ from run to run, as of operators that
-    draw random numbers, are not compared, with a warning. The bundle keeps the batch, and :func:`load` uses it too.
+    Model and bundle are run on a small batch, and their outputs have to agree: to 1e-4 of the largest element of each,
+    or to 5 % where 16-bit floats or quantised activations round them. Outputs that differ from run to run, as of
+    operators that draw random numbers, are not compared, with a warning. The bundle keeps the batch, and :func:`load`
+    uses it too.
 
     Weights are read through memory maps and written one at a time. A model with external data never has more than its
     largest tensor in memory; one without has its file twice. The two runs come after that, one after the other, and
@@ -144,7 +133,7 @@ def prepare(
             outputs = tuple(map(describe, onnx_model.graph.outputs))
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
-        given = None if probe is None else _given_probe(probe, origin.inputs, inputs)
+        given = None if probe is None else given_probe(probe, origin.inputs, inputs)
         classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
         if class_names is not None and isinstance(classes, int) and classes != len(class_names):
             raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
@@ -192,9 +181,9 @@ def prepare(
         )
         del onnx_model, weights  # onnxruntime needs their memory
         names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
-        bundle = replace(bundle, probe=check_same_function(origin, bundle, names, given))
-        write_probe(folder / PROBE, bundle.probe or {})
-        bundle.write_description()
+        batch = check_same_function(origin, bundle, names, given)
+        write_probe(folder / PROBE, batch)
+        replace(bundle, probe=batch).write_description()
     return Bundle.read(out)
 
 
@@ -214,28 +203,6 @@ def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str
                 "axes and constants folded, or leave this weight out of 'trainable'"
             )
     return {weight.name for weight in chosen}
-
-
-def _given_probe(
-    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]],
-    inputs: Sequence[ValueSpec],
-    prepared: Sequence[ValueSpec],
-) -> Probe:
-    """Return a batch that was given, if it fits to the inputs of a graph; it may have those that were added."""
-    optional = {value.name for value in prepared} - {value.name for value in inputs}
-    inputs = [*inputs, *(value for value in prepared if value.name in optional)]
-    if isinstance(probe, Mapping):
-        if not all(isinstance(array, np.ndarray) for array in probe.values()):
-            raise TypeError(f"probe must be a file or a mapping of names to arrays, got {reprlib.repr(probe)}")
-        try:
-            return check_probe(probe, inputs, optional)
-        except ValueError as error:
-            raise ValueError(f"probe: {error}") from None
-    path = Path(probe)
-    try:
-        return check_probe(read_probe(path), inputs, optional)
-    except ValueError as error:
-        raise BundleError(f"{path}: {error}") from None
 
 
 def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -85,6 +87,43 @@ def check_probe(batch: Mapping[str, NDArray[Any]], inputs: Iterable[ValueSpec], 
             )
         checked[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
     return checked
+
+
+def given_probe(
+    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]],
+    inputs: Iterable[ValueSpec],
+    prepared: Iterable[ValueSpec],
+) -> Probe:
+    """Return the batch of a file or of a caller, if it fits to a graph.
+
+    Parameters
+    ----------
+    probe : path-like or mapping of str to ndarray
+    inputs, prepared : iterable of ValueSpec
+        The inputs of the graph, and those of the prepared one; the batch may lack what was added, as labels.
+
+    Raises
+    ------
+    BundleError
+        The file cannot be read, or does not fit.
+    TypeError, ValueError
+        The mapping does not fit.
+    """
+    inputs = list(inputs)
+    added = [value for value in prepared if value.name not in {value.name for value in inputs}]
+    optional = [value.name for value in added]
+    if not isinstance(probe, Mapping):
+        path = Path(probe)
+        try:
+            return check_probe(read_probe(path), [*inputs, *added], optional)
+        except ValueError as error:
+            raise BundleError(f"{path}: {error}") from None
+    if not all(isinstance(array, np.ndarray) for array in probe.values()):
+        raise TypeError(f"probe must be a file or a mapping of names to arrays, got {reprlib.repr(probe)}")
+    try:
+        return check_probe(probe, [*inputs, *added], optional)
+    except ValueError as error:
+        raise ValueError(f"probe: {error}") from None
 
 
 def other_branches(batch: Mapping[str, NDArray[Any]]) -> Iterator[Probe]:
