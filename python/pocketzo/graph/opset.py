@@ -15,7 +15,7 @@ MIN_OPSET: Final = 13
 def convert_old(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
     """Return a model of an operator set before 13 in operator set 13.
 
-    External data stays where it is: the converter is given its description only.
+    External data stays where it is: the converter sees its description only.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def convert_old(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
     except Exception:  # RuntimeError or its own errors, whose texts are assertions of C++
         raise BundleError(too_old(version, "onnx does not convert it")) from None
     for tensor in converted.graph.initializer:
-        if tensor.name in external:
+        if tensor.name in external:  # onnx 1.17 leaves a tensor without elements
             tensor.CopyFrom(external[tensor.name])
     return converted
 
