@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pocketzo import BundleError
 from pocketzo.formats.bundle import Bundle, TaskSpec, staged_folder, tensor_ids
+from pocketzo.formats.probe import write_probe
 from pocketzo.formats.safetensors import write
 from pocketzo.prepare import prepare
 
@@ -82,10 +83,24 @@ def test_ids_do_not_depend_on_the_order(names: set[str]) -> None:
     assert all(0 <= number < 0xFFFFFFFF for number in ids.values())
 
 
-@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json", "probe.npz"])
 def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     with pytest.raises(BundleError, match=name):
+        Bundle.read(bundle)
+
+
+def test_a_damaged_probing_batch_is_named(bundle: Path) -> None:
+    data = (bundle / "probe.npz").read_bytes()
+    arrays = dict(np.load(bundle / "probe.npz"))
+    inside = data.index(b"NUMPY") + 140
+    for damaged in (b"", data[:-40], data[:inside] + b"?" + data[inside + 1 :]):
+        (bundle / "probe.npz").write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"probe\.npz: not an \.npz of plain arrays"):
+            Bundle.read(bundle)
+    del arrays["labels"]
+    write_probe(bundle / "probe.npz", arrays)
+    with pytest.raises(BundleError, match=r"probe\.npz: the input 'labels' .* is missing"):
         Bundle.read(bundle)
 
 
@@ -122,6 +137,8 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(max_length=True), "'max_length' is True"),
     (edited(tokenizer="../secret"), r"'tokenizer' is '../secret', expected 'tokenizer\.json' or null"),
     (edited(tokenizer=""), "'tokenizer'"),
+    (edited(probe="../secret"), r"'probe' is '../secret', expected 'probe\.npz' or null"),
+    (lambda description: description.pop("probe"), "'probe' is missing"),
     (edited(inputs=[{"name": "x"}]), r"inputs\[0\]: 'dtype' is missing"),
     (edited(inputs=[7]), r"inputs\[0\] is 7, expected an object"),
     (edited(inputs={}), r"'inputs' is {}, expected a list"),

@@ -243,6 +243,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["prepare", "{model}", "-o", "new", "--labels", "one,,two"], "labels"),
         (["prepare", "{model}", "-o", "new", "--tokenizer", "missing.json"], "missing.json"),
         (["prepare", "{model}", "-o", "new", "--max-length", "0"], "max_length"),
+        (["prepare", "{model}", "-o", "new", "--probe", "missing.npz"], "missing.npz: cannot be read: No such file"),
         (["prepare", "{model}", "-o", "cut"], "cut: already exists"),
         (["demo", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
         (["demo", "--output", "folder"], "folder: holds something else than an earlier demo"),
@@ -271,6 +272,17 @@ def test_an_error_in_the_input(workspace: Workspace, tmp_path: Path, arguments: 
 
 def contents(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_prepare_takes_a_probing_batch(workspace: Workspace, tmp_path: Path) -> None:
+    ids = np.array([[3, 4, 5], [6, 7, 0], [9, 0, 0]])
+    np.savez(tmp_path / "batch.npz", input_ids=ids, attention_mask=(ids > 0).astype(np.int64))
+    good("prepare", workspace.model, "-o", tmp_path / "new", "--probe", tmp_path / "batch.npz")
+    with np.load(tmp_path / "new" / "probe.npz") as kept:
+        np.testing.assert_array_equal(kept["input_ids"], ids)
+    np.savez(tmp_path / "batch.npz", input_ids=ids)
+    line = refused("prepare", workspace.model, "-o", tmp_path / "other", "--probe", tmp_path / "batch.npz")
+    assert "batch.npz: the input 'attention_mask' (int64 of shape ['batch', 'sequence']) is missing" in line
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -7,18 +7,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
-from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.base import is_column
 from pocketzo.tasks.registry import loss_text, task_for
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pocketzo.formats.bundle import TaskSpec, ValueSpec
     from pocketzo.graph.weight import Weight
 
@@ -38,6 +41,7 @@ def prepare(
     trainable: str | Callable[[str], bool] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
+    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
@@ -64,13 +68,20 @@ def prepare(
     computes the output, else from the output itself. A causal model's labels have to be the tokens shifted by one; the
     graph does not shift them.
 
+    Model and bundle are run on a small batch, and their outputs have to agree: to 1e-4 of the largest element of each,
+    or to 5 % where 16-bit floats or quantised activations round them. Outputs that differ from run to run, as of
+    operators that draw random numbers, are not compared, with a warning. The bundle keeps the batch, and :func:`load`
+    uses it too.
+
     Weights are read through memory maps and written one at a time. A model with external data never has more than its
-    largest tensor in memory; one without has its file twice.
+    largest tensor in memory; one without has its file twice. The two runs come after that, one after the other, and
+    take as much, and the activations and outputs of the batch.
 
     Parameters
     ----------
     model : path-like
-        An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
+        An ONNX file of opset 13 or later, or of one that onnx can convert, with external data files in the same folder.
+        Weights must be float32.
     out : path-like
         The folder to write. An existing bundle is replaced when the new one is complete.
     tokenizer : path-like, optional
@@ -89,6 +100,9 @@ def prepare(
         runtime converts each weight at every use.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    probe : path-like or mapping of str to ndarray, optional
+        The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
+        model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
     note : callable, optional
         Called with a line of text for each choice that was made: which loss, and why.
 
@@ -100,18 +114,21 @@ def prepare(
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not match, the stated loss cannot
-        be added, or one has to be stated, the model exceeds the
-        range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
-        in these cases.
+        If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
+        the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
+        those of the bundle exceed the range of float16 or differ, or ``out`` exists and is not a bundle. Nothing is
+        written in these cases.
     DeadWeightError
         If the runtime would not see changes of a trainable weight.
     MissingExtraError
         If the package onnx is not installed.
+    TypeError, ValueError
+        If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
     try:
+        from pocketzo.graph.compare import Origin, check_same_function
         from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+        from pocketzo.graph.float16 import to_float16
         from pocketzo.graph.loss import add_loss
         from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
@@ -134,11 +151,13 @@ def prepare(
     with staged_folder(out) as folder:
         try:
             onnx_model = read_model(source)
+            origin = Origin.of(source, onnx_model)
             weights = extract_weights(onnx_model, source.parent)
             chosen = _choose(weights, wanted)
             drop_provenance(onnx_model)
             if dtype == "float16":
                 onnx_model = to_float16(onnx_model, weights)
+            kept = [str(value.name) for value in onnx_model.graph.outputs]
             found = add_loss(onnx_model, loss, labels=class_names is not None)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
             outputs = tuple(map(describe, onnx_model.graph.outputs))
@@ -150,6 +169,7 @@ def prepare(
                 _check_class_names(class_names, scores, task)
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
+        given = None if probe is None else given_probe(probe, origin.inputs, inputs)
 
         write(
             folder / WEIGHTS,
@@ -159,7 +179,6 @@ def prepare(
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
         (folder / MODEL).write_bytes(to_bytes(onnx_model))
-        session = open_unoptimised(source, os.fspath(folder / MODEL))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         ids = tensor_ids(entries)
@@ -186,10 +205,11 @@ def prepare(
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
-        if dtype == "float16":
-            check_float16(source, session, probe_batch(bundle))
-        del session  # it maps a file of the folder, which is renamed next
-        bundle.write_description()
+        del onnx_model, weights  # onnxruntime needs their memory
+        names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
+        batch = check_same_function(origin, bundle, names, given)
+        write_probe(folder / PROBE, batch)
+        replace(bundle, probe=batch).write_description()
     if note is not None:
         note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)

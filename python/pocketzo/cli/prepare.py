@@ -40,6 +40,12 @@ from pocketzo.tasks.registry import task_of
     "or no, once or for each column; mse: numbers; none: for an objective of your own.  [default: the graph's own "
     "output 'loss', or cross-entropy for logits or a Softmax, or bce for a Sigmoid; one column needs this option]",
 )
+@click.option(
+    "--probe",
+    type=PATH,
+    metavar="FILE",
+    help="A batch for comparing MODEL with the bundle (.npz, an array for each input); by default it is made up.",
+)
 @force_option
 def prepare(
     model: Path,
@@ -50,6 +56,7 @@ def prepare(
     trainable: str | None,
     dtype: Literal["float32", "float16"],
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
+    probe: Path | None,
     force: bool,
 ) -> None:
     """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.
@@ -72,6 +79,7 @@ def prepare(
         trainable=trainable,
         dtype=dtype,
         loss=loss,
+        probe=probe,
         note=note,
     )
     facts = bundle_facts(bundle)
