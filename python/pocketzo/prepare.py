@@ -9,16 +9,13 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.registry import task_for
-
-if TYPE_CHECKING:
-    from pocketzo.graph.weight import Weight
 
 __all__ = ["prepare"]
 
@@ -84,6 +81,7 @@ def prepare(
     try:
         from pocketzo.graph.extract import extract_weights, point_to_weights
         from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+        from pocketzo.graph.frozen import choose, count_frozen
         from pocketzo.graph.loss import add_loss
         from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
@@ -104,8 +102,9 @@ def prepare(
     with staged_folder(out) as folder:
         try:
             onnx_model = read_model(source)
-            weights = extract_weights(onnx_model, source.parent)
-            chosen = _choose(weights, wanted)
+            weights, inline = extract_weights(onnx_model, source.parent)
+            chosen = choose(weights + inline, wanted)
+            frozen = count_frozen(onnx_model.graph, weights + inline, chosen)
             drop_provenance(onnx_model)
             if dtype == "float16":
                 onnx_model = to_float16(onnx_model, weights)
@@ -149,6 +148,7 @@ def prepare(
                 )
                 for weight in weights
             ),
+            frozen=frozen,
             inputs=inputs,
             outputs=outputs,
             loss=loss,
@@ -167,28 +167,8 @@ def prepare(
     return Bundle.read(out)
 
 
-def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:
-    """Return the names of the trainable weights; raise DeadWeightError if the runtime would not see writes to one."""
-    parameters = [weight for weight in weights if weight.parameter]
-    if not parameters:
-        raise BundleError("the graph has no float32 weights that could be trained")
-    chosen = [weight for weight in parameters if wanted(weight.name)]
-    if not chosen:
-        raise BundleError(f"'trainable' matches none of the {len(parameters)} weights, such as {parameters[0].name!r}")
-    for weight in chosen:
-        if weight.folded_by is not None:
-            raise DeadWeightError(
-                f"node {weight.folded_by} makes another tensor of weight {weight.name!r} and constants alone, so that "
-                "the runtime computes it only once and sees no change of the weight; export the model with dynamic "
-                "axes and constants folded, or leave this weight out of 'trainable'"
-            )
-    return {weight.name for weight in chosen}
-
-
-def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
-    if trainable is None:
-        return lambda name: True
-    if callable(trainable):
+def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
+    if trainable is None or callable(trainable):
         return trainable
     try:
         pattern = re.compile(trainable)

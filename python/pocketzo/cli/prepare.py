@@ -10,6 +10,7 @@ import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import quoted, say, size_text
+from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
@@ -64,6 +65,7 @@ def prepare(
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say_frozen(bundle)
     say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
 
 

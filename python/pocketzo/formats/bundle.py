@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
+from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 
 FORMAT: Final = "pocketzo-bundle"
@@ -104,6 +105,8 @@ class Bundle:
         The folder.
     tensors : tuple of TensorSpec
         In the byte order of the weights file.
+    frozen : tuple of FrozenSpec
+        Every floating-point or quantised tensor of the model that is not trainable.
     inputs, outputs : tuple of ValueSpec
     loss : str or None
         The name of the scalar loss output; None if the graph has none.
@@ -126,6 +129,7 @@ class Bundle:
 
     path: Path
     tensors: tuple[TensorSpec, ...]
+    frozen: tuple[FrozenSpec, ...]
     inputs: tuple[ValueSpec, ...]
     outputs: tuple[ValueSpec, ...]
     loss: str | None
@@ -245,6 +249,7 @@ class Bundle:
             "tokenizer": self.tokenizer,
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
+            "frozen": [vars(tensor) for tensor in self.frozen],
             "inputs": [vars(value) for value in self.inputs],
             "outputs": [vars(value) for value in self.outputs],
             "tensors": [
@@ -271,6 +276,7 @@ class Bundle:
             return cls(
                 path=path,
                 tensors=_tensors(fields),
+                frozen=parse_frozen(fields),
                 inputs=_values(fields, "inputs"),
                 outputs=outputs,
                 loss=_output(fields, "loss", outputs),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from pocketzo.graph.roles import ROLES
+from pocketzo.graph.roles import roles_of
 from pocketzo.graph.weight import Use, Weight
 
 # Names that exporters generate: "onnx::MatMul_370", "val_87", "/bert/Constant_3_output_0", "1234".
@@ -52,7 +52,7 @@ def name_weights(weights: list[Weight], taken: set[str]) -> None:
 
 def _name_from_use(weight: Weight, named: Mapping[Use, str]) -> str | None:
     node, index = (weight.uses + weight.transposed)[0]
-    role = ROLES.get(node.op_type, {}).get(index)
+    role = roles_of(node).get(index)
     scope = scope_of(node)
     if role is None or scope is None:
         return None

@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 import onnx_ir as ir
 
-from pocketzo.errors import DeadWeightError
+from pocketzo.formats.bundle import FLOATS
 from pocketzo.graph.build import Builder
 from pocketzo.graph.names import scope_of, title_of
 from pocketzo.graph.roles import role_of
@@ -40,10 +40,12 @@ def unify_equal_matrices(draft: Draft) -> None:
 def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
     """Decide which tensors to store for the views of one root: one if it is tied, else one for each parameter."""
     roles: list[tuple[Constant, Use, str | None]] = [
-        (constant, use, role_of(draft, constant, use)) for constant in family for use in constant.value.uses()
+        (constant, use, role_of(draft, use)) for constant in family for use in constant.value.uses()
     ]
     if not any(role for _, _, role in roles):
-        return [Weight(str(one.value.name), one.array, uses=list(one.value.uses())) for one in family]
+        return _separate(family)
+    if family[0].array.dtype.name not in FLOATS:
+        return _separate(family, f"type: {family[0].array.dtype.name}, not {' or '.join(FLOATS)}")
     if len(roles) > 1 and _is_constant(family[0].array):
         return _split(roles)
 
@@ -69,10 +71,22 @@ def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
             ]
     other = next(constant for constant in family[1:] if not _same_view(constant.array, family[0].array))
     node, _ = next(iter(other.value.uses()))
-    raise DeadWeightError(
-        f"weight {other.label or other.root.name!r} is used as it is stored and, by node {title_of(node)}, in another "
-        "form that cannot read the same memory"
-    )
+    return _separate(family, f"layout: node {title_of(node)} reads another form of it, which cannot share its memory")
+
+
+def _separate(family: list[Constant], frozen: str | None = None) -> list[Weight]:
+    """Return a tensor to store for each form, of which the first counts; weights, if there is a reason to freeze."""
+    return [
+        Weight(
+            one.label or str(one.value.name),
+            one.array,
+            parameter=frozen is not None,
+            frozen=frozen,
+            counted=index == 0,
+            uses=list(one.value.uses()),
+        )
+        for index, one in enumerate(family)
+    ]
 
 
 def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
@@ -98,7 +112,9 @@ def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
             key = label
         else:
             key = f"{title_of(use[0], bare=True)}.{role}"
-        weight = weights.setdefault((key, array.shape), Weight(key, array, parameter=role is not None))
+        weight = weights.setdefault(
+            (key, array.shape), Weight(key, array, parameter=role is not None, counted=role is not None)
+        )
         weight.uses.append(use)
     return list(weights.values())
 
