@@ -37,7 +37,7 @@ _ROWS: Final = 64  # as many show what a table is
 _TABLE: Final = 5  # rows; fewer fit by chance
 _VECTOR: Final = 16  # elements
 _VARIED: Final = 6  # elements that have to fit
-_MISSES: Final = 0.05  # the share that may not: a row for padding, a kink
+_MISSES: Final = 0.1  # the share that may not: a row for padding, a kink
 
 
 def find_buffers(draft: Draft) -> None:
@@ -137,12 +137,16 @@ def _follows(table: Array, *, offset: bool) -> bool:
     limit = tolerance * np.abs(values).max(0)
     # Where nothing changes, any constant fits: unused rows of a learned table.
     varied = np.maximum(np.abs(after - here), np.abs(before - here)) > limit
+    if varied.sum() < _VARIED:
+        return False
     total = before + after
-    centre, middle = (here.mean(0), total.mean(0)) if offset else (0.0, 0.0)
-    square = np.square(here - centre).sum(0)
-    factor = ((here - centre) * (total - middle)).sum(0) / np.where(square > 0, square, 1)
-    misses = np.abs(total - middle - factor * (here - centre)) > limit
-    return bool(varied.sum() >= _VARIED and misses[varied].mean() <= _MISSES)
+    if offset:
+        here, total = here - here.mean(), total - total.mean()
+        factor = (here * total).sum() / np.square(here).sum()
+    else:  # a median, as a row may be another's: of padding
+        factor = np.median(np.divide(total, here, out=np.full_like(here, 2), where=np.abs(here) > limit), axis=0)
+    misses = np.abs(total - factor * here) > limit
+    return bool(misses[varied].mean() <= _MISSES)
 
 
 def _is_mask(array: Array) -> bool:
