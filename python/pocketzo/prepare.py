@@ -28,7 +28,7 @@ def prepare(
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16"] | None = None,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
@@ -44,7 +44,8 @@ def prepare(
     Parameters
     ----------
     model : path-like
-        An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
+        An ONNX file of opset 13 or later, with external data files in the same folder. Weights of float32 and float16
+        can be trained; all others are frozen.
     out : path-like
         The folder to write. An existing bundle is replaced when the new one is complete.
     tokenizer : path-like, optional
@@ -55,12 +56,12 @@ def prepare(
         Texts are truncated to this number of tokens.
     trainable : str or callable, optional
         Selects the trainable weights: a regular expression that is searched for in their names, or a predicate of the
-        name. By default all tensors that operators use as weights are trainable: matrices, embedding tables, biases and
-        scales.
-    dtype : {"float32", "float16"}
-        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
-        halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
-        runtime converts each weight at every use.
+        name. By default all tensors that operators use as weights are trainable, if the runtime sees their changes:
+        matrices, embedding tables, biases and scales. All others are counted in :attr:`Bundle.frozen`, with the reason.
+    dtype : {"float32", "float16"}, optional
+        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
+        default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
+        their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
 
     Returns
     -------
@@ -74,13 +75,13 @@ def prepare(
         range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
         in these cases.
     DeadWeightError
-        If the runtime would not see changes of a trainable weight.
+        If the runtime would not see changes of a weight that ``trainable`` selects.
     MissingExtraError
         If the package onnx is not installed.
     """
     try:
         from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+        from pocketzo.graph.float16 import check_float16, needs_conversion, open_unoptimised, to_float16
         from pocketzo.graph.frozen import choose, count_frozen
         from pocketzo.graph.loss import add_loss
         from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
@@ -90,7 +91,7 @@ def prepare(
     source = Path(model)
     if not source.is_file():
         raise BundleError(f"{source}: no such file")
-    if dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     class_names = _checked_labels(labels)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
@@ -103,10 +104,11 @@ def prepare(
         try:
             onnx_model = read_model(source)
             weights, inline = extract_weights(onnx_model, source.parent)
-            chosen = choose(weights + inline, wanted)
+            chosen = choose(onnx_model.graph, weights + inline, wanted)
             frozen = count_frozen(onnx_model.graph, weights + inline, chosen)
             drop_provenance(onnx_model)
-            if dtype == "float16":
+            converted = needs_conversion(weights, chosen, dtype)
+            if converted:
                 onnx_model = to_float16(onnx_model, weights)
             loss, logits = add_loss(onnx_model)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
@@ -160,7 +162,7 @@ def prepare(
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
-        if dtype == "float16":
+        if converted:
             check_float16(source, session, probe_batch(bundle))
         del session  # it maps a file of the folder, which is renamed next
         bundle.write_description()

@@ -29,8 +29,8 @@ from pocketzo.prepare import prepare as prepare_bundle
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
-    default="float32",
-    help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
+    help="Type of the weights, by default that of MODEL. float16 halves the memory. Use it on phones and boards; it is "
+    "slow on x86-64.",
 )
 @force_option
 def prepare(
@@ -40,7 +40,7 @@ def prepare(
     labels: str | None,
     max_length: int | None,
     trainable: str | None,
-    dtype: Literal["float32", "float16"],
+    dtype: Literal["float32", "float16"] | None,
     force: bool,
 ) -> None:
     """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.

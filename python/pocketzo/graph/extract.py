@@ -26,7 +26,7 @@ from pocketzo.graph.loss import RESERVED
 from pocketzo.graph.names import is_generated, name_weights, unique, value_names
 from pocketzo.graph.quantised import find_quantised
 from pocketzo.graph.roles import why_no_weight
-from pocketzo.graph.tied import connect, settle, unify_equal_matrices
+from pocketzo.graph.tied import connect, settle, unify_branches, unify_equal_matrices
 from pocketzo.graph.views import fold_views
 from pocketzo.graph.weight import Array, Constant, Draft, Weight
 
@@ -58,6 +58,7 @@ def extract_weights(model: ir.Model, folder: Path) -> tuple[list[Weight], list[W
     """
     draft = _collect(model.graph, ExternalFiles(folder))
     unify_equal_matrices(draft)
+    unify_branches(draft)
     fold_views(draft)
     _classify(draft)
     folded = find_folded(draft)

@@ -7,20 +7,22 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError, DeadWeightError
-from pocketzo.formats.frozen import FrozenSpec
+from pocketzo.formats.frozen import FrozenSpec, elements_by_kind
 from pocketzo.graph.quantised import REASON, quantised_tensors
 from pocketzo.graph.weight import Weight
 
 UNASKED = "request"
 
 
-def choose(weights: Sequence[Weight], wanted: Callable[[str], bool] | None) -> set[str]:
+def choose(graph: ir.Graph, weights: Sequence[Weight], wanted: Callable[[str], bool] | None) -> set[str]:
     """Return the names of the trainable weights.
 
     Parameters
     ----------
+    graph : Graph
+        As :func:`extract_weights` leaves it.
     weights : sequence of Weight
-        All of a graph.
+        All that it returned.
     wanted : callable, optional
         Selects weights by name. By default all that can be trained are.
 
@@ -34,9 +36,12 @@ def choose(weights: Sequence[Weight], wanted: Callable[[str], bool] | None) -> s
     parameters = [weight for weight in weights if weight.parameter]
     able = [weight for weight in parameters if weight.frozen is None]
     if not able:
-        found = next(iter(parameters), None)
-        example = f"; {found.name!r} is frozen ({found.frozen})" if found is not None else ""
-        raise BundleError(f"the graph has no float32 or float16 weights that could be trained{example}")
+        counts = elements_by_kind(count_frozen(graph, weights, set()))
+        found = ", ".join(f"{count:,} numbers {kind}" for kind, count in counts.items())
+        example = f" ({parameters[0].name!r}: {parameters[0].frozen})" if parameters else ""
+        raise BundleError(
+            f"the graph has no float32 or float16 weights that could be trained; frozen are: {found or 'none'}{example}"
+        )
     if wanted is None:
         return {weight.name for weight in able}
     chosen = [weight for weight in parameters if wanted(weight.name)]

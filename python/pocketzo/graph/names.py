@@ -39,6 +39,16 @@ def unique(name: str, taken: set[str]) -> str:
     return found
 
 
+def rename_shadowed(graph: ir.Graph) -> None:
+    """Give each initializer a name that no value inside a subgraph has: the two would be taken for one."""
+    inner = {value.name for scope in graph.subgraphs() for value in scope.inputs}
+    inner.update(output.name for node in graph.all_nodes() if node.graph is not graph for output in node.outputs)
+    taken = value_names(graph)
+    for value in tuple(graph.initializers.values()):
+        if value.name in inner:
+            value.name = unique(str(value.name), taken)
+
+
 def name_weights(weights: list[Weight], taken: set[str]) -> None:
     """Give each weight a unique name: its own, else one from the module that uses it, else the generated one."""
     named: dict[Use, str] = {}

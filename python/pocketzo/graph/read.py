@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
-from pocketzo.graph.names import title_of
+from pocketzo.graph.names import rename_shadowed, title_of
 
 MIN_OPSET: Final = 13
 
@@ -54,6 +54,7 @@ def read_model(path: Path) -> ir.Model:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     )(model)
+    rename_shadowed(model.graph)
     return model
 
 

@@ -127,7 +127,7 @@ def why_no_weight(array: Array, use: Use) -> str | None:
             return "constant: one of two choices"
         case "Concat" | "Where" | "Expand" | "Tile" if (array == array.flat[0]).all():
             return "constant: a fill value"
-    if role in _ADDED and array.min() <= (_VECTOR_MASK if is_vector(array) else _TABLE_MASK):
+    if role in _ADDED and float(array.min()) <= (_VECTOR_MASK if is_vector(array) else _TABLE_MASK):
         return "buffer: a mask"
     return None
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from hashlib import sha256
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
 from pocketzo.formats.bundle import FLOATS
 from pocketzo.graph.build import Builder
-from pocketzo.graph.names import scope_of, title_of
+from pocketzo.graph.names import scope_of, title_of, value_names
 from pocketzo.graph.roles import role_of
 from pocketzo.graph.weight import Array, Constant, Draft, Use, Weight
+
+_FLAGGED: Final = ("Gemm", "FusedMatMul")
+"""Operators that read either factor transposed if their attribute transA or transB says so."""
 
 
 def unify_equal_matrices(draft: Draft) -> None:
@@ -37,6 +42,32 @@ def unify_equal_matrices(draft: Draft) -> None:
                 originals.append(constant)
 
 
+def unify_branches(draft: Draft) -> None:
+    """Make equal tensors in the branches of an If share one buffer.
+
+    A decoder that was merged has the same parameters in both branches. Tensors whose elements all have one value are
+    left alone, as above.
+    """
+    branches = {
+        graph: node
+        for node in draft.graph.all_nodes()
+        if node.op_type == "If"
+        for graph in (attribute.as_graph() for attribute in node.attributes.values())
+    }
+    found: dict[tuple[object, ...], tuple[Constant, ir.Graph]] = {}
+    for constant in draft.constants.values() if branches else ():
+        array = constant.array
+        graphs = {node.graph for node, _ in constant.value.uses()}
+        graph = next(iter(graphs), None)
+        if len(graphs) != 1 or graph not in branches or array.size < 2 or constant.root is not constant.value:
+            continue
+        first, other = found.setdefault(
+            (branches[graph], array.dtype, array.shape, sha256(array.tobytes()).digest()), (constant, graph)
+        )
+        if other is not graph and not _is_constant(array):
+            constant.root, constant.array = first.value, first.array
+
+
 def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
     """Decide which tensors to store for the views of one root: one if it is tied, else one for each parameter."""
     roles: list[tuple[Constant, Use, str | None]] = [
@@ -55,8 +86,7 @@ def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
         if not others or (
             array.ndim == 2
             and all(
-                _same_view(constant.array, array.T)
-                and all(_reads_transposed(draft, use) for use in constant.value.uses())
+                _same_view(constant.array, array.T) and all(_reads_transposed(use) for use in constant.value.uses())
                 for constant in others
             )
         ):
@@ -119,13 +149,14 @@ def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
     return list(weights.values())
 
 
-def _reads_transposed(draft: Draft, use: Use) -> bool:
+def _reads_transposed(use: Use) -> bool:
     node, index = use
-    return node.graph is draft.graph and (node.op_type, index) in {("MatMul", 1), ("Gemm", 0), ("Gemm", 1)}
+    return (node.op_type, index) == ("MatMul", 1) or (node.op_type in _FLAGGED and index < 2)
 
 
 def connect(draft: Draft, weights: list[Weight]) -> None:
     """Connect each node to its weights by name; a transposed use is rewritten to read the stored layout."""
+    taken = value_names(draft.graph) | {weight.name for weight in weights}
     for weight in weights:
         value = ir.val(weight.name, ir.DataType.from_numpy(weight.array.dtype), weight.array.shape)
         draft.graph.initializers.add(value)
@@ -133,19 +164,21 @@ def connect(draft: Draft, weights: list[Weight]) -> None:
             node.replace_input_with(index, value)
         for node, index in weight.transposed:
             node.replace_input_with(index, value)
-            if node.op_type == "Gemm":
+            if node.op_type in _FLAGGED:
                 flag = "transA" if index == 0 else "transB"
                 node.attributes.add(ir.AttrInt64(flag, 1 - node.attributes.get_int(flag, 0)))
             else:
-                _multiply_transposed(draft.graph, node, weight.array.shape)
+                _multiply_transposed(node, weight.array.shape, taken)
 
 
-def _multiply_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
+def _multiply_transposed(node: ir.Node, shape: tuple[int, ...], taken: set[str]) -> None:
     """Compute X @ W.T by Gemm, which reads W as it is stored; X of any rank is reshaped, as Gemm takes two axes."""
     x, matrix = node.inputs
     (output,) = node.outputs
     classes, width = shape
-    build = Builder(graph, f"{output.name}/", before=node)
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    build = Builder(graph, f"{output.name}/", before=node, taken=taken)
     product = build.op("Gemm", build.op("Reshape", x, build.constant([-1, width])), matrix, transB=1)
     batch = build.op("Slice", build.op("Shape", x), build.constant([0]), build.constant([-1]))
     result = build.op("Reshape", product, build.op("Concat", batch, build.constant([classes]), axis=0))
