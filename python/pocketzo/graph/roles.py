@@ -76,8 +76,9 @@ tests/graph/test_operators.py checks for each that onnxruntime sees what is writ
 """
 _ADDED: Final = {"bias", "position_bias"}
 """Roles in which a table may also be an attention mask."""
-_TABLE_MASK: Final = -1e4
-_VECTOR_MASK: Final = -1e30  # a bias may hold -1e4, which suppresses a class
+_SELECTING: Final = {"Concat", "Expand", "Gather", "GatherND", "Slice", "Tile", "Where"}
+_ADDED_MASK: Final = -1e4
+_MASK: Final = -1e30  # no weight reaches this; a bias may hold -1e4, which suppresses a class
 
 ELEMENTWISE: Final = {
     "Abs",
@@ -127,8 +128,10 @@ def why_no_weight(array: Array, use: Use) -> str | None:
             return "constant: one of two choices"
         case "Concat" | "Where" | "Expand" | "Tile" if (array == array.flat[0]).all():
             return "constant: a fill value"
-    if role in _ADDED and float(array.min()) <= (_VECTOR_MASK if is_vector(array) else _TABLE_MASK):
-        return "buffer: a mask"
+    if role in _ADDED or node.op_type in _SELECTING:
+        limit = _ADDED_MASK if role in _ADDED and not is_vector(array) else _MASK
+        if float(array.min()) <= limit:
+            return "buffer: a mask"
     return None
 
 
