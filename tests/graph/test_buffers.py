@@ -38,6 +38,7 @@ INTEGERS = {
     "one": np.array(1),
     "n0": np.array([0]),
     "n1": np.array([1]),
+    "eight": np.array([8]),
     "two": np.array([2]),
     "tail": np.array([1, 8]),
     "rest": np.array([4, 1]),
@@ -125,6 +126,17 @@ BUFFERS: dict[str, tuple[Sequence[onnx.NodeProto], Mapping[str, Array]]] = {
     "a mask of zeros and ones": (
         [node("Gather", "p.weight ids", "p"), node("Mul", "x p", "h"), HEAD],
         {"p.weight": np.tril(np.ones((8, 8)))},
+    ),
+    "strides of an image's cells": (
+        [
+            node("Transpose", "x", "y", perm=[0, 2, 1]),
+            node("Concat", "y y", "z", axis=1),
+            node("Mul", "z p.weight", "a"),
+            node("Slice", "a n0 eight middle", "b"),
+            node("Transpose", "b", "h", perm=[0, 2, 1]),
+            HEAD,
+        ],
+        {"p.weight": np.repeat([8.0, 16.0], 8)[:, None]},
     ),
     "a mask of large numbers": (
         [node("Gather", "p.weight ids", "p"), node("Add", "x p", "h"), HEAD],

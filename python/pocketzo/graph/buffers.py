@@ -53,6 +53,8 @@ def find_buffers(draft: Draft) -> None:
                 kind = "a table of sines, or of another sequence"
             if kind is None and node.op_type in _MASK_READERS and _is_mask(constant.array):
                 kind = "a mask"
+            if kind is None and node.op_type in _TABLE_READERS and _is_whole(constant.array):
+                kind = "integers"
             if kind is not None:
                 marks.setdefault(use, f"buffer: {kind}")
 
@@ -147,6 +149,16 @@ def _follows(table: Array, *, offset: bool) -> bool:
         factor = np.median(np.divide(total, here, out=np.full_like(here, 2), where=np.abs(here) > limit), axis=0)
     misses = np.abs(total - factor * here) > limit
     return bool(misses[varied].mean() <= _MISSES)
+
+
+def _is_whole(array: Array) -> bool:
+    """Return whether all elements are integers, and not the same: strides, anchors, tables of a code."""
+    flat = array.reshape(-1)
+    return (
+        array.size >= _VECTOR
+        and all(bool((part == np.round(part)).all()) for part in (flat[:_ROWS], flat))
+        and not bool((flat == flat[0]).all())
+    )
 
 
 def _is_mask(array: Array) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 
 from pocketzo.graph.weight import Array, Draft, Use
@@ -126,7 +127,9 @@ def why_no_weight(array: Array, use: Use) -> str | None:
             return "constant: a factor for each element"
         case "Where" if not is_vector(array):
             return "constant: one of two choices"
-        case "Concat" | "Where" | "Expand" | "Tile" if (array == array.flat[0]).all():
+        case "Concat" | "Where" | "Expand" | "Tile" if (array == array.flat[0]).all() or np.isin(
+            array, (-1, 0, 1)
+        ).all():
             return "constant: a fill value"
     if role in _ADDED or node.op_type in _SELECTING:
         limit = _ADDED_MASK if role in _ADDED and not is_vector(array) else _MASK
