@@ -103,9 +103,10 @@ def prepare(
     with staged_folder(out) as folder:
         try:
             onnx_model = read_model(source)
-            weights, inline = extract_weights(onnx_model, source.parent)
-            chosen = choose(onnx_model.graph, weights + inline, wanted)
-            frozen = count_frozen(onnx_model.graph, weights + inline, chosen)
+            weights = extract_weights(onnx_model, source.parent)
+            chosen = choose(onnx_model.graph, weights, wanted)
+            frozen = count_frozen(onnx_model.graph, weights, chosen)
+            weights = [weight for weight in weights if not weight.inline]
             drop_provenance(onnx_model)
             converted = needs_conversion(weights, chosen, dtype)
             if converted:

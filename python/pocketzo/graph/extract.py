@@ -33,7 +33,7 @@ from pocketzo.graph.weight import Array, Constant, Draft, Weight
 _INLINE_BYTES = 1024  # constants other than weights stay in the graph up to this size, as in onnx and onnxruntime
 
 
-def extract_weights(model: ir.Model, folder: Path) -> tuple[list[Weight], list[Weight]]:
+def extract_weights(model: ir.Model, folder: Path) -> list[Weight]:
     """Remove the weights from a graph, and rewrite it so that each node reads its weights in the returned layout.
 
     Parameters
@@ -46,10 +46,9 @@ def extract_weights(model: ir.Model, folder: Path) -> tuple[list[Weight], list[W
 
     Returns
     -------
-    stored : list of Weight
-        What the weights' file will hold, with unique, readable names.
-    inline : list of Weight
-        Floating-point constants that the graph keeps, and those that nothing reads.
+    list of Weight
+        What the weights' file will hold, with unique, readable names, and then the floating-point constants that the
+        graph keeps or that nothing reads, which are `inline`.
 
     Raises
     ------
@@ -70,7 +69,7 @@ def extract_weights(model: ir.Model, folder: Path) -> tuple[list[Weight], list[W
     for root, family in families.items():
         used = [constant for constant in family if constant.value.uses()]
         if not used:
-            draft.inline.append(Weight(str(root.name), draft.constants[root].array, frozen="unused"))
+            draft.inline.append(Weight(str(root.name), draft.constants[root].array, inline=True, frozen="unused"))
         for weight in settle(draft, used):
             _freeze(draft, weight, folded.get(root))
             if (weight.parameter and weight.frozen is None) or _is_large(weight.array):
@@ -79,7 +78,7 @@ def extract_weights(model: ir.Model, folder: Path) -> tuple[list[Weight], list[W
                 _put_back(draft, weight, taken)
     name_weights(weights, taken)
     connect(draft, weights)
-    return weights + draft.large, draft.inline
+    return weights + draft.large + draft.inline
 
 
 def _classify(draft: Draft) -> None:
@@ -144,9 +143,9 @@ def _collect(graph: ir.Graph, files: ExternalFiles) -> Draft:
             value.const_value = ir.tensor(array, tensor.dtype, name)
             if value.is_graph_output():
                 if tensor.dtype.is_floating_point():
-                    draft.inline.append(Weight(name, array, frozen="output: an output of the graph"))
+                    draft.inline.append(Weight(name, array, inline=True, frozen="output: an output of the graph"))
             elif tensor.dtype.is_floating_point() and tensor.dtype.bitwidth < 8:
-                draft.inline.append(Weight(name, array, frozen=f"type: {array.dtype.name}"))
+                draft.inline.append(Weight(name, array, inline=True, frozen=f"type: {array.dtype.name}"))
             elif tensor.dtype.is_floating_point():
                 scope.initializers.pop(name)
                 draft.constants[value] = Constant(value, array, value, None if is_generated(name) else name)
@@ -167,4 +166,5 @@ def _put_back(draft: Draft, weight: Weight, taken: set[str]) -> None:
     draft.graph.initializers.add(value)
     for node, index in weight.uses:
         node.replace_input_with(index, value)
+    weight.inline = True
     draft.inline.append(weight)

@@ -38,13 +38,15 @@ class Constant:
 
 @dataclass(eq=False)
 class Weight:
-    """A tensor to be stored outside of the graph.
+    """A floating-point or a large tensor of a graph, to be stored outside of it.
 
     Attributes
     ----------
     name : str
     array : ndarray
         The elements; often a view of a mapped file.
+    inline : bool
+        Whether it stays in the graph instead, or nothing reads it.
     parameter : bool
         Whether an operator uses it as a weight.
     frozen : str or None
@@ -59,6 +61,7 @@ class Weight:
 
     name: str
     array: Array
+    inline: bool = False
     parameter: bool = False
     frozen: str | None = None
     counted: bool = True
