@@ -275,6 +275,7 @@ CASES += [
         {"w": noise(4, 1, 3, 5), "b": noise(4), "table": noise(9, 5)},
         {"chars": RNG.integers(1, 9, (2, 3, 6)).astype(np.int32)},
         "w b table",
+        rank=2,
     ),
     microsoft(
         "CausalConvWithState", "x w b", {"w": noise(D, 1, 3), "b": noise(D)}, {"x": noise(B, D, S)}, "w b", outputs=2
