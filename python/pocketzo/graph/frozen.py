@@ -38,10 +38,10 @@ def choose(graph: ir.Graph, weights: Sequence[Weight], wanted: Callable[[str], b
     if not able:
         counts = elements_by_kind(count_frozen(graph, weights, set()))
         found = ", ".join(f"{count:,} numbers {kind}" for kind, count in counts.items())
-        example = f" ({parameters[0].name!r}: {parameters[0].frozen})" if parameters else ""
-        raise BundleError(
-            f"the graph has no float32 or float16 weights that could be trained; frozen are: {found or 'none'}{example}"
-        )
+        message = f"the graph has no float32 or float16 weights that could be trained; frozen are: {found or 'none'}"
+        for weight in parameters[:1]:
+            message += f" ({weight.name!r}: {weight.frozen}); export the model in {_remedy(str(weight.frozen))}"
+        raise BundleError(message)
     if wanted is None:
         return {weight.name for weight in able}
     chosen = [weight for weight in parameters if wanted(weight.name)]
