@@ -160,6 +160,12 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(task={"name": "x", "settings": {"labels": LONG}}), r"'labels' is .{77}\.\.\., expected"),
     (edited(trainable=[]), r"'trainable' is \[\], expected at least one set"),
     (edited(trainable=True), "'trainable' is True"),
+    (edited(frozen=None), "'frozen' is None, expected a list"),
+    (
+        edited(frozen=[{"name": "w", "dtype": "float32", "elements": -1, "reason": "x"}]),
+        r"frozen\[0\]: 'elements' is -1",
+    ),
+    (edited(frozen=[{"name": "w", "dtype": "float32", "elements": 1}]), r"frozen\[0\]: 'reason' is missing"),
     (edited(trainable=[a_set("all")]), r"trainable\[0\]: 'tensors' is \[\]"),
     (edited(trainable=[a_set("", LAYER)]), r"trainable\[0\]: 'name' is ''"),
     (edited(trainable=[a_set("all", LAYER)]), "set 'all' of 'trainable': tensor 'layer.weight' does not exist"),

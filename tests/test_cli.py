@@ -22,7 +22,9 @@ import forked
 import numpy as np
 import pytest
 from conftest import CLASSES, VOCABULARY, write_tiny_onnx
+from graphs import model_of, node, weight
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from sizes import SIZE, full_or_small
 from vectors import reference
 
@@ -438,6 +440,28 @@ def test_info(workspace: Workspace) -> None:
     assert re.search(r"loss +cross-entropy of 'logits' over 3 classes *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
+
+
+def test_what_is_frozen_is_said_and_listed(tmp_path: Path) -> None:
+    nodes = [
+        node("Add", "norm.weight one", "scale", "shift"),
+        node("Mul", "x scale", "y"),
+        node("MatMul", "y fc.weight", "logits"),
+    ]
+    one = numpy_helper.from_array(np.array(1, np.float32), "one")
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("norm.weight", 4), weight("fc.weight", 4, 3), one])
+    output = good("prepare", path, "-o", tmp_path / "base")
+    assert "16 parameters, 12 trainable" in output
+    assert "frozen: folded 4, constant 1" in output
+    assert "norm.weight (4 numbers): folded: the runtime computes node 'shift' (Add) only once" in output
+    listed = good("info", tmp_path / "base", "--tensors")
+    assert re.search(r"^frozen +folded 4, constant 1", listed, re.MULTILINE)
+    assert re.search(r"^fc.weight +float32 +4 x 3 +yes$", listed, re.MULTILINE)
+    assert re.search(r"^norm.weight +float32 +4 in the graph +no \(folded: .*\)$", listed, re.MULTILINE)
+    assert re.search(r"^one +float32 +1 in the graph +no \(constant: a single number\)$", listed, re.MULTILINE)
+    facts = json.loads(good("info", tmp_path / "base", "--json"))
+    assert facts["frozen"] == {"folded": 4, "constant": 1}
+    assert {tensor["name"]: tensor["elements"] for tensor in facts["frozen_tensors"]} == {"norm.weight": 4, "one": 1}
 
 
 # ---- a metric as the objective ---------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.formats.bundle import TaskSpec, ValueSpec
-    from pocketzo.graph.weight import Weight
 
 __all__ = ["LOSSES", "prepare"]
 
@@ -39,7 +38,7 @@ def prepare(
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16"] | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
@@ -81,7 +80,7 @@ def prepare(
     ----------
     model : path-like
         An ONNX file of opset 13 or later, or of one that onnx can convert, with external data files in the same folder.
-        Weights must be float32.
+        Weights of float32 and float16 can be trained; all others are frozen.
     out : path-like
         The folder to write. An existing bundle is replaced when the new one is complete.
     tokenizer : path-like, optional
@@ -92,12 +91,12 @@ def prepare(
         Texts are truncated to this number of tokens.
     trainable : str or callable, optional
         Selects the trainable weights: a regular expression that is searched for in their names, or a predicate of the
-        name. By default all tensors that operators use as weights are trainable: matrices, embedding tables, biases and
-        scales.
-    dtype : {"float32", "float16"}
-        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
-        halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
-        runtime converts each weight at every use.
+        name. By default all tensors that operators use as weights are trainable, if the runtime sees their changes:
+        matrices, embedding tables, biases and scales. All others are counted in :attr:`Bundle.frozen`, with the reason.
+    dtype : {"float32", "float16"}, optional
+        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
+        default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
+        their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
     probe : path-like or mapping of str to ndarray, optional
@@ -119,7 +118,7 @@ def prepare(
         those of the bundle exceed the range of float16 or differ, or ``out`` exists and is not a bundle. Nothing is
         written in these cases.
     DeadWeightError
-        If the runtime would not see changes of a trainable weight.
+        If the runtime would not see changes of a weight that ``trainable`` selects.
     MissingExtraError
         If the package onnx is not installed.
     TypeError, ValueError
@@ -128,7 +127,8 @@ def prepare(
     try:
         from pocketzo.graph.compare import Origin, check_same_function
         from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import to_float16
+        from pocketzo.graph.float16 import needs_conversion, to_float16
+        from pocketzo.graph.frozen import choose, count_frozen
         from pocketzo.graph.loss import add_loss
         from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
@@ -137,7 +137,7 @@ def prepare(
     source = Path(model)
     if not source.is_file():
         raise BundleError(f"{source}: no such file")
-    if dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     if loss not in (None, *LOSSES):
         raise ValueError(f"loss must be {', '.join(map(repr, LOSSES))} or None, got {loss!r}")
@@ -153,9 +153,12 @@ def prepare(
             onnx_model = read_model(source)
             origin = Origin.of(source, onnx_model)
             weights = extract_weights(onnx_model, source.parent)
-            chosen = _choose(weights, wanted)
+            chosen = choose(onnx_model.graph, weights, wanted)
+            frozen = count_frozen(onnx_model.graph, weights, chosen)
+            weights = [weight for weight in weights if not weight.inline]
             drop_provenance(onnx_model)
-            if dtype == "float16":
+            converted = needs_conversion(weights, chosen, dtype)
+            if converted:
                 onnx_model = to_float16(onnx_model, weights)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             found = add_loss(onnx_model, loss, labels=class_names is not None)
@@ -194,6 +197,7 @@ def prepare(
                 )
                 for weight in weights
             ),
+            frozen=frozen,
             inputs=inputs,
             outputs=outputs,
             loss=found.output,
@@ -215,28 +219,8 @@ def prepare(
     return Bundle.read(out)
 
 
-def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:
-    """Return the names of the trainable weights; raise DeadWeightError if the runtime would not see writes to one."""
-    parameters = [weight for weight in weights if weight.parameter]
-    if not parameters:
-        raise BundleError("the graph has no float32 weights that could be trained")
-    chosen = [weight for weight in parameters if wanted(weight.name)]
-    if not chosen:
-        raise BundleError(f"'trainable' matches none of the {len(parameters)} weights, such as {parameters[0].name!r}")
-    for weight in chosen:
-        if weight.folded_by is not None:
-            raise DeadWeightError(
-                f"node {weight.folded_by} makes another tensor of weight {weight.name!r} and constants alone, so that "
-                "the runtime computes it only once and sees no change of the weight; export the model with dynamic "
-                "axes and constants folded, or leave this weight out of 'trainable'"
-            )
-    return {weight.name for weight in chosen}
-
-
-def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
-    if trainable is None:
-        return lambda name: True
-    if callable(trainable):
+def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
+    if trainable is None or callable(trainable):
         return trainable
     try:
         pattern = re.compile(trainable)

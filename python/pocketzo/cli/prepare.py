@@ -10,6 +10,7 @@ import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, quoted, say, size_text
+from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
@@ -30,8 +31,8 @@ from pocketzo.tasks.registry import task_of
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
-    default="float32",
-    help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
+    help="Type of the weights, by default that of MODEL. float16 halves the memory. Use it on phones and boards; it is "
+    "slow on x86-64.",
 )
 @click.option(
     "--loss",
@@ -54,7 +55,7 @@ def prepare(
     labels: str | None,
     max_length: int | None,
     trainable: str | None,
-    dtype: Literal["float32", "float16"],
+    dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
     probe: Path | None,
     force: bool,
@@ -84,6 +85,7 @@ def prepare(
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say_frozen(bundle)
     metrics = task_of(bundle).metrics
     if metrics:
         objective = "" if bundle.loss is not None else f" --objective {metrics[0]}"

@@ -27,6 +27,7 @@ from typing import Any, Final, Self
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
+from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 
@@ -106,6 +107,8 @@ class Bundle:
         The folder.
     tensors : tuple of TensorSpec
         In the byte order of the weights file.
+    frozen : tuple of FrozenSpec
+        Every floating-point or quantised tensor of the model that is not trainable.
     inputs, outputs : tuple of ValueSpec
     loss : str or None
         The name of the scalar loss output; None if the graph has none.
@@ -130,6 +133,7 @@ class Bundle:
 
     path: Path
     tensors: tuple[TensorSpec, ...]
+    frozen: tuple[FrozenSpec, ...]
     inputs: tuple[ValueSpec, ...]
     outputs: tuple[ValueSpec, ...]
     loss: str | None
@@ -253,6 +257,7 @@ class Bundle:
             "probe": None if self.probe is None else PROBE,
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
+            "frozen": [vars(tensor) for tensor in self.frozen],
             "inputs": [vars(value) for value in self.inputs],
             "outputs": [vars(value) for value in self.outputs],
             "tensors": [
@@ -280,6 +285,7 @@ class Bundle:
             return cls(
                 path=path,
                 tensors=_tensors(fields),
+                frozen=parse_frozen(fields),
                 inputs=inputs,
                 outputs=outputs,
                 loss=_output(fields, "loss", outputs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +18,24 @@ from pocketzo.graph.sessions import open_graph
 from pocketzo.graph.weight import Weight
 
 MOST_FLOAT16: Final = 65504.0
+
+
+def needs_conversion(weights: Iterable[Weight], chosen: Collection[str], dtype: str | None) -> bool:
+    """Return whether weights have to be converted to get a type; None is what they have.
+
+    Raises
+    ------
+    BundleError
+        float32 is asked for, and a trainable weight is float16.
+    """
+    if dtype == "float32":
+        for weight in weights:
+            if weight.name in chosen and weight.array.dtype == np.float16:
+                raise BundleError(
+                    f"weight {weight.name!r} is float16 in the file, and is trained as that: leave out the type "
+                    "float32, or export the model in it"
+                )
+    return dtype == "float16" and any(weight.parameter and weight.array.dtype == np.float32 for weight in weights)
 
 
 def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:

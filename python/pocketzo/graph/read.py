@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
-from pocketzo.graph.names import title_of
+from pocketzo.graph.names import rename_shadowed, title_of
 from pocketzo.graph.opset import MIN_OPSET, convert_old
 
 CONVERTED = "pocketzo.converted"
@@ -61,6 +61,7 @@ def read_model(path: Path) -> ir.Model:
         )(model)
     except ir.passes.PassError as error:
         raise BundleError(f"the graph's constants cannot be read: {_reason(error)}") from None
+    rename_shadowed(model.graph)
     return model
 
 
