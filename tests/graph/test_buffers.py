@@ -207,6 +207,16 @@ LEARNED: dict[str, tuple[Sequence[onnx.NodeProto], Mapping[str, Array]]] = {
         ],
         {"p.weight": RNG.normal(size=(8, 4))},
     ),
+    "phases of words": (
+        [
+            node("Gather", "p.weight ids", "half"),
+            node("Cos", "half", "cos"),
+            node("Sin", "half", "sin"),
+            node("Concat", "cos sin", "h", axis=-1),
+            HEAD,
+        ],
+        {"p.weight": RNG.normal(size=(16, 4))},
+    ),
     "a scale along another axis": (
         [
             node("Transpose", "x", "y", perm=[0, 2, 1]),

@@ -94,6 +94,34 @@ def test_what_the_runtime_would_fold_is_frozen(
     assert Live(bundle).dead(bundle, feed | {"labels": np.array([0])}) == []
 
 
+def test_a_weight_that_is_live_in_one_use_only_is_frozen(tmp_path: Path) -> None:
+    """Its norm would stay as it was, while the matrix moves."""
+    nodes = [
+        node("ReduceL2", "proj.weight", "norm", keepdims=0),
+        node("MatMul", "x proj.weight", "y"),
+        node("Div", "y norm", "z"),
+        node("MatMul", "z fc.weight", "logits"),
+    ]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("proj.weight", 4, 4), weight("fc.weight", 4, 3)])
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {"fc.weight"}
+    assert [(tensor.name, tensor.kind) for tensor in bundle.frozen] == [("proj.weight", "folded")]
+
+
+def test_a_weight_whose_shape_is_read_stays_trainable(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", "fc.weight", "shape"),
+        node("Gather", "shape zero", "width"),
+        node("Cast", "width", "number", to=TensorProto.FLOAT),
+        node("Mul", "x number", "y"),
+        node("MatMul", "y fc.weight", "logits"),
+    ]
+    path = model_of(
+        tmp_path / "m.onnx", nodes, [weight("fc.weight", 4, 3), numpy_helper.from_array(np.array(0), "zero")]
+    )
+    assert trainable_names(prepare(path, tmp_path / "out")) == {"fc.weight"}
+
+
 def test_tables_of_sines_made_of_constants_are_no_weights(tmp_path: Path) -> None:
     """As in a rotary embedding whose number of positions is fixed."""
     nodes = [
