@@ -55,8 +55,9 @@ def load(
         How to check that each trainable weight is live. "fast" fills all of them with noise and compares the outputs
         with those of a second session that optimises nothing, and so reads every weight where it is; this takes two
         short runs. "full" also changes one weight after the other and expects the outputs to change, which takes a
-        short run a weight and also finds weights that nothing uses. "auto" is "full" where that takes less than about
-        two seconds, as it does up to some 100 M parameters.
+        short run a weight. Weights that change nothing are tried on more inputs, and with more values, in both
+        sessions; those that change nothing in either are named by a warning: nothing uses them, or only with other
+        inputs. "auto" is "full" where that takes less than about two seconds, as it does up to some 100 M parameters.
     max_memory : int, optional
         Limit on the resident memory of this process, in bytes. Loading is refused where the weights would take more. A
         run of the model is stopped before it exceeds the limit; a step of training is then undone, and the run can be

@@ -14,9 +14,10 @@ from pocketzo.errors import Error, MemoryLimitError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import resident_memory
 from pocketzo.runtime.image import Image
-from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs, read_as_noise
+from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
 from pocketzo.runtime.model import SMALL, Model, megabytes
+from pocketzo.runtime.noise import read_as_noise
 from pocketzo.runtime.prepack import open_session, plan_prepacking
 from pocketzo.runtime.session import open_plain
 from pocketzo.runtime.weights import Weights
@@ -46,6 +47,17 @@ class Loader:
 
     def load(self) -> Model:
         """Load the bundle. Warnings are attributed to the caller of :func:`pocketzo.load`."""
+        model, idle = self._load()
+        if idle:
+            names = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            warnings.warn(
+                f"{self.bundle.path}: nothing that was tried changes with {names}: is it unused, or used only with "
+                f"other inputs? Whether the session sees what is written there could not be checked",
+                stacklevel=3,
+            )
+        return model
+
+    def _load(self) -> tuple[Model, tuple[str, ...]]:
         reason = "as asked for"
         if self.prepack:
             try:
@@ -54,40 +66,38 @@ class Loader:
                 reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
                 if self.prepack is True:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
-        model = self._load_plain(reason)
+        model, idle = self._load_plain(reason)
         if self.bundle.is_fp16:
             if not has_fp16_arithmetic():
                 warnings.warn(
                     "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is "
                     "slow",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         elif self.prepack:
-            warnings.warn(f"weights are not prepacked, which is slower: {reason}", stacklevel=3)
-        return model
+            warnings.warn(f"weights are not prepacked, which is slower: {reason}", stacklevel=4)
+        return model, idle
 
-    def _load_plain(self, reason: str) -> Model:
+    def _load_plain(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         weights = Weights(self.bundle)
         read_as_noise(weights, self.bundle)  # constants must be there when the session folds them
         model = self._model(weights, open_plain(self.bundle, weights.image.values, self.threads), reason)
-        check_plain(model, self.verify)
-        return model
+        return model, check_plain(model, self.verify)
 
-    def _load_prepacked(self) -> Model:
+    def _load_prepacked(self) -> tuple[Model, tuple[str, ...]]:
         plan = plan_prepacking(self.bundle)
         if self.max_memory is not None:
             try:
                 check_room(self.bundle, self.max_memory, plan.matrices)
             except MemoryLimitError as error:
                 raise NotPrepackableError(str(error)) from None
-        expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
+        batches, expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
         image = Image.allocate(self.bundle, without=plan.only_prepacked)
         session, locations = open_session(plan, image.values, self.threads)
         weights = Weights(self.bundle, image, locations)
         read_as_noise(weights, self.bundle)
         model = self._model(weights, session, None)
-        check_prepacked(model, expected, self.verify)
-        return model
+        return model, check_prepacked(model, batches, expected, self.verify)
 
     def _model(self, weights: Weights, session: ort.InferenceSession, reason: str | None) -> Model:
         return Model(
