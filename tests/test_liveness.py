@@ -76,19 +76,33 @@ def test_a_weight_that_the_mask_hides_is_seen(tmp_path: Path, kind: str) -> None
         pz.load(bundle, threads=1, verify="full", prepack=False)
 
 
+def recurrent(path: Path, op_type: str) -> Path:
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op_type]
+    layer = helper.make_node(op_type, ["x", "W", "R", "B"], ["", "h"], hidden_size=5)
+    nodes = [layer, node("Squeeze", "h axis", "last"), node("MatMul", "last w", "logits")]
+    weights = [weight("W", 1, gates * 5, 4), weight("R", 1, gates * 5, 5), weight("B", 1, gates * 10)]
+    constants = [constant("axis", [0], np.int64)]
+    inputs = (("x", TensorProto.FLOAT, ("time", "batch", 4)),)
+    return model_of(path, nodes, [*weights, weight("w", 5, 3), *constants], inputs=inputs)
+
+
 @pytest.mark.parametrize("op_type", ["LSTM", "GRU", "RNN"])
 def test_weights_of_recurrent_operators_are_seen(tmp_path: Path, op_type: str) -> None:
-    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[op_type]
-    recurrent = helper.make_node(op_type, ["x", "W", "R", "B"], ["", "h"], hidden_size=5)
-    nodes = [recurrent, node("Squeeze", "h axis", "last"), node("MatMul", "last w", "logits")]
-    weights = [weight("W", 1, gates * 5, 4), weight("R", 1, gates * 5, 5), weight("B", 1, gates * 10)]
-    source = model_of(
-        tmp_path / "m",
-        nodes,
-        [*weights, weight("w", 5, 3), constant("axis", [0], np.int64)],
-        inputs=(("x", TensorProto.FLOAT, ("time", "batch", 4)),),
-    )
-    load_all(source, tmp_path / "b", {"x": np.ones((2, 1, 4), np.float32)})
+    # onnxruntime prepacks them as well, in layouts of their own.
+    bundle = pz.prepare(recurrent(tmp_path / "m", op_type), tmp_path / "b")
+    assert all(tensor.trainable for tensor in bundle.tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prepack in (False, True):
+            pz.load(bundle, threads=1, verify="full", prepack=prepack)
+
+
+def test_frozen_weights_are_read_before_a_session_packs_them(tmp_path: Path) -> None:
+    bundle = pz.prepare(recurrent(tmp_path / "m", "LSTM"), tmp_path / "b", trainable=lambda name: name == "w")
+    assert [tensor.name for tensor in bundle.tensors if not tensor.trainable] == ["W", "R", "B"]
+    batch = {"x": np.ones((2, 1, 4), np.float32)}
+    got = pz.load(bundle, threads=1, prepack=True).run(batch)["logits"]
+    np.testing.assert_allclose(got, pz.load(bundle, threads=1, prepack=False).run(batch)["logits"], rtol=1e-5)
 
 
 def threshold(folder: Path, *values: float) -> pz.Bundle:

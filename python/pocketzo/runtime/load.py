@@ -49,7 +49,8 @@ def load(
     prepack : bool or "auto"
         Whether to use onnxruntime's prepacked weight layout, which makes forward passes up to twice as fast, or the
         plain layout of the file. "auto" prepacks where it is possible, and otherwise warns and uses the plain layout;
-        True raises an error there. fp16 weights are never prepacked. The weights that a journal yields are the same in
+        True raises an error there. With "auto", onnxruntime packs copies of constants, such as quantised weights, in
+        the plain layout, too. fp16 weights are never prepacked. The weights that a journal yields are the same in
         both layouts; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
         How to check that each trainable weight is live. "fast" fills all of them with noise and compares the outputs

@@ -122,7 +122,12 @@ def tolerance_of(bundle: Bundle) -> float:
     """
     if bundle.is_fp16:
         return 3e-2
-    return 5e-2 if _QUANTISED.search(bundle.model_path.read_bytes()) else ROUNDINGS
+    return 5e-2 if is_quantised(bundle) else ROUNDINGS
+
+
+def is_quantised(bundle: Bundle) -> bool:
+    """Whether a bundle's graph has operators on integers of at most 8 bits."""
+    return _QUANTISED.search(bundle.model_path.read_bytes()) is not None
 
 
 def outputs_match(got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float = ROUNDINGS) -> bool:
