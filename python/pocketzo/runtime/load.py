@@ -50,14 +50,16 @@ def load(
     prepack : bool or "auto"
         Whether to use onnxruntime's prepacked weight layout, which makes forward passes up to twice as fast, or the
         plain layout of the file. "auto" prepacks where it is possible, and otherwise warns and uses the plain layout;
-        True raises an error there. fp16 weights are never prepacked. The weights that a journal yields are the same in
+        True raises an error there. With "auto", onnxruntime packs copies of constants, such as quantised weights, in
+        the plain layout, too. fp16 weights are never prepacked. The weights that a journal yields are the same in
         both layouts; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
         How to check that each trainable weight is live. "fast" fills all of them with noise and compares the outputs
         with those of a second session that optimises nothing, and so reads every weight where it is; this takes two
         short runs. "full" also changes one weight after the other and expects the outputs to change, which takes a
-        short run a weight and also finds weights that nothing uses. "auto" is "full" where that takes less than about
-        two seconds, as it does up to some 100 M parameters.
+        short run a weight. Weights that change nothing are tried on more inputs, and with more values, in both
+        sessions; those that change nothing in either are named by a warning: nothing uses them, or only with other
+        inputs. "auto" is "full" where that takes less than about two seconds, as it does up to some 100 M parameters.
     max_memory : int, optional
         Limit on the resident memory of this process, in bytes. Loading is refused where the weights would take more. A
         run of the model is stopped before it exceeds the limit; a step of training is then undone, and the run can be

@@ -28,6 +28,7 @@ from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.matrices import Matrix, find_matrices
 from pocketzo.runtime.onnx_proto import onnx_messages
 from pocketzo.runtime.session import create_session
+from pocketzo.runtime.variables import declare_inputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def open_session(
     ----------
     plan : Plan
     values : mapping of str to OrtValue
-        All float32 weights except those that are only prepacked; they must outlive the session.
+        All float32 weights except those that are only prepacked, with the values that constants have; they must
+        outlive the session.
     threads : int
 
     Returns
@@ -96,6 +98,7 @@ def open_session(
     try:
         with tempfile.TemporaryDirectory(prefix="pocketzo-") as name:
             folder = Path(name)
+            declare_inputs(model.graph, plan.bundle, without={matrix.name for matrix in plan.matrices})
             offsets = write_holes(folder / "holes.bin", model.graph, plan.matrices, plan.layout)
             embed_constants(model.graph, plan.bundle)
             (folder / "model.onnx").write_bytes(model.SerializeToString())
