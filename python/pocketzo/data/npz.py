@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +26,12 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not an .npz of plain arrays: {error}") from error
     except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
         raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
+        raise DataError(f"{path}: not an .npz of plain arrays: {' '.join(str(error).split())}") from error
     specs = {spec.name: spec for spec in task.bundle.inputs}
     has_labels = task.label_spec is not None
     label_names = task.columns.get("label", ())

@@ -49,11 +49,14 @@ def read_model(path: Path) -> ir.Model:
         except (RuntimeError, onnx.checker.ValidationError) as error:
             raise BundleError(f"the graph's functions cannot be inlined: {_reason(error)}") from None
     model = from_proto(proto)
-    ir.passes.Sequential(
-        common.RemoveInitializersFromInputsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-    )(model)
+    try:
+        ir.passes.Sequential(
+            common.RemoveInitializersFromInputsPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.LiftSubgraphInitializersToMainGraphPass(),
+        )(model)
+    except ir.passes.PassError as error:
+        raise BundleError(f"the graph's constants cannot be read: {_reason(error)}") from None
     return model
 
 

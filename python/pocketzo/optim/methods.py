@@ -47,4 +47,5 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
         arguments["schedule"] = Schedule(**arguments["schedule"])
         return method(model, trainable=trained.__contains__, **arguments)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {error}") from None
+        reason = " ".join(str(error).split())  # it may quote a key of any text
+        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {reason}") from None

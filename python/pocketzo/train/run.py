@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pocketzo.errors import BundleError, JournalError
+from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.journal import Journal
 from pocketzo.formats.safetensors import file_sha256
@@ -74,14 +75,24 @@ class Run:
         return int(max(evaluations, key=lambda line: metric.score(line["eval"]))["step"])
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored."""
+        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored.
+
+        Raises
+        ------
+        JournalError
+            Another line is damaged; names it.
+        """
         path = self.path / METRICS
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    return
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                yield _metrics_line(line)
+            except ValueError as error:
+                if number < len(lines):
+                    raise JournalError(
+                        f"{path}, line {number}: damaged: {error}; without this file the run resumes all the same, but "
+                        "its evaluations are lost"
+                    ) from None
 
     def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
         """Return the base bundle of the run, after checking the SHA-256 of its graph and weights.
@@ -150,6 +161,18 @@ class Run:
         model = _Unloaded(self.base(bundle))
         self.replay_onto(model, step=step)
         model.bundle.copy_to(Path(out), model.weights.save)
+
+
+def _metrics_line(text: bytes) -> dict[str, Any]:
+    line = strict_json.parse(text)
+    if type(line.get("step")) is not int:
+        raise ValueError(f"'step' is {reprlib.repr(line.get('step'))}, expected an integer")
+    evaluation = line.get("eval", {})
+    if not isinstance(evaluation, dict) or not all(
+        value is None or type(value) in (int, float) for value in evaluation.values()
+    ):
+        raise ValueError(f"'eval' is {reprlib.repr(evaluation)}, expected numbers by name")
+    return line
 
 
 class _Unloaded:
