@@ -159,7 +159,7 @@ def prepare(
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
         (folder / MODEL).write_bytes(to_bytes(onnx_model))
-        session = open_unoptimised(source, os.fspath(folder / MODEL))
+        session = open_unoptimised(source, folder / MODEL)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         ids = tensor_ids(entries)

@@ -37,7 +37,7 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
     except ImportError as error:
         raise MissingExtraError("tokenizers", "text") from error
     try:
-        tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+        tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower type
         raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
     return tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import BundleError
 from pocketzo.graph.read import from_proto, read_model, to_bytes
 from pocketzo.graph.weight import Weight
+from pocketzo.machine.paths import utf8_path
 
 MOST_FLOAT16: Final = 65504.0
 
@@ -113,16 +113,17 @@ def _with_activations(source: Path) -> tuple[list[str], bytes]:
     return names, to_bytes(model)
 
 
-def open_unoptimised(source: Path, graph: str | bytes) -> ort.InferenceSession:
+def open_unoptimised(source: Path, graph: Path | bytes) -> ort.InferenceSession:
     """Open a session without graph optimizations or prepacking."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")  # weights are mapped, not copied
     if isinstance(graph, bytes):
-        folder = os.fspath(source.parent.resolve())
+        folder = utf8_path(source.parent.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    opened = graph if isinstance(graph, bytes) else utf8_path(graph)
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(opened, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions share no public base
         raise BundleError(f"{source}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import onnxruntime as ort
 
 from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.machine.paths import utf8_path
 
 # onnxruntime's optimisations that replace weights by a copy, made when the session is created: scaled, transposed,
 # blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
@@ -96,10 +96,9 @@ def create_session(
         options.add_session_config_entry(key, entry)
     for name, value in values.items():
         options.add_initializer(name, value)
+    location = utf8_path(graph)
     try:
-        return ort.InferenceSession(
-            os.fspath(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
+        return ort.InferenceSession(location, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's own exceptions share no public base
         if prepacked:
             raise NotPrepackableError(f"onnxruntime {ort.__version__} refuses prepacked weights: {error}") from None

@@ -72,8 +72,9 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     canvas = FigureCanvasAgg(figure)
     axes: list[Any] = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0].tolist()
     method = past.recipe.method
+    name = os.fsencode(past.path.resolve().name).decode(errors="replace")
     figure.suptitle(
-        f"{past.path.resolve().name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
+        f"{name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
         f"batch {loop.batch_size}, seed {method['seed']}",
         fontsize=10,
     )
