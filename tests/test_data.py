@@ -932,11 +932,11 @@ def test_tokenizers_is_imported_late_and_leaves_no_threads(tokenizer_path: Path)
     if not Path("/proc/self/task").is_dir():
         pytest.skip("counts threads in /proc")
     code = f"""
-import os, sys, types
+import os, pathlib, sys, types
 from pocketzo.data import tokens as data
 assert "tokenizers" not in sys.modules
 before = os.listdir("/proc/self/task")
-tokenizer = data._load_tokenizer(types.SimpleNamespace(tokenizer_path={str(tokenizer_path)!r}))
+tokenizer = data._load_tokenizer(types.SimpleNamespace(tokenizer_path=pathlib.Path({str(tokenizer_path)!r})))
 assert len(tokenizer.encode_batch(["a good film"] * 256)) == 256
 assert os.listdir("/proc/self/task") == before
 """

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
+from pocketzo.errors import BundleError, DeadWeightError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
+from pocketzo.packages import require
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.base import is_column
 from pocketzo.tasks.registry import loss_text, task_for
@@ -106,16 +107,14 @@ def prepare(
         in these cases.
     DeadWeightError
         If the runtime would not see changes of a trainable weight.
-    MissingExtraError
-        If the package onnx is not installed.
+    MissingExtraError, BrokenPackageError
+        If the package onnx or onnx-ir is not installed, or cannot be imported.
     """
-    try:
-        from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
-        from pocketzo.graph.loss import add_loss
-        from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "onnx", "prepare") from error
+    require("onnx", "onnx-ir")
+    from pocketzo.graph.extract import extract_weights, point_to_weights
+    from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+    from pocketzo.graph.loss import add_loss
+    from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
 
     source = Path(model)
     if not source.is_file():

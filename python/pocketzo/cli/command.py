@@ -64,7 +64,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # click handles a closed standard output
-        except (Error, ValueError, TypeError, OSError, MemoryError) as error:
+        except (Error, ValueError, TypeError, OSError, MemoryError, ImportError) as error:
             if ctx.meta.get(_DEBUG):
                 raise
             raise _Failure(_one_line(error)) from error

@@ -93,8 +93,8 @@ def load_dataset(
         ``columns`` names a column that the bundle's task does not read.
     BundleError
         The bundle's tokenizer cannot be read.
-    MissingExtraError
-        The file holds text, and the package `tokenizers` is not installed.
+    MissingExtraError, BrokenPackageError
+        The file holds text, and the package `tokenizers` is not installed, or cannot be imported.
     """
     path = Path(path)
     task = task_of(bundle)
@@ -143,7 +143,7 @@ def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
         `texts` is a single string.
     DataError
         There is no text, a text is empty or not a string, or the model has inputs that text cannot fill.
-    BundleError, MissingExtraError
+    BundleError, MissingExtraError, BrokenPackageError
         As for :func:`load_dataset`.
     """
     if isinstance(texts, str):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.errors import BundleError, DataError, MissingExtraError
+from pocketzo.errors import BundleError, DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pocketzo.tasks.base import Task
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Example, Problems
+from pocketzo.packages import require
 from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
@@ -32,10 +33,9 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
         )
     # Its threads would outlive tokenisation, hold memory and cause a warning at every later fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingExtraError("tokenizers", "text") from error
+    require("tokenizers")
+    from tokenizers import Tokenizer
+
     try:
         tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower type
