@@ -18,6 +18,8 @@ import pytest
 from described import CLS, PAD, SEP, WORDS, described_bundle, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnx import save as save_model
 from sizes import full_or_small
 from tokenizers import Tokenizer
 
@@ -28,6 +30,7 @@ from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import BundleError, DataError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.runtime.embeddings import embedding_rows
 
 
 @pytest.fixture(scope="session")
@@ -942,3 +945,42 @@ assert os.listdir("/proc/self/task") == before
 """
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("name", ["bert-old", "bert-new", "gpt2-old", "gpt2-new", "opt-old", "mlm-new", "fresh-old"])
+def test_the_rows_of_the_embedding_are_found(bundles: Callable[[str], Bundle], name: str) -> None:
+    rows = {"input_ids": 64} if name[:3] in ("gpt", "opt") else {"input_ids": 64, "token_type_ids": 2}
+    assert embedding_rows(bundles(name)) == rows  # of the configurations in models/generate.py
+
+
+def embedding_model(folder: Path, rows: int) -> Bundle:
+    """Prepare a model with an embedding of so many rows for the tokenizer of these tests."""
+    table = numpy_helper.from_array(np.random.default_rng(0).random((rows, 3)).astype(np.float32), "table")
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["table", "ids"], ["embedded"], axis=0),
+        helper.make_node("ReduceMean", ["embedded"], ["logits"], axes=[1], keepdims=0),
+    ]
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [table])
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "m.onnx")
+    write_tokenizer(folder / "tokenizer.json")
+    return pz.prepare(folder / "m.onnx", folder / "bundle", tokenizer=folder / "tokenizer.json")
+
+
+def test_ids_beyond_the_embedding_are_refused_before_a_run(tmp_path: Path) -> None:
+    bundle = embedding_model(tmp_path, 10)
+    good = np.array([[2, 6, 9], [2, 6, 3]])
+    assert len(load_dataset(save(tmp_path, input_ids=good, labels=[0, 1]), bundle)) == 2
+    with pytest.raises(DataError, match=r"row 0: 'input_ids' must be 0 to 9, found 10 at position 2: .* has 10 rows"):
+        load_dataset(save(tmp_path, input_ids=good + [[0, 0, 1]], labels=[0, 1]), bundle)  # noqa: RUF005
+    path = write(tmp_path, "a.tsv", "a\t1\nfilm\t0\n")
+    with pytest.raises(DataError, match="line 2: the tokenizer gives token id 10, the model's embedding has 10 rows"):
+        load_dataset(path, bundle)
+
+
+def test_a_padding_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    bundle = embedding_model(tmp_path, PAD)
+    with pytest.raises(DataError, match=rf"the id of the padding token is {PAD}, the model's embedding has {PAD} rows"):
+        encode_texts(["a"], bundle)

@@ -14,6 +14,7 @@ from pocketzo.data.examples import Problems
 from pocketzo.data.sequences import Sequences
 from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
@@ -98,17 +99,19 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
     """Take what is by token out of `arrays`, cut after the last token of each row that the mask keeps."""
     given = {name: arrays.pop(name) for name in sequence.by_token}
     shape = given["input_ids"].shape
+    rows = embedding_rows(task.bundle)
     for name, values in given.items():
         if values.shape != shape or values.dtype.kind not in "iub" or not values.size:
             raise DataError(
                 f"{problems.source}: array {name!r} must be integers [n, length], the same for all of a model's token "
                 f"inputs, found {values.dtype} of shape {list(values.shape)}, and 'input_ids' of {list(shape)}"
             )
-        top = 1 if name == "attention_mask" else 2**31 - 1
+        top = 1 if name == "attention_mask" else rows.get(name, 2**31) - 1
         bad = np.zeros(shape, bool) if name == "labels" else (values < 0) | (values > top)
+        known = f": the model's embedding has {rows[name]} rows" if name in rows else ""
         for row in np.flatnonzero(bad.any(axis=1)):
             at = int(bad[row].argmax())
-            problems.add(int(row), f"{name!r} must be 0 to {top}, found {values[row, at]} at position {at}")
+            problems.add(int(row), f"{name!r} must be 0 to {top}, found {values[row, at]} at position {at}{known}")
     mask = given.get("attention_mask", np.ones(shape)) != 0
     lengths = (shape[1] - np.argmax(mask[:, ::-1], axis=1)).astype(np.int32)
     for row in np.flatnonzero(~mask.any(axis=1)):

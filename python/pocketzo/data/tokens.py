@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Example, Problems
 from pocketzo.packages import require
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
@@ -55,6 +56,12 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     longest = token_limit(bundle)
     if longest is not None:  # otherwise the tokenizer's own truncation, if any, applies
         tokenizer.enable_truncation(longest, direction=(tokenizer.truncation or {}).get("direction", "right"))
+    rows = embedding_rows(bundle).get("input_ids", 2**31)
+    if pad_id >= rows:
+        raise DataError(
+            f"{bundle.tokenizer_path}: the id of the padding token is {pad_id}, the model's embedding has {rows} rows: "
+            "name another token for the padding in this file"
+        )
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     ids, types, by_token = array("i"), array("i"), array("i")
@@ -66,6 +73,12 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
                 problems.add(number, f"a maximum length of {longest} tokens leaves no room for the text")
             if not row.ids:
                 problems.add(number, "the tokenizer finds no token in the text")
+            elif max(row.ids) >= rows:
+                problems.add(
+                    number,
+                    f"the tokenizer gives token id {max(row.ids)}, the model's embedding has {rows} rows: prepare the "
+                    "model with its own tokenizer",
+                )
             ids.extend(row.ids)
             types.extend(row.type_ids)
             lengths.append(len(row.ids))
