@@ -233,4 +233,5 @@ except ImportError as error:
     print(type(error).__name__, error)
 """
     result = subprocess.run([sys.executable, "-c", script, package], capture_output=True, text=True, check=True)
-    assert re.match(rf"MissingExtraError .*'{package}'.*pip install 'pocketzo\[prepare\]'", result.stdout)
+    name = package.replace("_", "-")
+    assert re.match(rf"MissingExtraError .*'{name}'.*pip install 'pocketzo\[prepare\]'", result.stdout)

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
+from pocketzo.errors import BundleError, DeadWeightError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
+from pocketzo.packages import require
 from pocketzo.tasks.base import is_column
 from pocketzo.tasks.registry import loss_text, task_for
 
@@ -119,20 +120,18 @@ def prepare(
         written in these cases.
     DeadWeightError
         If the runtime would not see changes of a weight that ``trainable`` selects.
-    MissingExtraError
-        If the package onnx is not installed.
+    MissingExtraError, BrokenPackageError
+        If the package onnx or onnx-ir is not installed, or cannot be imported.
     TypeError, ValueError
         If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
-    try:
-        from pocketzo.graph.compare import Origin, check_same_function
-        from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import needs_conversion, to_float16
-        from pocketzo.graph.frozen import choose, count_frozen
-        from pocketzo.graph.loss import add_loss
-        from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "onnx", "prepare") from error
+    require("onnx", "onnx-ir")
+    from pocketzo.graph.compare import Origin, check_same_function
+    from pocketzo.graph.extract import extract_weights, point_to_weights
+    from pocketzo.graph.float16 import needs_conversion, to_float16
+    from pocketzo.graph.frozen import choose, count_frozen
+    from pocketzo.graph.loss import add_loss
+    from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
 
     source = Path(model)
     if not source.is_file():

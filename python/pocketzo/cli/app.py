@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import click
 
 from pocketzo._core import __version__
 from pocketzo.cli.command import Commands
-from pocketzo.cli.console import note
+from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
 from pocketzo.cli.doctor import doctor
 from pocketzo.cli.evaluate import evaluate
@@ -22,6 +23,8 @@ from pocketzo.cli.train import train
 def main() -> None:
     """Run the command line and exit: 0, 1 for an error in the user's input, 2 for wrong usage, 130 after Ctrl-C."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        print_any_text(stream)
     cli(prog_name="pocketzo")
 
 

@@ -18,7 +18,7 @@ from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
-from pocketzo.errors import BundleError, JournalError, MemoryLimitError, MissingExtraError
+from pocketzo.errors import BrokenPackageError, BundleError, JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.cores import thread_counts
 from pocketzo.optim.block import Block
@@ -334,6 +334,8 @@ def plot_or_note(run: Path) -> None:
     """Draw ``loss.png``, or note that matplotlib is missing."""
     try:
         plot_run(run)
+    except BrokenPackageError as error:
+        note(f"note: no loss.png: {error}")
     except MissingExtraError:
         note("note: no loss.png without matplotlib: pip install 'pocketzo[plot]'")
 

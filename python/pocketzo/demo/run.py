@@ -27,6 +27,7 @@ from pocketzo.demo.probe import linear_probe, require_scikit_learn
 from pocketzo.errors import Error
 from pocketzo.export.bert import build_onnx
 from pocketzo.machine.memory import process_memory, reset_peak
+from pocketzo.machine.paths import utf8_path
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.schedule import Schedule
@@ -256,7 +257,7 @@ def _batches(data: Dataset) -> list[dict[str, NDArray[Any]]]:
 
 
 def _features(path: Path, data: Dataset) -> NDArray[np.float32]:
-    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(utf8_path(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["embedding"], batch)[0] for batch in _batches(data)])
 
 
@@ -266,7 +267,7 @@ def _guesses(model: Model, data: Dataset) -> NDArray[np.int64]:
 
 def _plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
     """Classify with onnxruntime alone, from the saved file."""
-    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(utf8_path(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], batch)[0].argmax(-1) for batch in _batches(data)])
 
 

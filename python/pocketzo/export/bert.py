@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketzo.errors import MissingExtraError
 from pocketzo.formats.files import atomic_file
+from pocketzo.packages import require
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,16 @@ def build_onnx(
         If `num_labels` is less than 2.
     Error
         If the checkpoint lacks a tensor, or has one of another type than float32.
-    MissingExtraError
-        If ``onnx`` or ``onnx-ir`` is not installed.
+    MissingExtraError, BrokenPackageError
+        If ``onnx`` or ``onnx-ir`` is not installed, or cannot be imported.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
-    try:
-        import onnx_ir as ir
-        from onnx import GraphProto, ModelProto, numpy_helper
+    require("onnx", "onnx-ir")
+    import onnx_ir as ir
+    from onnx import GraphProto, ModelProto, numpy_helper
 
-        from pocketzo.export._bert_graph import BertGraph
-    except ImportError:
-        raise MissingExtraError("onnx", "prepare") from None
+    from pocketzo.export._bert_graph import BertGraph
 
     graph = BertGraph(checkpoint)
     graph.encoder()

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 
 from pocketzo.errors import BundleError
+from pocketzo.machine.paths import utf8_path
 
 
 def open_graph(source: Path, graph: Path | onnx.ModelProto, folder: Path | None = None) -> ort.InferenceSession:
@@ -36,10 +37,10 @@ def open_graph(source: Path, graph: Path | onnx.ModelProto, folder: Path | None 
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         if isinstance(graph, Path):
-            content: str | bytes = os.fspath(graph)
+            content: str | bytes = utf8_path(graph)
         else:
             real = _relocate(_external_tensors(graph.graph), folder or source.parent)
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(real))
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(real))
             content = graph.SerializeToString()
             del graph  # it may hold the weights
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import onnxruntime as ort
 
 from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.machine.paths import utf8_path
 
 # onnxruntime's optimisations that replace weights by a copy, made when the session is created: scaled, transposed,
 # blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
@@ -63,7 +63,7 @@ def open_with_constants(
     threads : int
     """
     options = _options(values, threads, _LEVEL)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(bundle.path))
     return _create(model, options, _COPYING_OPTIMIZERS)
 
 
@@ -107,7 +107,7 @@ def create_session(
         # A prepacked copy of a weight would be used in place of the weight.
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return _create(os.fspath(graph), options, disabled)
+        return _create(utf8_path(graph), options, disabled)
     except NotPrepackableError as error:
         if prepacked:
             raise

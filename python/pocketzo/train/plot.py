@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.errors import MissingExtraError
 from pocketzo.formats.files import atomic_file
+from pocketzo.packages import require
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.run import Run
 
@@ -46,15 +46,13 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    MissingExtraError
-        matplotlib is not installed.
+    MissingExtraError, BrokenPackageError
+        matplotlib is not installed, or cannot be imported.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot") from error
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     past = Run(run)
     lines = list(past.metrics())
@@ -69,8 +67,9 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     canvas = FigureCanvasAgg(figure)
     axes: list[Any] = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0].tolist()
     method = past.recipe.method
+    name = os.fsencode(past.path.resolve().name).decode(errors="replace")
     figure.suptitle(
-        f"{past.path.resolve().name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
+        f"{name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
         f"batch {loop.batch_size}, seed {method['seed']}",
         fontsize=10,
     )
