@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
+from pocketzo.formats.bundle_writer import staged_bundle
+from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.tasks.registry import task_for
@@ -32,6 +33,7 @@ def prepare(
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
+    overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
@@ -49,7 +51,7 @@ def prepare(
     model : path-like
         An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
     out : path-like
-        The folder to write. An existing bundle is replaced when the new one is complete.
+        The folder to write.
     tokenizer : path-like, optional
         The model's ``tokenizer.json``, copied into the bundle.
     labels : sequence of str, optional
@@ -64,6 +66,9 @@ def prepare(
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
         halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
         runtime converts each weight at every use.
+    overwrite : bool
+        Whether a bundle at ``out`` is replaced, when the new one is complete. A folder that holds anything besides a
+        bundle's files is never replaced.
 
     Returns
     -------
@@ -74,8 +79,8 @@ def prepare(
     ------
     BundleError
         If the model, its external data or the tokenizer cannot be used, the labels do not match, the model exceeds the
-        range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
-        in these cases.
+        range of float16 or its outputs differ too much in it, or ``out`` exists and may not be replaced. Nothing is
+        written in these cases.
     DeadWeightError
         If the runtime would not see changes of a trainable weight.
     MissingExtraError
@@ -101,7 +106,7 @@ def prepare(
         _check_tokenizer(Path(tokenizer))
     wanted = _name_filter(trainable)
 
-    with staged_folder(out) as folder:
+    with staged_bundle(out, overwrite=overwrite) as folder:
         try:
             onnx_model = read_model(source)
             weights = extract_weights(onnx_model, source.parent)
@@ -132,10 +137,10 @@ def prepare(
         )
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
-        (folder / MODEL).write_bytes(to_bytes(onnx_model))
+        write_file(folder / MODEL, to_bytes(onnx_model))
         session = open_unoptimised(source, os.fspath(folder / MODEL))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / TOKENIZER)
+            copy_file(Path(tokenizer), folder / TOKENIZER)
         ids = tensor_ids(entries)
         bundle = Bundle(
             path=folder,

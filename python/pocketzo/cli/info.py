@@ -13,7 +13,7 @@ import click
 from rich.table import Table
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import fact, out, print_facts
+from pocketzo.cli.console import fact, out, print_facts, say
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
@@ -44,7 +44,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         if tensors or as_json:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     listed = facts.pop("tensors", None)
     if facts.get("task"):

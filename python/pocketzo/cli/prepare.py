@@ -13,6 +13,7 @@ from pocketzo.cli.console import quoted, say, size_text
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
+from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import prepare as prepare_bundle
 
 
@@ -52,7 +53,7 @@ def prepare(
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
     """
-    refuse_existing(output, force=force)
+    check_output(output, force=force)
     bundle = prepare_bundle(
         model,
         output,
@@ -61,14 +62,15 @@ def prepare(
         max_length=max_length,
         trainable=trainable,
         dtype=dtype,
+        overwrite=force,
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
     say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
 
 
-def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Raise a :class:`BundleError` if the path exists, unless it is a bundle that may be replaced."""
-    if os.path.lexists(path) and not (force and (path / "bundle.json").is_file()):
-        how = "choose another folder, or --force to replace a bundle" if not force else "it is not a bundle"
-        raise BundleError(f"{path}: already exists: {how}")
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Raise a :class:`BundleError` if the path exists, unless ``force`` is given and it is a bundle alone."""
+    if os.path.lexists(path) and not force:
+        raise BundleError(f"{path}: already exists; choose another folder, or --force to replace a bundle")
+    check_target(path, overwrite=force)

@@ -34,14 +34,16 @@ import reprlib
 import struct
 import zlib
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pocketzo.errors import JournalError
 from pocketzo.formats import strict_json
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.files import append, cut, named
+from pocketzo.formats.staging import staged_file
 from pocketzo.kernels import SPEC_VERSION
 
 try:
@@ -111,7 +113,7 @@ class Journal:
         A description of the incomplete end of the file that was dropped; None if there was none.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, contents: _Contents) -> None:
+    def __init__(self, path: Path, file: FileIO, contents: _Contents) -> None:
         self.path = path
         self.header = contents.header
         self.entries = contents.entries
@@ -127,7 +129,7 @@ class Journal:
         if path.exists():
             raise JournalError(f"{path} is there already: resume that run, or choose another folder")
         text = strict_json.dump({"format": _FORMAT, "spec": SPEC_VERSION, **header})
-        with atomic_file(path) as file:
+        with staged_file(path) as file:
             file.write(_MAGIC + _WORD.pack(len(text)) + text + _WORD.pack(zlib.crc32(text)))
         return cls.open(path)
 
@@ -159,8 +161,7 @@ class Journal:
                     raise JournalError(f"{path}: cannot be locked: {error.strerror}") from None
             contents = _read(path, file.read())
             if write and contents.notice:
-                file.truncate(contents.ends[-1])
-                file.seek(0, os.SEEK_END)
+                cut(file, contents.ends[-1], path)
             if not write:
                 file.close()
             return cls(path, file, contents)
@@ -187,30 +188,21 @@ class Journal:
         """
         body = _pack(entry)
         crc = zlib.crc32(body, self._crcs[-1])
-        left = memoryview(body + _WORD.pack(crc))
-        size = len(left)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except BaseException:  # a full disk may have accepted a part
-            self._cut(self._ends[-1])
-            raise
-        self._ends.append(self._ends[-1] + size)
+        body += _WORD.pack(crc)
+        append(self._file, body, self._ends[-1], self.path)
+        self._ends.append(self._ends[-1] + len(body))
         self._crcs.append(crc)
 
     def truncate(self, count: int) -> None:
         """Drop the entries after the first ``count``."""
         self.entries = self.entries[:count]
-        self._cut(self._ends[count])
+        cut(self._file, self._ends[count], self.path)
         del self._ends[count + 1 :], self._crcs[count + 1 :]
-
-    def _cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self._file.seek(end)
 
     def sync(self) -> None:
         """Flush the file to storage (fsync)."""
-        os.fsync(self._file.fileno())
+        with named(self.path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file and release its lock."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
 
 ALIGNMENT: Final = 64
 PADDING: Final = "pocketzo.padding."
@@ -167,7 +167,7 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
-    with atomic_file(path) as file:
+    with staged_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors:
             file.write(bytes(-file.tell() % ALIGNMENT))
