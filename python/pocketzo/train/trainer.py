@@ -236,6 +236,8 @@ class Trainer:
         self._evaluations = {
             line["step"]: line["eval"] for line in past.metrics() if "eval" in line and line["step"] <= steps
         }
+        if steps and self.loop.snapshot_every and steps % self.loop.snapshot_every == 0:
+            self._writer.snapshot(self.optimizer)  # a killed run may have missed it
         for entry in reversed(past.entries[:steps]):
             if entry.lr or any(entry.coefficients.values()):
                 break
