@@ -1,5 +1,6 @@
 /* Stands between a process and the C library (LD_PRELOAD): records what the process asks of the file system below one
- * folder, kills the process at a chosen request, or lets the disk be full after a chosen number of bytes.
+ * folder, kills the process at a chosen request, lets the disk be full after a chosen number of bytes, or refuses to
+ * exchange names, as some file systems do.
  *
  * A request is one line of tab-separated fields in the log, written before the request is made:
  *
@@ -40,10 +41,12 @@ static long requests, kill_at;
 static double written_of_killed;
 static long room = -1;
 static int full_error;
+static int can_swap = 1;
 static char ours[FILES];
 
 /* Begins; kill_request counts from 1 and is 0 for never, bytes_of_room is -1 for no limit. */
-void faults_begin(const char *folder, int log, long kill_request, double part, long bytes_of_room, int error) {
+void faults_begin(const char *folder, int log, long kill_request, double part, long bytes_of_room, int error,
+                  int swaps) {
   snprintf(root, sizeof root, "%s/", folder);
   root_length = strlen(root);
   log_file = log;
@@ -51,6 +54,7 @@ void faults_begin(const char *folder, int log, long kill_request, double part, l
   written_of_killed = part;
   room = bytes_of_room;
   full_error = error;
+  can_swap = swaps;
 }
 
 static void say(const char *format, ...) {
@@ -240,6 +244,7 @@ static int change(const char *what, int folder, const char *a, int other, const 
 }
 
 int renameat2(int folder, const char *a, int other, const char *b, unsigned flags) {
+  if (flags & 2 && !can_swap) return errno = EINVAL, -1;
   return change(flags & 2 ? "swap" : "rename", folder, a, other, b, SYS_renameat2, flags, 0);
 }
 int renameat(int folder, const char *a, int other, const char *b) { return renameat2(folder, a, other, b, 0); }

@@ -76,6 +76,7 @@ class Lives:
         delay: float | None = None,
         room: int = -1,
         error: int = 0,
+        swaps: bool = True,
         record: Path | None = None,
     ) -> Life:
         """Run a command.
@@ -92,6 +93,8 @@ class Lives:
             Kill it after so many seconds.
         room, error : int
             After so many bytes, writes fail with this error.
+        swaps : bool
+            Whether the file system exchanges names.
         record : Path, optional
             Append the requests to this file.
         """
@@ -104,6 +107,7 @@ class Lives:
             "delay": delay,
             "room": room,
             "error": error,
+            "swaps": swaps,
             "record": record and os.fspath(record),
             "stdout": os.fspath(out),
             "stderr": os.fspath(err),
