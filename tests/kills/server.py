@@ -17,8 +17,15 @@ def _live(job: dict[str, Any], main: Any) -> int:
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     record = os.open(job["record"], os.O_WRONLY | os.O_CREAT | os.O_APPEND) if job["record"] else -1
     begin = ctypes.CDLL(None).faults_begin
-    integer, number = ctypes.c_int, ctypes.c_long
-    begin.argtypes = [ctypes.c_char_p, integer, number, ctypes.c_double, number, integer, integer]
+    begin.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_long,
+        ctypes.c_double,
+        ctypes.c_long,
+        ctypes.c_int,
+        ctypes.c_int,
+    ]
     begin(os.fsencode(job["root"]), record, job["kill_at"], job["part"], job["room"], job["error"], job["swaps"])
     sys.argv[1:] = job["words"]
     try:
