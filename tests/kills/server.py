@@ -42,7 +42,7 @@ def _live(job: dict[str, Any], main: Any) -> int:
 
 def serve() -> None:
     """Read jobs, a line each; answer with the exit code and the seconds of each."""
-    import matplotlib.backends.backend_agg  # noqa: F401  what commands import when they need it
+    import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import onnx_ir  # noqa: F401
 
