@@ -244,8 +244,12 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["prepare", "{model}", "-o", "new", "--tokenizer", "missing.json"], "missing.json"),
         (["prepare", "{model}", "-o", "new", "--max-length", "0"], "max_length"),
         (["prepare", "{model}", "-o", "cut"], "cut: already exists"),
+        (["prepare", "{model}", "-o", "x" * 256], f"{'x' * 256}: File name too long"),
+        (["prepare", "{model}", "-o", "data.txt/new"], "data.txt"),
         (["demo", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
-        (["demo", "--output", "folder"], "folder: holds something else than an earlier demo"),
+        (["demo", "--output", "folder"], "folder: holds something else than an earlier demo: folder/file; choose"),
+        (["demo", "--output", "demo"], "demo: holds something else than an earlier demo: demo/base/note.txt; choose"),
+        (["demo", "--output", "killed", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -253,6 +257,11 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
 def test_an_error_in_the_input(workspace: Workspace, tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
+    (tmp_path / "killed" / ".pocketzo-0123456789abcdef" / "new").mkdir(parents=True)  # left by a demo
+    (tmp_path / "demo" / "run").mkdir(parents=True)
+    (tmp_path / "demo" / "run" / "journal.pzj").touch()
+    shutil.copytree(workspace.base, tmp_path / "demo" / "base")
+    (tmp_path / "demo" / "base" / "note.txt").touch()
     (tmp_path / "data.txt").write_text("neither data nor a model")
     (tmp_path / "bad.jsonl").write_text('{"text": "w1", "label": "red"}\n{"text": "w1", "label": \n')
     (tmp_path / "empty.tsv").touch()

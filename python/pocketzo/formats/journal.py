@@ -159,7 +159,9 @@ class Journal:
                     raise JournalError(f"{path}: another process is writing to this run") from None
                 except OSError as error:
                     raise JournalError(f"{path}: cannot be locked: {error.strerror}") from None
-            contents = _read(path, file.read())
+            with named(path):
+                data = file.read()
+            contents = _read(path, data)
             if write and contents.notice:
                 cut(file, contents.ends[-1], path)
             if not write:

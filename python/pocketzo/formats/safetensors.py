@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
+from pocketzo.formats.files import named
 from pocketzo.formats.staging import staged_file
 
 ALIGNMENT: Final = 64
@@ -72,7 +73,7 @@ def header_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     path = Path(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
@@ -176,7 +177,7 @@ def write(
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    with named(path), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
