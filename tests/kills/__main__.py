@@ -12,14 +12,16 @@ import numpy as np
 from conftest import write_tiny_data, write_tiny_onnx
 
 from kills.lives import Lives
-from kills.scenarios import Bench, disturb
+from kills.scenarios import Bench, disturb, kill_at_every_request
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kills", description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="disturbances of each kind  [default: 100]")
     parser.add_argument("--seed", type=int, default=None, help="[default: a random one, which is printed]")
-    parser.add_argument("--kind", choices=("kill", "cut", "fill"), action="append", help="[default: all of them]")
+    parser.add_argument(
+        "--kind", choices=("every", "kill", "cut", "fill"), action="append", help="[default: the last three]"
+    )
     arguments = parser.parse_args()
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if arguments.seed is None else arguments.seed
     print(f"--seed {seed}", flush=True)
@@ -37,7 +39,10 @@ def main() -> None:
             for kind in arguments.kind or ("kill", "cut", "fill"):
                 started = time.monotonic()
                 done: Counter[str] = Counter()
-                for name, line in disturb(bench, kind, arguments.count, seed):
+                events = (
+                    kill_at_every_request(bench) if kind == "every" else disturb(bench, kind, arguments.count, seed)
+                )
+                for name, line in events:
                     done[name] += 1
                     if sum(done.values()) % 50 == 0:
                         print(f"{kind} {sum(done.values())}: {line}", flush=True)

@@ -149,6 +149,12 @@ class Bench:
             self._check(scenario, before)
         return life.code == KILLED
 
+    def kill_at(self, scenario: Scenario, request: int) -> None:
+        """Run the command, killed at a request."""
+        life = self.lives.run(scenario.words, scenario.root, kill_at=request, part=0.5, swaps=scenario.swaps)
+        self._expect(life.code in (0, KILLED), f"exit code {life.code}: {life.err}")
+        self._check(scenario, 0)
+
     def finish(self, scenario: Scenario) -> None:
         """Run the command undisturbed; everything must be as if it had never been disturbed."""
         life = self._good(scenario.words, scenario.root, swaps=scenario.swaps)
@@ -243,6 +249,19 @@ class Bench:
     def _expect(holds: bool, message: str) -> None:
         if not holds:
             raise LossError(message)
+
+
+def kill_at_every_request(bench: Bench) -> Iterator[tuple[str, str]]:
+    """Kill each command at each of its requests, a fresh start each time; yield as :func:`disturb`."""
+    for scenario in bench.scenarios.values():
+        for at in range(1, scenario.requests + 1):
+            bench.reset(scenario)
+            try:
+                bench.kill_at(scenario, at)
+                bench.finish(scenario)
+            except (LossError, Error) as failure:
+                raise LossError(f"{scenario.name}, killed at request {at}: {failure}") from None
+            yield scenario.name, f"killed at request {at}"
 
 
 def disturb(bench: Bench, kind: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
