@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -132,13 +133,30 @@ def asan(session: nox.Session) -> None:
         subprocess.check_output(["gcc", f"-print-file-name=lib{name}.so"], text=True).strip()
         for name in ("asan", "stdc++")
     ]
-    run_pytest(
-        *(session, "AddressSanitizer and UBSan", "host"),
-        *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"),
-        LD_PRELOAD=" ".join(libraries),
-        ASAN_OPTIONS="detect_leaks=0",
-        PYTHONPATH="build/asan/python",
-    )
+    sanitized = {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": "build/asan/python",
+    }
+    command = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py")
+    run_pytest(session, "AddressSanitizer and UBSan", "host", *command, **sanitized)
+    run_fuzz(session, 30, "journal", "weights", **sanitized)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the readers of all files for a minute, by new cases each time."""
+    environment(session)
+    run_fuzz(session, 60)
+
+
+def run_fuzz(session: nox.Session, seconds: int, *kinds: str, **env: str) -> None:
+    """Run tests/fuzz for some seconds, with a seed that it prints."""
+    seed = str(random.SystemRandom().randrange(10**6))
+    paths = ("tests", *filter(None, (env.pop("PYTHONPATH", None),)))
+    command = ("python", "-m", "fuzz", *kinds, "--seconds", str(seconds), "--seed", seed)
+    session.run(*command, env=env | {"PYTHONPATH": os.pathsep.join(paths)})
+    note(session, f"fuzzing of {', '.join(kinds) or 'all files'}: {seconds} s with seed {seed}")
 
 
 @nox.session

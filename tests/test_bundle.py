@@ -18,6 +18,7 @@ from pocketzo import BundleError
 from pocketzo.formats.bundle import FILES, Bundle, TaskSpec, tensor_ids
 from pocketzo.formats.bundle_writer import copy_bundle, staged_bundle
 from pocketzo.formats.exchange import exchange
+from pocketzo.formats.probe import write_probe
 from pocketzo.formats.safetensors import write
 from pocketzo.prepare import prepare
 
@@ -58,7 +59,7 @@ def test_what_was_prepared_is_read(prepared: Path) -> None:
     assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
     assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
     assert bundle.trainable == {"all": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
-    assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"]})
+    assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"], "loss": "cross-entropy"})
     assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
 
 
@@ -85,10 +86,24 @@ def test_ids_do_not_depend_on_the_order(names: set[str]) -> None:
     assert all(0 <= number < 0xFFFFFFFF for number in ids.values())
 
 
-@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json", "probe.npz"])
 def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     with pytest.raises(BundleError, match=name):
+        Bundle.read(bundle)
+
+
+def test_a_damaged_probing_batch_is_named(bundle: Path) -> None:
+    data = (bundle / "probe.npz").read_bytes()
+    arrays = dict(np.load(bundle / "probe.npz"))
+    inside = data.index(b"NUMPY") + 140
+    for damaged in (b"", data[:-40], data[:inside] + b"?" + data[inside + 1 :]):
+        (bundle / "probe.npz").write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"probe\.npz: not an \.npz of plain arrays"):
+            Bundle.read(bundle)
+    del arrays["labels"]
+    write_probe(bundle / "probe.npz", arrays)
+    with pytest.raises(BundleError, match=r"probe\.npz: the input 'labels' .* is missing"):
         Bundle.read(bundle)
 
 
@@ -125,6 +140,8 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(max_length=True), "'max_length' is True"),
     (edited(tokenizer="../secret"), r"'tokenizer' is '../secret', expected 'tokenizer\.json' or null"),
     (edited(tokenizer=""), "'tokenizer'"),
+    (edited(probe="../secret"), r"'probe' is '../secret', expected 'probe\.npz' or null"),
+    (lambda description: description.pop("probe"), "'probe' is missing"),
     (edited(inputs=[{"name": "x"}]), r"inputs\[0\]: 'dtype' is missing"),
     (edited(inputs=[7]), r"inputs\[0\] is 7, expected an object"),
     (edited(inputs={}), r"'inputs' is {}, expected a list"),

@@ -243,6 +243,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["prepare", "{model}", "-o", "new", "--labels", "one,,two"], "labels"),
         (["prepare", "{model}", "-o", "new", "--tokenizer", "missing.json"], "missing.json"),
         (["prepare", "{model}", "-o", "new", "--max-length", "0"], "max_length"),
+        (["prepare", "{model}", "-o", "new", "--probe", "missing.npz"], "missing.npz: cannot be read: No such file"),
         (["prepare", "{model}", "-o", "cut"], "cut: already exists"),
         (["prepare", "{model}", "-o", "x" * 256], f"{'x' * 256}: File name too long"),
         (["prepare", "{model}", "-o", "data.txt/new"], "data.txt"),
@@ -280,6 +281,17 @@ def test_an_error_in_the_input(workspace: Workspace, tmp_path: Path, arguments: 
 
 def contents(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_prepare_takes_a_probing_batch(workspace: Workspace, tmp_path: Path) -> None:
+    ids = np.array([[3, 4, 5], [6, 7, 0], [9, 0, 0]])
+    np.savez(tmp_path / "batch.npz", input_ids=ids, attention_mask=(ids > 0).astype(np.int64))
+    good("prepare", workspace.model, "-o", tmp_path / "new", "--probe", tmp_path / "batch.npz")
+    with np.load(tmp_path / "new" / "probe.npz") as kept:
+        np.testing.assert_array_equal(kept["input_ids"], ids)
+    np.savez(tmp_path / "batch.npz", input_ids=ids)
+    line = refused("prepare", workspace.model, "-o", tmp_path / "other", "--probe", tmp_path / "batch.npz")
+    assert "batch.npz: the input 'attention_mask' (int64 of shape ['batch', 'sequence']) is missing" in line
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -327,7 +339,8 @@ def test_force_replaces_a_bundle_and_nothing_else(workspace: Workspace, tmp_path
 
 
 def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
-    table, journal, evaluate, replay = workspace.output.rsplit("\n", 4)[:-1]
+    table, journal, verdict, evaluate, replay = workspace.output.rsplit("\n", 5)[:-1]
+    assert re.match(r"accuracy rose from [\d.]+ % to [\d.]+ % \(standard error of the difference [\d.]+ %\)$", verdict)
     header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table.splitlines())
     assert header[:2] == ["before", "after step 60"]
     assert header[2].startswith("best, step ")
@@ -389,7 +402,7 @@ def test_eval_prints_the_metrics_that_are_asked_for(workspace: Workspace, tmp_pa
     assert re.fullmatch(pattern, good(*words, "perplexity, accuracy"))
     process = pocketzo(*words, "f1,recall")
     assert process.returncode == 2
-    assert "'recall' is not one of accuracy, f1, matthews, loss, perplexity" in process.stderr
+    assert "'recall' is not one of accuracy, f1, matthews, subset-accuracy, " in process.stderr
 
 
 def test_eval_of_a_bundle_takes_no_step(workspace: Workspace) -> None:
@@ -438,13 +451,14 @@ def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -
         "--patience",
         3,
     )
-    assert "ended after step 4 of 1000: 3 evaluations without a better one" in output
+    assert "ended after step 3 of 1000: 3 evaluations without a better one" in output
 
 
 def test_info(workspace: Workspace) -> None:
     bundle = json.loads(good("info", workspace.base, "--json"))
     assert bundle["kind"] == "bundle"
-    assert bundle["task"] == {"name": "classification", "settings": {"labels": list(LABELS)}}
+    settings = {"labels": list(LABELS), "loss": "cross-entropy"}
+    assert bundle["task"] == {"name": "classification", "settings": settings}
     assert bundle["sets"] == {"all": bundle["trainable"]}
     assert bundle["tuned"] is False
     assert bundle["parameters"] >= bundle["trainable"] > 1000
@@ -456,6 +470,7 @@ def test_info(workspace: Workspace) -> None:
     assert run["last"]["count"] == 45
     assert bundle["prepacking"] == "can be prepacked: 2 matrices, 0.0 MB"
     assert re.search(r"task +classification, labels red, green, blue *\n", good("info", workspace.base))
+    assert re.search(r"loss +cross-entropy of 'logits' over 3 classes *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
 
@@ -557,24 +572,29 @@ def uninterrupted(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 
 
 def interrupt(workspace: Workspace, run: Path, *numbers: signal.Signals, before: str = "") -> tuple[int, str, str]:
-    """Train until there are some steps, send the signals 0.1 s apart, and return the exit code and what was said."""
+    """Train until there are some steps, send signals, each when the one before was noted; return code and output."""
     process = subprocess.Popen(
         [*program(before), "train", *workspace.words("-o", run, *LONG_RUN)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stderr is not None
     journal = run / "journal.pzj"
     deadline = time.monotonic() + 120
     while not (journal.exists() and pz.Run(run).steps > 1):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+    noted = ""
     for number in numbers:
         process.send_signal(number)
-        time.sleep(0.1)
+        for line in process.stderr:
+            noted += line
+            if "stopping after this step" in line:
+                break
     output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
+    return process.returncode, output, noted + errors
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -665,7 +685,7 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
     process = pocketzo(*command, "--max-memory", "2G", before=full)
     assert process.returncode == 1
     assert "was stopped" in process.stderr
-    assert "Stopped in the first step, so that there is no journal" in process.stderr
+    assert "Stopped before the end of the first step, so that there is no journal" in process.stderr
     good(*command, "--batch-size", 4)
 
 
@@ -683,15 +703,27 @@ def test_going_on_without_prepacked_weights_warns(workspace: Workspace, tmp_path
 def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
     workspace: Workspace, uninterrupted: str, tmp_path: Path
 ) -> None:
-    slow = "import time, pocketzo\nloss = pocketzo.Model.loss\n"
-    slow += "pocketzo.Model.loss = lambda model, batch: (time.sleep(0.05), loss(model, batch))[1]"
-    returned, output, errors = interrupt(workspace, tmp_path / "run", signal.SIGTERM, signal.SIGTERM, before=slow)
+    # After the first signal no step ends, so that the second one, however late, comes in the middle of it.
+    endless = "import time, pocketzo\nfrom pocketzo.cli import progress\nloss = pocketzo.Model.loss\n"
+    endless += "stopping = lambda: any(s.received for s in alive)\nalive = []\nenter = progress._Signals.__enter__\n"
+    endless += "progress._Signals.__enter__ = lambda s: (alive.append(s), enter(s))[1]\n"
+    endless += "pocketzo.Model.loss = lambda model, batch: (time.sleep(60 * stopping() + 0.01), loss(model, batch))[1]"
+    returned, output, errors = interrupt(workspace, tmp_path / "run", signal.SIGTERM, signal.SIGTERM, before=endless)
     assert returned == 143
     assert "ended at once; to go on: pocketzo train --resume" in errors
     assert output == ""
     assert "Traceback" not in errors
     good("train", "--resume", tmp_path / "run")
     assert weights_after(tmp_path / "run", tmp_path / "tuned") == uninterrupted
+
+
+def test_a_signal_after_the_last_step_changes_nothing_more(workspace: Workspace, tmp_path: Path) -> None:
+    late = "import os, signal\nfrom pocketzo.cli import train\nsummary = train._print_summary\n"
+    late += "again = lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(3)]\n"
+    late += "train._print_summary = lambda past: (again(), summary(past))"
+    returned, output, errors = interrupt(workspace, tmp_path / "run", signal.SIGTERM, before=late)
+    assert returned == 143, errors
+    assert "to go on: pocketzo train --resume" in output
 
 
 def test_resume_tells_of_a_torn_record_and_finds_moved_files(workspace: Workspace, tmp_path: Path) -> None:
@@ -915,3 +947,33 @@ def test_process_memory_is_this_process() -> None:
     assert more > resident + 0.9 * ballast.nbytes
     assert higher >= more
     del ballast
+
+
+# ---- what a run guarantees -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_ruins_the_model_says_so(workspace: Workspace, tmp_path: Path) -> None:
+    for more in ((), ("--eval", workspace.dev)):
+        run = tmp_path / f"run{len(more)}"
+        words = ("--data", workspace.train, *more, "--steps", 60, "--threads", 1, "--lr", 1e6, "--method", "mezo")
+        process = pocketzo("train", workspace.base, *words, "-o", run)
+        assert process.returncode == 0, process.stderr
+        assert re.search(r"^(training )?loss rose from |^accuracy (fell|did not move)", process.stdout, re.MULTILINE)
+        assert "note: the run made the model worse: try a tenth of the lr" in process.stderr or more
+
+
+def test_best_needs_an_evaluation(workspace: Workspace, tmp_path: Path) -> None:
+    words = ("--data", workspace.train, "--steps", 2, "--threads", 1, "-o", tmp_path / "run")
+    good("train", workspace.base, *words)
+    line = refused("replay", tmp_path / "run", "--best", "-o", tmp_path / "out")
+    assert "--best chooses by evaluations, and the run has none with a finite value" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_says_beforehand_what_it_will_take(workspace: Workspace, tmp_path: Path) -> None:
+    process = pocketzo("train", *workspace.words("--steps", 2, "-o", tmp_path / "run"))
+    assert re.search(
+        r"^longest batch: \d+ x \d+ tokens, [\d.]+ m?s a forward, [\d.]+ MB; 2 steps take about \d+:\d\d$",
+        process.stderr,
+        re.MULTILINE,
+    )

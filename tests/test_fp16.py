@@ -136,7 +136,7 @@ def then(first: str, second: str) -> list[onnx.NodeProto]:
         ),
         (
             then("Mul", "Mul"),
-            {"w": WEIGHT, "a": 6e4, "b": 1e-4},
+            {"w": 4 * WEIGHT, "a": 6e4, "b": 1e-4},
             r"'h' reaches \d+ on a probing batch, and float16 ends at 65504: prepare the model in float32",
         ),
         (

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from graphs import model_of, node, weight
 from onnx import helper
 
 import pocketzo as pz
@@ -71,6 +72,20 @@ def test_without_labels_there_are_logits_and_no_loss(model: pz.Model) -> None:
     np.testing.assert_array_equal(got["logits"], model.run(BATCH)["logits"])
     with pytest.raises(ValueError, match="labels"):
         model.loss(unlabelled)
+
+
+def test_without_labels_the_first_input_may_have_any_shape(tmp_path: Path) -> None:
+    nodes = [
+        node("ReduceMean", "state", "a", axes=[0], keepdims=0),
+        node("Cast", "rate", "r", to=1),
+        node("Mul", "a r", "b"),
+        node("MatMul", "b W", "logits"),
+    ]
+    inputs: list[tuple[str, int, tuple[int | str, ...]]] = [("rate", 7, ()), ("state", 1, (2, "batch", 4))]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("W", 4, 3)], inputs=inputs)
+    model = pz.load(pz.prepare(path, tmp_path / "bundle"), threads=1)
+    batch = {"rate": np.array(2), "state": np.ones((2, 5, 4), np.float32)}
+    assert model.run(batch)["logits"].shape == (5, 3)
 
 
 def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: Path) -> None:

@@ -596,7 +596,7 @@ def test_bad_settings(model: pz.Model, arguments: dict[str, Any], message: str) 
 
 
 def test_bad_parts() -> None:
-    with pytest.raises(ValueError, match="lr must be >= 0 and eps > 0"):
+    with pytest.raises(ValueError, match="group 'x': eps must be finite and greater than 0, got 0"):
         pz.ParamGroup("x", eps=0)
     with pytest.raises(ValueError, match="schedule must be"):
         pz.Schedule("exponential")  # type: ignore[arg-type]
@@ -605,7 +605,7 @@ def test_bad_parts() -> None:
 
 
 def test_queries_must_be_enough(model: pz.Model) -> None:
-    with pytest.raises(ValueError, match="queries must be at least 2 for fzoo, got 1"):
+    with pytest.raises(ValueError, match="queries of fzoo must be at least 2, got 1"):
         pz.FZOO(model, lr=1.0, queries=1)
-    with pytest.raises(ValueError, match="queries must be at least 1 for mezo, got 0"):
+    with pytest.raises(ValueError, match="queries of mezo must be at least 1, got 0"):
         pz.MeZO(model, lr=1.0, queries=0)

@@ -108,7 +108,12 @@ def with_nodes(nodes: list[onnx.NodeProto], weights: list[TensorProto]) -> Calla
         (with_half_of_the_data, "cut off"),
         (with_data_elsewhere, "not a file beside the model"),
         (with_short_raw_data, "'fc.weight'.*cut off"),
-        (lambda path: linear(path, opset=12), "operator set 12"),
+        (
+            lambda path: model_of(
+                path, [node("Old", "x", "y"), node("MatMul", "y w", "logits")], [weight("w", 4, 3)], opset=12
+            ),
+            "operator set 12, and onnx does not convert it; export",
+        ),
         (with_nodes([node("Tanh", "x", "logits")], []), "no float32 weights"),
         (
             with_nodes([node("NotAnOperator", "x", "y"), node("MatMul", "y w", "logits")], [weight("w", 4, 3)]),

@@ -20,11 +20,14 @@ from pocketzo.errors import BundleError, DataError, TrainingError
 from pocketzo.formats.bundle import Bundle, TaskSpec, ValueSpec
 from pocketzo.tasks.base import IGNORED
 from pocketzo.tasks.classification import Classification
+from pocketzo.tasks.multi_label import MultiLabel
 from pocketzo.tasks.objective import metric_objective
 from pocketzo.tasks.registry import TASKS, task_for, task_of
+from pocketzo.tasks.regression import Regression
 from pocketzo.tasks.tokens import TokenClassification
 
 MODELS = Path(__file__).parent / "models"
+CE = {"loss": "cross-entropy"}
 
 # ---- which task a graph is for ---------------------------------------------------------------------------------------
 
@@ -32,9 +35,9 @@ MODELS = Path(__file__).parent / "models"
 @pytest.mark.parametrize(
     ("model", "labels", "spec"),
     [
-        ("bert-old", ["a", "b", "c"], TaskSpec("classification", {"labels": ["a", "b", "c"]})),
-        ("bert-old", None, TaskSpec("classification")),
-        ("gpt2-old", None, TaskSpec("token-classification")),
+        ("bert-old", ["a", "b", "c"], TaskSpec("classification", {"labels": ["a", "b", "c"]} | CE)),
+        ("bert-old", None, TaskSpec("classification", CE)),
+        ("gpt2-old", None, TaskSpec("token-classification", CE)),
     ],
 )
 def test_preparing_finds_the_task(model: str, labels: list[str] | None, spec: TaskSpec, tmp_path: Path) -> None:
@@ -48,37 +51,59 @@ def spec(name: str, dtype: str, *shape: int | str) -> ValueSpec:
 
 
 @pytest.mark.parametrize(
-    ("label_input", "logits", "name"),
+    ("label_input", "scores", "settings", "name"),
     [
-        (("int64", "b"), ("float32", "b", 3), "classification"),
-        (("int32", "b"), None, "classification"),
-        (None, ("float32", "b", 3), "classification"),
-        (("int64", "b", "s"), ("float32", "b", "s", 3), "token-classification"),
-        (("int64", "b", "s"), None, "token-classification"),
-        (None, ("float16", "b", "s", 3), "token-classification"),
-        (("float32", "b"), ("float32", "b", 1), None),  # a regression
-        (("int64", "b", 3), ("float32", "b", 3), None),  # several labels an example
-        (("int64", "b"), ("float32", "b", "s", 3), None),
-        (("int64",), ("float32", "b", 3), None),
-        (None, None, None),
+        (("int64", "b"), ("float32", "b", 3), {}, "classification"),
+        (("int64", "b"), ("float32", "b", 3), CE, "classification"),
+        (("int32", "b"), None, {}, "classification"),
+        (None, ("float32", "b", 3), {}, "classification"),
+        (("int64", "b"), ("float32", "b", 1), {"loss": "bce", "threshold": 0.0}, "classification"),
+        (None, ("float32", "b"), {"threshold": 0.5}, "classification"),
+        (("int64", "b", "s"), ("float32", "b", "s", 3), {}, "token-classification"),
+        (("int64", "b", "s"), ("float32", "b", "s", 3), CE, "token-classification"),
+        (("int64", "b", "s"), None, {}, "token-classification"),
+        (None, ("float16", "b", "s", 3), {}, "token-classification"),
+        (("float32", "b", 3), ("float32", "b", 3), {"loss": "bce", "threshold": 0.0}, "multi-label"),
+        (None, ("float32", "b", 3), {"threshold": 0.5}, "multi-label"),
+        (("float32", "b"), ("float32", "b"), {"loss": "mse"}, "regression"),
+        (("float32", "b"), ("float32", "b", 1), {"loss": "mse"}, "regression"),
+        (("float32", "b", 3), ("float32", "b", 3), {"loss": "mse"}, "regression"),
+        # With a loss of the graph's own, a regression looks like several labels an example, and one like another.
+        (("float32", "b"), ("float32", "b", 1), {}, None),
+        (("int64", "b"), ("float32", "b", 1), {}, None),
+        (("float32", "b", 3), ("float32", "b", 3), {}, None),
+        (("int64", "b", 3), ("float32", "b", 3), {}, None),
+        (("int64", "b"), ("float32", "b", "s", 3), {}, None),
+        (("int64",), ("float32", "b", 3), {}, None),
+        (None, None, {}, None),
     ],
 )
-def test_a_task_for_a_graph(label_input: Any, logits: Any, name: str | None) -> None:
+def test_a_task_for_a_graph(label_input: Any, scores: Any, settings: Any, name: str | None) -> None:
     inputs = [spec("x", "float32", "b", 4)] + ([] if label_input is None else [spec("labels", *label_input)])
-    outputs = [spec("loss", "float32")] + ([] if logits is None else [spec("scores", *logits)])
-    found = task_for(inputs, outputs, None if logits is None else "scores", ["a", "b", "c"])
-    assert found == (None if name is None else TaskSpec(name, {"labels": ["a", "b", "c"]}))
+    outputs = [spec("loss", "float32")] + ([] if scores is None else [spec("scores", *scores)])
+    found = task_for(inputs, outputs, None if scores is None else "scores", **settings)
+    assert found == (None if name is None else TaskSpec(name, settings))
+    if name not in (None, "regression"):
+        named = task_for(inputs, outputs, None if scores is None else "scores", labels=("a", "b", "c"), **settings)
+        assert named is not None
+        assert named.settings == {"labels": ["a", "b", "c"]} | settings
 
 
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        (TaskSpec("poetry"), "unknown task 'poetry'; this PocketZO knows classification, token-classification"),
+        (TaskSpec("poetry"), "unknown task 'poetry'; this PocketZO knows classification, token-classification, "),
         (TaskSpec("classification", {"lables": ["a", "b"]}), "setting 'lables' of task 'classification' is unknown"),
         (
             TaskSpec("classification", {"labels": ["a", "b", "c"]}),
-            "task 'classification': 'labels' has 3 names, and the logits have 2 classes",
+            "task 'classification': 'labels' has 3 names, and the scores have 2 classes",
         ),
+        (TaskSpec("classification", {"loss": "mse"}), "task 'classification': 'loss' must be 'cross-entropy' or 'bce'"),
+        (
+            TaskSpec("classification", {"threshold": "no"}),
+            "task 'classification': 'threshold' must be a number, got 'no'",
+        ),
+        (TaskSpec("regression", {"labels": ["a"]}), "setting 'labels' of task 'regression' is unknown"),
     ],
 )
 def test_a_task_that_does_not_fit_the_bundle_is_refused(task: TaskSpec, reason: str, tmp_path: Path) -> None:
@@ -381,7 +406,8 @@ def test_an_objective_needs_labels_and_its_output(model: pz.Model, data: pz.Data
 
 
 def test_each_task_says_what_it_is() -> None:
-    assert {"classification": Classification, "token-classification": TokenClassification} == TASKS
+    assert list(TASKS.values()) == [Classification, TokenClassification, MultiLabel, Regression]
+    assert all(task.name == name for name, task in TASKS.items())
     for task in TASKS.values():
         assert set(task.columns) <= {field.name for field in dataclasses.fields(Columns)}
         for names in task.headerless.values():

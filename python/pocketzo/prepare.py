@@ -6,22 +6,30 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.files import copy_file, write_file
+from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
-from pocketzo.runtime.outputs import probe_batch
-from pocketzo.tasks.registry import task_for
+from pocketzo.tasks.base import is_column
+from pocketzo.tasks.registry import loss_text, task_for
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pocketzo.formats.bundle import TaskSpec, ValueSpec
     from pocketzo.graph.weight import Weight
 
-__all__ = ["prepare"]
+__all__ = ["LOSSES", "prepare"]
+
+LOSSES: Final = ("cross-entropy", "bce", "mse", "none")
+"""What :func:`prepare` takes as the loss."""
 
 
 def prepare(
@@ -33,23 +41,49 @@ def prepare(
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
     dtype: Literal["float32", "float16"] = "float32",
+    loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
+    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
+    note: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
     The graph computes the same function, from weights in a file of their own, stored as its nodes read them. If it
-    has no ``loss`` but class scores (an output named ``logits``, or a single one of shape [batch, classes]), it gets an
-    int64 input ``labels`` and an output ``loss``, the mean cross-entropy: labels of shape [batch] for logits [batch,
-    classes], or [batch, sequence] for logits [batch, sequence, classes], where tokens labelled -100 do not count. A
-    causal model's labels have to be the tokens shifted by one; the graph does not shift them.
+    has no ``loss``, it gets an input ``labels`` and an output ``loss``, the mean over the batch of a function of the
+    output ``logits``, or else of the only float output. The loss is the stated one; by default it follows from what
+    computes that output:
+
+    ==================================  =============  =========================================================
+    output                              default        labels
+    ==================================  =============  =========================================================
+    [batch, classes]: ``logits``, or    cross-entropy  int64 [batch]
+    by Softmax or a linear layer
+    [batch, sequence, classes]:         cross-entropy  int64 [batch, sequence]; tokens labelled -100 are ignored
+    ``logits``, or by Softmax
+    [batch] or [batch, 1]: by Sigmoid   bce            int64 [batch], 0 or 1
+    [batch, labels]: by Sigmoid         bce            float32 [batch, labels], 0 or 1
+    [batch] or [batch, 1]: others       an error       float32 [batch] for ``mse``
+    others                              none           float32 [batch, values] for ``mse``
+    ==================================  =============  =========================================================
+
+    Cross-entropy and bce (binary cross-entropy) are computed from the input of a Softmax, LogSoftmax or Sigmoid that
+    computes the output, else from the output itself. A causal model's labels have to be the tokens shifted by one; the
+    graph does not shift them.
+
+    Model and bundle are run on a small batch, and their outputs have to agree: to 1e-4 of the largest element of each,
+    or to 5 % where 16-bit floats or quantised activations round them. Outputs that differ from run to run, as of
+    operators that draw random numbers, are not compared, with a warning. The bundle keeps the batch, and :func:`load`
+    uses it too.
 
     Weights are read through memory maps and written one at a time. A model with external data never has more than its
-    largest tensor in memory; one without has its file twice.
+    largest tensor in memory; one without has its file twice. The two runs come after that, one after the other, and
+    take as much, and the activations and outputs of the batch.
 
     Parameters
     ----------
     model : path-like
-        An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
+        An ONNX file of opset 13 or later, or of one that onnx can convert, with external data files in the same folder.
+        Weights must be float32.
     out : path-like
         The folder to write.
     tokenizer : path-like, optional
@@ -66,6 +100,13 @@ def prepare(
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
         halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
         runtime converts each weight at every use.
+    loss : {"cross-entropy", "bce", "mse", "none"}, optional
+        The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    probe : path-like or mapping of str to ndarray, optional
+        The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
+        model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
+    note : callable, optional
+        Called with a line of text for each choice that was made: which loss, and why.
     overwrite : bool
         Whether a bundle at ``out`` is replaced, when the new one is complete. A folder that holds anything besides a
         bundle's files is never replaced.
@@ -78,17 +119,21 @@ def prepare(
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not match, the model exceeds the
-        range of float16 or its outputs differ too much in it, or ``out`` exists and may not be replaced. Nothing is
+        If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
+        the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
+        those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
         written in these cases.
     DeadWeightError
         If the runtime would not see changes of a trainable weight.
     MissingExtraError
         If the package onnx is not installed.
+    TypeError, ValueError
+        If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
     try:
+        from pocketzo.graph.compare import Origin, check_same_function
         from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
+        from pocketzo.graph.float16 import to_float16
         from pocketzo.graph.loss import add_loss
         from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     except ModuleNotFoundError as error:
@@ -99,6 +144,8 @@ def prepare(
         raise BundleError(f"{source}: no such file")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
+    if loss not in (None, *LOSSES):
+        raise ValueError(f"loss must be {', '.join(map(repr, LOSSES))} or None, got {loss!r}")
     class_names = _checked_labels(labels)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
@@ -109,26 +156,25 @@ def prepare(
     with staged_bundle(out, overwrite=overwrite) as folder:
         try:
             onnx_model = read_model(source)
+            origin = Origin.of(source, onnx_model)
             weights = extract_weights(onnx_model, source.parent)
             chosen = _choose(weights, wanted)
             drop_provenance(onnx_model)
             if dtype == "float16":
                 onnx_model = to_float16(onnx_model, weights)
-            loss, logits = add_loss(onnx_model)
+            kept = [str(value.name) for value in onnx_model.graph.outputs]
+            found = add_loss(onnx_model, loss, labels=class_names is not None)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
             outputs = tuple(map(describe, onnx_model.graph.outputs))
+            task = task_for(
+                inputs, outputs, found.scores, labels=class_names, loss=found.kind, threshold=found.threshold
+            )
+            if class_names is not None:
+                scores = next((value for value in outputs if value.name == found.scores), None)
+                _check_class_names(class_names, scores, task)
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
-        classes = next((value.shape[-1] for value in outputs if value.name == logits), None)
-        if class_names is not None and isinstance(classes, int) and classes != len(class_names):
-            raise BundleError(f"{source}: {len(class_names)} labels given, but {logits!r} has {classes} classes")
-        if class_names is not None and logits is None:
-            raise BundleError(
-                f"{source}: labels given, but the graph has no output 'logits' to which they could belong"
-            )
-        task = task_for(inputs, outputs, logits, class_names)
-        if class_names is not None and task is None:
-            raise BundleError(f"{source}: labels given, but {logits!r} and the input 'labels' do not fit to classes")
+        given = None if probe is None else given_probe(probe, origin.inputs, inputs)
 
         write(
             folder / WEIGHTS,
@@ -138,7 +184,6 @@ def prepare(
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
         write_file(folder / MODEL, to_bytes(onnx_model))
-        session = open_unoptimised(source, os.fspath(folder / MODEL))
         if tokenizer is not None:
             copy_file(Path(tokenizer), folder / TOKENIZER)
         ids = tensor_ids(entries)
@@ -156,8 +201,8 @@ def prepare(
             ),
             inputs=inputs,
             outputs=outputs,
-            loss=loss,
-            logits=logits,
+            loss=found.output,
+            logits=found.scores,
             task=task,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
@@ -165,10 +210,13 @@ def prepare(
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
-        if dtype == "float16":
-            check_float16(source, session, probe_batch(bundle))
-        del session  # it maps a file of the folder, which is renamed next
-        bundle.write_description()
+        del onnx_model, weights  # onnxruntime needs their memory
+        names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
+        batch = check_same_function(origin, bundle, names, given)
+        write_probe(folder / PROBE, batch)
+        replace(bundle, probe=batch).write_description()
+    if note is not None:
+        note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)
 
 
@@ -210,6 +258,20 @@ def _checked_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
     if not labels or not all(labels) or len(set(labels)) != len(labels):
         raise ValueError(f"labels must be different names, none of them empty, got {list(labels)!r}")
     return tuple(labels)
+
+
+def _check_class_names(names: Sequence[str], scores: ValueSpec | None, task: TaskSpec | None) -> None:
+    """Raise BundleError unless the task has classes, as many as names."""
+    if scores is None:
+        raise BundleError(
+            "labels given, but the graph has no output 'logits' to which they could belong: state the loss, such as "
+            "--loss cross-entropy of its only float output"
+        )
+    if task is None or "labels" not in task.settings:
+        raise BundleError(f"labels given, but {scores.name!r}, the input 'labels' and the loss do not fit to classes")
+    count = 2 if is_column(scores) else scores.shape[-1]
+    if isinstance(count, int) and count != len(names):
+        raise BundleError(f"{len(names)} labels given, but {scores.name!r} has {count} classes")
 
 
 def _check_tokenizer(path: Path) -> None:

@@ -120,16 +120,21 @@ def test_a_weight_that_is_called_labels_or_loss_gives_way(tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"outputs": [("logits", ("a", "b", "c", 3))]}, "'logits'.*shape"),
-        ({"inputs": [("x", 1, ("n", 4)), ("labels", 7, ("n",))]}, "input 'labels' but no output 'loss'"),
-        ({"inputs": [("x", 1, ("n", 4)), ("loss", 1, ("n",))]}, "input 'loss'"),
+        (
+            {"inputs": [("x", 1, ("n", 4)), ("labels", 7, ("n",))]},
+            "an input 'labels', the name of an input that is added",
+        ),
+        ({"inputs": [("x", 1, ("n", 4)), ("loss", 1, ("n",))]}, "an input 'loss', the name of an output that is added"),
+        ({"outputs": [("logits", ("n", 3)), ("labels", ("n", 3))]}, "an output 'labels', the name of an input"),
         ({"outputs": [("logits", ("n", 3)), ("loss", ("n", 3))]}, "'loss' is not a scalar"),
     ],
 )
 def test_a_loss_that_cannot_be_made_is_refused(tmp_path: Path, options: dict[str, Any], fault: str) -> None:
     nodes = [node("MatMul", "x fc.weight", "logits")]
-    if "inputs" not in options:
-        nodes.append(node("Abs", "logits", "loss"))
+    if "outputs" in options:
+        nodes.append(node("Abs", "logits", options["outputs"][1][0]))
     path = model_of(tmp_path / "m.onnx", nodes, [weight("fc.weight", 4, 3)], **options)
-    with pytest.raises(BundleError, match=fault):
+    with pytest.raises(BundleError, match=f"{fault}.* --loss none"):
         prepare(path, tmp_path / "out")
+    bundle = prepare(path, tmp_path / "out", loss="none")
+    assert (bundle.loss, bundle.logits) == (None, "logits")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
+from pocketzo.train.forecast import Forecast
 
 
 class _Output(Console):
@@ -98,6 +99,16 @@ def size_text(count: float) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
+def forecast_text(forecast: Forecast) -> str:
+    """Return what a run will need, in a line."""
+    tokens = "" if forecast.tokens is None else f" x {forecast.tokens:,} tokens"
+    memory = "" if forecast.peak is None else f", {size_text(forecast.peak)}"
+    return (
+        f"longest batch: {forecast.examples}{tokens}, {_milliseconds(forecast.forward_seconds)} a forward{memory}; "
+        f"{forecast.steps:,} steps take about {duration(forecast.seconds)}"
+    )
 
 
 def duration(seconds: float) -> str:

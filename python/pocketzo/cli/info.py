@@ -19,6 +19,7 @@ from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.tasks.registry import loss_text
 from pocketzo.train.run import JOURNAL, Run
 
 
@@ -48,7 +49,10 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         return
     listed = facts.pop("tensors", None)
     if facts.get("task"):
-        facts["task"] = ", ".join([facts["task"]["name"], fact("", facts["task"]["settings"])]).removesuffix(", ")
+        labels = {name: value for name, value in facts["task"]["settings"].items() if name == "labels"}
+        facts["task"] = ", ".join([facts["task"]["name"], fact("", labels)]).removesuffix(", ")
+    if run is None:
+        facts["loss"] = loss_text(bundle)
     print_facts({name: value for name, value in facts.items() if value is not None})
     if listed is not None:
         table = Table("weight", "type", "shape", "trainable", box=None, header_style="bold")
@@ -82,7 +86,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
-    evaluations = {line["step"]: line["eval"] for line in run.metrics() if "eval" in line and line["step"] <= run.steps}
+    evaluations, best = run.evaluations(), run.best_step
     recipe = run.recipe
     source = recipe.data.source
     method = {name: value for name, value in recipe.method.items() if name != "trained"}
@@ -100,7 +104,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "data": {"train": source.train, "eval": source.eval},
         "before": source.before,
         "last": evaluations[max(evaluations)] if evaluations else None,
-        "best_step": run.best_step if evaluations else None,
-        "best": evaluations.get(run.best_step) if evaluations else None,
+        "best_step": best,
+        "best": None if best is None else evaluations[best],
         "spec": run.spec,
     }

@@ -9,12 +9,14 @@ from typing import Literal
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import quoted, say, size_text
+from pocketzo.cli.console import note, quoted, say, size_text
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
+from pocketzo.prepare import LOSSES
 from pocketzo.prepare import prepare as prepare_bundle
+from pocketzo.tasks.registry import task_of
 
 
 @click.command(cls=Command)
@@ -32,6 +34,19 @@ from pocketzo.prepare import prepare as prepare_bundle
     default="float32",
     help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
 )
+@click.option(
+    "--loss",
+    type=click.Choice(LOSSES),
+    help="Loss to add, of the output 'logits' or the only float output. cross-entropy: one class of several; bce: yes "
+    "or no, once or for each column; mse: numbers; none: for an objective of your own.  [default: the graph's own "
+    "output 'loss', or cross-entropy for logits or a Softmax, or bce for a Sigmoid; one column needs this option]",
+)
+@click.option(
+    "--probe",
+    type=PATH,
+    metavar="FILE",
+    help="A batch for comparing MODEL with the bundle (.npz, an array for each input); by default it is made up.",
+)
 @force_option
 def prepare(
     model: Path,
@@ -41,6 +56,8 @@ def prepare(
     max_length: int | None,
     trainable: str | None,
     dtype: Literal["float32", "float16"],
+    loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
+    probe: Path | None,
     force: bool,
 ) -> None:
     """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.
@@ -63,10 +80,18 @@ def prepare(
         trainable=trainable,
         dtype=dtype,
         overwrite=force,
+        loss=loss,
+        probe=probe,
+        note=note,
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
-    say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
+    metrics = task_of(bundle).metrics
+    if metrics:
+        objective = "" if bundle.loss is not None else f" --objective {metrics[0]}"
+        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first{objective}")
+    else:
+        say("next: train by a function of your own, pz.Trainer(..., objective=function)")
 
 
 def check_output(path: Path, *, force: bool = False) -> None:

@@ -40,8 +40,9 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # After a first signal, a second one that comes late may not end the process before it has said how to go on.
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.received is None else signal.SIG_IGN)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:

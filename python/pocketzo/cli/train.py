@@ -11,13 +11,13 @@ from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import err, evaluation_table, fact, for_json, note, out, quoted, say, size_text
+from pocketzo.cli.console import err, evaluation_table, fact, forecast_text, note, out, quoted, say, size_text
 from pocketzo.cli.options import PATH, column_options, groups_option, memory_size, regex, threads_option
 from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
-from pocketzo.errors import JournalError, MemoryLimitError, MissingExtraError
+from pocketzo.errors import BundleError, JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.staging import is_staged
 from pocketzo.machine.cores import thread_counts
@@ -93,7 +93,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option(
     "--metric",
     type=click.Choice(list(METRICS)),
-    help="Metric that selects the best step.  [default: as --objective; for the loss, accuracy if there are logits]",
+    help="Metric that selects the best step.  [default: as --objective; for the loss, the task's, such as accuracy]",
 )
 @click.option(
     "--objective",
@@ -192,6 +192,11 @@ def train(
     if past is None and os.path.lexists(output) and not _is_empty_folder(output):
         raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
     read = Bundle.read(bundle)
+    if objective == "loss" and read.loss is None:
+        raise BundleError(
+            f"{bundle}: the bundle has no loss to train by: prepare the model with --loss cross-entropy, bce or mse, "
+            f"train by --objective, or by a function of your own in Python"
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     examples = load_dataset(data, read, columns=columns)
@@ -248,11 +253,9 @@ def train(
             )
         _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
         return
-    before = None if held_out is None else for_json(trainer.evaluate())
     trainer.source = Source(
         train=os.fspath(data.resolve()),
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),
-        before=before,
         columns=columns,
     )
     timed = fact("forward_seconds", model.forward_seconds)
@@ -282,10 +285,17 @@ def _noted(trainer: Trainer) -> Trainer:
 def _train(trainer: Trainer, run: Path) -> None:
     again = f"pocketzo train --resume {quoted(run)}"
     try:
+        if trainer.optimizer.step_number < trainer.loop.steps:
+            with err.status("trying the longest texts"):
+                expected = trainer.forecast()
+            if expected is not None:
+                note(forecast_text(expected))
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
-            raise MemoryLimitError(f"{error}. Stopped in the first step, so that there is no journal") from None
+            raise MemoryLimitError(
+                f"{error}. Stopped before the end of the first step, so that there is no journal"
+            ) from None
         done = Run(run).steps
         raise MemoryLimitError(
             f"{error}. Stopped after step {done} of {trainer.loop.steps}; to go on: {again} --max-memory SIZE"
@@ -295,6 +305,7 @@ def _train(trainer: Trainer, run: Path) -> None:
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
     _print_summary(past)
+    _print_verdict(trainer, past)
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
@@ -303,9 +314,20 @@ def _train(trainer: Trainer, run: Path) -> None:
             f"ended after step {done} of {trainer.loop.steps}: {trainer.loop.patience} evaluations without a better one"
         )
     data = past.recipe.data.source.eval or "FILE"
-    best = "" if past.best_step == past.steps else " --best"
+    best = "" if past.best_step in (None, past.steps) else " --best"
     say(f"evaluate:  pocketzo eval {quoted(run)} --data {quoted(data)}{best}")
     say(f"get the tuned bundle:  pocketzo replay {quoted(run)} -o tuned{best}")
+
+
+def _print_verdict(trainer: Trainer, past: Run) -> None:
+    """Print whether the run helped, and, if it did not, what to try."""
+    verdict = trainer.history.verdict()
+    if verdict is not None:
+        say(verdict.text)
+        if verdict.advice is not None:
+            note(f"note: {verdict.advice}")
+    if past.best_step == 0 and past.steps:
+        note("note: no evaluation was better than that of the base: --best gives the base's weights")
 
 
 def plot_or_note(run: Path) -> None:
@@ -317,12 +339,12 @@ def plot_or_note(run: Path) -> None:
 
 
 def _print_summary(past: Run) -> None:
-    evaluations = {line["step"]: line["eval"] for line in past.metrics() if "eval" in line}
-    before = past.recipe.data.source.before
+    evaluations, best = past.evaluations(), past.best_step
     if evaluations:
-        last, best = max(evaluations), past.best_step
-        columns = {"before": before} if before else {}
-        columns |= {f"after step {last}": evaluations[last], f"best, step {best}": evaluations[best]}
+        last = max(evaluations)
+        columns = {"before": evaluations[0]} if 0 in evaluations else {}
+        columns |= {f"after step {last}": evaluations[last]} if last else {}
+        columns |= {f"best, step {best}": evaluations[best]} if best else {}
         out.print(evaluation_table(columns))
     journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")

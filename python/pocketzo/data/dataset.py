@@ -30,7 +30,7 @@ class Dataset:
     Attributes
     ----------
     label_ids : ndarray of int64, shape [n], or None
-        The class number of each example; None without labels, or if tokens have the labels.
+        The class number of each example; None without labels, or if labels are no classes of examples.
     lengths : ndarray of int32, shape [n], or None
         The number of tokens of each example; None for a model that takes no tokens.
     labels : tuple of str or None
@@ -44,28 +44,40 @@ class Dataset:
         size: int,
         tokens: Tokens | None,
         arrays: Mapping[str, NDArray[Any]],
-        labels: Sequence[int],
+        labels: Sequence[Any],
+        lines: Sequence[int] | None = None,
     ) -> None:
         bundle = task.bundle
+        self._source = source
+        self._lines = lines
         self.labels = bundle.labels
-        self.label_ids = np.array(labels, np.int64) if labels else None
+        self._labels = np.array(labels, task.label_dtype) if labels else None  # [n], or [n, columns]
+        self.label_ids = self._labels if task.predicts == "classes" else None
         self.lengths = None if tokens is None else tokens.lengths
         self._size = size
         self._tokens = tokens
         self._token_length = _token_length(bundle)
         self._arrays = arrays
         self._inputs: list[ValueSpec] = []
-        for spec in bundle.inputs:
+        specs = [*bundle.inputs]
+        if task.label_spec is not None and task.label_spec not in specs:  # metrics need labels that the graph does not
+            specs.append(task.label_spec)
+        for spec in specs:
             from_tokens = tokens is not None and spec.name in tokens.padding and len(spec.shape) == 2
-            if from_tokens or spec.name in arrays or (labels and spec == task.label_input):
+            if from_tokens or spec.name in arrays or (labels and spec == task.label_spec):
                 self._inputs.append(spec)
-            elif spec != task.label_input:
+            elif spec != task.label_spec:
                 raise DataError(
                     f"{source}: nothing here can fill the model's input {spec.name!r} of shape {list(spec.shape)}"
                 )
 
     def __len__(self) -> int:
         return self._size
+
+    def where(self, index: int) -> str:
+        """Return the place of an example in its file, for messages."""
+        place = f"row {index}" if self._lines is None else f"line {self._lines[index]}"
+        return f"{self._source}, {place}"
 
     def batch(self, indices: NDArray[np.integer[Any]]) -> Batch:
         """Return the model's inputs for some of the examples.
@@ -79,8 +91,9 @@ class Dataset:
         -------
         Batch
             C-contiguous arrays [batch, ...] of the inputs' dtypes, by input name. All inputs are present, except
-            ``labels`` if the data has none. Tokens are padded to the longest example of the batch, or to the model's
-            fixed length if it has one. ``examples`` holds the `indices`.
+            ``labels`` if the data has none; labels that the data has are present even if the graph has no such input.
+            Tokens are padded to the longest example of the batch, or to the model's fixed length if it has one.
+            ``examples`` holds the `indices`.
 
         Raises
         ------
@@ -107,8 +120,8 @@ class Dataset:
                 batch[spec.name] = self._arrays[spec.name][indices]
             elif spec.name in padded:
                 batch[spec.name] = padded[spec.name].astype(spec.dtype)
-            elif self.label_ids is not None:
-                batch[spec.name] = self.label_ids[indices].astype(spec.dtype)
+            elif self._labels is not None:
+                batch[spec.name] = self._labels[indices].astype(spec.dtype)
         return Batch(batch, indices.astype(np.int64))
 
     @cached_property
@@ -119,8 +132,8 @@ class Dataset:
         if self._tokens is not None:
             content += [*self._tokens.columns.items(), ("lengths", self._tokens.lengths)]
             digest.update(json.dumps([self._tokens.padding, self._tokens.pad_left]).encode())
-        if self.label_ids is not None:
-            content.append(("labels", self.label_ids))
+        if self._labels is not None:
+            content.append(("labels", self._labels))
         for name, values in sorted(content, key=lambda item: item[0]):
             digest.update(json.dumps([name, values.dtype.name, values.shape]).encode())
             digest.update(np.ascontiguousarray(values, values.dtype.newbyteorder("<")).data)

@@ -47,13 +47,13 @@ class Example(NamedTuple):
         The text, or its words.
     pair : str or None
         The second text of a pair.
-    label : int, list of int or None
-        The class, or the class of each word; None without labels.
+    label : int, float, list of int or float, or None
+        The class, number or numbers, or the class of each word; None without labels.
     """
 
     text: str | list[str]
     pair: str | None
-    label: int | list[int] | None
+    label: Any
 
 
 class Encoded(NamedTuple):
@@ -63,13 +63,13 @@ class Encoded(NamedTuple):
     ----------
     ids, type_ids : list of int
         One value per token.
-    label : int, list of int or None
-        The class, or one label per token; None without labels.
+    label : int, float, list of int or float, or None
+        The class, number or numbers, or one label per token; None without labels.
     """
 
     ids: list[int]
     type_ids: list[int]
-    label: int | list[int] | None
+    label: Any
 
 
 def examples_of(

@@ -7,8 +7,8 @@ suffix    content
 .tsv      tab-separated fields, taken verbatim: no quoting, no escapes
 .csv      comma-separated fields; double quotes allow commas and line breaks in a field
 .npz      arrays named as the model's inputs, one row per example: ``input_ids`` [n, length], optionally
-          ``attention_mask`` and ``token_type_ids`` of the same shape, or the model's other inputs; ``labels`` [n], or
-          [n, length] for token labels
+          ``attention_mask`` and ``token_type_ids`` of the same shape, or the model's other inputs; ``labels`` [n],
+          [n, length] for token labels, or [n, columns] for several numbers or for 0 and 1 by label
 ========  ==========================================================================================================
 
 Text is UTF-8; a byte order mark, CRLF and empty lines at the end are accepted.
@@ -18,14 +18,19 @@ Columns are found by name, upper or lower case; others are ignored. The bundle's
 - ``classification``: the text in ``text``, ``sentence`` or ``sentence1``; its optional pair in ``text_pair`` or
   ``sentence2``; the class in ``label`` or ``labels``;
 - ``token-classification``: the words in ``tokens``, ``words``, ``text`` or ``sentence``; their classes in ``labels``,
-  ``tags`` or ``label``. Each is a list, or a string that is split at white space.
+  ``tags`` or ``label``. Each is a list, or a string that is split at white space;
+- ``multi-label``: text and pair as in ``classification``; the labels in ``labels`` or ``label``: a list, or a string
+  that is split at commas, and, unless the name of a label contains white space, at white space. None, as in an empty
+  string, means that no label applies;
+- ``regression``: text and pair as in ``classification``; the number in ``label``, ``labels``, ``score`` or ``target``;
+  for several numbers, a list, or a string that is split at commas and white space.
 
 The first row of a TSV or CSV file is a header if one cell names the text, and it is the only cell or another cell names
 the pair or the label. It is always a header if the caller names a column. Without a header the columns are: text; or
 text, label; or text, text_pair, label.
 
-A label is a class name of the bundle, or a class number from 0. If a class name looks like a number, labels must be
-names.
+The label of a class is a class name of the bundle, or a class number from 0. If a class name looks like a number,
+labels must be names.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +26,14 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file)
-    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not an .npz of plain arrays: {error}") from error
     except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
         raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
+    except OSError:
+        raise
+    except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
+        raise DataError(f"{path}: not an .npz of plain arrays: {' '.join(str(error).split())}") from error
     specs = {spec.name: spec for spec in task.bundle.inputs}
-    has_labels = specs.get("labels") == task.label_input  # the task's label input, or the graph has none
+    has_labels = task.label_spec is not None
     label_names = task.columns.get("label", ())
     label_name = find_column(arrays, columns.label, label_names) if has_labels else None
     has_tokens = "input_ids" in arrays and arrays["input_ids"].ndim == 2
@@ -53,16 +53,17 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     labels: list[int] = []
     if label_name is not None and task.labels_per == "token":
         by_token = _labels_by_token(path, task, arrays.pop(label_name), problems)
-        if task.label_input is not None:
-            arrays["labels"] = by_token
+        arrays["labels"] = by_token
     elif label_name is not None:
         for row, label in enumerate(arrays.pop(label_name).tolist()):
             try:
-                labels.append(task.class_number(label))
+                labels.append(task.label_row(label))
             except LineError as error:
                 problems.add(row, str(error))
     tokens = _tokens(arrays, task, problems) if has_tokens else None
     problems.check()
+    if task.label_spec is not None:
+        specs["labels"] = task.label_spec
     arrays = {name: _checked(path, specs[name], values) for name, values in arrays.items()}
     return Dataset(task, str(path), size, tokens, arrays, labels)
 
@@ -110,7 +111,7 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems) -> 
             problems.add(int(row), "a label where 'attention_mask' keeps no token")
     columns = {name: values[inside].astype(np.int32) for name, values in given.items()}
     fills = {name: int(values[~inside][0]) for name, values in given.items() if not inside.all()}
-    return keep_tokens(task.bundle, lengths, columns, fills | {"labels": IGNORED})
+    return keep_tokens(task, lengths, columns, fills | {"labels": IGNORED})
 
 
 def _checked(path: Path, spec: ValueSpec, values: NDArray[Any]) -> NDArray[Any]:

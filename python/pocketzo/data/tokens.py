@@ -6,7 +6,7 @@ import os
 from array import array
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     ids, types, by_token = array("i"), array("i"), array("i")
-    lengths, labels = array("i"), array("q")
+    lengths, labels, lines = array("i"), list[Any](), array("q")
     while chunk := list(islice(examples, CHUNK)):
         encoded = task.encode(tokenizer, [example for _, example in chunk])
         for (number, example), row in zip(chunk, encoded, strict=True):
@@ -69,33 +69,37 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
             ids.extend(row.ids)
             types.extend(row.type_ids)
             lengths.append(len(row.ids))
-            if isinstance(row.label, int):
-                labels.append(row.label)
-            elif row.label is not None:
+            lines.append(number)
+            if row.label is not None and task.labels_per == "token":
                 by_token.extend(row.label)
+            elif row.label is not None:
+                labels.append(row.label)
     problems.check()
     if not lengths:
         raise DataError(f"{problems.source}: no examples")
     columns = {"input_ids": np.asarray(ids), "token_type_ids": np.asarray(types)}
     if by_token:
         columns["labels"] = np.asarray(by_token)
-    tokens = keep_tokens(bundle, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
-    return Dataset(task, problems.source, len(lengths), tokens, {}, labels)
+    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
+    return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines)
 
 
 def keep_tokens(
-    bundle: Bundle,
+    task: Task,
     lengths: NDArray[np.int32],
     columns: Mapping[str, NDArray[np.int32]],
     fills: Mapping[str, int],
     *,
     pad_left: bool = False,
 ) -> Tokens:
-    """Keep the columns that the model takes, without implied values, so that equal tokens from any file compare equal.
+    """Keep the columns that the model or its metrics take, without implied values.
 
-    ``columns`` hold one value per token. They are token inputs, and optionally ``labels``.
+    So equal tokens from any file compare equal. ``columns`` hold one value per token. They are token inputs, and
+    optionally ``labels``.
     """
-    names = [spec.name for spec in bundle.inputs if spec.name in (*TOKEN_INPUTS, *columns)]
+    names = [spec.name for spec in task.bundle.inputs if spec.name in (*TOKEN_INPUTS, *columns)]
+    if "labels" in columns and task.label_spec is not None and task.label_input is None:
+        names.append("labels")
     kept = {
         name: values
         for name, values in columns.items()

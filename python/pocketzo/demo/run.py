@@ -181,10 +181,7 @@ def run_demo(
         f"{'prepacked' if model.prepacked else 'plain'} weights, "
         f"{model.threads} thread{'s' if model.threads > 1 else ''}"
     )
-    before = evaluate(model, test)
     guesses = _guesses(model, test)
-    say(f"data: {len(train)} messages to learn from, {len(test)} held out; accuracy before: {before['accuracy']:.1%}")
-
     optimizer = FZOO(
         model,
         lr=LR,
@@ -203,8 +200,10 @@ def run_demo(
         steps=steps,
         run=output / "run",
         eval_every=max(1, steps // 5),
-        source=Source(train=os.fspath(messages("train")), eval=os.fspath(messages("test")), before=dict(before)),
+        source=Source(train=os.fspath(messages("train")), eval=os.fspath(messages("test"))),
     )
+    before = trainer.before()
+    say(f"data: {len(train)} messages to learn from, {len(test)} held out; accuracy before: {before['accuracy']:.1%}")
     say(f"training: {steps} steps of {optimizer.forwards} forward passes and no backward pass")
     reset_peak()
     training = time.perf_counter()

@@ -4,6 +4,7 @@
 ``model.onnx``        the graph; its weights are external data that point into the next file
 ``weights.safetensors``  all weights; tuning changes this file only
 ``bundle.json``       the description: task, tensors and their ids, inputs, outputs, checksums
+``probe.npz``         optional: inputs on which the model is checked
 ``tokenizer.json``    optional
 ====================  ==================================================================================================
 
@@ -24,6 +25,7 @@ from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.files import write_file
+from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 from pocketzo.formats.staging import sweep
 
@@ -33,7 +35,7 @@ MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
-FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER)
+FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE)
 """All files that a bundle may consist of."""
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
@@ -123,6 +125,8 @@ class Bundle:
     header_sha256 : str
         SHA-256 of the part of ``weights.safetensors`` before the data. This part never changes, because the graph
         refers to offsets behind it.
+    probe : dict of str to ndarray or None
+        The probing batch, with an array for each input; None if the bundle has none.
     """
 
     path: Path
@@ -137,6 +141,7 @@ class Bundle:
     graph_sha256: str
     base_sha256: str
     header_sha256: str
+    probe: Probe | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -225,6 +230,7 @@ class Bundle:
             "logits": self.logits,
             "max_length": self.max_length,
             "tokenizer": self.tokenizer,
+            "probe": None if self.probe is None else PROBE,
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "inputs": [vars(value) for value in self.inputs],
@@ -249,20 +255,22 @@ class Bundle:
             raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")
         try:
             fields = Fields(values)
+            inputs = _values(fields, "inputs")
             outputs = _values(fields, "outputs")
             return cls(
                 path=path,
                 tensors=_tensors(fields),
-                inputs=_values(fields, "inputs"),
+                inputs=inputs,
                 outputs=outputs,
                 loss=_output(fields, "loss", outputs),
                 logits=_output(fields, "logits", outputs),
                 task=_task(fields),
                 max_length=fields.optional_integer("max_length", 1, 2**31 - 1),
-                tokenizer=_tokenizer(fields),
+                tokenizer=_file(fields, "tokenizer", TOKENIZER),
                 graph_sha256=fields.sha256("graph_sha256"),
                 base_sha256=fields.sha256("base_sha256"),
                 header_sha256=fields.sha256("header_sha256"),
+                probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None
@@ -344,7 +352,15 @@ def _task(fields: Fields) -> TaskSpec | None:
     return TaskSpec(task.text("name"), settings.plain())
 
 
-def _tokenizer(fields: Fields) -> str | None:
-    if fields.optional_text("tokenizer") not in (None, TOKENIZER):
-        raise fields.error("tokenizer", f"{TOKENIZER!r} or null")
-    return fields.optional_text("tokenizer")
+def _file(fields: Fields, key: str, name: str) -> str | None:
+    """Return the name of an optional file of the bundle, which is always the same, or None."""
+    if fields.optional_text(key) not in (None, name):
+        raise fields.error(key, f"{name!r} or null")
+    return fields.optional_text(key)
+
+
+def _probe(path: Path, inputs: Iterable[ValueSpec]) -> Probe:
+    try:
+        return check_probe(read_probe(path), inputs)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from None

@@ -33,7 +33,8 @@ import os
 import reprlib
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,12 +127,13 @@ class Journal:
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> Journal:
         """Create a journal; raise :class:`JournalError` if the file exists."""
-        if path.exists():
-            raise JournalError(f"{path} is there already: resume that run, or choose another folder")
         text = strict_json.dump({"format": _FORMAT, "spec": SPEC_VERSION, **header})
-        with staged_file(path) as file:
-            file.write(_MAGIC + _WORD.pack(len(text)) + text + _WORD.pack(zlib.crc32(text)))
-        return cls.open(path)
+        with _locked(path.parent):  # of two processes, the second finds the journal of the first
+            if path.exists():
+                raise JournalError(f"{path} is there already: resume that run, or choose another folder")
+            with staged_file(path) as file:
+                file.write(_MAGIC + _WORD.pack(len(text)) + text + _WORD.pack(zlib.crc32(text)))
+            return cls.open(path)
 
     @classmethod
     def open(cls, path: Path, *, write: bool = True) -> Journal:
@@ -209,6 +211,18 @@ class Journal:
     def close(self) -> None:
         """Close the file and release its lock."""
         self._file.close()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the block for this folder, where the system has such locks."""
+    with ExitStack() as stack:
+        if fcntl is not None:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _pack(entry: Entry) -> bytes:

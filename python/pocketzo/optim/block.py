@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pocketzo.arguments import check_number
 from pocketzo.formats.bundle import BLOCK_ID
 from pocketzo.kernels import noise
 
@@ -30,8 +31,7 @@ class Block:
     name: ClassVar[str] = "block"
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"block must be greater than 0 and at most 1, got {self.share}")
+        check_number("block", self.share, positive=True, most=1.0)
 
     def __call__(self, *, seed: int, step: int, count: int) -> list[int]:
         """Return the sorted indices of the tensors of one step; a pure function of the arguments.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from pocketzo.arguments import check_number
 from pocketzo.formats.bundle import Bundle, TensorSpec
 from pocketzo.runtime.weights import Weights
 
@@ -37,8 +37,17 @@ class ParamGroup:
     eps: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and self.eps > 0 and math.isfinite(self.lr) and math.isfinite(self.eps)):
-            raise ValueError(f"group {self.pattern!r}: lr must be >= 0 and eps > 0, got {self.lr} and {self.eps}")
+        check_number(f"group {self.pattern!r}: lr", self.lr)
+        check_number(f"group {self.pattern!r}: eps", self.eps, positive=True)
+        compiled(self.pattern)
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """Return a regular expression, compiled; raise a :class:`ValueError` if it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError, RecursionError) as error:
+        raise ValueError(f"not a regular expression: {pattern!r}: {error}") from None
 
 
 def select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
@@ -49,7 +58,7 @@ def select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> lis
     elif callable(trainable):
         chosen = [tensor for tensor in tensors if trainable(tensor.name)]
     else:
-        pattern = re.compile(trainable)
+        pattern = compiled(trainable)
         chosen = [tensor for tensor in tensors if pattern.search(tensor.name)]
     if not chosen:
         raise ValueError(f"trainable={trainable!r} matches none of the {len(tensors)} weights that could be trained")

@@ -45,6 +45,10 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
             arguments["subset"] = SUBSETS[subset["name"]](**{k: v for k, v in subset.items() if k != "name"})
         arguments["groups"] = [ParamGroup(**group) for group in arguments["groups"]]
         arguments["schedule"] = Schedule(**arguments["schedule"])
+        known = {tensor.name for tensor in model.bundle.tensors if tensor.trainable}
+        if missing := sorted(trained - known):
+            raise ValueError(f"the bundle has no trainable weight {missing[0]!r}, which the optimizer trains")
         return method(model, trainable=trained.__contains__, **arguments)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())  # it may quote a key of any text
+        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {reason}") from None

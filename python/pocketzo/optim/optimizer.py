@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 from numpy.typing import NDArray
 
 from pocketzo._core import Segments
+from pocketzo.arguments import check_integer, check_number
 from pocketzo.formats.bundle import TensorSpec
 from pocketzo.formats.journal import Entry
 from pocketzo.kernels import Distribution
@@ -31,6 +32,7 @@ from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.model import Model
 
 Objective: TypeAlias = Callable[[Model], float]
+_DRAWS = 2**64
 
 
 class Subset(Protocol):
@@ -132,13 +134,10 @@ class Optimizer(ABC):
         schedule: Schedule | None = None,
         subset: Subset | None = None,
     ) -> None:
-        for name, value, least in (("lr", lr, 0.0), ("weight_decay", weight_decay, 0.0)):
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        if not (math.isfinite(eps) and eps > 0):
-            raise ValueError(f"eps must be finite and greater than 0, got {eps}")
-        if not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {seed}")
+        check_number("lr", lr)
+        check_number("weight_decay", weight_decay)
+        check_number("eps", eps, positive=True)
+        check_integer("seed", seed, 0, 2**64 - 1)
         self.model = model
         self.lr = lr
         self.eps = eps
@@ -149,8 +148,7 @@ class Optimizer(ABC):
         if self.distribution not in ("gaussian", "rademacher"):
             raise ValueError(f"distribution must be 'gaussian' or 'rademacher', got {self.distribution!r}")
         self.queries = self.default_queries if queries is None else queries
-        if self.queries < self.least_queries:
-            raise ValueError(f"queries must be at least {self.least_queries} for {self.method}, got {self.queries}")
+        check_integer(f"queries of {self.method}", self.queries, self.least_queries)
         self.schedule = schedule or Schedule()
         self.subset = subset
         self.step_number = 0
@@ -221,6 +219,8 @@ class Optimizer(ABC):
             undone.
         """
         number = self.step_number
+        if self.next_draw + self.queries > _DRAWS:
+            raise ValueError(f"no draws are left after draw {self.next_draw - 1}: they are 64-bit numbers")
         lr = float32(self.lr * self.schedule(number))
         parts = self._parts_of(number)
         losses: list[float] = []
@@ -259,6 +259,11 @@ class Optimizer(ABC):
         if failure is not None:
             raise failure
         return StepInfo(number, self.loss(losses), tuple(losses), entry.lr, skipped, entry.coefficients)
+
+    @property
+    def shifts(self) -> tuple[float, ...]:
+        """The sizes of a shift along a direction, ``eps`` times the factor of each group, in rising order."""
+        return tuple(sorted({self.eps * part.eps for part in self._parts}))
 
     @property
     def forwards(self) -> int:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pocketzo.arguments import check_integer
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -28,7 +30,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', got {self.kind!r}")
-        if self.warmup < 0 or (self.kind != "constant" and self.steps <= self.warmup):
+        check_integer("steps", self.steps, 0)
+        check_integer("warmup", self.warmup, 0)
+        if self.kind != "constant" and self.steps <= self.warmup:
             raise ValueError(f"a {self.kind} schedule needs 0 <= warmup < steps, got {self.warmup} and {self.steps}")
 
     def __call__(self, step: int) -> float:

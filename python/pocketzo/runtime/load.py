@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from pocketzo._core import MAX_THREADS
 from pocketzo._core import threads as kernel_threads
+from pocketzo.arguments import check_integer
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.probe import Probe, check_probe
 from pocketzo.machine import cores
 from pocketzo.runtime.liveness import Verify
 from pocketzo.runtime.loader import Loader, check_room
@@ -42,7 +45,8 @@ def load(
         If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
         there are fast cores, and as many as there are cores, and the quickest number is taken. The batch should be like
         those to come. Timing takes no more memory than training, and up to a second, or one pass, a number. The number
-        may change the roundings of losses: give ``threads`` where two runs have to be the same.
+        may change the roundings of losses: give ``threads`` where two runs have to be the same. Where the bundle has no
+        probing batch, the checks take this one, with an array for each input.
     prepack : bool or "auto"
         Whether to use onnxruntime's prepacked weight layout, which makes forward passes up to twice as fast, or the
         plain layout of the file. "auto" prepacks where it is possible, and otherwise warns and uses the plain layout;
@@ -78,13 +82,18 @@ def load(
         An argument is of the wrong type, or out of range.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    _check_integer("threads", threads, MAX_THREADS)
-    _check_integer("max_memory", max_memory, 2**63)
+    if threads is not None:
+        check_integer("threads", threads, 1, MAX_THREADS)
+    if max_memory is not None:
+        check_integer("max_memory", max_memory, 1, 2**63)
     _check_batch(batch)
     if prepack not in (True, False, "auto"):
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    checked = bundle
+    if bundle.probe is None and batch is not None:
+        checked = replace(bundle, probe=_fitting(bundle, batch))
     if max_memory is not None:
         check_room(bundle, max_memory)
     seconds: dict[int, float] = {}
@@ -95,23 +104,24 @@ def load(
             threads = quickest(seconds)
         else:
             threads = min(cores.fast(), kernel_threads())
-    return Loader(
-        bundle,
+    model = Loader(
+        checked,
         threads=threads,
         prepack=prepack,
         verify=verify,
         max_memory=max_memory,
         forward_seconds=seconds,
     ).load()
+    model.bundle = bundle  # as it is on disk
+    return model
 
 
-def _check_integer(name: str, value: object, most: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if not 1 <= value <= most:
-        raise ValueError(f"{name} must be in 1 .. {most}, got {value}")
+def _fitting(bundle: Bundle, batch: Batch) -> Probe:
+    names = {value.name for value in bundle.inputs}
+    try:
+        return check_probe({name: array for name, array in batch.items() if name in names}, bundle.inputs)
+    except ValueError as error:
+        raise ValueError(f"batch: {error}") from None
 
 
 def _check_batch(batch: object) -> None:

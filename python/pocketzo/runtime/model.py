@@ -97,10 +97,8 @@ class Model:
             raise ValueError(f"the graph's inputs are {', '.join(self._inputs)}; got {', '.join(batch) or 'none'}")
         if "labels" in self._inputs and "labels" not in feed and (outputs is None or self.bundle.loss not in names):
             # onnxruntime requires every input, also those that only the loss needs.
-            labels = self._inputs["labels"]
             names = [name for name in names if name != self.bundle.loss]
-            first = next(iter(feed.values()))
-            feed["labels"] = np.zeros(first.shape[: len(labels.shape)], labels.dtype)
+            feed["labels"] = self._any_labels(feed)
         try:
             return dict(zip(names, self._run(names, feed), strict=True))
         except (ValueError, Error):
@@ -110,6 +108,20 @@ class Model:
                 f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
                 f"tokenizer that of another model?): {error}"
             ) from error
+
+    def _any_labels(self, feed: Batch) -> NDArray[Any]:
+        """Return labels for a batch: zeros, of the sizes that its arrays have under the same names."""
+        labels = self._inputs["labels"]
+        rank = len(labels.shape)
+        shapes = [array.shape for array in feed.values() if array.ndim >= rank]
+        shape = list(min(shapes, key=len, default=(1,) * rank)[:rank])
+        named: dict[int | str, int] = {}
+        for name, array in feed.items():
+            named.update(zip(self._inputs[name].shape, array.shape, strict=False))
+        for axis, size in enumerate(labels.shape):
+            if size != "?":
+                shape[axis] = size if isinstance(size, int) else named.get(size, shape[axis])
+        return np.zeros(shape, labels.dtype)
 
     def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
         if self.max_memory is None:

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo._core import generate
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.probe import Probe
 from pocketzo.runtime.session import open_unoptimised
 
 
-def probe_batch(bundle: Bundle) -> dict[str, NDArray[Any]]:
-    """Return a small batch that any encoder or decoder takes: 2 examples of 8 tokens."""
-    batch = {}
-    for value in bundle.inputs:
-        shape = [size if isinstance(size, int) else 2 if axis == 0 else 8 for axis, size in enumerate(value.shape)]
-        dtype = np.dtype(value.dtype)
-        if "mask" in value.name:
-            batch[value.name] = np.ones(shape, dtype)
-        elif "label" in value.name or "type" in value.name:
-            batch[value.name] = np.zeros(shape, dtype)
-        elif dtype.kind in "iu":
-            batch[value.name] = (np.arange(np.prod(shape, dtype=int)).reshape(shape) % 8).astype(dtype)
-        else:
-            noise = np.empty(shape, np.float32)
-            generate(noise, seed=0, tensor=0, draw=0, offset=0, distribution="gaussian")
-            batch[value.name] = noise.astype(dtype)
-    return batch
+def probe_batch(bundle: Bundle) -> Probe:
+    """Return the probing batch of a bundle.
+
+    Raises
+    ------
+    BundleError
+        It has none.
+    """
+    if bundle.probe is None:
+        raise BundleError(f"{bundle.path}: there is no probing batch in it; prepare the model again, or give a batch")
+    return bundle.probe
 
 
 def float_outputs(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.float64]:
@@ -46,7 +39,7 @@ def float_outputs(bundle: Bundle, session: ort.InferenceSession) -> NDArray[np.f
     try:
         values = session.run(outputs, probe_batch(bundle))
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{bundle.model_path}: a run on a probing batch failed: {error}") from error
+        raise BundleError(f"{bundle.model_path}: a run on the probing batch failed: {error}") from error
     return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
 
 

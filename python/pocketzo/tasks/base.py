@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import numpy as np
 
 from pocketzo.data.columns import Columns, find_column, missing_column
-from pocketzo.tasks.metrics import METRICS, Found, Metric, metric_named
+from pocketzo.formats.bundle import ValueSpec
+from pocketzo.tasks.metrics import METRICS, Found, Metric, Source, metric_named
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from pocketzo.data.examples import Encoded, Example
-    from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.formats.bundle import Bundle
 
 IGNORED: Final = -100
 """The label of a token that loss and metrics ignore."""
@@ -32,15 +33,24 @@ class Task(ABC):
     ----------
     bundle : Bundle
         The model.
-    **settings
-        The settings of the bundle's task, by name. A wrong one raises ValueError or TypeError.
+    loss : str, optional
+        The kind of loss that was added to the graph; None if the graph has a loss of its own, or none.
+    threshold : float, optional
+        Above it a score means yes, for scores that each answer a question of their own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A setting is wrong.
 
     Attributes
     ----------
     name : str
         The name in ``bundle.json``.
     settings : tuple of str
-        The names of the accepted settings.
+        The names of the accepted settings, which are parameters.
+    losses : tuple of str
+        The kinds of loss that fit the task.
     columns : mapping of str to tuple of str
         The usual names of each column, in lower case, by role. Roles are the field names of :class:`Columns`. The
         first role is required, the others are optional. The first name is also the key in records without a header.
@@ -49,36 +59,56 @@ class Task(ABC):
     labels_per : {"example", "token"}
         What a label belongs to. The loss of a batch is the mean over these: examples, or tokens with a label other
         than :data:`IGNORED`.
+    predicts : {"classes", "label sets", "numbers"}
+        What predictions are, which decides the metrics.
+    label_dtype : str
+        The dtype of labels, where the graph has no label input that fixes it.
     default_metric : str
         The metric that the best evaluation is chosen by, if the graph has the output that it needs.
     bundle : Bundle
+    loss, threshold
+        The parameters.
     label_input : ValueSpec or None
         The graph's label input, if its shape and dtype suit this task.
     """
 
     name: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ("loss",)
+    losses: ClassVar[tuple[str, ...]]
     columns: ClassVar[Mapping[str, tuple[str, ...]]]
     headerless: ClassVar[Mapping[int, tuple[str, ...]]]
     labels_per: ClassVar[Literal["example", "token"]]
+    predicts: ClassVar[Source] = "classes"
+    label_dtype: ClassVar[str] = "int64"
     default_metric: ClassVar[str]
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, loss: str | None = None, threshold: float | None = None) -> None:
+        if loss is not None and loss not in self.losses:
+            raise ValueError(f"'loss' must be {' or '.join(map(repr, self.losses))}, got {loss!r}")
+        if threshold is not None and type(threshold) not in (int, float):
+            raise TypeError(f"'threshold' must be a number, got {threshold!r}")
         labels = next((value for value in bundle.inputs if value.name == "labels"), None)
-        logits = next((value for value in bundle.outputs if value.name == bundle.logits), None)
+        scores = next((value for value in bundle.outputs if value.name == bundle.logits), None)
         self.bundle = bundle
-        self.label_input = labels if labels is not None and self.suits(labels, None) else None
-        self._logits = logits if logits is not None and self.suits(labels, logits) else None
+        self.loss = loss
+        self.threshold = threshold
+        self.label_input = labels if labels is not None and self.suits(labels, None, threshold) else None
+        self._scores = scores if scores is not None and self.suits(labels, scores, threshold) else None
 
     @classmethod
-    def suits(cls, labels: ValueSpec | None, logits: ValueSpec | None) -> bool:
-        """Return whether a graph with this label input and this logits output suits this task."""
-        rank = 1 if cls.labels_per == "example" else 2
-        if labels is not None and not (len(labels.shape) == rank and labels.dtype.startswith(("int", "uint"))):
-            return False
-        if logits is not None and len(logits.shape) != rank + 1:
-            return False
-        return labels is not None or logits is not None
+    @abstractmethod
+    def suits(cls, labels: ValueSpec | None, scores: ValueSpec | None, threshold: float | None = None) -> bool:
+        """Return whether a graph with this label input and this output of scores suits this task."""
+
+    @property
+    def label_spec(self) -> ValueSpec | None:
+        """The labels of a batch: the label input, or, if the graph has no input ``labels``, what metrics read.
+
+        None if the graph has an input ``labels`` of another kind.
+        """
+        if self.label_input is None and all(value.name != "labels" for value in self.bundle.inputs):
+            return ValueSpec("labels", self.label_dtype, ("batch",) if self.labels_per == "example" else ("batch", "?"))
+        return self.label_input
 
     # ---- columns of a data file -> inputs ----
 
@@ -107,13 +137,17 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def class_number(self, label: object) -> int:
-        """Return the class number of a label from a data file; raise :class:`LineError` for an unknown label."""
+    def label_value(self, label: object) -> Any:
+        """Return a label from a data file, as a number or list of numbers; raise :class:`LineError` for a wrong one."""
+
+    def label_row(self, values: object) -> Any:
+        """Return a label from a row of an array, like :meth:`label_value`."""
+        return self.label_value(values)
 
     @property
     def class_count(self) -> int | None:
         """The number of classes; None if the graph does not fix it."""
-        count = None if self._logits is None else self._logits.shape[-1]
+        count = None if self._scores is None else self._scores.shape[-1]
         return count if isinstance(count, int) else None
 
     def find(self, record: Mapping[str, Any], columns: Columns, role: str) -> str | None:
@@ -130,9 +164,13 @@ class Task(ABC):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics that the graph's outputs allow, the default one first."""
-        given = {"loss": self.bundle.loss is not None, "predictions": self._logits is not None}
-        names = [name for name, metric in METRICS.items() if given[metric.of]]
+        given = {True: self.bundle.loss is not None, False: self._scores is not None}
+        names = [name for name, metric in METRICS.items() if self._has(metric) and given[metric.of_loss]]
         return tuple(sorted(names, key=lambda name: (name != self.default_metric, name != "loss")))
+
+    def _has(self, metric: Metric) -> bool:
+        """Return whether a metric is one of the task's, whatever the graph gives."""
+        return metric.of in ("loss", self.predicts, *({"cross-entropy"} & {*self.losses}))
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -145,20 +183,23 @@ class Task(ABC):
         Raises
         ------
         ValueError
-            The metric is unknown, or the graph lacks the output that it needs.
+            The metric is unknown or not one of the task's, or the graph lacks the output that it needs.
         """
         if name is None:
             return METRICS[next(iter(self.metrics), "loss")]
         metric = metric_named(name)
+        if not self._has(metric):
+            known = ", ".join(name for name, metric in METRICS.items() if self._has(metric))
+            raise ValueError(f"{self.bundle.path}: the task {self.name!r} has no metric {name!r}; it has {known}")
         if name not in self.metrics:
             raise ValueError(f"{self.bundle.path}: the graph has no output that gives the metric {name!r}")
         return metric
 
     def outputs(self, metrics: Sequence[Metric]) -> tuple[str, ...]:
         """Return the names of the outputs that metrics need."""
-        needed = {metric.of for metric in metrics}
-        names = {"loss": self.bundle.loss, "predictions": self.bundle.logits}
-        return tuple(name for of, name in names.items() if of in needed and name is not None)
+        needed = {metric.of_loss for metric in metrics}
+        names = {True: self.bundle.loss, False: self.bundle.logits}
+        return tuple(name for of_loss, name in names.items() if of_loss in needed and name is not None)
 
     def weight(self, batch: Mapping[str, NDArray[Any]], examples: int) -> int:
         """Return the number of examples or tokens that the mean loss of a batch is taken over."""
@@ -170,23 +211,28 @@ class Task(ABC):
     def found(self, outputs: Mapping[str, NDArray[Any]], batch: Mapping[str, NDArray[Any]]) -> Found:
         """Return the loss, predictions and labels of one batch; None for each that outputs or labels do not give."""
         loss = None if self.bundle.loss is None else outputs.get(self.bundle.loss)
-        scores = None if self._logits is None else outputs.get(self._logits.name)
+        scores = None if self._scores is None else outputs.get(self._scores.name)
         labels = batch.get("labels")
         mean = None if loss is None else float(loss)
         if scores is None or labels is None:
             return Found(mean)
-        counted = labels != IGNORED
-        return Found(mean, self.predictions(scores[counted]), labels[counted])
+        counted = self.counted(labels)
+        return Found(mean, self.predictions(scores[counted]), self.targets(labels[counted]))
 
-    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the class with the highest score, or -1 where a score is NaN.
+    def counted(self, labels: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return which labels of a batch metrics count."""
+        counted: NDArray[np.bool_] = labels != IGNORED
+        return counted
 
-        Parameters
-        ----------
-        scores : ndarray of floats, shape [n, classes]
+    def targets(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Return the labels that metrics count, as metrics compare them with predictions."""
+        return labels
 
-        Returns
-        -------
-        ndarray of int64, shape [n]
-        """
-        return np.where(np.isnan(scores).any(-1), -1, scores.argmax(-1))
+    @abstractmethod
+    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[Any]:
+        """Return what the scores of labels that are counted predict: integers with -1 for NaN, or floats."""
+
+
+def is_column(scores: ValueSpec) -> bool:
+    """Return whether scores are one number an example: [batch] or [batch, 1]."""
+    return len(scores.shape) == 1 or (len(scores.shape) == 2 and scores.shape[1] == 1)

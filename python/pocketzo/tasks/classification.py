@@ -2,88 +2,91 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pocketzo.data.examples import Encoded, Example, LineError, text_of
-from pocketzo.tasks.base import Task
+import numpy as np
+
+from pocketzo.tasks.base import is_column
+from pocketzo.tasks.text import TEXT, TEXT_PAIR, Classes, TextTask
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from numpy.typing import NDArray
 
-    from pocketzo.data.columns import Columns
-    from pocketzo.formats.bundle import Bundle
+    from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.tasks.metrics import Source
 
 
-class Classification(Task):
+class Classification(TextTask):
     """A text, or a pair of texts, and its class.
 
     A label is a class name of the bundle, or a class number from 0. If a class name looks like a number, labels must be
     names. If the bundle has neither names nor a number of classes, any number from 0 is a class.
+
+    Scores are [batch, classes]; or, for two classes, one score for the second class, [batch] or [batch, 1].
 
     Parameters
     ----------
     bundle : Bundle
         The model.
     labels : sequence of str, optional
-        The names of the classes, in the order of the logits.
+        The names of the classes, in the order of the scores.
+    loss, threshold : optional
+        See :class:`Task`.
     """
 
     name: ClassVar[str] = "classification"
-    settings: ClassVar[tuple[str, ...]] = ("labels",)
+    settings: ClassVar[tuple[str, ...]] = ("labels", "loss", "threshold")
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "bce")
     columns: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "text": ("text", "sentence", "sentence1"),
-        "text_pair": ("text_pair", "sentence2"),
+        "text": TEXT,
+        "text_pair": TEXT_PAIR,
         "label": ("label", "labels"),
     }
-    headerless: ClassVar[Mapping[int, tuple[str, ...]]] = {
-        1: ("text",),
-        2: ("text", "label"),
-        3: ("text", "text_pair", "label"),
-    }
-    labels_per: ClassVar[Literal["example", "token"]] = "example"
+    predicts: ClassVar[Source] = "classes"
     default_metric: ClassVar[str] = "accuracy"
 
-    def __init__(self, bundle: Bundle, *, labels: Sequence[str] | None = None) -> None:
-        super().__init__(bundle)
-        names = tuple(labels or ())
-        count = len(names) or self.class_count
-        if count != self.class_count is not None:
-            raise ValueError(f"'labels' has {count} names, and the logits have {self.class_count} classes")
-        self._ids = {name: index for index, name in enumerate(names)}
-        expected = [repr(name) for name in names[:10]] + ["..."] * (len(names) > 10)
-        if count is None:
-            expected = ["an integer from 0"]
-        elif not any(re.fullmatch("-?[0-9]+", name) for name in names):
-            self._ids |= {str(index): index for index in range(count)}
-            expected.append(f"0 to {count - 1}")
-        self._any = count is None
-        self._expected = ", ".join(expected)
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        labels: Sequence[str] | None = None,
+        loss: str | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__(bundle, loss=loss, threshold=threshold)
+        self._classes = Classes(labels or (), self.class_count)
 
-    def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
-        """Read text, pair and class from a record."""
-        text, pair, label = (self.find(record, columns, role) for role in ("text", "text_pair", "label"))
-        if text is None:
-            raise LineError(self.missing(record, columns, "text"))
-        first = text_of(record, text)
-        second = None if pair is None else text_of(record, pair)
-        if pair is None and columns.text_pair is not None:
-            raise LineError(self.missing(record, columns, "text_pair"))
-        return Example(first, second, None if label is None else self.class_number(record[label]))
+    @classmethod
+    def suits(cls, labels: ValueSpec | None, scores: ValueSpec | None, threshold: float | None = None) -> bool:
+        """Return whether a graph with this label input and these scores suits this task."""
+        if labels is not None and not (len(labels.shape) == 1 and labels.dtype.startswith(("int", "uint"))):
+            return False
+        if scores is None:
+            return labels is not None
+        return is_column(scores) if threshold is not None else len(scores.shape) == 2 and not is_column(scores)
 
-    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
-        """Return the tokens and the class of each example."""
-        encodings = tokenizer.encode_batch([e.text if e.pair is None else (e.text, e.pair) for e in examples])
-        return [Encoded(got.ids, got.type_ids, e.label) for e, got in zip(examples, encodings, strict=True)]
+    @property
+    def class_count(self) -> int | None:
+        """The number of classes; None if the graph does not fix it."""
+        return 2 if self.threshold is not None else super().class_count
 
-    def class_number(self, label: object) -> int:
+    def label_value(self, label: object) -> int:
         """Return the class number of a label; raise :class:`LineError` for an unknown label."""
-        if isinstance(label, bool) or not isinstance(label, (str, int)):
-            raise LineError(f"the label must be a name or an integer, found {type(label).__name__}")
-        text = str(label)
-        if self._any and re.fullmatch("[0-9]{1,9}", text):
-            return int(text)
-        if text not in self._ids:
-            raise LineError(f"unknown label {text[:80]!r}: expected {self._expected}")
-        return self._ids[text]
+        return self._classes.number(label)
+
+    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Return the class with the highest score, or -1 where a score is NaN.
+
+        Parameters
+        ----------
+        scores : ndarray of floats, shape [n, classes]; or [n] or [n, 1] for two classes
+
+        Returns
+        -------
+        ndarray of int64, shape [n]
+        """
+        if self.threshold is None:
+            return np.where(np.isnan(scores).any(-1), -1, scores.argmax(-1))
+        score = scores.reshape(len(scores))
+        return np.where(np.isnan(score), -1, score > self.threshold)

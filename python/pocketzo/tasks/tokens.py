@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from pocketzo.data.columns import Columns
+    from pocketzo.formats.bundle import ValueSpec
 
 
 class TokenClassification(Classification):
@@ -29,6 +30,17 @@ class TokenClassification(Classification):
     }
     headerless: ClassVar[Mapping[int, tuple[str, ...]]] = {1: ("tokens",), 2: ("tokens", "labels")}
     labels_per: ClassVar[Literal["example", "token"]] = "token"
+    settings: ClassVar[tuple[str, ...]] = ("labels", "loss")
+    losses: ClassVar[tuple[str, ...]] = ("cross-entropy",)
+
+    @classmethod
+    def suits(cls, labels: ValueSpec | None, scores: ValueSpec | None, threshold: float | None = None) -> bool:
+        """Return whether a graph with this label input and these scores suits this task."""
+        if threshold is not None or (scores is not None and len(scores.shape) != 3):
+            return False
+        if labels is not None and not (len(labels.shape) == 2 and labels.dtype.startswith(("int", "uint"))):
+            return False
+        return labels is not None or scores is not None
 
     def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
         """Read words and their classes from a record."""
@@ -43,7 +55,7 @@ class TokenClassification(Classification):
                 raise LineError(reason)
         if label is None:
             return Example(words, None, None)
-        labels = [self.class_number(item) for item in _items(record, label)]
+        labels = [self.label_value(item) for item in _items(record, label)]
         if len(labels) != len(words):
             raise LineError(f"{len(labels)} labels for {len(words)} words")
         return Example(words, None, labels)
@@ -56,11 +68,11 @@ class TokenClassification(Classification):
             for example, encoding in zip(examples, encodings, strict=True)
         ]
 
-    def class_number(self, label: object) -> int:
+    def label_value(self, label: object) -> int:
         """Return the class number of a label, or -100 for -100; raise :class:`LineError` for any other label."""
         if not isinstance(label, bool) and label in (IGNORED, str(IGNORED)):
             return IGNORED
-        return super().class_number(label)
+        return super().label_value(label)
 
 
 def _items(record: Mapping[str, Any], name: str) -> list[Any]:

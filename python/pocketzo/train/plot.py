@@ -60,10 +60,7 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     past = Run(run)
     lines = list(past.metrics())
     steps, losses = _series([(line["step"], line["loss"]) for line in lines if "loss" in line])
-    evaluations = [(line["step"], line["eval"]) for line in lines if "eval" in line]
-    before = past.recipe.data.source.before
-    if before:
-        evaluations.insert(0, (0, before))
+    evaluations = sorted(past.evaluations().items())
     loop = past.recipe.loop
     eval_steps, eval_costs = _series([(step, _cost(result, loop.objective)) for step, result in evaluations])
     shown = next((name for name in (loop.metric, *METRICS) if name != "loss" and _known(evaluations, name)), None)

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from pocketzo.arguments import check_integer
 from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
 from pocketzo.tasks.metrics import metric_named
@@ -54,8 +55,10 @@ class Loop:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "max_skipped", "eval_every", "patience", "snapshot_every"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None or name in ("steps", "batch_size", "max_skipped"):
+                check_integer(name, value, 1)
+        if not isinstance(self.group_by_length, bool):
+            raise TypeError(f"group_by_length must be a bool, got {self.group_by_length!r}")
         metric_named(self.metric)
         if self.objective is not None:
             metric_named(self.objective)

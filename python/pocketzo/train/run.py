@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pocketzo.errors import BundleError, JournalError
+from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import check_target, copy_bundle
 from pocketzo.formats.journal import Journal
@@ -65,24 +66,40 @@ class Run:
         """Number of steps in the journal."""
         return len(self.entries)
 
+    def evaluations(self) -> dict[int, dict[str, float | None]]:
+        """Return the evaluations by the number of steps before them; 0 is that of the base."""
+        before = self.recipe.data.source.before
+        found = {} if before is None else {0: before}
+        return found | {
+            line["step"]: line["eval"] for line in self.metrics() if "eval" in line and line["step"] <= self.steps
+        }
+
     @property
-    def best_step(self) -> int:
-        """Number of steps before the best evaluation; all steps if there was none."""
-        evaluations = [line for line in self.metrics() if "eval" in line and line["step"] <= self.steps]
-        if not evaluations:
-            return self.steps
-        metric = metric_named(self.recipe.loop.metric)
-        return int(max(evaluations, key=lambda line: metric.score(line["eval"]))["step"])
+    def best_step(self) -> int | None:
+        """Number of steps before the best evaluation, 0 for the base; None if none was finite."""
+        metric, evaluations = metric_named(self.recipe.loop.metric), self.evaluations()
+        best = max(evaluations, key=lambda step: metric.score(evaluations[step]), default=None)
+        return None if best is None or metric.score(evaluations[best]) == -math.inf else best
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored."""
+        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored.
+
+        Raises
+        ------
+        JournalError
+            Another line is damaged; names it.
+        """
         path = self.path / METRICS
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    return
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                yield _metrics_line(line)
+            except ValueError as error:
+                if number < len(lines):
+                    raise JournalError(
+                        f"{path}, line {number}: damaged: {error}; without this file the run resumes all the same, but "
+                        "its evaluations are lost"
+                    ) from None
 
     def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
         """Return the base bundle of the run, after checking the SHA-256 of its graph and weights.
@@ -157,6 +174,18 @@ class Run:
         model = _Unloaded(base)
         self.replay_onto(model, step=step)
         copy_bundle(base, out, model.weights.save, overwrite=overwrite)
+
+
+def _metrics_line(text: bytes) -> dict[str, Any]:
+    line = strict_json.parse(text)
+    if type(line.get("step")) is not int:
+        raise ValueError(f"'step' is {reprlib.repr(line.get('step'))}, expected an integer")
+    evaluation = line.get("eval", {})
+    if not isinstance(evaluation, dict) or not all(
+        value is None or type(value) in (int, float) for value in evaluation.values()
+    ):
+        raise ValueError(f"'eval' is {reprlib.repr(evaluation)}, expected numbers by name")
+    return line
 
 
 class _Unloaded:

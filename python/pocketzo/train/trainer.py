@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from pocketzo.machine import cores
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
-from pocketzo.tasks.evaluate import evaluate
+from pocketzo.tasks.evaluate import Evaluation, evaluate_in_detail
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import MetricObjective, metric_objective
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.forecast import Forecast, check_longest, forecast
+from pocketzo.train.guard import check_weights
+from pocketzo.train.history import History
 from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
 from pocketzo.train.run import Run, finite
 from pocketzo.train.writer import RunWriter
@@ -163,8 +166,9 @@ class Trainer:
         self.callback = callback
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
-        self._evaluations: dict[int, dict[str, float]] = {}
-        self._skipped = 0
+        self.history = History(loop)
+        self._before: Evaluation | None = None
+        self._forecast: Forecast | None = None
         self._writer: RunWriter | None = None
 
     @classmethod
@@ -233,15 +237,9 @@ class Trainer:
     def _take_up(self, past: Run) -> None:
         steps = self.optimizer.step_number
         self._writer = RunWriter.resume(past, steps)
-        self._evaluations = {
-            line["step"]: line["eval"] for line in past.metrics() if "eval" in line and line["step"] <= steps
-        }
+        self.history.take_up(past, steps)
         if steps and self.loop.snapshot_every and steps % self.loop.snapshot_every == 0:
             self._writer.snapshot(self.optimizer)  # a killed run may have missed it
-        for entry in reversed(past.entries[:steps]):
-            if entry.lr or any(entry.coefficients.values()):
-                break
-            self._skipped += 1
 
     def differences(self, past: Run) -> list[str]:
         """Return the settings in which a saved run and this trainer differ; :meth:`resume` uses those of the run.
@@ -278,6 +276,14 @@ class Trainer:
         JournalError
             The run folder holds a run already.
         """
+        if self.optimizer.step_number < self.loop.steps:
+            check_weights(self.optimizer)
+            self.forecast()
+        if self.optimizer.step_number == 0:
+            if self.eval is not None:
+                self.before()
+            else:
+                self.history.batches = self._sampled_losses(), []
         began = self.run is not None and self._writer is None
         if began:
             self._writer = self._begin()
@@ -292,6 +298,15 @@ class Trainer:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+        if self.history.batches[0]:
+            self.history.batches = self.history.batches[0], self._sampled_losses()
+
+    def _sampled_losses(self) -> list[float]:
+        """Return the losses of 2 to 8 batches, some hundredth of the run's forward passes; none for a short run."""
+        if self.loop.steps < 20 or not isinstance(self.objective, MetricObjective):
+            return []
+        count = min(8, max(2, self.loop.steps * self.optimizer.forwards // 200))
+        return [self._loss(self.model, self._batch(step)) for step in range(count)]
 
     def _train(self, helper: ThreadPoolExecutor) -> None:
         optimizer, loop = self.optimizer, self.loop
@@ -299,9 +314,9 @@ class Trainer:
         while True:
             step = optimizer.step_number
             # A killed run may have missed the evaluation after its last step.
-            if step and self._eval_due(step) and step not in self._evaluations:
+            if step and self._eval_due(step) and step not in self.history.evaluations:
                 self._evaluate(step)
-            if step >= loop.steps or self.stop_requested or self._out_of_patience():
+            if step >= loop.steps or self.stop_requested or self.history.out_of_patience:
                 return
             started = time.perf_counter()
             batch = (ahead or helper.submit(self._batch, step)).result()
@@ -310,19 +325,15 @@ class Trainer:
             if ahead is not None:
                 ahead.exception()  # waits; the step that needs the batch raises its exception
             seconds = time.perf_counter() - started
+            self.history.add_loss(info.loss, skipped=info.skipped)
             self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
-            self._skipped = self._skipped + 1 if info.skipped else 0
             evaluation = self._evaluate(step + 1) if self._eval_due(step + 1) else None
             if loop.snapshot_every and (step + 1) % loop.snapshot_every == 0 and self._writer is not None:
                 self._writer.snapshot(optimizer)
             if self.callback is not None:
                 self.callback(Progress(info, loop.steps, seconds, evaluation))
-            if self._skipped >= loop.max_skipped:
-                raise TrainingError(
-                    f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1}); the weights "
-                    f"are as before them. Try a smaller lr or eps"
-                    + (", or a bundle in float32: fp16 ends at 65504" if self.model.bundle.is_fp16 else "")
-                )
+            if self.history.skipped >= loop.max_skipped:
+                raise TrainingError(self.history.ruined(self.run, fp16=self.model.bundle.is_fp16))
 
     def _step(self, batch: Batch) -> StepInfo:
         step, writer = self.optimizer.step_number, self._writer
@@ -382,23 +393,67 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Run :func:`evaluate` on the evaluation data now, with the metric and the objective."""
+        return self._detailed().values
+
+    def _detailed(self) -> Evaluation:
         if self.eval is None:
             raise ValueError("the trainer has no eval data")
-        return evaluate(self.model, self.eval, batch_size=self.loop.batch_size, metrics=self._metrics)
+        return evaluate_in_detail(self.model, self.eval, batch_size=self.loop.batch_size, metrics=self._metrics)
+
+    def before(self) -> dict[str, float]:
+        """Return the evaluation at step 0; it is made once, before the first step, and is among those of the run."""
+        if self._before is None:
+            if self.optimizer.step_number:
+                raise ValueError("the optimizer has taken steps already")
+            if self.eval is not None:
+                check_longest(self.eval, self.loop.batch_size, self._forward)
+            self._before = self._detailed()
+            self.history.add(0, self._before)
+            values = {name: finite(value) for name, value in self._before.values.items()}
+            self.source = replace(self.source, before=values)
+        return self._before.values
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        result = self.evaluate()
-        self._evaluations[step] = result
-        self._log({"step": step, "eval": {name: finite(value) for name, value in result.items()}})
-        return result
+        details = self._detailed()
+        self.history.add(step, details)
+        self._log({"step": step, "eval": {name: finite(value) for name, value in details.values.items()}})
+        return details.values
 
-    def _out_of_patience(self) -> bool:
-        if self.loop.patience is None or not self._evaluations:
-            return False
-        steps = sorted(self._evaluations)
-        metric = metric_named(self.loop.metric)
-        best = max(steps, key=lambda step: metric.score(self._evaluations[step]))
-        return len(steps) - 1 - steps.index(best) >= self.loop.patience
+    def _forward(self, batch: Batch) -> None:
+        """Run the model on a batch as a step does."""
+        if isinstance(self.objective, MetricObjective):
+            self.model.run(batch, self.objective.outputs)
+        elif self.loop.objective == "loss":
+            self.model.loss(batch)
+        else:
+            self.model.run(batch)
+
+    def forecast(self) -> Forecast | None:
+        """Evaluate the longest batch, once, and estimate what the steps that are left will take.
+
+        Returns
+        -------
+        Forecast or None
+            None if the data does not give the lengths of its examples.
+
+        Raises
+        ------
+        DataError
+            An example is too long for the model; names it.
+        """
+        if self._forecast is None and getattr(self.train, "lengths", None) is not None:
+            steps = range(self.optimizer.step_number + 1, self.loop.steps + 1)
+            self._forecast = forecast(
+                optimizer=self.optimizer,
+                data=self.train,
+                order=self._order,
+                steps=self.loop.steps,
+                forward=self._forward,
+                evaluations=0 if self.loop.eval_every is None else len(steps) // self.loop.eval_every,
+                eval_data=self.eval,
+                batch_size=self.loop.batch_size,
+            )
+        return self._forecast
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._writer is not None:

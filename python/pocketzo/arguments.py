@@ -1,0 +1,42 @@
+"""Checks of arguments that are numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Check that an argument is an integer in a range.
+
+    Raises
+    ------
+    TypeError
+        It is no integer; a bool is none.
+    ValueError
+        It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"in {least} .. {most}"
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False, most: float | None = None) -> None:
+    """Check that an argument is a finite number of at least 0, or more than 0, and perhaps at most ``most``.
+
+    Raises
+    ------
+    TypeError
+        It is no real number; a bool is none.
+    ValueError
+        It is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and (value > 0 if positive else value >= 0) and (most is None or value <= most)):
+        least = f"{'greater than' if positive else 'at least'} 0"
+        expected = f"finite and {least}" if most is None else f"{least} and at most {most:g}"
+        raise ValueError(f"{name} must be {expected}, got {value}")

@@ -1,0 +1,67 @@
+"""Inputs that ``python -m fuzz`` found: each ended in another library's error."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from fuzz.targets import is_own
+from onnx import TensorProto, helper
+
+import pocketzo as pz
+from pocketzo.formats.journal import Journal
+
+RUNS = Path(__file__).parent / "golden" / "runs"
+
+
+def test_metrics_with_a_damaged_line_name_it(tmp_path: Path) -> None:
+    run = next(path.parent for path in sorted(RUNS.glob("*/journal.pzj")))
+    shutil.copytree(run, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    good = b'{"step": 1, "eval": {"loss": 0.5}}\n'
+    for bad in (b"\xff\n", b"{}\n", b'{"step": 1.5}\n', b'{"step": 2, "eval": {"loss": "low"}}\n', b"[1]\n", b"\n"):
+        metrics.write_bytes(good + bad + good)
+        with pytest.raises(pz.JournalError, match=r"metrics\.jsonl, line 2: damaged: ") as caught:
+            list(pz.Run(tmp_path / "run").metrics())
+        assert is_own(caught.value)
+    metrics.write_bytes(good + good + b'{"step": 3, "ev\xff')
+    assert [line["step"] for line in pz.Run(tmp_path / "run").metrics()] == [1, 1]
+
+
+def test_a_constant_node_with_an_unknown_attribute_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    node = helper.make_node("Constant", [], ["unused"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]))
+    node.attribute[0].name = "x"
+    model.graph.node.insert(0, node)
+    (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(pz.BundleError, match=r"bad\.onnx: the graph's constants cannot be read: "):
+        pz.prepare(tmp_path / "bad.onnx", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_array_with_a_damaged_header_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 4), np.int64))
+    header = content.getvalue().replace(b"}", b"(", 1)  # numpy hands it to tokenize
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
+        archive.writestr("input_ids.npy", header)
+    with pytest.raises(pz.DataError, match=r"data\.npz: not an \.npz of plain arrays: ") as caught:
+        pz.load_dataset(tmp_path / "data.npz", pz.Bundle.read(tiny_bundle))
+    assert is_own(caught.value)
+
+
+def test_a_header_with_a_line_break_in_a_name_gives_one_line(tmp_path: Path) -> None:
+    run = next(path.parent for path in sorted(RUNS.glob("*/journal.pzj")))
+    header = dict(Journal.open(run / "journal.pzj", write=False).header)
+    del header["format"], header["spec"]
+    header["method"] = {**header["method"], "a\nb": 1}
+    Journal.create(tmp_path / "journal.pzj", header).close()
+    model = pz.load(RUNS.parent / "bundle", verify="fast")
+    with pytest.raises(pz.JournalError) as caught:
+        pz.Run(tmp_path).replay_onto(model)
+    assert is_own(caught.value)
