@@ -98,6 +98,24 @@ def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: P
     np.testing.assert_allclose(session.run(["logits"], BATCH)[0], model.run(BATCH)["logits"], rtol=1e-5, atol=1e-6)
 
 
+def test_saving_replaces_a_bundle_if_that_is_wanted_and_never_its_base(tiny_bundle: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_bundle, tmp_path / "base"))
+    model = pz.load(base, threads=1)
+    before = file_sha256(base / "weights.safetensors")
+    model.weights["dense.bias"] = 1
+    for overwrite in False, True:
+        with pytest.raises(pz.BundleError, match="base: is the base of these weights"):
+            model.save(base, overwrite=overwrite)
+    assert file_sha256(base / "weights.safetensors") == before
+    model.save(tmp_path / "tuned")
+    model.weights["dense.bias"] = 2
+    with pytest.raises(pz.BundleError, match="tuned: already exists; choose another folder, or replace"):
+        model.save(tmp_path / "tuned")
+    assert pz.load(tmp_path / "tuned", threads=1).weights["dense.bias"].max() == 1
+    model.save(tmp_path / "tuned", overwrite=True)
+    assert pz.load(tmp_path / "tuned", threads=1).weights["dense.bias"].max() == 2
+
+
 def with_graph(bundle: Path, out: Path, nodes: list[onnx.NodeProto]) -> Path:
     """A copy of the tiny bundle with another graph behind ``mean``, without what preparing would have done."""
     shutil.copytree(bundle, out)

@@ -166,10 +166,13 @@ def test_what_is_not_a_bundle_is_kept(tmp_path: Path) -> None:
 def test_a_bundle_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
     path = linear(tmp_path / "m.onnx")
     prepare(path, tmp_path / "out", labels=["a", "b", "c"])
-    with pytest.raises(BundleError):
-        prepare(tmp_path / "nothing.onnx", tmp_path / "out")
+    with pytest.raises(BundleError, match=r"nothing\.onnx: no such file"):
+        prepare(tmp_path / "nothing.onnx", tmp_path / "out", overwrite=True)
     assert Bundle.read(tmp_path / "out").labels == ("a", "b", "c")
-    assert prepare(path, tmp_path / "out").labels is None
+    with pytest.raises(BundleError, match=r"out: already exists; .* replace the bundle with overwrite=True"):
+        prepare(path, tmp_path / "out")
+    assert Bundle.read(tmp_path / "out").labels == ("a", "b", "c")
+    assert prepare(path, tmp_path / "out", overwrite=True).labels is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "out"]
 
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
+from pocketzo.formats.bundle_writer import staged_bundle
+from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.packages import require
@@ -43,6 +44,7 @@ def prepare(
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
+    overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
@@ -83,7 +85,7 @@ def prepare(
         An ONNX file of opset 13 or later, or of one that onnx can convert, with external data files in the same folder.
         Weights of float32 and float16 can be trained; all others are frozen.
     out : path-like
-        The folder to write. An existing bundle is replaced when the new one is complete.
+        The folder to write.
     tokenizer : path-like, optional
         The model's ``tokenizer.json``, copied into the bundle.
     labels : sequence of str, optional
@@ -105,6 +107,9 @@ def prepare(
         model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
     note : callable, optional
         Called with a line of text for each choice that was made: which loss, and why.
+    overwrite : bool
+        Whether a bundle at ``out`` is replaced, when the new one is complete. A folder that holds anything besides a
+        bundle's files is never replaced.
 
     Returns
     -------
@@ -116,7 +121,7 @@ def prepare(
     BundleError
         If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
         the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
-        those of the bundle exceed the range of float16 or differ, or ``out`` exists and is not a bundle. Nothing is
+        those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
         written in these cases.
     DeadWeightError
         If the runtime would not see changes of a weight that ``trainable`` selects.
@@ -147,7 +152,7 @@ def prepare(
         _check_tokenizer(Path(tokenizer))
     wanted = _name_filter(trainable)
 
-    with staged_folder(out) as folder:
+    with staged_bundle(out, overwrite=overwrite) as folder:
         try:
             onnx_model = read_model(source)
             origin = Origin.of(source, onnx_model)
@@ -180,9 +185,9 @@ def prepare(
         )
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
-        (folder / MODEL).write_bytes(to_bytes(onnx_model))
+        write_file(folder / MODEL, to_bytes(onnx_model))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / TOKENIZER)
+            copy_file(Path(tokenizer), folder / TOKENIZER)
         ids = tensor_ids(entries)
         bundle = Bundle(
             path=folder,

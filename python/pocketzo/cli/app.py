@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pocketzo._core import __version__
-from pocketzo.cli.command import Commands
+from pocketzo.cli.command import Commands, one_line
 from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
 from pocketzo.cli.doctor import doctor
@@ -18,6 +18,7 @@ from pocketzo.cli.info import info
 from pocketzo.cli.prepare import prepare
 from pocketzo.cli.replay import replay
 from pocketzo.cli.train import train
+from pocketzo.formats.files import named
 
 
 def main() -> None:
@@ -25,7 +26,11 @@ def main() -> None:
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         print_any_text(stream)
-    cli(prog_name="pocketzo")
+    try:
+        with named("standard output"):  # of --help and --version; a command reports its own errors
+            cli(prog_name="pocketzo")
+    except OSError as error:
+        sys.exit(f"pocketzo: error: {one_line(error)}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -67,13 +67,14 @@ class Commands(click.Group):
         except (Error, ValueError, TypeError, OSError, MemoryError, ImportError) as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            raise _Failure(_one_line(error)) from error
+            raise _Failure(one_line(error)) from error
         except KeyboardInterrupt:
             click.echo("pocketzo: interrupted", err=True)
             ctx.exit(130)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line; that of the system has its file in front."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         text = "not enough memory for this" + (f": {text}" if text else "")

@@ -13,10 +13,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.forecast import Forecast
 
-out = Console(highlight=False, markup=False, emoji=False)
+
+class _Output(Console):
+    """Standard output; an error in writing to it names it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with named("standard output"):
+            super().print(*objects, **options)
+
+
+out = _Output(highlight=False, markup=False, emoji=False)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
 
 

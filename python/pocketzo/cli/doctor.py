@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import print_facts, size_text
+from pocketzo.cli.console import print_facts, say, size_text
 from pocketzo.cli.options import json_option
 from pocketzo.doctor import examine
 from pocketzo.errors import Error
@@ -26,7 +26,7 @@ def doctor(as_json: bool) -> None:
     """
     facts = examine()
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
     else:
         print_facts(_doctor_lines(facts))
     if facts["broken"]:

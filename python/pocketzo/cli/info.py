@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import fact, print_facts
+from pocketzo.cli.console import fact, print_facts, say
 from pocketzo.cli.frozen import tensor_lines
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
@@ -47,7 +47,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
             facts["frozen_tensors"] = [asdict(tensor) for tensor in bundle.frozen]
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
     if facts.get("task"):
         labels = {name: value for name, value in facts["task"]["settings"].items() if name == "labels"}

@@ -57,7 +57,7 @@ PATH = click.Path(path_type=Path)
 bundle_out = click.option(
     "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."
 )
-force_option = click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
+force_option = click.option("--force", is_flag=True, help="Replace a bundle at --output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -14,6 +14,7 @@ from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
+from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES
 from pocketzo.prepare import prepare as prepare_bundle
 from pocketzo.tasks.registry import task_of
@@ -70,7 +71,7 @@ def prepare(
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
     """
-    refuse_existing(output, force=force)
+    check_output(output, force=force)
     bundle = prepare_bundle(
         model,
         output,
@@ -79,6 +80,7 @@ def prepare(
         max_length=max_length,
         trainable=trainable,
         dtype=dtype,
+        overwrite=force,
         loss=loss,
         probe=probe,
         note=note,
@@ -94,8 +96,8 @@ def prepare(
         say("next: train by a function of your own, pz.Trainer(..., objective=function)")
 
 
-def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Raise a :class:`BundleError` if the path exists, unless it is a bundle that may be replaced."""
-    if os.path.lexists(path) and not (force and (path / "bundle.json").is_file()):
-        how = "choose another folder, or --force to replace a bundle" if not force else "it is not a bundle"
-        raise BundleError(f"{path}: already exists: {how}")
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Raise a :class:`BundleError` if the path exists, unless ``force`` is given and it is a bundle alone."""
+    if os.path.lexists(path) and not force:
+        raise BundleError(f"{path}: already exists; choose another folder, or --force to replace a bundle")
+    check_target(path, overwrite=force)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
 from pocketzo.packages import require
 
 
@@ -93,7 +93,7 @@ def build_onnx(
     graph.encoder()
     graph.head(num_labels, projection)
     model = ir.Model(graph.graph, ir_version=8, producer_name="pocketzo")
-    with atomic_file(Path(out)) as file:
+    with staged_file(Path(out)) as file:
         file.write(ir.to_proto(model).SerializeToString())
         for name, array in graph.parameters.items():
             # protobuf merges concatenated messages, so only one tensor at a time is in memory

@@ -16,10 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -27,9 +24,11 @@ from typing import Any, Final, Self
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
+from pocketzo.formats.files import write_file
 from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+from pocketzo.formats.staging import sweep
 
 FORMAT: Final = "pocketzo-bundle"
 VERSION: Final = 2
@@ -37,6 +36,8 @@ MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
+FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE)
+"""All files that a bundle may consist of."""
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
 ORDER_ID: Final = 0xFFFFFFFF
@@ -159,6 +160,8 @@ class Bundle:
         """
         path = Path(path)
         if not path.exists():
+            sweep(path.parent, FILES)  # it may be there again then
+        if not path.exists():
             raise BundleError(f"{path}: no such bundle")
         for name in (DESCRIPTION, MODEL, WEIGHTS):
             if not (path / name).is_file():
@@ -219,29 +222,6 @@ class Bundle:
         """The path of the tokenizer file; None if the bundle has none."""
         return None if self.tokenizer is None else self.path / self.tokenizer
 
-    def copy_to(self, out: str | os.PathLike[str], write_weights: Callable[[Path], None]) -> None:
-        """Write a copy of this bundle with other weights.
-
-        Parameters
-        ----------
-        out : path-like
-            The new folder. An existing bundle, even this one, is replaced when the new one is complete.
-        write_weights : callable
-            Called with the path of the new ``weights.safetensors``. It must write that file, with this bundle's header.
-
-        Raises
-        ------
-        BundleError
-            If ``out`` exists and is not a bundle, or the written file does not match this bundle.
-        """
-        with staged_folder(out) as folder:
-            optional = [] if self.tokenizer is None else [self.tokenizer]
-            optional += [] if self.probe is None else [PROBE]
-            for name in (DESCRIPTION, MODEL, *optional):
-                shutil.copyfile(self.path / name, folder / name)
-            write_weights(folder / WEIGHTS)
-            self.read(folder)
-
     def write_description(self) -> None:
         """Write ``bundle.json`` into the folder."""
         fields = {
@@ -265,7 +245,7 @@ class Bundle:
                 for tensor in self.tensors
             ],
         }
-        (self.path / DESCRIPTION).write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(self.path / DESCRIPTION, f"{json.dumps(fields, indent=1, ensure_ascii=False)}\n".encode())
 
     @classmethod
     def _parse(cls, path: Path) -> Self:
@@ -323,38 +303,6 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
         used.add(number)
         ids[name] = number
     return ids
-
-
-@contextmanager
-def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``, and rename it to ``out`` when the block ends without an error.
-
-    The temporary folder is removed if the block fails.
-
-    Raises
-    ------
-    BundleError
-        If ``out`` exists and is not a bundle. Nothing is written then.
-    """
-    out = Path(out)
-    if os.path.lexists(out) and not (out / DESCRIPTION).is_file():
-        raise BundleError(f"{out}: already exists and is not a bundle; choose another place")
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    folder = out.with_name(f".{out.name}.{token}.new")
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            old = out.with_name(f".{out.name}.{token}.old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.files import named
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import ValueSpec
@@ -44,7 +45,7 @@ def read_probe(path: Path) -> Probe:
 
 def write_probe(path: Path, batch: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to an ``.npz`` file; the same arrays give the same bytes."""
-    with zipfile.ZipFile(path, "w") as archive:  # numpy.savez cannot write an array of the name "file"
+    with named(path), zipfile.ZipFile(path, "w") as archive:  # numpy.savez cannot write an array of the name "file"
         for name, array in batch.items():
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)

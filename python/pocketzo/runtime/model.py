@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import watch
 from pocketzo.runtime.weights import Weights
 
@@ -175,9 +175,23 @@ class Model:
             raise BundleError(f"{self.bundle.path}: the graph has no loss output; give an objective of your own")
         return float(self.run(batch, [self.bundle.loss])[self.bundle.loss])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a bundle with the current weights."""
-        self.bundle.copy_to(Path(path), self.weights.save)
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a bundle with the current weights.
+
+        Parameters
+        ----------
+        path : path-like
+            The folder to write.
+        overwrite : bool
+            Whether a bundle at ``path`` is replaced, when the new one is complete. Never replaced are the bundle that
+            this model was loaded from, and a folder that holds anything besides a bundle's files.
+
+        Raises
+        ------
+        BundleError
+            ``path`` exists and may not be replaced.
+        """
+        copy_bundle(self.bundle, path, self.weights.save, overwrite=overwrite)
 
 
 def megabytes(count: int) -> str:

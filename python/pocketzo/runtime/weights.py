@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pocketzo._core import Packing
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Location
 
@@ -171,7 +171,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def save(self, path: Path) -> None:
         """Write the weights to a file, beside it first and then renamed."""
-        with atomic_file(path) as file:
+        with staged_file(path) as file:
             for chunk in self._bytes():
                 file.write(chunk)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
 from pocketzo.packages import require
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.run import Run
 
+PLOT: Final = "loss.png"
 _RAW, _LINE, _EVAL = "#c3cfe2", "#1f4e9c", "#c8551b"
 
 
@@ -101,8 +102,8 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    out = past.path / "loss.png"
-    with atomic_file(out) as file:
+    out = past.path / PLOT
+    with staged_file(out) as file:
         canvas.print_png(file)  # type: ignore[no-untyped-call]
     return out
 
