@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import VOCABULARY
+from graphs import model_of, node, weight
+from onnx import TensorProto, numpy_helper
 
 import pocketzo as pz
 from pocketzo.train.rehearsal import Rehearsal, largest_batches, pass_seconds
@@ -151,12 +153,23 @@ def test_an_example_that_is_too_long_is_named_before_the_first_step(bert: pz.Mod
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_token_that_the_model_does_not_have_is_named_before_the_first_step(
-    bert: pz.Model, tmp_path: Path, batch_size: int
-) -> None:
-    data = pz.load_dataset(npz(tmp_path / "data.npz", [5] * 30 + [6] * 30, {17: 10**6}), bert.bundle)
-    with pytest.raises(pz.DataError, match=r"data.npz, row 17: .* whose largest token is 1000000 \(is the tokenizer"):
-        trainer(bert, data, batch_size=batch_size).rehearse()
+def test_a_value_that_the_model_does_not_have_is_named_before_the_first_step(tmp_path: Path, batch_size: int) -> None:
+    nodes = [
+        node("Mul", "codes two", "index"),  # so that the rows of the table do not say what codes there are
+        node("Gather", "table index", "rows"),
+        node("ReduceMean", "rows", "features", axes=[1], keepdims=0),
+        node("MatMul", "features fc.weight", "logits"),
+    ]
+    weights = [weight("table", 20, 6), weight("fc.weight", 6, 3), numpy_helper.from_array(np.array(2), "two")]
+    graph = model_of(tmp_path / "model.onnx", nodes, weights, inputs=[("codes", TensorProto.INT64, ("batch", 4))])
+    model = pz.load(pz.prepare(graph, tmp_path / "bundle", trainable="fc"), threads=1)
+    codes = np.ones((60, 4), np.int64)
+    codes[17, 2] = 10
+    np.savez(tmp_path / "data.npz", codes=codes, labels=np.arange(60) % 3)
+    data = pz.load_dataset(tmp_path / "data.npz", model.bundle)
+    message = r"data.npz, row 17: the model cannot be run on this example \(largest codes 10, labels 2\): "
+    with pytest.raises(pz.DataError, match=message):
+        trainer(model, data, batch_size=batch_size).rehearse()
 
 
 def test_a_bad_example_of_the_evaluation_is_named(bert: pz.Model, tmp_path: Path) -> None:

@@ -112,7 +112,10 @@ def _length_limit(model: Model, batch: Mapping[str, NDArray[Any]]) -> int | None
 
 
 def _largest(batch: Mapping[str, NDArray[Any]]) -> str:
-    """Return the largest token of a batch in words: it may be none of the model's."""
-    if "input_ids" not in batch:
-        return ""
-    return f", whose largest token is {int(batch['input_ids'].max())} (is the tokenizer that of another model?)"
+    """Return the largest values of a batch's integer inputs in words: one may be beyond a table of the model."""
+    found = [
+        f"{name} {int(values.max())}"
+        for name, values in batch.items()
+        if values.dtype.kind in "iu" and values.size and name not in ("attention_mask", "position_ids")
+    ]
+    return f" (largest {', '.join(found)})" if found else ""

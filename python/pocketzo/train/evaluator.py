@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
 import numpy as np
@@ -13,9 +13,6 @@ from pocketzo.data.order import Data
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.culprit import where
 from pocketzo.tasks.evaluate import Evaluation, evaluate_in_parts
-from pocketzo.train.run import EVAL, SAMPLE
-
-__all__ = ["EVAL", "PARTS", "SAMPLE", "Evaluator", "Sample", "finite", "line_of"]
 
 PARTS: Final = 32
 """The most parts of the evaluation data, from which the standard error of a difference is computed."""
@@ -75,8 +72,12 @@ class Sample:
         return where(self._data, int(self._indices[index]))
 
     @classmethod
-    def of_steps(cls, data: Data, batches: Sequence[NDArray[np.int64]]) -> Self:
-        """Return the examples of some steps, each once; whole batches, unless there is less than one."""
+    def of_run(cls, data: Data, order: Callable[[int], NDArray[np.int64]], steps: int, forwards: int) -> Self:
+        """Return the examples of the first steps of a run, each once; whole batches, unless there is less than one.
+
+        To evaluate them twice takes 2 % of the run's time, or less.
+        """
+        batches = [order(step) for step in range(min(steps * forwards // 100 + 1, steps, PARTS))]
         indices, size = np.unique(np.concatenate(batches)), len(batches[0])
         return cls(data, indices[: len(indices) // size * size or None])
 
@@ -85,11 +86,18 @@ def line_of(kind: str, step: int, evaluation: Evaluation) -> dict[str, Any]:
     """Return the line of an evaluation of a kind, :data:`EVAL` or :data:`SAMPLE`, after so many steps."""
     return {
         "step": step,
-        kind: {name: finite(value) for name, value in evaluation.values.items()},
+        kind: all_finite(evaluation.values),
         "without": {
             name: [finite(float(f"{value:.7g}")) for value in values] for name, values in evaluation.without.items()
         },
     }
+
+
+def all_finite(values: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
+    """Return the values of an evaluation with None for infinity and NaN; None if there are none."""
+    if values is None:
+        return None
+    return {name: None if value is None else finite(value) for name, value in values.items()}
 
 
 def finite(value: float) -> float | None:

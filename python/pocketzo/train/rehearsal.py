@@ -83,6 +83,7 @@ class Rehearsal:
     def __init__(self, model: Model, data: Data, batch_size: int, forward: Callable[[Batch], object]) -> None:
         self._model = model
         self._data = data
+        self._batch_size = batch_size
         self._forward = forward
         self.lengths = lengths_of(data)
         first, *others = largest_batches(data, batch_size)
@@ -127,8 +128,34 @@ class Rehearsal:
         slope = (self.largest - seconds) / (most - median)
         return max(seconds + slope * (float(widths.mean()) - median), 0.0)
 
-    def forecast(self, *, seconds: float, evaluations: int) -> Forecast:
-        """Return the forecast with an estimate of the seconds that are left."""
+    def forecast(
+        self,
+        optimizer: Optimizer,
+        steps: Sequence[int],
+        order: Callable[[int], NDArray[np.int64]],
+        evaluations: int,
+        examples: int,
+        evaluation_seconds: float | None,
+    ) -> Forecast:
+        """Return the forecast of a run.
+
+        Parameters
+        ----------
+        optimizer : Optimizer
+        steps : sequence of int
+            The steps that are left.
+        order : callable
+            Returns the numbers of a step's examples.
+        evaluations, examples : int
+            The evaluations that are left, and the examples of each.
+        evaluation_seconds : float or None
+            Seconds of an evaluation, if one was timed.
+        """
+        forward = self.mean(steps, order)
+        seconds = len(steps) * optimizer.forwards * (forward + pass_seconds(optimizer))
+        if evaluation_seconds is None:
+            evaluation_seconds = forward * examples / self._batch_size
+        seconds += evaluations * evaluation_seconds
         longest = None if self.lengths is None else int(self.lengths.argmax())
         return Forecast(
             longest=None if self.lengths is None or longest is None else int(self.lengths[longest]),

@@ -1,4 +1,4 @@
-"""Checks of the weights that a run starts from: they are finite, and eps fits their magnitude."""
+"""Checks of the weights that a run starts from: they are the bundle's and finite, and eps fits their magnitude."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS
+from pocketzo.formats.safetensors import file_sha256
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.optimizer import Optimizer
+from pocketzo.runtime.model import Model
 from pocketzo.runtime.weights import Weights
 
 _ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11}  # largest relative error of rounding to nearest
@@ -71,6 +73,18 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
                 f"spacing of about {2 * size * rounding:.2g} there, so that hardly any weight would be shifted. Try an "
                 f"eps of about {max(size / 100, 10 * size * rounding):.1g}"
             )
+
+
+def base_sha256(model: Model) -> str:
+    """Return the SHA-256 of the weights' file; raise a ValueError if the weights in memory are others."""
+    bundle = model.bundle
+    expected = file_sha256(bundle.weights_path)
+    if model.weights.sha256() != expected:
+        raise ValueError(
+            f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save the "
+            f"model, load what was saved, and train that"
+        )
+    return expected
 
 
 def sum_of_squares(weights: Weights, name: str) -> float:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
-from pocketzo.formats.safetensors import file_sha256
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
@@ -25,13 +24,13 @@ from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import MetricObjective, metric_objective
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.differences import warn_of_another_session
-from pocketzo.train.evaluator import EVAL, PARTS, SAMPLE, Evaluator, Sample, finite, line_of
+from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
 from pocketzo.train.progress import Progress
 from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
-from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of, pass_seconds
+from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of
 from pocketzo.train.ruin import explain
-from pocketzo.train.run import Run
-from pocketzo.train.soundness import check_start
+from pocketzo.train.run import EVAL, SAMPLE, Run
+from pocketzo.train.soundness import base_sha256, check_start
 from pocketzo.train.writer import RunWriter
 
 BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], float]
@@ -235,6 +234,8 @@ class Trainer:
             if entry.lr or any(entry.coefficients.values()):
                 break
             self._skipped += 1
+        if steps and self.loop.snapshot_every and steps % self.loop.snapshot_every == 0:
+            self._writer.snapshot(self.optimizer)  # a killed run may have missed it
 
     def rehearse(self) -> Forecast:
         """Check what the run starts from, try its largest batch, evaluate, and estimate the time; :meth:`fit` does it.
@@ -257,18 +258,17 @@ class Trainer:
         if not step:
             check_start(optimizer, loop.steps)
         rehearsal = Rehearsal(self.model, self.train, loop.batch_size, self._forward)
-        forward = rehearsal.mean(range(step, loop.steps), self._order)
-        evaluations = [at for at in range(step, loop.steps + 1) if self._eval_due(at) and at not in self.evaluations]
-        seconds = 0.0 if self.eval is None else forward * len(self.eval) / loop.batch_size
-        if 0 in evaluations:
+        due = [at for at in range(step, loop.steps + 1) if self._eval_due(at) and at not in self.evaluations]
+        seconds = None
+        if 0 in due:
             started = time.perf_counter()
-            self._evaluate(evaluations.pop(0))
+            self._evaluate(due.pop(0))
             seconds = time.perf_counter() - started
         if not step:
             self._sample(step)
-        steps = (loop.steps - step) * optimizer.forwards * (forward + pass_seconds(optimizer))
-        left = len(evaluations)
-        self.forecast = rehearsal.forecast(seconds=steps + left * seconds, evaluations=left)
+        examples = 0 if self.eval is None else len(self.eval)
+        left = range(step, loop.steps)
+        self.forecast = rehearsal.forecast(optimizer, left, self._order, len(due), examples, seconds)
         return self.forecast
 
     def fit(self) -> None:
@@ -371,8 +371,7 @@ class Trainer:
             return
         loop, objective = self.loop, self.objective
         if self._sampler is None:
-            count = min(loop.steps * self.optimizer.forwards // 100 + 1, loop.steps, PARTS)  # 2 % of the run's time
-            sample = Sample.of_steps(self.train, [self._order(at) for at in range(count)])
+            sample = Sample.of_run(self.train, self._order, loop.steps, self.optimizer.forwards)
             self._sampler = Evaluator(self.model, sample, loop.batch_size, [objective.metric.name])
         self._sampled.add(step)
         self._log(line_of(SAMPLE, step, self._sampler()))
@@ -398,19 +397,9 @@ class Trainer:
         assert self.run is not None
         if self.optimizer.step_number:
             raise ValueError("the optimizer has taken steps already, which a new journal would not hold")
-        bundle = self.model.bundle
-        base_sha256 = file_sha256(bundle.weights_path)
-        if self.model.weights.sha256() != base_sha256:
-            raise ValueError(
-                f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save "
-                f"the model, load what was saved, and train that"
-            )
-        model = self.model
-        before = None
-        if 0 in self.evaluations:  # so that the base is known without metrics.jsonl, too
-            before = {name: None if value is None else finite(value) for name, value in self.evaluations[0].items()}
+        model, bundle = self.model, self.model.bundle
         recipe = Recipe(
-            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256),
+            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256(model)),
             method=self.optimizer.settings(),
             loop=self.loop,
             session=Session(
@@ -421,7 +410,7 @@ class Trainer:
             data=DataUsed(
                 train=self.train.fingerprint,
                 eval=None if self.eval is None else self.eval.fingerprint,
-                source=replace(self.source, before=before),
+                source=replace(self.source, before=all_finite(self.evaluations.get(0))),
             ),
         )
         return RunWriter.begin(self.run, recipe)
