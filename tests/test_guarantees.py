@@ -153,10 +153,17 @@ def test_an_argument_of_a_wrong_type_is_a_type_error(
         make(model, data)
 
 
-def test_numpy_numbers_are_taken(model: pz.Model, data: pz.Dataset) -> None:
-    optimizer = pz.MeZO(model, lr=np.float32(0.5), seed=np.uint64(2**63), queries=np.int32(2))  # type: ignore[arg-type]
-    pz.Trainer(model, optimizer, data, steps=np.int64(2)).fit()  # type: ignore[arg-type]
+def test_numpy_numbers_are_taken_and_recorded(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    numbers: Any = {"lr": np.float32(0.5), "seed": np.uint64(2**63), "queries": np.int32(2)}
+    group, schedule = {"eps": np.float32(2)}, {"steps": np.int64(9), "warmup": np.uint8(1)}
+    parts: Any = {"groups": [pz.ParamGroup("dense", **group)], "schedule": pz.Schedule("linear", **schedule)}  # type: ignore[arg-type]
+    optimizer = pz.MeZO(model, **numbers, **parts)
+    pz.Trainer(model, optimizer, data, steps=np.int64(2), run=tmp_path / "run").fit()  # type: ignore[arg-type]
     assert optimizer.step_number == 2
+    recipe = pz.Run(tmp_path / "run").recipe
+    assert (recipe.loop.steps, recipe.method["seed"], recipe.method["groups"][0]["eps"]) == (2, 2**63, 2.0)
+    pz.Run(tmp_path / "run").replay(tmp_path / "out")
+    assert pz.load(tmp_path / "out", threads=1).weights.sha256() == model.weights.sha256()
 
 
 def test_settings_that_fit_no_optimizer_are_refused(model: pz.Model) -> None:

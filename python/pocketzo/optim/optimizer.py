@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 from numpy.typing import NDArray
 
 from pocketzo._core import Segments
-from pocketzo.arguments import check_integer, check_number
+from pocketzo.arguments import check_integer, check_number, plain
 from pocketzo.formats.bundle import TensorSpec
 from pocketzo.formats.journal import Entry
 from pocketzo.kernels import Distribution
@@ -324,19 +324,22 @@ class Optimizer(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which :func:`pocketzo.optim.methods.from_settings` makes an equal optimizer."""
-        return {
-            "method": self.method,
-            "lr": self.lr,
-            "eps": self.eps,
-            "seed": self.seed,
-            "weight_decay": self.weight_decay,
-            "groups": [asdict(group) for group in self.groups],
-            "distribution": self.distribution,
-            "queries": self.queries,
-            "schedule": asdict(self.schedule),
-            "subset": None if self.subset is None else self.subset.settings(),
-            "trained": list(self.names),
-        }
+        settings: dict[str, Any] = plain(
+            {
+                "method": self.method,
+                "lr": self.lr,
+                "eps": self.eps,
+                "seed": self.seed,
+                "weight_decay": self.weight_decay,
+                "groups": [asdict(group) for group in self.groups],
+                "distribution": self.distribution,
+                "queries": self.queries,
+                "schedule": asdict(self.schedule),
+                "subset": None if self.subset is None else self.subset.settings(),
+                "trained": list(self.names),
+            }
+        )
+        return settings
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 

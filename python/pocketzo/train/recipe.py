@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from pocketzo.arguments import check_integer
+from pocketzo.arguments import check_integer, plain
 from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
 from pocketzo.tasks.metrics import metric_named
@@ -137,7 +137,8 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
-        return asdict(self)
+        header: dict[str, Any] = plain(asdict(self))
+        return header
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:
