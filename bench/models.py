@@ -63,7 +63,7 @@ def make_bundle(name: str, folder: Path, dtype: Literal["float32", "float16"] = 
             write(weights, encoder_weights(shape))
             build_onnx(Checkpoint(weights, folder / "none", shape.layers, shape.heads, shape.hidden), graph, 2)
         prepared = folder / f"{bundle.name}.part"
-        pz.prepare(graph, prepared, dtype=dtype)
+        pz.prepare(graph, prepared, dtype=dtype, overwrite=True)
         if not shape.causal:
             fill_classifier(prepared / "weights.safetensors")
         prepared.rename(bundle)

@@ -56,6 +56,7 @@ def described_bundle(
     return Bundle(
         path=path,
         tensors=(),
+        frozen=(),
         inputs=tuple(ValueSpec(name, dtype, shape) for name, (dtype, shape) in inputs.items()),
         outputs=(ValueSpec("loss", "float32", ()), ValueSpec("logits", "float32", (*by, classes))),
         loss="loss",

@@ -14,6 +14,7 @@ import safetensors.numpy
 from onnx import TensorProto, helper, numpy_helper
 
 from pocketzo.formats.bundle import Bundle
+from pocketzo.runtime.session import open_plain
 
 Array = npt.NDArray[Any]
 
@@ -39,18 +40,13 @@ def run(path: Path, feed: dict[str, Array]) -> dict[str, Array]:
 
 
 class Live:
-    """A session at full optimisation whose weights are arrays of this process."""
+    """A session as ``pz.load`` opens it over the plain layout, whose weights are arrays of this process."""
 
     def __init__(self, bundle: Bundle) -> None:
         loaded = safetensors.numpy.load_file(bundle.weights_path)
         self.weights = {tensor.name: np.array(loaded[tensor.name]) for tensor in bundle.tensors}
         self.values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self.weights.items()}
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        for name, value in self.values.items():
-            options.add_initializer(name, value)
-        self.session = ort.InferenceSession(bundle.model_path, options, providers=["CPUExecutionProvider"])
+        self.session = open_plain(bundle, self.values, 1)
 
     def outputs(self, feed: dict[str, Array]) -> list[Array]:
         return list(self.session.run(None, feed))

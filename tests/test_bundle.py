@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketzo import BundleError
-from pocketzo.formats.bundle import Bundle, TaskSpec, staged_folder, tensor_ids
+from pocketzo.formats.bundle import FILES, Bundle, TaskSpec, tensor_ids
+from pocketzo.formats.bundle_writer import copy_bundle, staged_bundle
+from pocketzo.formats.exchange import exchange
+from pocketzo.formats.probe import write_probe
 from pocketzo.formats.safetensors import write
 from pocketzo.prepare import prepare
 
@@ -82,10 +86,24 @@ def test_ids_do_not_depend_on_the_order(names: set[str]) -> None:
     assert all(0 <= number < 0xFFFFFFFF for number in ids.values())
 
 
-@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["bundle.json", "model.onnx", "weights.safetensors", "tokenizer.json", "probe.npz"])
 def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
     (bundle / name).unlink()
     with pytest.raises(BundleError, match=name):
+        Bundle.read(bundle)
+
+
+def test_a_damaged_probing_batch_is_named(bundle: Path) -> None:
+    data = (bundle / "probe.npz").read_bytes()
+    arrays = dict(np.load(bundle / "probe.npz"))
+    inside = data.index(b"NUMPY") + 140
+    for damaged in (b"", data[:-40], data[:inside] + b"?" + data[inside + 1 :]):
+        (bundle / "probe.npz").write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"probe\.npz: not an \.npz of plain arrays"):
+            Bundle.read(bundle)
+    del arrays["labels"]
+    write_probe(bundle / "probe.npz", arrays)
+    with pytest.raises(BundleError, match=r"probe\.npz: the input 'labels' .* is missing"):
         Bundle.read(bundle)
 
 
@@ -122,6 +140,8 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(max_length=True), "'max_length' is True"),
     (edited(tokenizer="../secret"), r"'tokenizer' is '../secret', expected 'tokenizer\.json' or null"),
     (edited(tokenizer=""), "'tokenizer'"),
+    (edited(probe="../secret"), r"'probe' is '../secret', expected 'probe\.npz' or null"),
+    (lambda description: description.pop("probe"), "'probe' is missing"),
     (edited(inputs=[{"name": "x"}]), r"inputs\[0\]: 'dtype' is missing"),
     (edited(inputs=[7]), r"inputs\[0\] is 7, expected an object"),
     (edited(inputs={}), r"'inputs' is {}, expected a list"),
@@ -143,6 +163,12 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(task={"name": "x", "settings": {"labels": LONG}}), r"'labels' is .{77}\.\.\., expected"),
     (edited(trainable=[]), r"'trainable' is \[\], expected at least one set"),
     (edited(trainable=True), "'trainable' is True"),
+    (edited(frozen=None), "'frozen' is None, expected a list"),
+    (
+        edited(frozen=[{"name": "w", "dtype": "float32", "elements": -1, "reason": "x"}]),
+        r"frozen\[0\]: 'elements' is -1",
+    ),
+    (edited(frozen=[{"name": "w", "dtype": "float32", "elements": 1}]), r"frozen\[0\]: 'reason' is missing"),
     (edited(trainable=[a_set("all")]), r"trainable\[0\]: 'tensors' is \[\]"),
     (edited(trainable=[a_set("", LAYER)]), r"trainable\[0\]: 'name' is ''"),
     (edited(trainable=[a_set("all", LAYER)]), "set 'all' of 'trainable': tensor 'layer.weight' does not exist"),
@@ -231,7 +257,7 @@ def tuned(bundle: Bundle) -> Callable[[Path], None]:
 
 def test_a_copy_differs_in_its_weights_only(prepared: Path, tmp_path: Path) -> None:
     base = Bundle.read(prepared)
-    base.copy_to(tmp_path / "deep" / "copy", tuned(base))
+    copy_bundle(base, tmp_path / "deep" / "copy", tuned(base))
     copy = Bundle.read(tmp_path / "deep" / "copy")
     assert copy.base_sha256 == base.base_sha256
     before, after = (safetensors.numpy.load_file(bundle.weights_path) for bundle in (base, copy))
@@ -242,38 +268,165 @@ def test_a_copy_differs_in_its_weights_only(prepared: Path, tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["copy"]
 
 
-def test_a_bundle_can_replace_itself(bundle: Path) -> None:
-    base = Bundle.read(bundle)
-    before = base.weights_path.read_bytes()
-    base.copy_to(bundle, tuned(base))
-    assert Bundle.read(bundle).weights_path.read_bytes() != before
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
-
-
 def test_a_copy_with_other_tensors_is_refused(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="header"):
-        Bundle.read(prepared).copy_to(tmp_path / "copy", lambda path: write(path, [("a", np.ones(3, np.float32))]))
+        copy_bundle(Bundle.read(prepared), tmp_path / "copy", lambda path: write(path, [("a", np.ones(3, np.float32))]))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_a_bundle_is_not_replaced(prepared: Path, tmp_path: Path) -> None:
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.tex").write_text("...")
-    bundle = Bundle.read(prepared)
+# ---- in the place of another one -------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """All files and folders below a folder, by path."""
+    return {
+        os.fspath(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+def put_run_and_note(folder: Path) -> None:
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "journal.pzj").write_bytes(b"PZOJ")
+    (folder / "note.txt").write_text("mine")
+
+
+def only_files(folder: Path) -> None:
+    (folder / "bundle.json").unlink()
+
+
+def of_another_tool(folder: Path) -> None:
+    (folder / "bundle.json").write_text('{"format": "webpack"}')
+
+
+def folder_in_place_of_a_file(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer.json").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (put_run_and_note, "holds more than the files of a bundle: note.txt, runs; move that away"),
+        (folder_in_place_of_a_file, "holds more than the files of a bundle: tokenizer.json; move"),
+        (only_files, "already exists and is not a bundle"),  # a model as the hub has it: model.onnx, tokenizer.json
+        (of_another_tool, "already exists and is not a bundle"),
+    ],
+)
+def test_only_a_bundle_and_nothing_else_is_replaced(
+    prepared: Path, bundle: Path, harm: Callable[[Path], None], said: str
+) -> None:
+    harm(bundle)
+    before = everything(bundle.parent)
+    base = Bundle.read(prepared)
+    with pytest.raises(BundleError, match=said):
+        copy_bundle(base, bundle, tuned(base), overwrite=True)
+    assert everything(bundle.parent) == before
+
+
+def test_nothing_is_replaced_unless_that_is_wanted(prepared: Path, bundle: Path) -> None:
+    before = everything(bundle.parent)
+    base = Bundle.read(prepared)
+    with pytest.raises(BundleError, match="already exists; choose another folder, or replace"):
+        copy_bundle(base, bundle, tuned(base))
+    assert everything(bundle.parent) == before
+    copy_bundle(base, bundle, tuned(base), overwrite=True)
+    assert Bundle.read(bundle).weights_path.read_bytes() != before["bundle/weights.safetensors"]
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_an_old_or_damaged_bundle_can_be_replaced(prepared: Path, bundle: Path) -> None:
+    (bundle / "model.onnx").unlink()
+    (bundle / "bundle.json").write_text('{"format": "pocketzo-bundle", "version": 1}')
+    base = Bundle.read(prepared)
+    copy_bundle(base, bundle, tuned(base), overwrite=True)
+    assert Bundle.read(bundle).tensors == base.tensors
+
+
+@pytest.mark.parametrize("through", ["itself", "a link"])
+def test_a_bundle_never_takes_the_place_of_its_base(bundle: Path, through: str) -> None:
+    base = Bundle.read(bundle)
+    before = everything(bundle)
+    out = bundle
+    if through == "a link":
+        out = bundle.parent / "link"
+        out.symlink_to(bundle)
+    with pytest.raises(BundleError, match=f"{out}: is the base of these weights"):
+        copy_bundle(base, out, tuned(base), overwrite=True)
+    assert everything(bundle) == before
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_comes_while_a_bundle_is_written_is_kept(
+    prepared: Path, bundle: Path, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Bundle.read(prepared)
+    before = everything(bundle)
+
+    def write_and_put(path: Path) -> None:
+        tuned(base)(path)
+        (bundle / "note.txt").write_text("mine")
+
+    with pytest.raises(BundleError, match=r"holds more than the files of a bundle: note\.txt"):
+        copy_bundle(base, bundle, write_and_put, overwrite=True)
+    assert everything(bundle) == {**before, "note.txt": b"mine"}
+    (bundle / "note.txt").unlink()
+
+    def exchanged_a_moment_later(a: Path, b: Path) -> bool:
+        (bundle / "note.txt").write_text("mine")
+        return exchange(a, b) if can_exchange else False
+
+    monkeypatch.setattr("pocketzo.formats.staging.exchange", exchanged_a_moment_later)
+    copy_bundle(base, bundle, tuned(base), overwrite=True)
+    assert (bundle / "note.txt").read_text() == "mine"
+    assert (bundle / "weights.safetensors").read_bytes() != before["weights.safetensors"]
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_what_comes_into_an_empty_place_is_kept(prepared: Path, tmp_path: Path) -> None:
+    base, out = Bundle.read(prepared), tmp_path / "copy"
+
+    def write_and_put(path: Path) -> None:
+        tuned(base)(path)
+        out.mkdir()
+
     with pytest.raises(BundleError, match="already exists"):
-        bundle.copy_to(tmp_path / "taken", tuned(bundle))
-    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "thesis.tex"]
+        copy_bundle(base, out, write_and_put)
+    assert everything(tmp_path) == {"copy": None}
 
 
-def test_a_failure_keeps_the_old_bundle(bundle: Path) -> None:
-    before = (bundle / "weights.safetensors").read_bytes()
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_a_failure_keeps_the_old_bundle(
+    bundle: Path, late: bool, can_exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = everything(bundle.parent)
+    if not can_exchange:
+        monkeypatch.setattr("pocketzo.formats.staging.exchange", lambda a, b: False)
+    rename = Path.rename
+
+    def interrupt_before_the_new_one_comes(path: Path, target: Path) -> Path:
+        if target == bundle:
+            monkeypatch.undo()  # only once, as the old bundle has to come back
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    def interrupt_exchange(a: Path, b: Path) -> bool:
+        raise KeyboardInterrupt
 
     def fail() -> None:
-        with staged_folder(bundle) as folder:
-            (folder / "half").write_text("written")
-            raise KeyboardInterrupt
+        with staged_bundle(bundle, overwrite=True) as folder:
+            (folder / "weights.safetensors").write_text("half")
+            if not late:
+                raise KeyboardInterrupt
+            if can_exchange:
+                monkeypatch.setattr("pocketzo.formats.staging.exchange", interrupt_exchange)
+            else:
+                monkeypatch.setattr(Path, "rename", interrupt_before_the_new_one_comes)
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert (bundle / "weights.safetensors").read_bytes() == before
-    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    assert everything(bundle.parent) == before
+
+
+def test_the_files_of_a_bundle_are_all_in_the_list(bundle: Path) -> None:
+    assert {path.name for path in bundle.iterdir()} <= set(FILES)

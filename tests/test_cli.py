@@ -22,7 +22,9 @@ import forked
 import numpy as np
 import pytest
 from conftest import CLASSES, VOCABULARY, write_tiny_onnx
+from graphs import model_of, node, weight
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from sizes import SIZE, full_or_small
 from vectors import reference
 
@@ -186,7 +188,7 @@ def test_says_how_to_get_what_the_command_line_needs(package: str) -> None:
     process = pocketzo("--help", before=f"sys.modules[{package!r}] = None")
     assert process.returncode == 1
     assert process.stderr == (
-        f"pocketzo: the command line needs {package}, which is not installed: pip install 'pocketzo[cli]'\n"
+        f"pocketzo: error: this needs the package {package!r}, which is not installed: pip install 'pocketzo[cli]'\n"
     )
 
 
@@ -233,7 +235,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["eval", "{base}", "--data", "{dev}", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["replay", "{run}", "-o", "new", "--step", "-1"], "--step must be 0 to 60"),
         (["replay", "{run}", "-o", "folder"], "folder: already exists"),
-        (["replay", "{run}", "-o", "folder", "--force"], "folder: already exists: it is not a bundle"),
+        (["replay", "{run}", "-o", "folder", "--force"], "folder: already exists and is not a bundle"),
         (["replay", "{run}", "-o", "{base}", "--force"], "is the base of"),
         (["replay", "{run}", "-o", "new", "--base", "cut"], "cut/weights.safetensors"),
         (["info", "nowhere"], "nowhere: no such bundle or run"),
@@ -243,9 +245,14 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["prepare", "{model}", "-o", "new", "--labels", "one,,two"], "labels"),
         (["prepare", "{model}", "-o", "new", "--tokenizer", "missing.json"], "missing.json"),
         (["prepare", "{model}", "-o", "new", "--max-length", "0"], "max_length"),
+        (["prepare", "{model}", "-o", "new", "--probe", "missing.npz"], "missing.npz: cannot be read: No such file"),
         (["prepare", "{model}", "-o", "cut"], "cut: already exists"),
+        (["prepare", "{model}", "-o", "x" * 256], f"{'x' * 256}: File name too long"),
+        (["prepare", "{model}", "-o", "data.txt/new"], "data.txt"),
         (["demo", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
-        (["demo", "--output", "folder"], "folder: holds something else than an earlier demo"),
+        (["demo", "--output", "folder"], "folder: holds something else than an earlier demo: folder/file; choose"),
+        (["demo", "--output", "demo"], "demo: holds something else than an earlier demo: demo/base/note.txt; choose"),
+        (["demo", "--output", "killed", "--checkpoint", "folder"], "folder/model.safetensors: no such file"),
         (["demo", "--steps", "0"], "steps must be at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -253,6 +260,11 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
 def test_an_error_in_the_input(workspace: Workspace, tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
+    (tmp_path / "killed" / ".pocketzo-0123456789abcdef" / "new").mkdir(parents=True)  # left by a demo
+    (tmp_path / "demo" / "run").mkdir(parents=True)
+    (tmp_path / "demo" / "run" / "journal.pzj").touch()
+    shutil.copytree(workspace.base, tmp_path / "demo" / "base")
+    (tmp_path / "demo" / "base" / "note.txt").touch()
     (tmp_path / "data.txt").write_text("neither data nor a model")
     (tmp_path / "bad.jsonl").write_text('{"text": "w1", "label": "red"}\n{"text": "w1", "label": \n')
     (tmp_path / "empty.tsv").touch()
@@ -273,6 +285,17 @@ def contents(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+def test_prepare_takes_a_probing_batch(workspace: Workspace, tmp_path: Path) -> None:
+    ids = np.array([[3, 4, 5], [6, 7, 0], [9, 0, 0]])
+    np.savez(tmp_path / "batch.npz", input_ids=ids, attention_mask=(ids > 0).astype(np.int64))
+    good("prepare", workspace.model, "-o", tmp_path / "new", "--probe", tmp_path / "batch.npz")
+    with np.load(tmp_path / "new" / "probe.npz") as kept:
+        np.testing.assert_array_equal(kept["input_ids"], ids)
+    np.savez(tmp_path / "batch.npz", input_ids=ids)
+    line = refused("prepare", workspace.model, "-o", tmp_path / "other", "--probe", tmp_path / "batch.npz")
+    assert "batch.npz: the input 'attention_mask' (int64 of shape ['batch', 'sequence']) is missing" in line
+
+
 def test_debug_shows_the_traceback() -> None:
     process = pocketzo("info", "nowhere", "--debug")
     assert process.returncode == 1
@@ -284,8 +307,34 @@ def test_debug_shows_the_traceback() -> None:
 def test_a_full_disk_is_one_line_and_leaves_nothing(workspace: Workspace, tmp_path: Path) -> None:
     # bash counts in blocks of 1,024 bytes; the weights take about 10.
     line = refused("replay", workspace.run, "-o", tmp_path / "tuned", shell="trap '' XFSZ; ulimit -f 4")
-    assert "File too large" in line
+    assert f"{tmp_path}/tuned/weights.safetensors: File too large" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("info", "{run}"), ("info", "{base}", "--json"), ("doctor",)]
+)
+def test_output_that_cannot_be_written_is_named(workspace: Workspace, arguments: tuple[str, ...]) -> None:
+    line = refused(*(argument.format(**vars(workspace)) for argument in arguments), shell="exec >/dev/full")
+    assert line == "pocketzo: error: standard output: No space left on device"
+
+
+def test_force_replaces_a_bundle_and_nothing_else(workspace: Workspace, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    prepare = "prepare", workspace.model, "-o", base, "--tokenizer", workspace.tokenizer, "--labels", ",".join(LABELS)
+    good(*prepare)
+    before = (base / "bundle.json").read_bytes()
+    assert "base: already exists; choose another folder, or --force" in refused(*prepare)
+    good(*prepare, "--max-length", 5, "--force")
+    assert (base / "bundle.json").read_bytes() != before
+    good("train", base, "--data", workspace.train, "-o", base / "runs" / "first", "--steps", 2, "--threads", 1)
+    (base / "note.txt").write_text("mine")
+    for command in prepare, ("replay", workspace.run, "-o", base):
+        kept = contents(tmp_path)
+        assert refused(*command, "--force").endswith(
+            "base: holds more than the files of a bundle: note.txt, runs; move that away or choose another folder"
+        )
+        assert contents(tmp_path) == kept
 
 
 # ---- a session -------------------------------------------------------------------------------------------------------
@@ -426,6 +475,28 @@ def test_info(workspace: Workspace) -> None:
     assert re.search(r"loss +cross-entropy of 'logits' over 3 classes *\n", good("info", workspace.base))
     assert re.search(r"classifier.weight +float32 +40 x 3 +yes", good("info", workspace.base, "--tensors"))
     assert str(workspace.base) in good("info", workspace.run)
+
+
+def test_what_is_frozen_is_said_and_listed(tmp_path: Path) -> None:
+    nodes = [
+        node("Add", "norm.weight one", "scale", "shift"),
+        node("Mul", "x scale", "y"),
+        node("MatMul", "y fc.weight", "logits"),
+    ]
+    one = numpy_helper.from_array(np.array(1, np.float32), "one")
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("norm.weight", 4), weight("fc.weight", 4, 3), one])
+    output = good("prepare", path, "-o", tmp_path / "base")
+    assert "16 parameters, 12 trainable" in output
+    assert "frozen: folded 4, constant 1" in output
+    assert "norm.weight (4 numbers): folded: the runtime computes node 'shift' (Add) only once" in output
+    listed = good("info", tmp_path / "base", "--tensors")
+    assert re.search(r"^frozen +folded 4, constant 1", listed, re.MULTILINE)
+    assert re.search(r"^fc.weight +float32 +4 x 3 +yes$", listed, re.MULTILINE)
+    assert re.search(r"^norm.weight +float32 +4 in the graph +no \(folded: .*\)$", listed, re.MULTILINE)
+    assert re.search(r"^one +float32 +1 in the graph +no \(constant: a single number\)$", listed, re.MULTILINE)
+    facts = json.loads(good("info", tmp_path / "base", "--json"))
+    assert facts["frozen"] == {"folded": 4, "constant": 1}
+    assert {tensor["name"]: tensor["elements"] for tensor in facts["frozen_tensors"]} == {"norm.weight": 4, "one": 1}
 
 
 # ---- a metric as the objective ---------------------------------------------------------------------------------------
@@ -575,15 +646,15 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / ".journal.pzj.1.part").write_bytes(b"PZ")  # what a kill at the very beginning leaves
+    (run / ".pocketzo-0123456789abcdef").write_bytes(b"PZ")  # what a kill at the very beginning leaves
     for _ in range(2):  # the second time the same command has already gone on once
         returned, output, _ = interrupt(workspace, run, signal.SIGKILL)
         assert (returned, output) == (-signal.SIGKILL, "")
     steps = pz.Run(run).steps
     assert 1 < steps < LONG
-    (run / "snapshots").mkdir()
-    left = [run / ".loss.png.1.part", run / "snapshots" / ".step-00000001.safetensors.1.part"]
+    left = [run / ".pocketzo-fedcba9876543210", run / "snapshots" / ".pocketzo-0123456789abcdef" / "new" / "weights"]
     for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half of a file")
 
     command = ["train", *workspace.words("-o", run, *LONG_RUN)]
@@ -591,7 +662,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
     assert process.returncode == 0, process.stderr
     assert f"{run}: going on after step {steps} of {LONG}" in process.stderr
     assert weights_after(run, tmp_path / "tuned") == uninterrupted
-    assert not any(path.exists() for path in left)
+    assert not list(run.rglob(".*"))
     again = pocketzo(*command)
     assert again.returncode == 0
     assert f"{run}: all {LONG} steps are done" in again.stderr
@@ -802,7 +873,7 @@ def test_where_weights_cannot_be_prepacked_everyone_says_why(workspace: Workspac
     # As on a phone whose onnxruntime came without protobuf.
     without = "import sys\nsys.modules['google.protobuf'] = None"
     reason = "the Python package protobuf is not installed"
-    assert f"not prepacked: {reason}" in good("doctor", before=without)
+    assert f"not prepacked: {reason}" in pocketzo("doctor", before=without).stdout  # exit code 1: onnx needs it too
     assert f"not prepacked: {reason}" in good("info", workspace.base, before=without)
     process = pocketzo("train", *workspace.words("--steps", 2, "-o", tmp_path / "run"), before=without)
     assert process.returncode == 0, process.stderr

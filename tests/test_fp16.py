@@ -86,6 +86,30 @@ def test_the_graph_computes_the_same_and_every_weight_is_live(pair: tuple[pz.Bun
         np.testing.assert_allclose(got, expected, rtol=0, atol=3e-3 * max(1.0, np.abs(expected).max()))
 
 
+def test_a_file_in_fp16_is_taken_as_it_is(pair: tuple[pz.Bundle, pz.Bundle], tmp_path: Path) -> None:
+    """Weights keep their bits, and train as those that prepare converts."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    name = pair[1].path.parent.name.rstrip("0123456789")
+    onnx.save(convert_float_to_float16(onnx.load(MODELS / f"{name}.onnx"), keep_io_types=True), tmp_path / "m.onnx")
+    bundle = pz.prepare(tmp_path / "m.onnx", tmp_path / "taken")
+    assert bundle.is_fp16
+    assert {(t.name, t.shape, t.dtype, t.trainable) for t in bundle.tensors} == {
+        (t.name, t.shape, t.dtype, t.trainable) for t in pair[0].tensors
+    }
+    assert {tensor.dtype for tensor in bundle.frozen} == {"float16"}
+    a, b = (pz.load(one, threads=1, verify="full") for one in (bundle, pair[0]))
+    for weight in a.weights:
+        np.testing.assert_array_equal(a.weights[weight], b.weights[weight])
+    batch = batch_of(bundle)
+    for output, expected in b.run(batch).items():
+        np.testing.assert_allclose(a.run(batch)[output], expected, rtol=0, atol=3e-3 * max(1, np.abs(expected).max()))
+    again = pz.prepare(tmp_path / "m.onnx", tmp_path / "again", dtype="float16")
+    assert (again.graph_sha256, again.base_sha256) == (bundle.graph_sha256, bundle.base_sha256)
+    with pytest.raises(pz.BundleError, match=r"is float16 in the file.*leave out the type float32"):
+        pz.prepare(tmp_path / "m.onnx", tmp_path / "b", dtype="float32")
+
+
 def test_the_loss_is_computed_in_fp32(pair: tuple[pz.Bundle, pz.Bundle]) -> None:
     model = pz.load(pair[0], threads=1)
     outputs = model.run(batch_of(pair[0]))
@@ -136,7 +160,7 @@ def then(first: str, second: str) -> list[onnx.NodeProto]:
         ),
         (
             then("Mul", "Mul"),
-            {"w": WEIGHT, "a": 6e4, "b": 1e-4},
+            {"w": 4 * WEIGHT, "a": 6e4, "b": 1e-4},
             r"'h' reaches \d+ on a probing batch, and float16 ends at 65504: prepare the model in float32",
         ),
         (

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from graphs import model_of, node, weight
 from onnx import helper
 
 import pocketzo as pz
@@ -73,6 +74,20 @@ def test_without_labels_there_are_logits_and_no_loss(model: pz.Model) -> None:
         model.loss(unlabelled)
 
 
+def test_without_labels_the_first_input_may_have_any_shape(tmp_path: Path) -> None:
+    nodes = [
+        node("ReduceMean", "state", "a", axes=[0], keepdims=0),
+        node("Cast", "rate", "r", to=1),
+        node("Mul", "a r", "b"),
+        node("MatMul", "b W", "logits"),
+    ]
+    inputs: list[tuple[str, int, tuple[int | str, ...]]] = [("rate", 7, ()), ("state", 1, (2, "batch", 4))]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("W", 4, 3)], inputs=inputs)
+    model = pz.load(pz.prepare(path, tmp_path / "bundle"), threads=1)
+    batch = {"rate": np.array(2), "state": np.ones((2, 5, 4), np.float32)}
+    assert model.run(batch)["logits"].shape == (5, 3)
+
+
 def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: Path) -> None:
     model.weights["dense.bias"] = model.weights["dense.bias"] + 1
     model.save(tmp_path / "tuned")
@@ -81,6 +96,24 @@ def test_saved_bundle_has_the_weights_of_the_moment(model: pz.Model, tmp_path: P
     assert again.bundle.base_sha256 == model.bundle.base_sha256
     session = ort.InferenceSession(tmp_path / "tuned" / "model.onnx", providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(["logits"], BATCH)[0], model.run(BATCH)["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_saving_replaces_a_bundle_if_that_is_wanted_and_never_its_base(tiny_bundle: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_bundle, tmp_path / "base"))
+    model = pz.load(base, threads=1)
+    before = file_sha256(base / "weights.safetensors")
+    model.weights["dense.bias"] = 1
+    for overwrite in False, True:
+        with pytest.raises(pz.BundleError, match="base: is the base of these weights"):
+            model.save(base, overwrite=overwrite)
+    assert file_sha256(base / "weights.safetensors") == before
+    model.save(tmp_path / "tuned")
+    model.weights["dense.bias"] = 2
+    with pytest.raises(pz.BundleError, match="tuned: already exists; choose another folder, or replace"):
+        model.save(tmp_path / "tuned")
+    assert pz.load(tmp_path / "tuned", threads=1).weights["dense.bias"].max() == 1
+    model.save(tmp_path / "tuned", overwrite=True)
+    assert pz.load(tmp_path / "tuned", threads=1).weights["dense.bias"].max() == 2
 
 
 def with_graph(bundle: Path, out: Path, nodes: list[onnx.NodeProto]) -> Path:
@@ -110,7 +143,7 @@ def test_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> 
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
     with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
-        pz.load(bundle, threads=1)
+        pz.load(bundle, threads=1, prepack=False)
 
 
 def test_partly_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -126,14 +159,16 @@ def test_partly_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Pa
         pz.load(bundle, threads=1)
 
 
-def test_unused_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_weight_that_nothing_uses_is_named(tiny_bundle: Path, tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Add", ["mean", "norm.bias"], ["normed"]),
         helper.make_node("MatMul", ["normed", "dense.weight"], ["dense_0"]),
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
-    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to norm\.weight\."):
-        pz.load(bundle, threads=1)
+    with pytest.warns(UserWarning, match=r"nothing that was tried changes with norm\.weight: is it unused"):
+        pz.load(bundle, threads=1, prepack=False)
+    with pytest.warns(UserWarning, match=r"nothing that was tried changes with norm\.weight: is it unused"):
+        assert pz.load(bundle, threads=1, prepack=True).prepacked
 
 
 @pytest.mark.parametrize("verify", ["fast", "full"])
@@ -145,7 +180,7 @@ def test_each_check_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, v
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
     with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
-        pz.load(bundle, threads=1, verify=verify)
+        pz.load(bundle, threads=1, prepack=False, verify=verify)
 
 
 @pytest.mark.parametrize("prepack", [True, False])

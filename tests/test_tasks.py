@@ -232,7 +232,9 @@ def test_words_without_labels(tmp_path: Path, tagger: Bundle) -> None:
     data = pz.load_dataset(path, tagger, require_labels=False)
     assert "labels" not in data.batch(np.array([0]))
     assert data.fingerprint == pz.encode_texts(["the good-film is", "xy film"], tagger).fingerprint
-    with pytest.raises(DataError, match=r"line 1: no 'labels' among the columns 'tokens' \(and 1 other bad line\)"):
+    with pytest.raises(
+        DataError, match=r"line 1: no 'labels' among the columns 'tokens': name the column by --label-column \(and"
+    ):
         pz.load_dataset(path, tagger)
 
 
@@ -250,7 +252,7 @@ def test_words_without_labels(tmp_path: Path, tagger: Bundle) -> None:
         ({"tokens": ["a", 7], "labels": [0, 0]}, "'tokens' must hold strings, found int"),
         ({"tokens": ["a\ud800"], "labels": [0]}, r"not a character: U\+D800"),
         ({"labels": [0]}, "no 'tokens' among the columns 'labels'"),
-        ({"tokens": None, "labels": [0]}, "no 'tokens' among the columns"),
+        ({"tokens": None, "labels": [0]}, "'tokens' is null"),
     ],
 )
 def test_bad_words(tmp_path: Path, tagger: Bundle, record: dict[str, Any], reason: str) -> None:
@@ -270,7 +272,10 @@ MASK = np.array([[1, 1, 1], [1, 1, 0]])
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        ([[0, 1, 2], [0, 3, -100]], "row 1: unknown label 3: expected 0 to 2, or -100 where there is none"),
+        (
+            [[0, 1, 2], [0, 3, -100]],
+            "row 1: unknown label 3 at position 1: expected 0 to 2, or -100 where there is none",
+        ),
         ([[0, 1, 2], [-1, 0, -100]], "row 1: unknown label -1"),
         ([[0, 1, 2], [0, 1, 2]], "row 1: a label where 'attention_mask' keeps no token"),
         (

@@ -157,7 +157,7 @@ def test_the_last_batch_counts_by_its_size(model: pz.Model, data: pz.Dataset) ->
 def test_looking_does_not_change_what_follows(tiny_bundle: Path, data: pz.Dataset, tmp_path: Path) -> None:
     def look(progress: pz.Progress) -> None:
         pz.evaluate(looked, data)
-        looked.save(tmp_path / "look")
+        looked.save(tmp_path / "look", overwrite=True)
 
     plain, looked = pz.load(tiny_bundle, threads=1), pz.load(tiny_bundle, threads=1)
     train(plain, data, None)
@@ -191,10 +191,10 @@ def test_replay_of_any_step_with_and_without_snapshot(
     names = sorted(os.fspath(path.relative_to(run.path / "snapshots")) for path in run.path.glob("snapshots/*/*"))
     assert names == ["step-00000028/snapshot.json", "step-00000028/weights.safetensors"]
     for step in (0, 1, 27, 28, 29, 30):
-        run.replay(tmp_path / "out", step=step)
+        run.replay(tmp_path / "out", step=step, overwrite=True)
         assert (tmp_path / "out" / "weights.safetensors").read_bytes() == images[step], step
     with pytest.raises(ValueError, match=r"step must be in 0 \.\. 30"):
-        run.replay(tmp_path / "out", step=31)
+        run.replay(tmp_path / "out", step=31, overwrite=True)
 
 
 def test_another_base_is_refused(tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
@@ -238,13 +238,27 @@ def test_a_damaged_snapshot_is_passed_over(model: pz.Model, data: pz.Dataset, tm
 
 
 def test_snapshots_of_another_run_are_not_used(tiny_bundle: Path, data: pz.Dataset, tmp_path: Path) -> None:
-    for lr in (0.1, 0.02):
+    for lr, snapshots in (0.1, 7), (0.02, None):
         model = pz.load(tiny_bundle, threads=1)
-        (tmp_path / "run" / "journal.pzj").unlink(missing_ok=True)
-        snapshots = 7 if lr == 0.1 else None
-        train(model, data, tmp_path / "run", optimizer=pz.MeZO(model, lr=lr), snapshot_every=snapshots)
-    pz.Run(tmp_path / "run").replay(tmp_path / "out")
+        train(model, data, tmp_path / f"{lr}", optimizer=pz.MeZO(model, lr=lr), snapshot_every=snapshots)
+    shutil.copytree(tmp_path / "0.1" / "snapshots", tmp_path / "0.02" / "snapshots")
+    with pytest.warns(UserWarning, match=r"passed over: .*snapshot\.json: run is"):
+        pz.Run(tmp_path / "0.02").replay(tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "snapshots"])
+def test_what_is_left_of_another_run_is_not_removed(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path, name: str
+) -> None:
+    train(model, data, tmp_path / "run", steps=3, snapshot_every=3)
+    for path in (tmp_path / "run").iterdir():
+        if path.name != name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(pz.JournalError, match=f"{name} is there already, of a run without a journal"):
+        train(pz.load(model.bundle, threads=1), data, tmp_path / "run", steps=3)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_weights_that_are_not_the_bundles_are_refused(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:

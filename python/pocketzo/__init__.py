@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from pocketzo import kernels
-from pocketzo._core import __version__
-from pocketzo.data.batch import Batch
-from pocketzo.data.columns import Columns
-from pocketzo.data.dataset import Dataset
-from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import (
+    BrokenPackageError,
     BundleError,
     DataError,
     DeadWeightError,
@@ -18,24 +13,43 @@ from pocketzo.errors import (
     MissingExtraError,
     TrainingError,
 )
-from pocketzo.formats.bundle import Bundle
-from pocketzo.optim.block import Block
-from pocketzo.optim.fzoo import FZOO
-from pocketzo.optim.groups import ParamGroup
-from pocketzo.optim.mezo import MeZO
-from pocketzo.optim.optimizer import Optimizer, StepInfo
-from pocketzo.optim.schedule import Schedule
-from pocketzo.prepare import prepare
-from pocketzo.runtime.load import load
-from pocketzo.runtime.model import Model
-from pocketzo.tasks.evaluate import evaluate
-from pocketzo.train.run import Run
-from pocketzo.train.trainer import Progress, Trainer
+from pocketzo.packages import core_problem
+
+_problem = core_problem()
+if _problem is None:
+    from pocketzo import kernels
+    from pocketzo._core import __version__
+    from pocketzo.data.batch import Batch
+    from pocketzo.data.columns import Columns
+    from pocketzo.data.dataset import Dataset
+    from pocketzo.data.load import encode_texts, load_dataset
+    from pocketzo.formats.bundle import Bundle
+    from pocketzo.optim.block import Block
+    from pocketzo.optim.fzoo import FZOO
+    from pocketzo.optim.groups import ParamGroup
+    from pocketzo.optim.mezo import MeZO
+    from pocketzo.optim.optimizer import Optimizer, StepInfo
+    from pocketzo.optim.schedule import Schedule
+    from pocketzo.prepare import prepare
+    from pocketzo.runtime.load import load
+    from pocketzo.runtime.model import Model
+    from pocketzo.tasks.evaluate import evaluate
+    from pocketzo.train.run import Run
+    from pocketzo.train.trainer import Progress, Trainer
+else:
+
+    def __getattr__(name: str) -> object:
+        """Raise the error that keeps everything from working; ``pocketzo doctor`` needs to import the package."""
+        if name in __all__ and _problem is not None:
+            raise _problem
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "FZOO",
     "Batch",
     "Block",
+    "BrokenPackageError",
     "Bundle",
     "BundleError",
     "Columns",

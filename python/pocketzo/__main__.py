@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import sys
 
+from pocketzo.packages import EXTRAS, core_problem, problem, report
+
 
 def main() -> None:
-    """Run the command line; if a package that it needs is missing, exit with the command that installs it."""
-    try:
+    """Run the command line; if a package that it needs is missing or broken, exit with the reason and the remedy.
+
+    ``doctor`` then describes the packages alone.
+    """
+    errors = [core_problem(), *map(problem, EXTRAS["cli"])]
+    error = next((error for error in errors if error is not None), None)
+    if error is None:
         from pocketzo.cli import app as cli
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("click", "rich"):
-            raise
-        sys.exit(f"pocketzo: the command line needs {package}, which is not installed: pip install 'pocketzo[cli]'")
-    cli.main()
+
+        cli.main()
+        return
+    if "doctor" in sys.argv[1:2]:
+        print(report("--json" in sys.argv))
+    sys.exit(f"pocketzo: error: {error}")
 
 
 if __name__ == "__main__":

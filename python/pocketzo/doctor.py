@@ -8,7 +8,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, Final
 
 import numpy as np
@@ -20,18 +19,11 @@ from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
+from pocketzo.packages import EXTRAS, broken, version
 from pocketzo.runtime.layout import detect_layout
 from pocketzo.runtime.prepack import plan_prepacking
 
 __all__ = ["examine", "prepacking", "self_test", "speed"]
-
-EXTRAS: Final = {
-    "cli": ("click", "rich"),
-    "text": ("tokenizers",),
-    "prepare": ("onnx", "onnx-ir"),
-    "plot": ("matplotlib",),
-    "demo": ("scikit-learn",),
-}
 
 _SEED, _TENSOR, _DRAW = 20250101, 0x5EED, 41
 _NEAR: Final[dict[str, Any]] = {"seed": _SEED, "tensor": _TENSOR, "draw": _DRAW}
@@ -131,24 +123,26 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
 
 
 def examine() -> dict[str, Any]:
-    """Collect everything that ``pocketzo doctor`` prints; this takes about a second.
+    """Collect everything that ``pocketzo doctor`` prints; this takes a few seconds.
 
     Returns
     -------
     dict
-        Values for JSON. ``ok`` is whether the self-test passed. Sizes are in bytes; ``speed`` is in nanoseconds per
+        Values for JSON. ``ok`` is whether the self-test passed and every package that is installed can be
+        imported; ``broken`` has the reason for each that cannot. Sizes are in bytes; ``speed`` is in nanoseconds per
         weight.
     """
-    failed = self_test()
+    failed, reasons = self_test(), broken()
     total, available = system_memory()
     return {
-        "ok": not any(failed.values()),
+        "ok": not any(failed.values()) and not reasons,
         "pocketzo": __version__,
         "spec": kernels.SPEC_VERSION,
         "python": platform.python_version(),
-        "numpy": _version("numpy"),
-        "onnxruntime": _version("onnxruntime"),
-        "extras": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "numpy": version("numpy"),
+        "onnxruntime": version("onnxruntime"),
+        "extras": {extra: {name: version(name) for name in names} for extra, names in EXTRAS.items()},
+        "broken": reasons,
         "platform": platform.platform(),
         "machine": platform.machine(),
         "android": hasattr(sys, "getandroidapilevel"),
@@ -184,10 +178,3 @@ def prepacking(bundle: Bundle | None = None) -> str:
         return f"not prepacked: {error}"
     size = sum(matrix.nbytes for matrix in matrices)
     return f"can be prepacked: {len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}, {size / 1e6:.1f} MB"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

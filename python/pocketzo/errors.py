@@ -38,5 +38,26 @@ class MissingExtraError(Error, ImportError):
         super().__init__(f"this needs the package {package!r}, which is not installed: pip install 'pocketzo[{extra}]'")
 
 
+class BrokenPackageError(Error, ImportError):
+    """A package cannot be imported though it is installed, or a required one is not installed.
+
+    Attributes
+    ----------
+    reason : str
+        The error of the import in one line.
+    """
+
+    def __init__(self, package: str, version: str | None, reason: str | None) -> None:
+        self.reason = reason or "not installed"
+        if reason is None:
+            text = f"the package {package!r} is not installed: pip install {package}"
+        else:
+            text = (
+                f"the package {package!r} {version or ''} is installed but cannot be imported ({reason}): "
+                f"pip install --force-reinstall {package}; 'pocketzo doctor' checks all packages"
+            )
+        super().__init__(text.replace("  ", " "))
+
+
 class NotPrepackableError(Error):
     """Prepacked weights cannot be live on this system; the plain layout is used instead."""

@@ -6,21 +6,25 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pocketzo.errors import BundleError, DeadWeightError, MissingExtraError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, staged_folder, tensor_ids
+from pocketzo.errors import BundleError, DeadWeightError
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
+from pocketzo.formats.bundle_writer import staged_bundle
+from pocketzo.formats.files import copy_file, write_file
+from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
-from pocketzo.runtime.outputs import probe_batch
+from pocketzo.packages import require
 from pocketzo.tasks.base import is_column
 from pocketzo.tasks.registry import loss_text, task_for
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pocketzo.formats.bundle import TaskSpec, ValueSpec
-    from pocketzo.graph.weight import Weight
 
 __all__ = ["LOSSES", "prepare"]
 
@@ -36,9 +40,11 @@ def prepare(
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
     trainable: str | Callable[[str], bool] | None = None,
-    dtype: Literal["float32", "float16"] = "float32",
+    dtype: Literal["float32", "float16"] | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
+    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
+    overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
@@ -64,15 +70,22 @@ def prepare(
     computes the output, else from the output itself. A causal model's labels have to be the tokens shifted by one; the
     graph does not shift them.
 
+    Model and bundle are run on a small batch, and their outputs have to agree: to 1e-4 of the largest element of each,
+    or to 5 % where 16-bit floats or quantised activations round them. Outputs that differ from run to run, as of
+    operators that draw random numbers, are not compared, with a warning. The bundle keeps the batch, and :func:`load`
+    uses it too.
+
     Weights are read through memory maps and written one at a time. A model with external data never has more than its
-    largest tensor in memory; one without has its file twice.
+    largest tensor in memory; one without has its file twice. The two runs come after that, one after the other, and
+    take as much, and the activations and outputs of the batch.
 
     Parameters
     ----------
     model : path-like
-        An ONNX file of opset 13 or later, with external data files in the same folder. Weights must be float32.
+        An ONNX file of opset 13 or later, or of one that onnx can convert, with external data files in the same folder.
+        Weights of float32 and float16 can be trained; all others are frozen.
     out : path-like
-        The folder to write. An existing bundle is replaced when the new one is complete.
+        The folder to write.
     tokenizer : path-like, optional
         The model's ``tokenizer.json``, copied into the bundle.
     labels : sequence of str, optional
@@ -81,16 +94,22 @@ def prepare(
         Texts are truncated to this number of tokens.
     trainable : str or callable, optional
         Selects the trainable weights: a regular expression that is searched for in their names, or a predicate of the
-        name. By default all tensors that operators use as weights are trainable: matrices, embedding tables, biases and
-        scales.
-    dtype : {"float32", "float16"}
-        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. float16
-        halves the memory. Inputs, outputs and the added loss stay float32. float16 is slow on x86-64, because the
-        runtime converts each weight at every use.
+        name. By default all tensors that operators use as weights are trainable, if the runtime sees their changes:
+        matrices, embedding tables, biases and scales. All others are counted in :attr:`Bundle.frozen`, with the reason.
+    dtype : {"float32", "float16"}, optional
+        The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
+        default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
+        their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    probe : path-like or mapping of str to ndarray, optional
+        The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
+        model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
     note : callable, optional
         Called with a line of text for each choice that was made: which loss, and why.
+    overwrite : bool
+        Whether a bundle at ``out`` is replaced, when the new one is complete. A folder that holds anything besides a
+        bundle's files is never replaced.
 
     Returns
     -------
@@ -100,27 +119,29 @@ def prepare(
     Raises
     ------
     BundleError
-        If the model, its external data or the tokenizer cannot be used, the labels do not match, the stated loss cannot
-        be added, or one has to be stated, the model exceeds the
-        range of float16 or its outputs differ too much in it, or ``out`` exists and is not a bundle. Nothing is written
-        in these cases.
+        If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
+        the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
+        those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
+        written in these cases.
     DeadWeightError
-        If the runtime would not see changes of a trainable weight.
-    MissingExtraError
-        If the package onnx is not installed.
+        If the runtime would not see changes of a weight that ``trainable`` selects.
+    MissingExtraError, BrokenPackageError
+        If the package onnx or onnx-ir is not installed, or cannot be imported.
+    TypeError, ValueError
+        If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
-    try:
-        from pocketzo.graph.extract import extract_weights, point_to_weights
-        from pocketzo.graph.float16 import check_float16, open_unoptimised, to_float16
-        from pocketzo.graph.loss import add_loss
-        from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "onnx", "prepare") from error
+    require("onnx", "onnx-ir")
+    from pocketzo.graph.compare import Origin, check_same_function
+    from pocketzo.graph.extract import extract_weights, point_to_weights
+    from pocketzo.graph.float16 import needs_conversion, to_float16
+    from pocketzo.graph.frozen import choose, count_frozen
+    from pocketzo.graph.loss import add_loss
+    from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
 
     source = Path(model)
     if not source.is_file():
         raise BundleError(f"{source}: no such file")
-    if dtype not in FLOATS:
+    if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     if loss not in (None, *LOSSES):
         raise ValueError(f"loss must be {', '.join(map(repr, LOSSES))} or None, got {loss!r}")
@@ -131,14 +152,19 @@ def prepare(
         _check_tokenizer(Path(tokenizer))
     wanted = _name_filter(trainable)
 
-    with staged_folder(out) as folder:
+    with staged_bundle(out, overwrite=overwrite) as folder:
         try:
             onnx_model = read_model(source)
+            origin = Origin.of(source, onnx_model)
             weights = extract_weights(onnx_model, source.parent)
-            chosen = _choose(weights, wanted)
+            chosen = choose(onnx_model.graph, weights, wanted)
+            frozen = count_frozen(onnx_model.graph, weights, chosen)
+            weights = [weight for weight in weights if not weight.inline]
             drop_provenance(onnx_model)
-            if dtype == "float16":
+            converted = needs_conversion(weights, chosen, dtype)
+            if converted:
                 onnx_model = to_float16(onnx_model, weights)
+            kept = [str(value.name) for value in onnx_model.graph.outputs]
             found = add_loss(onnx_model, loss, labels=class_names is not None)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
             outputs = tuple(map(describe, onnx_model.graph.outputs))
@@ -150,6 +176,7 @@ def prepare(
                 _check_class_names(class_names, scores, task)
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
+        given = None if probe is None else given_probe(probe, origin.inputs, inputs)
 
         write(
             folder / WEIGHTS,
@@ -158,10 +185,9 @@ def prepare(
         )
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
-        (folder / MODEL).write_bytes(to_bytes(onnx_model))
-        session = open_unoptimised(source, os.fspath(folder / MODEL))
+        write_file(folder / MODEL, to_bytes(onnx_model))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / TOKENIZER)
+            copy_file(Path(tokenizer), folder / TOKENIZER)
         ids = tensor_ids(entries)
         bundle = Bundle(
             path=folder,
@@ -175,6 +201,7 @@ def prepare(
                 )
                 for weight in weights
             ),
+            frozen=frozen,
             inputs=inputs,
             outputs=outputs,
             loss=found.output,
@@ -186,37 +213,18 @@ def prepare(
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
         )
-        if dtype == "float16":
-            check_float16(source, session, probe_batch(bundle))
-        del session  # it maps a file of the folder, which is renamed next
-        bundle.write_description()
+        del onnx_model, weights  # onnxruntime needs their memory
+        names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
+        batch = check_same_function(origin, bundle, names, given)
+        write_probe(folder / PROBE, batch)
+        replace(bundle, probe=batch).write_description()
     if note is not None:
         note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)
 
 
-def _choose(weights: Sequence[Weight], wanted: Callable[[str], bool]) -> set[str]:
-    """Return the names of the trainable weights; raise DeadWeightError if the runtime would not see writes to one."""
-    parameters = [weight for weight in weights if weight.parameter]
-    if not parameters:
-        raise BundleError("the graph has no float32 weights that could be trained")
-    chosen = [weight for weight in parameters if wanted(weight.name)]
-    if not chosen:
-        raise BundleError(f"'trainable' matches none of the {len(parameters)} weights, such as {parameters[0].name!r}")
-    for weight in chosen:
-        if weight.folded_by is not None:
-            raise DeadWeightError(
-                f"node {weight.folded_by} makes another tensor of weight {weight.name!r} and constants alone, so that "
-                "the runtime computes it only once and sees no change of the weight; export the model with dynamic "
-                "axes and constants folded, or leave this weight out of 'trainable'"
-            )
-    return {weight.name for weight in chosen}
-
-
-def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool]:
-    if trainable is None:
-        return lambda name: True
-    if callable(trainable):
+def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
+    if trainable is None or callable(trainable):
         return trainable
     try:
         pattern = re.compile(trainable)

@@ -181,7 +181,14 @@ def write_bundles(out: Path) -> None:
         write_model(Path(folder) / "model.onnx")
         for name, dtype in BUNDLES.items():
             labels = ["rouge", "bleu", "vert très pâle"]
-            pz.prepare(Path(folder) / "model.onnx", out / name, labels=labels, max_length=16, dtype=dtype)  # type: ignore[arg-type]
+            pz.prepare(
+                Path(folder) / "model.onnx",
+                out / name,
+                labels=labels,
+                max_length=16,
+                dtype=dtype,  # type: ignore[arg-type]
+                overwrite=True,
+            )
 
 
 def write_runs(bundles: Path, out: Path) -> None:

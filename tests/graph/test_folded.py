@@ -23,7 +23,11 @@ from pocketzo.prepare import prepare
 Array = npt.NDArray[Any]
 
 
-SCALED = [node("Mul", "fc.weight fc.scale", "scaled", "scaling"), node("MatMul", "x scaled", "logits")]
+SCALED = [
+    node("Mul", "fc.weight fc.scale", "scaled", "scaling"),
+    node("MatMul", "x scaled", "y"),
+    node("Add", "y fc.bias", "logits"),
+]
 SHIFTED = [
     node("Add", "norm.weight one", "scale", "shift"),
     node("Mul", "x scale", "y"),
@@ -44,7 +48,11 @@ PROJECTED = [
 @pytest.mark.parametrize(
     ("nodes", "weights", "names"),
     [
-        (SCALED, [weight("fc.weight", 4, 3), weight("fc.scale", 4, 1)], ("scaling", "fc.weight")),
+        (
+            SCALED,
+            [weight("fc.weight", 4, 3), weight("fc.scale", 4, 1), weight("fc.bias", 3)],
+            ("scaling", "fc.weight"),
+        ),
         (
             SHIFTED,
             [
@@ -67,13 +75,51 @@ PROJECTED = [
     ],
     ids=["weight times scale", "one plus weight", "fixed positions", "projected constants"],
 )
-def test_what_the_runtime_would_fold_is_refused(
+def test_what_the_runtime_would_fold_is_frozen(
     tmp_path: Path, nodes: list[onnx.NodeProto], weights: list[TensorProto], names: tuple[str, str]
 ) -> None:
+    """And counted, with the node as the reason; it is refused only if it was asked for."""
     path = model_of(tmp_path / "m.onnx", nodes, weights)
-    with pytest.raises(DeadWeightError, match=f"{names[0]!r}.*{names[1]!r}"):
-        prepare(path, tmp_path / "out")
+    with pytest.raises(DeadWeightError, match=f"{names[1]!r} .*folded.*{names[0]!r}"):
+        prepare(path, tmp_path / "out", trainable=rf"^{names[1]}$")
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+    bundle = prepare(path, tmp_path / "out")
+    assert names[1] not in trainable_names(bundle)
+    (frozen,) = (tensor for tensor in bundle.frozen if tensor.name == names[1])
+    assert frozen.kind == "folded"
+    assert repr(names[0]) in frozen.reason
+    feed = {"x": np.ones((1, 4), np.float32)}
+    result = run(bundle.model_path, feed | {"labels": np.array([0])})
+    np.testing.assert_allclose(result["logits"], run(path, feed)["logits"], rtol=1e-6)
+    assert Live(bundle).dead(bundle, feed | {"labels": np.array([0])}) == []
+
+
+def test_a_weight_that_is_live_in_one_use_only_is_frozen(tmp_path: Path) -> None:
+    """Its norm would stay as it was, while the matrix moves."""
+    nodes = [
+        node("ReduceL2", "proj.weight", "norm", keepdims=0),
+        node("MatMul", "x proj.weight", "y"),
+        node("Div", "y norm", "z"),
+        node("MatMul", "z fc.weight", "logits"),
+    ]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("proj.weight", 4, 4), weight("fc.weight", 4, 3)])
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {"fc.weight"}
+    assert [(tensor.name, tensor.kind) for tensor in bundle.frozen] == [("proj.weight", "folded")]
+
+
+def test_a_weight_whose_shape_is_read_stays_trainable(tmp_path: Path) -> None:
+    nodes = [
+        node("Shape", "fc.weight", "shape"),
+        node("Gather", "shape zero", "width"),
+        node("Cast", "width", "number", to=TensorProto.FLOAT),
+        node("Mul", "x number", "y"),
+        node("MatMul", "y fc.weight", "logits"),
+    ]
+    path = model_of(
+        tmp_path / "m.onnx", nodes, [weight("fc.weight", 4, 3), numpy_helper.from_array(np.array(0), "zero")]
+    )
+    assert trainable_names(prepare(path, tmp_path / "out")) == {"fc.weight"}
 
 
 def test_tables_of_sines_made_of_constants_are_no_weights(tmp_path: Path) -> None:

@@ -281,7 +281,8 @@ def test_one_axis_of_fixed_size_may_be_the_classes_of_one_example(tmp_path: Path
     bundle, said = noted(path, tmp_path / "out")
     assert said == "loss: none ('y' has the shape [3], which may be examples or classes; --loss states one)"
     assert (bundle.loss, bundle.logits) == (None, None)
-    assert prepare(path, tmp_path / "mse", loss="mse").loss == "loss"
+    one = {"x": np.ones((1, 4), np.float32), "labels": np.zeros(3, np.float32)}
+    assert prepare(path, tmp_path / "mse", loss="mse", probe=one).loss == "loss"
 
 
 @pytest.mark.parametrize("n", [1, 3])

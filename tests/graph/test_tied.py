@@ -114,14 +114,24 @@ def test_a_tied_weight_in_forms_that_no_node_can_read(tmp_path: Path) -> None:
         node("Gather", "embedding.weight ids", "x"),
         node("Transpose", "embedding.weight", "t"),
         node("Gather", "t ids", "y", "second"),
-        node("MatMul", "x y", "logits"),
+        node("MatMul", "x y", "z"),
+        node("MatMul", "z fc.weight", "logits"),
     ]
     path = model_of(
         tmp_path / "m.onnx",
         nodes,
-        [weight("embedding.weight", 3, 4)],
-        inputs=[("ids", TensorProto.INT64, ["n"])],
+        [weight("embedding.weight", 4, 4), weight("fc.weight", 4, 3)],
+        inputs=[("ids", TensorProto.INT64, [4])],
+        outputs=[("logits", (4, 3))],
     )
     with pytest.raises(DeadWeightError, match=r"'embedding.weight'.*'second'"):
-        prepare(path, tmp_path / "out")
+        prepare(path, tmp_path / "out", trainable="embedding")
     assert not (tmp_path / "out").exists()
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {"fc.weight"}
+    assert [(tensor.name, tensor.elements, tensor.kind) for tensor in bundle.frozen] == [
+        ("embedding.weight", 16, "layout")
+    ]
+    feed = {"ids": np.array([0, 2, 1, 3])}
+    result = run(bundle.model_path, feed | {"labels": np.zeros(4, np.int64)})
+    np.testing.assert_allclose(result["logits"], run(path, feed)["logits"], rtol=1e-5)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 import click
 
 from pocketzo._core import __version__
-from pocketzo.cli.command import Commands
-from pocketzo.cli.console import note
+from pocketzo.cli.command import Commands, one_line
+from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
 from pocketzo.cli.doctor import doctor
 from pocketzo.cli.evaluate import evaluate
@@ -17,12 +18,19 @@ from pocketzo.cli.info import info
 from pocketzo.cli.prepare import prepare
 from pocketzo.cli.replay import replay
 from pocketzo.cli.train import train
+from pocketzo.formats.files import named
 
 
 def main() -> None:
     """Run the command line and exit: 0, 1 for an error in the user's input, 2 for wrong usage, 130 after Ctrl-C."""
     warnings.showwarning = _show_warning
-    cli(prog_name="pocketzo")
+    for stream in (sys.stdout, sys.stderr):
+        print_any_text(stream)
+    try:
+        with named("standard output"):  # of --help and --version; a command reports its own errors
+            cli(prog_name="pocketzo")
+    except OSError as error:
+        sys.exit(f"pocketzo: error: {one_line(error)}")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

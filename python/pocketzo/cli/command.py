@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -28,11 +29,25 @@ _DEBUG_OPTION = click.Option(
 )
 
 
+class Text(click.types.StringParamType):
+    """Text in UTF-8, whatever the locale is. Paths are left as they are: Python opens them by the same bytes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text of an argument that Python may have decoded by another encoding."""
+        try:
+            return os.fsencode(super().convert(value, param, ctx)).decode()
+        except UnicodeDecodeError:
+            self.fail(f"{value!a} is not UTF-8", param, ctx)
+
+
 class Command(click.Command):
-    """A command that also takes ``--debug``."""
+    """A command that also takes ``--debug``, and whose strings are UTF-8."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        for param in self.params:
+            if param.type is click.STRING:
+                param.type = Text()
         self.params.append(_DEBUG_OPTION)
 
 
@@ -49,16 +64,17 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # click handles a closed standard output
-        except (Error, ValueError, TypeError, OSError, MemoryError) as error:
+        except (Error, ValueError, TypeError, OSError, MemoryError, ImportError) as error:
             if ctx.meta.get(_DEBUG):
                 raise
-            raise _Failure(_one_line(error)) from error
+            raise _Failure(one_line(error)) from error
         except KeyboardInterrupt:
             click.echo("pocketzo: interrupted", err=True)
             ctx.exit(130)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line; that of the system has its file in front."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         text = "not enough memory for this" + (f": {text}" if text else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import math
 import os
 import shlex
@@ -11,11 +13,33 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.forecast import Forecast
 
-out = Console(highlight=False, markup=False, emoji=False)
+
+class _Output(Console):
+    """Standard output; an error in writing to it names it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with named("standard output"):
+            super().print(*objects, **options)
+
+
+out = _Output(highlight=False, markup=False, emoji=False)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+
+def print_any_text(stream: Any) -> None:
+    """Make a stream print every character and every file name, in any locale.
+
+    As in PEP 540, the C locale is taken for UTF-8. A byte of a file name that is not UTF-8 is printed as it is.
+    """
+    if isinstance(stream, io.TextIOWrapper) and "PYTHONIOENCODING" not in os.environ:
+        if codecs.lookup(stream.encoding).name in ("ascii", "utf-8"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+        else:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def note(text: str) -> None:

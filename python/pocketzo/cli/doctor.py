@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import print_facts, size_text
+from pocketzo.cli.console import print_facts, say, size_text
 from pocketzo.cli.options import json_option
 from pocketzo.doctor import examine
 from pocketzo.errors import Error
@@ -18,7 +18,7 @@ from pocketzo.errors import Error
 @click.command(cls=Command)
 @json_option
 def doctor(as_json: bool) -> None:
-    """Describe this machine and this installation, and test the kernels; exit code 1 if they fail.
+    """Describe this machine and this installation, and test the kernels and packages; exit code 1 if one fails.
 
     \b
     Example:
@@ -26,9 +26,13 @@ def doctor(as_json: bool) -> None:
     """
     facts = examine()
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
     else:
         print_facts(_doctor_lines(facts))
+    if facts["broken"]:
+        bad = "; ".join(f"{name}: {reason}" for name, reason in facts["broken"].items())
+        names = " ".join(facts["broken"])
+        raise Error(f"installed but cannot be imported: {bad}; pip install --force-reinstall {names}")
     if not facts["ok"]:
         bad = ", ".join(
             f"{isa} ({'; '.join(test['failed'])})" for isa, test in facts["self_test"].items() if not test["ok"]
@@ -42,7 +46,10 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     total, available = (None if memory[name] is None else size_text(memory[name]) for name in ("total", "available"))
     system = facts["platform"] + (" (Termux)" if facts["termux"] else " (Android)" if facts["android"] else "")
     extras = {
-        extra: ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items())
+        extra: ", ".join(
+            f"{name} {version or 'missing'}{' BROKEN' * (name in facts['broken'])}"
+            for name, version in packages.items()
+        )
         + ("" if all(packages.values()) else f" (pip install 'pocketzo[{extra}]')")
         for extra, packages in facts["extras"].items()
     }

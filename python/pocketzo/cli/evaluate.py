@@ -86,7 +86,7 @@ def evaluate(
     result = evaluate_model(loaded, examples, batch_size=batch_size, metrics=metrics or None)
     names = metrics or (task_of(bundle).default_metric, "loss")
     if as_json:
-        click.echo(json.dumps(for_json({name: result.get(name) for name in (*names, "count")})))
+        say(json.dumps(for_json({name: result.get(name) for name in (*names, "count")})))
     else:
         say(
             " · ".join(f"{name} {metric_text(name, result)}" for name in names)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import fact, out, print_facts
+from pocketzo.cli.console import fact, print_facts, say
+from pocketzo.cli.frozen import tensor_lines
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.frozen import elements_by_kind
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.tasks.registry import loss_text
 from pocketzo.train.run import JOURNAL, Run
@@ -42,33 +43,31 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         facts = bundle_facts(bundle)
         facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
         facts["prepacking"] = prepacking(bundle)
-        if tensors or as_json:
+        if as_json:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
+            facts["frozen_tensors"] = [asdict(tensor) for tensor in bundle.frozen]
     if as_json:
-        click.echo(json.dumps(facts))
+        say(json.dumps(facts))
         return
-    listed = facts.pop("tensors", None)
     if facts.get("task"):
         labels = {name: value for name, value in facts["task"]["settings"].items() if name == "labels"}
         facts["task"] = ", ".join([facts["task"]["name"], fact("", labels)]).removesuffix(", ")
     if run is None:
         facts["loss"] = loss_text(bundle)
     print_facts({name: value for name, value in facts.items() if value is not None})
-    if listed is not None:
-        table = Table("weight", "type", "shape", "trainable", box=None, header_style="bold")
-        for tensor in listed:
-            shape = " x ".join(map(str, tensor["shape"])) or "scalar"
-            table.add_row(tensor["name"], tensor["dtype"], shape, "yes" if tensor["trainable"] else "no")
-        out.print(table)
+    if tensors and run is None:
+        click.echo("\n".join(tensor_lines(bundle)))
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """Return the facts about a bundle that ``pocketzo info`` prints."""
+    trainable = sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable)
     return {
         "kind": "bundle",
         "path": os.fspath(bundle.path),
-        "parameters": sum(math.prod(tensor.shape) for tensor in bundle.tensors),
-        "trainable": sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable),
+        "parameters": trainable + sum(tensor.elements for tensor in bundle.frozen if tensor.is_weight),
+        "trainable": trainable,
+        "frozen": elements_by_kind(bundle.frozen),
         "sets": {
             name: sum(math.prod(tensor.shape) for tensor in bundle.tensors if name in tensor.sets)
             for name in bundle.trainable

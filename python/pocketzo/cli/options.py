@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pocketzo.data.columns import Columns
+from pocketzo.data.columns import COLUMN_ROLES, Columns, option_of
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import TASKS
@@ -58,7 +57,7 @@ PATH = click.Path(path_type=Path)
 bundle_out = click.option(
     "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."
 )
-force_option = click.option("--force", is_flag=True, help="Replace an existing bundle at --output.")
+force_option = click.option("--force", is_flag=True, help="Replace a bundle at --output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -86,19 +85,33 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
+def delimiter(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """Check a delimiter, which may also be a word for a tab."""
+    value = "\t" if value in ("tab", "\\t") else value
+    try:
+        return Columns(delimiter=value).delimiter
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def column_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that name columns; the command receives them as ``columns``."""
+    """Add the options that say where columns are; the command receives them as ``columns``."""
 
     @functools.wraps(command)
     def with_columns(*arguments: Any, **options: Any) -> Any:
-        given = {field.name: options.pop(f"{field.name}_column") for field in fields(Columns)}
-        return command(*arguments, columns=Columns(**given), **options)
+        given = {role: options.pop(f"{role}_column") for role in COLUMN_ROLES}
+        return command(*arguments, columns=Columns(**given, delimiter=options.pop("delimiter")), **options)
 
-    for field in reversed(fields(Columns)):
-        names = dict.fromkeys(name for task in TASKS.values() for name in task.columns.get(field.name, ()))
+    with_columns = click.option(
+        "--delimiter",
+        callback=delimiter,
+        metavar="CHARACTER",
+        help="Character between the fields of a .tsv or .csv file, such as ';' or tab.  [default: tab for .tsv, comma "
+        "for .csv]",
+    )(with_columns)
+    for role, held in reversed(COLUMN_ROLES.items()):
+        names = dict.fromkeys(name for task in TASKS.values() for name in task.columns.get(role, ()))
         with_columns = click.option(
-            f"--{field.name.replace('_', '-')}-column",
-            metavar="NAME",
-            help=f"Column that holds the {field.metadata['holds']}.  [default: {', '.join(names)}]",
+            option_of(role), metavar="NAME", help=f"Column that holds the {held}.  [default: {', '.join(names)}]"
         )(with_columns)
     return with_columns

@@ -10,9 +10,11 @@ import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, quoted, say, size_text
+from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, force_option, regex
 from pocketzo.errors import BundleError
+from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES
 from pocketzo.prepare import prepare as prepare_bundle
 from pocketzo.tasks.registry import task_of
@@ -30,8 +32,8 @@ from pocketzo.tasks.registry import task_of
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
-    default="float32",
-    help="Type of the weights. float16 halves the memory. Use it on phones and boards; it is slow on x86-64.",
+    help="Type of the weights, by default that of MODEL. float16 halves the memory. Use it on phones and boards; it is "
+    "slow on x86-64.",
 )
 @click.option(
     "--loss",
@@ -39,6 +41,12 @@ from pocketzo.tasks.registry import task_of
     help="Loss to add, of the output 'logits' or the only float output. cross-entropy: one class of several; bce: yes "
     "or no, once or for each column; mse: numbers; none: for an objective of your own.  [default: the graph's own "
     "output 'loss', or cross-entropy for logits or a Softmax, or bce for a Sigmoid; one column needs this option]",
+)
+@click.option(
+    "--probe",
+    type=PATH,
+    metavar="FILE",
+    help="A batch for comparing MODEL with the bundle (.npz, an array for each input); by default it is made up.",
 )
 @force_option
 def prepare(
@@ -48,8 +56,9 @@ def prepare(
     labels: str | None,
     max_length: int | None,
     trainable: str | None,
-    dtype: Literal["float32", "float16"],
+    dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
+    probe: Path | None,
     force: bool,
 ) -> None:
     """Convert MODEL, an ONNX file as exporters write it, to a bundle that can be trained.
@@ -62,7 +71,7 @@ def prepare(
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
     """
-    refuse_existing(output, force=force)
+    check_output(output, force=force)
     bundle = prepare_bundle(
         model,
         output,
@@ -71,11 +80,14 @@ def prepare(
         max_length=max_length,
         trainable=trainable,
         dtype=dtype,
+        overwrite=force,
         loss=loss,
+        probe=probe,
         note=note,
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say_frozen(bundle)
     metrics = task_of(bundle).metrics
     if metrics:
         objective = "" if bundle.loss is not None else f" --objective {metrics[0]}"
@@ -84,8 +96,8 @@ def prepare(
         say("next: train by a function of your own, pz.Trainer(..., objective=function)")
 
 
-def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Raise a :class:`BundleError` if the path exists, unless it is a bundle that may be replaced."""
-    if os.path.lexists(path) and not (force and (path / "bundle.json").is_file()):
-        how = "choose another folder, or --force to replace a bundle" if not force else "it is not a bundle"
-        raise BundleError(f"{path}: already exists: {how}")
+def check_output(path: Path, *, force: bool = False) -> None:
+    """Raise a :class:`BundleError` if the path exists, unless ``force`` is given and it is a bundle alone."""
+    if os.path.lexists(path) and not force:
+        raise BundleError(f"{path}: already exists; choose another folder, or --force to replace a bundle")
+    check_target(path, overwrite=force)

@@ -9,9 +9,8 @@ import click
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, say
 from pocketzo.cli.options import PATH, base_option, best_option, bundle_out, force_option, step_option
-from pocketzo.cli.prepare import refuse_existing
+from pocketzo.cli.prepare import check_output
 from pocketzo.cli.runs import chosen_step
-from pocketzo.errors import BundleError
 from pocketzo.train.run import Run
 
 
@@ -30,11 +29,9 @@ def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | N
       pocketzo replay runs/first -o tuned --best
     """
     past = Run(run)
-    refuse_existing(output, force=force)
-    if output.resolve() == Path(past.recipe.model.bundle if base is None else base).resolve():
-        raise BundleError(f"{output}: is the base of {run}, which the run could not be replayed without")
+    check_output(output, force=force)
     if past.notice:
         note(f"note: {past.notice}")
     number = chosen_step(past, step, best)
-    past.replay(output, step=number, bundle=base)
+    past.replay(output, step=number, bundle=base, overwrite=force)
     say(f"{output}: {run} after step {number} of {past.recipe.loop.steps}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
-from pocketzo.errors import BundleError, JournalError, MemoryLimitError, MissingExtraError
+from pocketzo.errors import BrokenPackageError, BundleError, JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.staging import is_staged
 from pocketzo.machine.cores import thread_counts
 from pocketzo.optim.block import Block
 from pocketzo.optim.groups import ParamGroup
@@ -268,8 +268,8 @@ def train(
 
 
 def _is_empty_folder(path: Path) -> bool:
-    """Whether a folder holds nothing but partial files of a killed process."""
-    return path.is_dir() and all(re.fullmatch(r"\..*\.part", entry.name) for entry in path.iterdir())
+    """Whether a folder holds nothing but what a killed process has not finished."""
+    return path.is_dir() and all(is_staged(entry.name) for entry in path.iterdir())
 
 
 def _noted(trainer: Trainer) -> Trainer:
@@ -334,6 +334,8 @@ def plot_or_note(run: Path) -> None:
     """Draw ``loss.png``, or note that matplotlib is missing."""
     try:
         plot_run(run)
+    except BrokenPackageError as error:
+        note(f"note: no loss.png: {error}")
     except MissingExtraError:
         note("note: no loss.png without matplotlib: pip install 'pocketzo[plot]'")
 

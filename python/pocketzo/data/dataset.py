@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ class Dataset:
         Batch
             C-contiguous arrays [batch, ...] of the inputs' dtypes, by input name. All inputs are present, except
             ``labels`` if the data has none; labels that the data has are present even if the graph has no such input.
-            Tokens are padded to the longest example of the batch, or to the model's fixed length if it has one.
+            Tokens are padded to the longest example of the batch, or to the model's fixed length if it has one. Other
+            arrays with an axis of tokens are cut alike.
             ``examples`` holds the `indices`.
 
         Raises
@@ -109,7 +110,8 @@ class Dataset:
             )
         if indices.min() < 0 or indices.max() >= self._size:
             raise ValueError(f"indices must be 0 to {self._size - 1}, got {indices.min()} to {indices.max()}")
-        padded = {} if self._tokens is None else self._tokens.padded(indices, self._token_length)
+        width = None if self._tokens is None else self._token_length or self._tokens.longest(indices)
+        padded = {} if self._tokens is None or width is None else self._tokens.padded(indices, width)
         batch: dict[str, NDArray[Any]] = {}
         for spec in self._inputs:
             if isinstance(spec.shape[0], int) and spec.shape[0] != indices.size:
@@ -117,7 +119,8 @@ class Dataset:
                     f"the model's input {spec.name!r} takes batches of exactly {spec.shape[0]}, got {indices.size}"
                 )
             if spec.name in self._arrays:
-                batch[spec.name] = self._arrays[spec.name][indices]
+                values = self._arrays[spec.name][indices]
+                batch[spec.name] = values if self._tokens is None else self._tokens.cut(spec.name, values, width)
             elif spec.name in padded:
                 batch[spec.name] = padded[spec.name].astype(spec.dtype)
             elif self._labels is not None:
@@ -148,16 +151,26 @@ class Tokens:
     columns: dict[str, NDArray[np.int32]]  # [sum of lengths] for each input that is not implied
     padding: dict[str, int]  # the padding value of each input, in the model's order
     pad_left: bool = False
+    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the axes of tokens of other inputs
+    width: int | None = None  # the number of tokens of every batch, if it is not to be that of the longest example
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """The offset of each example's first token, shape [n]."""
         return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
-    def padded(self, indices: NDArray[Any], length: int | None) -> dict[str, NDArray[np.int64]]:
-        """Return each input as [batch, length], or as [batch, longest] if `length` is None."""
+    def longest(self, indices: NDArray[Any]) -> int:
+        """Return the number of tokens of a batch."""
+        return self.width or int(self.lengths[indices].max())
+
+    def cut(self, name: str, values: NDArray[Any], width: int | None) -> NDArray[Any]:
+        """Return another input of a batch with its axes of tokens cut to `width`."""
+        axes = self.axes.get(name, ())
+        return np.ascontiguousarray(values[tuple(slice(width if i in axes else None) for i in range(values.ndim))])
+
+    def padded(self, indices: NDArray[Any], width: int) -> dict[str, NDArray[np.int64]]:
+        """Return each input as [batch, width]."""
         lengths = self.lengths[indices][:, None]
-        width = length or int(lengths.max())
         position = np.arange(width) - (width - lengths) * self.pad_left  # within the example; [batch, width]
         inside = (position >= 0) & (position < lengths)
         source = (self.starts[indices][:, None] + position)[inside]

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pocketzo.data.columns import LineError
 from pocketzo.data.readers import Record, not_unicode
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from pocketzo.data.columns import Columns
     from pocketzo.tasks.base import Task
-
-
-class LineError(Exception):
-    """A line of a data file cannot be used; the message gives the reason."""
 
 
 class Problems:

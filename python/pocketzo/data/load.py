@@ -4,16 +4,18 @@
 suffix    content
 ========  ==========================================================================================================
 .jsonl    one object per line; its keys are the columns
-.tsv      tab-separated fields, taken verbatim: no quoting, no escapes
-.csv      comma-separated fields; double quotes allow commas and line breaks in a field
+.tsv      fields between tabs, taken verbatim: no quoting, no escapes
+.csv      fields between commas; double quotes allow commas and line breaks in a field
 .npz      arrays named as the model's inputs, one row per example: ``input_ids`` [n, length], optionally
           ``attention_mask`` and ``token_type_ids`` of the same shape, or the model's other inputs; ``labels`` [n],
           [n, length] for token labels, or [n, columns] for several numbers or for 0 and 1 by label
 ========  ==========================================================================================================
 
-Text is UTF-8; a byte order mark, CRLF and empty lines at the end are accepted.
+Text is UTF-8, or UTF-16 with a byte order mark. Lines end in LF or CRLF; in CR, if the file has no LF. A byte order
+mark and empty lines at the end are accepted. ``Columns(delimiter=";")`` reads fields between other characters.
 
-Columns are found by name, upper or lower case; others are ignored. The bundle's task says which columns it reads:
+Columns are found by name, upper or lower case; others are ignored. Two of the same name but for the case are refused.
+The bundle's task says which columns it reads:
 
 - ``classification``: the text in ``text``, ``sentence`` or ``sentence1``; its optional pair in ``text_pair`` or
   ``sentence2``; the class in ``label`` or ``labels``;
@@ -37,7 +39,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.examples import Problems, examples_of
 from pocketzo.data.npz import read_npz
-from pocketzo.data.readers import read_csv, read_jsonl, read_tsv, with_columns
+from pocketzo.data.readers import read_csv, read_jsonl, read_tsv
+from pocketzo.data.tables import with_columns
 from pocketzo.data.tokens import tokenise
 from pocketzo.tasks.registry import task_of
 
@@ -75,8 +77,8 @@ def load_dataset(
     require_labels
         Whether each example must have a label. If False, either all examples have one or none has.
     columns
-        Column names, for a file that does not use the usual ones. A TSV or CSV file must then have a header. In an
-        ``.npz`` file, only the array of labels can be named.
+        Column names, for a file that does not use the usual ones, and the delimiter. A TSV or CSV file whose columns
+        are named must have a header. In an ``.npz`` file, only the array of labels can be named.
 
     Returns
     -------
@@ -91,14 +93,14 @@ def load_dataset(
         ``columns`` names a column that the bundle's task does not read.
     BundleError
         The bundle's tokenizer cannot be read.
-    MissingExtraError
-        The file holds text, and the package `tokenizers` is not installed.
+    MissingExtraError, BrokenPackageError
+        The file holds text, and the package `tokenizers` is not installed, or cannot be imported.
     """
     path = Path(path)
     task = task_of(bundle)
-    for field in fields(columns):
-        if getattr(columns, field.name) is not None and field.name not in task.columns:
-            raise ValueError(f"{bundle.path}: task {task.name!r} reads no column for {field.name!r}")
+    for role, _ in columns.named():
+        if role not in task.columns:
+            raise ValueError(f"{bundle.path}: task {task.name!r} reads no column for {role!r}")
     try:
         match path.suffix.lower():
             case ".npz":
@@ -106,15 +108,19 @@ def load_dataset(
             case ".jsonl":
                 records = read_jsonl(path)
             case ".tsv":
-                records = with_columns(read_tsv(path), columns, task)
+                rows = read_tsv(path, columns.delimiter or "\t")
+                records = with_columns(rows, columns, task, require_labels)
             case ".csv":
-                records = with_columns(read_csv(path), columns, task)
+                rows = read_csv(path, columns.delimiter or ",")
+                records = with_columns(rows, columns, task, require_labels)
             case suffix:
                 raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv or .npz")
         problems = Problems(str(path), "line")
         return tokenise(examples_of(records, task, columns, require_labels, problems), task, problems)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: damaged {error.encoding.upper()}: {error.reason}") from None
 
 
 def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
@@ -137,7 +143,7 @@ def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:
         `texts` is a single string.
     DataError
         There is no text, a text is empty or not a string, or the model has inputs that text cannot fill.
-    BundleError, MissingExtraError
+    BundleError, MissingExtraError, BrokenPackageError
         As for :func:`load_dataset`.
     """
     if isinstance(texts, str):

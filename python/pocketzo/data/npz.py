@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.data.columns import Columns, find_column, missing_column
+from pocketzo.data.columns import Columns, LineError, find_column, missing_column
 from pocketzo.data.dataset import TOKEN_INPUTS, Dataset, Tokens, token_limit
-from pocketzo.data.examples import LineError, Problems
+from pocketzo.data.examples import Problems
+from pocketzo.data.sequences import Sequences
 from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
@@ -32,10 +35,14 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
         raise
     except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
         raise DataError(f"{path}: not an .npz of plain arrays: {' '.join(str(error).split())}") from error
+    arrays = {name: _native(path, name, values) for name, values in arrays.items()}
     specs = {spec.name: spec for spec in task.bundle.inputs}
     has_labels = task.label_spec is not None
     label_names = task.columns.get("label", ())
-    label_name = find_column(arrays, columns.label, label_names) if has_labels else None
+    try:
+        label_name = find_column(arrays, columns.label, label_names) if has_labels else None
+    except LineError as error:
+        raise DataError(f"{path}: {error}") from None
     has_tokens = "input_ids" in arrays and arrays["input_ids"].ndim == 2
     rows = {name: len(values) if np.ndim(values) else 0 for name, values in arrays.items()}
     size = next(iter(rows.values()), 0)
@@ -46,25 +53,27 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
             raise DataError(f"{path}: array {name!r} has {count} rows, {next(iter(rows))!r} has {size}")
         if name not in specs and name != label_name and not (has_tokens and name in TOKEN_INPUTS):
             raise DataError(f"{path}: array {name!r} is no input of the model, which takes {', '.join(specs)}")
+    if label_name not in (None, "labels") and "labels" in arrays:
+        raise DataError(f"{path}: arrays {label_name!r} and 'labels' both hold labels: name one by --label-column")
     if label_name is None and require_labels and has_labels and label_names:
-        raise DataError(f"{path}: {missing_column(arrays, columns.label, label_names)}")
+        raise DataError(f"{path}: {missing_column(arrays, columns.label, label_names, 'label')}")
 
     problems = Problems(str(path), "row")
     labels: list[int] = []
     if label_name is not None and task.labels_per == "token":
-        by_token = _labels_by_token(path, task, arrays.pop(label_name), problems)
-        arrays["labels"] = by_token
+        arrays["labels"] = _labels_by_token(path, task, arrays.pop(label_name), problems)
     elif label_name is not None:
         for row, label in enumerate(arrays.pop(label_name).tolist()):
             try:
                 labels.append(task.label_row(label))
             except LineError as error:
                 problems.add(row, str(error))
-    tokens = _tokens(arrays, task, problems) if has_tokens else None
-    problems.check()
     if task.label_spec is not None:
         specs["labels"] = task.label_spec
-    arrays = {name: _checked(path, specs[name], values) for name, values in arrays.items()}
+    sequence = Sequences.of(path, task, specs, arrays) if has_tokens else None
+    tokens = None if sequence is None else _tokens(arrays, task, problems, sequence)
+    arrays = {name: _checked(path, specs[name], values, problems, sequence) for name, values in arrays.items()}
+    problems.check()
     return Dataset(task, str(path), size, tokens, arrays, labels)
 
 
@@ -77,26 +86,32 @@ def _labels_by_token(path: Path, task: Task, labels: NDArray[Any], problems: Pro
     most = 2**31 if task.class_count is None else task.class_count
     bad = (labels != IGNORED) & ((labels < 0) | (labels >= most))
     for row in np.flatnonzero(bad.any(axis=1)):
-        first = labels[row][bad[row]][0]
-        problems.add(int(row), f"unknown label {first}: expected 0 to {most - 1}, or {IGNORED} where there is none")
+        at = int(bad[row].argmax())
+        problems.add(
+            int(row),
+            f"unknown label {labels[row, at]} at position {at}: expected 0 to {most - 1}, or {IGNORED} where there is "
+            "none",
+        )
     return labels
 
 
-def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems) -> Tokens:
+def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, sequence: Sequences) -> Tokens:
     """Take what is by token out of `arrays`, cut after the last token of each row that the mask keeps."""
-    by_token = (*TOKEN_INPUTS, "labels") if task.labels_per == "token" else TOKEN_INPUTS
-    given = {name: arrays.pop(name) for name in by_token if name in arrays}
+    given = {name: arrays.pop(name) for name in sequence.by_token}
     shape = given["input_ids"].shape
+    rows = embedding_rows(task.bundle)
     for name, values in given.items():
         if values.shape != shape or values.dtype.kind not in "iub" or not values.size:
             raise DataError(
                 f"{problems.source}: array {name!r} must be integers [n, length], the same for all of a model's token "
-                f"inputs, found {values.dtype} of shape {list(values.shape)}"
+                f"inputs, found {values.dtype} of shape {list(values.shape)}, and 'input_ids' of {list(shape)}"
             )
-        top = 1 if name == "attention_mask" else 2**31 - 1
-        if name != "labels":
-            for row in np.flatnonzero(((values < 0) | (values > top)).any(axis=1)):
-                problems.add(int(row), f"{name!r} must be 0 to {top}")
+        top = 1 if name == "attention_mask" else rows.get(name, 2**31) - 1
+        bad = np.zeros(shape, bool) if name == "labels" else (values < 0) | (values > top)
+        known = f": the model's embedding has {rows[name]} rows" if name in rows else ""
+        for row in np.flatnonzero(bad.any(axis=1)):
+            at = int(bad[row].argmax())
+            problems.add(int(row), f"{name!r} must be 0 to {top}, found {values[row, at]} at position {at}{known}")
     mask = given.get("attention_mask", np.ones(shape)) != 0
     lengths = (shape[1] - np.argmax(mask[:, ::-1], axis=1)).astype(np.int32)
     for row in np.flatnonzero(~mask.any(axis=1)):
@@ -111,13 +126,26 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems) -> 
             problems.add(int(row), "a label where 'attention_mask' keeps no token")
     columns = {name: values[inside].astype(np.int32) for name, values in given.items()}
     fills = {name: int(values[~inside][0]) for name, values in given.items() if not inside.all()}
-    return keep_tokens(task, lengths, columns, fills | {"labels": IGNORED})
+    tokens = keep_tokens(task, lengths, columns, fills | {"labels": IGNORED})
+    return replace(tokens, axes=sequence.axes, width=sequence.width)
 
 
-def _checked(path: Path, spec: ValueSpec, values: NDArray[Any]) -> NDArray[Any]:
+def _native(path: Path, name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in this machine's byte order."""
+    if values.dtype.names is not None:
+        raise DataError(f"{path}: array {name!r} has fields of several types; expected an array of numbers")
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def _checked(
+    path: Path, spec: ValueSpec, values: NDArray[Any], problems: Problems, sequence: Sequences | None
+) -> NDArray[Any]:
     dtype = np.dtype(spec.dtype)
+    cut = () if sequence is None else sequence.axes.get(spec.name, ())
     same = len(spec.shape) == values.ndim and all(
-        want == got for want, got in zip(spec.shape[1:], values.shape[1:], strict=True) if isinstance(want, int)
+        axis in cut or want == values.shape[axis]
+        for axis, want in enumerate(spec.shape)
+        if axis > 0 and isinstance(want, int)
     )
     widened = dtype.kind in "iu" and values.dtype.kind in "iu" and np.can_cast(values.dtype, dtype)
     if not same or not (widened or values.dtype == dtype):
@@ -125,4 +153,7 @@ def _checked(path: Path, spec: ValueSpec, values: NDArray[Any]) -> NDArray[Any]:
             f"{path}: array {spec.name!r} is {values.dtype} of shape {list(values.shape)}, "
             f"the model takes {spec.dtype} of shape {list(spec.shape)}"
         )
+    if dtype.kind == "f":
+        for row in np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(axis=1)):
+            problems.add(int(row), f"{spec.name!r} has a NaN")
     return np.ascontiguousarray(values, dtype)

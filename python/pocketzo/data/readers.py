@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from pocketzo.data.columns import Columns, find_column, missing_column
-
-if TYPE_CHECKING:
-    from pocketzo.tasks.base import Task
+from pocketzo.errors import DataError
 
 Record: TypeAlias = "dict[str, Any] | str | None"  # values by column; or an error message; None for an empty line
 Row: TypeAlias = "list[str] | str"  # fields, none for an empty line; or an error message
+
+_LONGEST_FIELD: Final = 2**31 - 1
+_ENCODINGS: Final = {
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_PACKED: Final = {
+    b"\x1f\x8b": "compressed by gzip: unpack it by gunzip",
+    b"PK\x03\x04": "a zip archive, as spreadsheets (.xlsx) are: unpack it, or save the sheet as .csv",
+}
 
 
 def not_unicode(text: str) -> str | None:
@@ -28,11 +38,69 @@ def not_unicode(text: str) -> str | None:
     return None
 
 
+class _Lines:
+    r"""The lines of a text file with their ends, and the first error in them since it was last asked for.
+
+    Parameters
+    ----------
+    path : Path
+    newline : {"", "\n"}
+        As in :func:`open`: whether CR ends a line beside LF. It does in a file that has no LF.
+
+    Raises
+    ------
+    DataError
+        The file is packed.
+    """
+
+    def __init__(self, path: Path, newline: str) -> None:
+        with path.open("rb") as file:
+            start = file.read(64)
+        if packed := next((reason for magic, reason in _PACKED.items() if start.startswith(magic)), None):
+            raise DataError(f"{path}: {packed}")
+        if len(start) >= 8 and {any(start[::2]), any(start[1::2])} == {True, False}:
+            raise DataError(
+                f"{path}: every second byte is zero, as in UTF-16, and there is no byte order mark: save "
+                "the file as UTF-8"
+            )
+        self._path = path
+        self._encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8-sig")
+        self._newline = newline
+        self._offset = len(codecs.BOM_UTF8) * start.startswith(codecs.BOM_UTF8)
+        self._reason: str | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        errors = "surrogateescape" if self._encoding == "utf-8-sig" else "strict"
+        newline = self._newline
+        if newline == "\n":
+            with self._path.open(encoding=self._encoding, errors=errors, newline="") as file:
+                if not any("\n" in chunk for chunk in iter(lambda: file.read(1 << 16), "")):
+                    newline = "\r"
+        with self._path.open(encoding=self._encoding, errors=errors, newline=newline) as file:
+            for line in file:
+                self._note(line)
+                yield line
+
+    def take_reason(self) -> str | None:
+        """Return why the lines since the last call are no text, or None."""
+        reason, self._reason = self._reason, None
+        return reason
+
+    def _note(self, line: str) -> None:
+        raw = line.encode(errors="surrogateescape")
+        if self._reason is None and (reason := not_unicode(line)):
+            at = next(index for index, character in enumerate(line) if "\udc80" <= character <= "\udcff")
+            at = self._offset + len(line[:at].encode())
+            self._reason = f"{reason} at offset {at} of the file: save the file as UTF-8"
+        self._offset += len(raw)
+
+
 def _read_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
     """Yield the number, the text and the encoding error, if any, of each line."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            yield number, line.removesuffix("\n").removesuffix("\r"), not_unicode(line)
+    lines = _Lines(path, "\n")
+    for number, line in enumerate(lines, 1):
+        end = "\r\n" if line.endswith("\r\n") else line[-1] if line[-1] in "\r\n" else ""
+        yield number, line.removesuffix(end), lines.take_reason()
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
@@ -42,7 +110,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
             yield number, reason
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             yield number, f"not JSON: {error.msg} at column {error.colno}"
         except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of nested brackets
@@ -51,66 +119,41 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
             yield number, record if isinstance(record, dict) else f"not a JSON object: {type(record).__name__}"
 
 
-def read_tsv(path: Path) -> Iterator[tuple[int, Row]]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return made
+
+
+def read_tsv(path: Path, delimiter: str = "\t") -> Iterator[tuple[int, Row]]:
     """Yield the number and the fields of each line of a TSV file."""
     for number, line, reason in _read_lines(path):
-        yield number, reason or (line.split("\t") if line else [])
+        yield number, reason or (line.split(delimiter) if line else [])
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
     """Yield the number and the fields of each row of a CSV file."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        while True:
-            number = rows.line_num + 1  # the first line of the row
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, f"not CSV: {error}"
-            else:
-                yield number, not_unicode("".join(row)) or row
-
-
-def with_columns(rows: Iterator[tuple[int, Row]], columns: Columns, task: Task) -> Iterator[tuple[int, Record]]:
-    """Convert rows to records by the header, or by the task's column order if there is no header."""
-    header: tuple[str, ...] | None = None
-    for number, row in rows:
-        if isinstance(row, str):
-            yield number, row
-            continue
-        if not row:
-            yield number, None
-            continue
-        if header is None:
-            if columns != Columns() or _is_header(row, task):
-                header = tuple(row)
-                if reason := _bad_header(header, columns, task):
-                    yield number, reason
-                    return
-                continue
-            if len(row) not in task.headerless:
-                names = task.headerless.get(2) or [names[0] for names in task.columns.values()]
-                yield number, f"{len(row)} columns and no header that names {' and '.join(names)}"
-                return
-            header = task.headerless[len(row)]
-        if len(row) == len(header):
-            yield number, dict(zip(header, row, strict=True))
+    lines = _Lines(path, "")
+    rows = csv.reader(lines, strict=True, delimiter=delimiter)
+    while True:
+        number = rows.line_num + 1  # the first line of the row
+        try:
+            row = _next_row(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            unclosed = ": a double quote is not closed" if "end of data" in str(error) else ""
+            yield number, lines.take_reason() or f"not CSV: {error}{unclosed}"
         else:
-            yield number, f"found {len(row)} of {len(header)} fields ({', '.join(header)})"
+            yield number, lines.take_reason() or row
 
 
-def _is_header(row: list[str], task: Task) -> bool:
-    named = [find_column(row, None, names) is not None for names in task.columns.values()]
-    return named[0] and (len(row) == 1 or any(named[1:]))
-
-
-def _bad_header(header: tuple[str, ...], columns: Columns, task: Task) -> str | None:
-    if repeated := {column for column in header if header.count(column) > 1}:
-        return f"the header names {', '.join(map(repr, sorted(repeated)))} more than once"
-    for index, (role, names) in enumerate(task.columns.items()):
-        given = getattr(columns, role)
-        if (index == 0 or given) and find_column(header, given, names) is None:
-            return missing_column(header, given, names)
-    return None
+def _next_row(rows: Iterator[list[str]]) -> list[str]:
+    """Read a row without the limit of 131,072 characters, which the module csv keeps for the whole process."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        return next(rows)
+    finally:
+        csv.field_size_limit(limit)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.errors import BundleError, DataError, MissingExtraError
+from pocketzo.errors import BundleError, DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pocketzo.tasks.base import Task
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Example, Problems
+from pocketzo.packages import require
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
@@ -32,12 +34,11 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
         )
     # Its threads would outlive tokenisation, hold memory and cause a warning at every later fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    require("tokenizers")
+    from tokenizers import Tokenizer
+
     try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise MissingExtraError("tokenizers", "text") from error
-    try:
-        tokenizer = Tokenizer.from_file(str(bundle.tokenizer_path))
+        tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower type
         raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
     return tokenizer
@@ -55,6 +56,12 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     longest = token_limit(bundle)
     if longest is not None:  # otherwise the tokenizer's own truncation, if any, applies
         tokenizer.enable_truncation(longest, direction=(tokenizer.truncation or {}).get("direction", "right"))
+    rows = embedding_rows(bundle).get("input_ids", 2**31)
+    if pad_id >= rows:
+        raise DataError(
+            f"{bundle.tokenizer_path}: the id of the padding token is {pad_id}, the model's embedding has {rows} rows: "
+            "name another token for the padding in this file"
+        )
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
 
     ids, types, by_token = array("i"), array("i"), array("i")
@@ -66,6 +73,12 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
                 problems.add(number, f"a maximum length of {longest} tokens leaves no room for the text")
             if not row.ids:
                 problems.add(number, "the tokenizer finds no token in the text")
+            elif max(row.ids) >= rows:
+                problems.add(
+                    number,
+                    f"the tokenizer gives token id {max(row.ids)}, the model's embedding has {rows} rows: prepare the "
+                    "model with its own tokenizer",
+                )
             ids.extend(row.ids)
             types.extend(row.type_ids)
             lengths.append(len(row.ids))

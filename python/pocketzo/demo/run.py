@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,10 @@ from pocketzo.demo.minilm import find_checkpoint
 from pocketzo.demo.probe import linear_probe, require_scikit_learn
 from pocketzo.errors import Error
 from pocketzo.export.bert import build_onnx
+from pocketzo.formats.bundle import FILES
+from pocketzo.formats.staging import foreign, is_staged, remove_folder, scratch_folder
 from pocketzo.machine.memory import process_memory, reset_peak
+from pocketzo.machine.paths import utf8_path
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.schedule import Schedule
@@ -34,13 +36,16 @@ from pocketzo.prepare import prepare
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.evaluate import evaluate
+from pocketzo.train.plot import PLOT
 from pocketzo.train.recipe import Source
+from pocketzo.train.run import JOURNAL, METRICS
 from pocketzo.train.trainer import Trainer
 
 __all__ = ["BATCH_SIZE", "LABELS", "STEPS", "Example", "Outcome", "messages", "run_demo"]
 
 LABELS: Final = ("appointment", "health", "money", "reminder", "repair", "shopping", "social", "travel")
-FOLDERS: Final = ("base", "run", "tuned")
+FOLDERS: Final = {"base": FILES, "run": (METRICS, PLOT, JOURNAL), "tuned": FILES}
+"""The folders that the demo writes, and the files in them."""
 
 # These were tuned on the accuracy on the held-out messages, so the accuracy that the demo reports there is slightly
 # optimistic; there is no third split. The cost of a forward pass grows with its tokens, and many passes over
@@ -157,19 +162,17 @@ def run_demo(
     files = find_checkpoint(checkpoint)
     say(f"weights: {files.weights}")
     output.mkdir(parents=True, exist_ok=True)
-    for folder in FOLDERS:
-        shutil.rmtree(output / folder, ignore_errors=True)
+    for folder, own in FOLDERS.items():
+        remove_folder(output / folder, own)
 
-    graph = output / "minilm.onnx"
-    try:
+    with scratch_folder(output) as scratch:
+        graph = scratch / "minilm.onnx"
         build_onnx(files, graph, len(LABELS))
-        bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
+        bundle = prepare(graph, scratch / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
         train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
         features, test_features = (_features(bundle.model_path, data) for data in (train, test))
         build_onnx(files, graph, len(LABELS), projection=_main_axes(features))
         bundle = prepare(graph, output / "base", tokenizer=files.tokenizer, labels=LABELS, max_length=64)
-    finally:
-        graph.unlink(missing_ok=True)
 
     train, test = (load_dataset(messages(part), bundle) for part in ("train", "test"))
     model = load(bundle, batch=train.batch(np.arange(BATCH_SIZE)))
@@ -236,8 +239,18 @@ def run_demo(
 def _refuse_foreign(output: Path) -> None:
     if not os.path.lexists(output):
         return
-    if not output.is_dir() or {path.name for path in output.iterdir()} - set(FOLDERS):
-        raise Error(f"{output}: holds something else than an earlier demo; choose another folder with --output")
+    others = [output]
+    if output.is_dir():
+        others = [path for path in output.iterdir() if path.name not in FOLDERS and not is_staged(path.name)]
+        for name, own in FOLDERS.items():
+            if (folder := output / name).is_dir():
+                others += [folder / name for name in foreign(folder, own)]
+            elif os.path.lexists(folder):
+                others.append(folder)
+    if others:
+        raise Error(
+            f"{output}: holds something else than an earlier demo: {others[0]}; choose another folder with --output"
+        )
 
 
 def _main_axes(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -256,7 +269,7 @@ def _batches(data: Dataset) -> list[dict[str, NDArray[Any]]]:
 
 
 def _features(path: Path, data: Dataset) -> NDArray[np.float32]:
-    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(utf8_path(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["embedding"], batch)[0] for batch in _batches(data)])
 
 
@@ -266,7 +279,7 @@ def _guesses(model: Model, data: Dataset) -> NDArray[np.int64]:
 
 def _plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
     """Classify with onnxruntime alone, from the saved file."""
-    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(utf8_path(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], batch)[0].argmax(-1) for batch in _batches(data)])
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pocketzo.errors import MissingExtraError
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
+from pocketzo.packages import require
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,22 @@ def build_onnx(
         If `num_labels` is less than 2.
     Error
         If the checkpoint lacks a tensor, or has one of another type than float32.
-    MissingExtraError
-        If ``onnx`` or ``onnx-ir`` is not installed.
+    MissingExtraError, BrokenPackageError
+        If ``onnx`` or ``onnx-ir`` is not installed, or cannot be imported.
     """
     if num_labels < 2:
         raise ValueError(f"num_labels: expected at least 2, got {num_labels}")
-    try:
-        import onnx_ir as ir
-        from onnx import GraphProto, ModelProto, numpy_helper
+    require("onnx", "onnx-ir")
+    import onnx_ir as ir
+    from onnx import GraphProto, ModelProto, numpy_helper
 
-        from pocketzo.export._bert_graph import BertGraph
-    except ImportError:
-        raise MissingExtraError("onnx", "prepare") from None
+    from pocketzo.export._bert_graph import BertGraph
 
     graph = BertGraph(checkpoint)
     graph.encoder()
     graph.head(num_labels, projection)
     model = ir.Model(graph.graph, ir_version=8, producer_name="pocketzo")
-    with atomic_file(Path(out)) as file:
+    with staged_file(Path(out)) as file:
         file.write(ir.to_proto(model).SerializeToString())
         for name, array in graph.parameters.items():
             # protobuf merges concatenated messages, so only one tensor at a time is in memory

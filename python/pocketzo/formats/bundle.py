@@ -4,6 +4,7 @@
 ``model.onnx``        the graph; its weights are external data that point into the next file
 ``weights.safetensors``  all weights; tuning changes this file only
 ``bundle.json``       the description: task, tensors and their ids, inputs, outputs, checksums
+``probe.npz``         optional: inputs on which the model is checked
 ``tokenizer.json``    optional
 ====================  ==================================================================================================
 
@@ -15,10 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -26,7 +24,11 @@ from typing import Any, Final, Self
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
+from pocketzo.formats.files import write_file
+from pocketzo.formats.frozen import FrozenSpec, parse_frozen
+from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+from pocketzo.formats.staging import sweep
 
 FORMAT: Final = "pocketzo-bundle"
 VERSION: Final = 2
@@ -34,6 +36,8 @@ MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
+FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE)
+"""All files that a bundle may consist of."""
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
 ORDER_ID: Final = 0xFFFFFFFF
@@ -104,6 +108,8 @@ class Bundle:
         The folder.
     tensors : tuple of TensorSpec
         In the byte order of the weights file.
+    frozen : tuple of FrozenSpec
+        Every floating-point or quantised tensor of the model that is not trainable.
     inputs, outputs : tuple of ValueSpec
     loss : str or None
         The name of the scalar loss output; None if the graph has none.
@@ -122,10 +128,13 @@ class Bundle:
     header_sha256 : str
         SHA-256 of the part of ``weights.safetensors`` before the data. This part never changes, because the graph
         refers to offsets behind it.
+    probe : dict of str to ndarray or None
+        The probing batch, with an array for each input; None if the bundle has none.
     """
 
     path: Path
     tensors: tuple[TensorSpec, ...]
+    frozen: tuple[FrozenSpec, ...]
     inputs: tuple[ValueSpec, ...]
     outputs: tuple[ValueSpec, ...]
     loss: str | None
@@ -136,6 +145,7 @@ class Bundle:
     graph_sha256: str
     base_sha256: str
     header_sha256: str
+    probe: Probe | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -149,6 +159,8 @@ class Bundle:
             If a file is missing, damaged, of another version, or does not match the others.
         """
         path = Path(path)
+        if not path.exists():
+            sweep(path.parent, FILES)  # it may be there again then
         if not path.exists():
             raise BundleError(f"{path}: no such bundle")
         for name in (DESCRIPTION, MODEL, WEIGHTS):
@@ -210,27 +222,6 @@ class Bundle:
         """The path of the tokenizer file; None if the bundle has none."""
         return None if self.tokenizer is None else self.path / self.tokenizer
 
-    def copy_to(self, out: str | os.PathLike[str], write_weights: Callable[[Path], None]) -> None:
-        """Write a copy of this bundle with other weights.
-
-        Parameters
-        ----------
-        out : path-like
-            The new folder. An existing bundle, even this one, is replaced when the new one is complete.
-        write_weights : callable
-            Called with the path of the new ``weights.safetensors``. It must write that file, with this bundle's header.
-
-        Raises
-        ------
-        BundleError
-            If ``out`` exists and is not a bundle, or the written file does not match this bundle.
-        """
-        with staged_folder(out) as folder:
-            for name in (DESCRIPTION, MODEL, *([self.tokenizer] if self.tokenizer else [])):
-                shutil.copyfile(self.path / name, folder / name)
-            write_weights(folder / WEIGHTS)
-            self.read(folder)
-
     def write_description(self) -> None:
         """Write ``bundle.json`` into the folder."""
         fields = {
@@ -243,8 +234,10 @@ class Bundle:
             "logits": self.logits,
             "max_length": self.max_length,
             "tokenizer": self.tokenizer,
+            "probe": None if self.probe is None else PROBE,
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
+            "frozen": [vars(tensor) for tensor in self.frozen],
             "inputs": [vars(value) for value in self.inputs],
             "outputs": [vars(value) for value in self.outputs],
             "tensors": [
@@ -252,7 +245,7 @@ class Bundle:
                 for tensor in self.tensors
             ],
         }
-        (self.path / DESCRIPTION).write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_file(self.path / DESCRIPTION, f"{json.dumps(fields, indent=1, ensure_ascii=False)}\n".encode())
 
     @classmethod
     def _parse(cls, path: Path) -> Self:
@@ -267,20 +260,23 @@ class Bundle:
             raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")
         try:
             fields = Fields(values)
+            inputs = _values(fields, "inputs")
             outputs = _values(fields, "outputs")
             return cls(
                 path=path,
                 tensors=_tensors(fields),
-                inputs=_values(fields, "inputs"),
+                frozen=parse_frozen(fields),
+                inputs=inputs,
                 outputs=outputs,
                 loss=_output(fields, "loss", outputs),
                 logits=_output(fields, "logits", outputs),
                 task=_task(fields),
                 max_length=fields.optional_integer("max_length", 1, 2**31 - 1),
-                tokenizer=_tokenizer(fields),
+                tokenizer=_file(fields, "tokenizer", TOKENIZER),
                 graph_sha256=fields.sha256("graph_sha256"),
                 base_sha256=fields.sha256("base_sha256"),
                 header_sha256=fields.sha256("header_sha256"),
+                probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None
@@ -307,38 +303,6 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
         used.add(number)
         ids[name] = number
     return ids
-
-
-@contextmanager
-def staged_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside ``out``, and rename it to ``out`` when the block ends without an error.
-
-    The temporary folder is removed if the block fails.
-
-    Raises
-    ------
-    BundleError
-        If ``out`` exists and is not a bundle. Nothing is written then.
-    """
-    out = Path(out)
-    if os.path.lexists(out) and not (out / DESCRIPTION).is_file():
-        raise BundleError(f"{out}: already exists and is not a bundle; choose another place")
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    folder = out.with_name(f".{out.name}.{token}.new")
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            old = out.with_name(f".{out.name}.{token}.old")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:
@@ -394,7 +358,15 @@ def _task(fields: Fields) -> TaskSpec | None:
     return TaskSpec(task.text("name"), settings.plain())
 
 
-def _tokenizer(fields: Fields) -> str | None:
-    if fields.optional_text("tokenizer") not in (None, TOKENIZER):
-        raise fields.error("tokenizer", f"{TOKENIZER!r} or null")
-    return fields.optional_text("tokenizer")
+def _file(fields: Fields, key: str, name: str) -> str | None:
+    """Return the name of an optional file of the bundle, which is always the same, or None."""
+    if fields.optional_text(key) not in (None, name):
+        raise fields.error(key, f"{name!r} or null")
+    return fields.optional_text(key)
+
+
+def _probe(path: Path, inputs: Iterable[ValueSpec]) -> Probe:
+    try:
+        return check_probe(read_probe(path), inputs)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from None

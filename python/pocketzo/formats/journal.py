@@ -35,14 +35,16 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pocketzo.errors import JournalError
 from pocketzo.formats import strict_json
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.files import append, cut, named
+from pocketzo.formats.staging import staged_file
 from pocketzo.kernels import SPEC_VERSION
 
 try:
@@ -112,7 +114,7 @@ class Journal:
         A description of the incomplete end of the file that was dropped; None if there was none.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, contents: _Contents) -> None:
+    def __init__(self, path: Path, file: FileIO, contents: _Contents) -> None:
         self.path = path
         self.header = contents.header
         self.entries = contents.entries
@@ -129,7 +131,7 @@ class Journal:
         with _locked(path.parent):  # of two processes, the second finds the journal of the first
             if path.exists():
                 raise JournalError(f"{path} is there already: resume that run, or choose another folder")
-            with atomic_file(path) as file:
+            with staged_file(path) as file:
                 file.write(_MAGIC + _WORD.pack(len(text)) + text + _WORD.pack(zlib.crc32(text)))
             return cls.open(path)
 
@@ -159,10 +161,11 @@ class Journal:
                     raise JournalError(f"{path}: another process is writing to this run") from None
                 except OSError as error:
                     raise JournalError(f"{path}: cannot be locked: {error.strerror}") from None
-            contents = _read(path, file.read())
+            with named(path):
+                data = file.read()
+            contents = _read(path, data)
             if write and contents.notice:
-                file.truncate(contents.ends[-1])
-                file.seek(0, os.SEEK_END)
+                cut(file, contents.ends[-1], path)
             if not write:
                 file.close()
             return cls(path, file, contents)
@@ -189,30 +192,21 @@ class Journal:
         """
         body = _pack(entry)
         crc = zlib.crc32(body, self._crcs[-1])
-        left = memoryview(body + _WORD.pack(crc))
-        size = len(left)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except BaseException:  # a full disk may have accepted a part
-            self._cut(self._ends[-1])
-            raise
-        self._ends.append(self._ends[-1] + size)
+        body += _WORD.pack(crc)
+        append(self._file, body, self._ends[-1], self.path)
+        self._ends.append(self._ends[-1] + len(body))
         self._crcs.append(crc)
 
     def truncate(self, count: int) -> None:
         """Drop the entries after the first ``count``."""
         self.entries = self.entries[:count]
-        self._cut(self._ends[count])
+        cut(self._file, self._ends[count], self.path)
         del self._ends[count + 1 :], self._crcs[count + 1 :]
-
-    def _cut(self, end: int) -> None:
-        self._file.truncate(end)
-        self._file.seek(end)
 
     def sync(self) -> None:
         """Flush the file to storage (fsync)."""
-        os.fsync(self._file.fileno())
+        with named(self.path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file and release its lock."""

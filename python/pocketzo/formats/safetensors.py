@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.files import named
+from pocketzo.formats.staging import staged_file
 
 ALIGNMENT: Final = 64
 PADDING: Final = "pocketzo.padding."
@@ -72,7 +73,7 @@ def header_bytes(path: str | os.PathLike[str]) -> bytes:
     """
     path = Path(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
@@ -167,7 +168,7 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
-    with atomic_file(path) as file:
+    with staged_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors:
             file.write(bytes(-file.tell() % ALIGNMENT))
@@ -176,7 +177,7 @@ def write(
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
+    with named(path), Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -14,10 +14,9 @@ It is written under a temporary name and renamed: a killed process leaves the pr
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,9 +25,10 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats import strict_json
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.files import make_folder, write_file
 from pocketzo.formats.journal import Position
 from pocketzo.formats.safetensors import DTYPES, file_sha256, read_header, write
+from pocketzo.formats.staging import remove_folder, staged_folder, sweep
 
 FORMAT: Final = "pocketzo-snapshot"
 VERSION: Final = 1
@@ -36,6 +36,7 @@ VERSION: Final = 1
 _WEIGHTS: Final = "weights.safetensors"
 _STATE: Final = "state.safetensors"
 _DESCRIPTION: Final = "snapshot.json"
+_FILES: Final = (_DESCRIPTION, _WEIGHTS, _STATE)
 
 
 def write_snapshot(
@@ -43,7 +44,8 @@ def write_snapshot(
 ) -> Path:
     """Write a snapshot into a run's snapshot folder, and remove all others.
 
-    A complete snapshot exists at every moment, the old one or the new one.
+    A complete snapshot exists at every moment, the old one or the new one, on storage too. The journal must be on
+    storage up to the position.
 
     Parameters
     ----------
@@ -62,26 +64,43 @@ def write_snapshot(
         The snapshot's folder.
     """
     final = folder / f"step-{position.step:08d}"
-    if not _is_whole(final, position):
-        beside = folder / f".{final.name}.{os.getpid()}.part"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        try:
+    if not _is_whole(final, position):  # else it is missing, damaged, or of entries that the journal has lost
+        make_folder(folder)
+        with staged_folder(final, _FILES, replace=True) as beside:
             write_weights(beside / _WEIGHTS)
             if state:
                 write(beside / _STATE, state.items())
             files = {path.name: file_sha256(path) for path in sorted(beside.iterdir())}
-            with atomic_file(beside / _DESCRIPTION) as file:
-                file.write(strict_json.dump(_description(position) | {"files": files}))
-            shutil.rmtree(final, ignore_errors=True)  # damaged, or of entries that the journal has lost
-            beside.rename(final)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-    for path in folder.glob("step-*"):
-        if path != final:
-            shutil.rmtree(path, ignore_errors=True)
+            write_file(beside / _DESCRIPTION, strict_json.dump(_description(position) | {"files": files}))
+    _keep_only(final)
     return final
+
+
+def prune_snapshots(folder: Path, position: Callable[[int], Position], steps: int) -> None:
+    """Remove what a writer that was killed has left: unfinished snapshots, and all but the last finished one.
+
+    Parameters
+    ----------
+    folder : Path
+        The snapshot folder; it need not exist.
+    position : callable
+        Called with a number of steps, up to ``steps``; returns the position in the journal.
+    steps : int
+        Number of steps in the journal.
+    """
+    sweep(folder, _FILES)
+    for step, path in snapshots(folder):
+        with suppress(JournalError):
+            if step <= steps and _read_description(path / _DESCRIPTION, position(step)):
+                _keep_only(path)
+                return
+
+
+def _keep_only(kept: Path) -> None:
+    sweep(kept.parent, _FILES)
+    for _, path in list(snapshots(kept.parent)):
+        if path != kept:
+            remove_folder(path, _FILES)
 
 
 def _is_whole(path: Path, position: Position) -> bool:

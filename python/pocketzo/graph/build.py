@@ -21,13 +21,17 @@ class Builder:
         Prefix of generated names.
     before : Node, optional
         Nodes are inserted before this one; by default they are appended to the graph.
+    taken : set of str, optional
+        Names that exist; generated ones are added. By default those of the graph.
     """
 
-    def __init__(self, graph: ir.Graph, prefix: str = "", *, before: ir.Node | None = None) -> None:
+    def __init__(
+        self, graph: ir.Graph, prefix: str = "", *, before: ir.Node | None = None, taken: set[str] | None = None
+    ) -> None:
         self.graph = graph
         self.prefix = prefix
         self.before = before
-        self._taken = value_names(graph)
+        self._taken = value_names(graph) if taken is None else taken
 
     def op(self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any) -> ir.Value:
         """Add a node with one output of the same name."""

@@ -15,22 +15,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
 
-import numpy as np
 import onnx_ir as ir
 
-from pocketzo.errors import BundleError
 from pocketzo.formats.safetensors import DTYPES, Entry
+from pocketzo.graph.buffers import find_buffers
 from pocketzo.graph.external import ExternalFiles
 from pocketzo.graph.folded import find_folded
 from pocketzo.graph.loss import RESERVED
-from pocketzo.graph.names import is_generated, name_weights, title_of, unique, value_names
-from pocketzo.graph.tied import connect, settle, unify_equal_matrices
+from pocketzo.graph.names import is_generated, name_weights, unique, value_names
+from pocketzo.graph.quantised import find_quantised
+from pocketzo.graph.roles import why_no_weight
+from pocketzo.graph.tied import connect, settle, unify_branches, unify_equal_matrices
 from pocketzo.graph.views import fold_views
 from pocketzo.graph.weight import Array, Constant, Draft, Weight
 
-_FLOATS: Final = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _INLINE_BYTES = 1024  # constants other than weights stay in the graph up to this size, as in onnx and onnxruntime
 
 
@@ -48,41 +47,60 @@ def extract_weights(model: ir.Model, folder: Path) -> list[Weight]:
     Returns
     -------
     list of Weight
-        With unique, readable names.
+        What the weights' file will hold, with unique, readable names, and then the floating-point constants that the
+        graph keeps or that nothing reads, which are `inline`.
 
     Raises
     ------
     BundleError
-        If external data is missing or cut off, or a weight is not of type float32.
-    DeadWeightError
-        If a tied weight is used in ways that cannot read one stored tensor.
+        If external data is missing or cut off.
     """
     draft = _collect(model.graph, ExternalFiles(folder))
     unify_equal_matrices(draft)
+    unify_branches(draft)
     fold_views(draft)
+    _classify(draft)
+    folded = find_folded(draft)
     families: defaultdict[ir.Value, list[Constant]] = defaultdict(list)
     for constant in draft.constants.values():
-        if constant.value.uses():
-            families[constant.root].append(constant)
-    folded = find_folded(draft)
+        families[constant.root].append(constant)
     taken = value_names(draft.graph) | set(RESERVED)
     weights: list[Weight] = []
     for root, family in families.items():
-        for weight in settle(draft, family):
-            weight.folded_by = folded.get(root)
-            weight.parameter = weight.parameter or weight.folded_by is not None
-            if weight.parameter and weight.array.dtype != np.float32:
-                raise BundleError(
-                    f"weight {weight.name!r} of node {title_of((weight.uses + weight.transposed)[0][0])} is "
-                    f"{weight.array.dtype.name}; this version needs float32, so export the model in float32"
-                )
-            if weight.parameter or _is_large(weight.array):
+        used = [constant for constant in family if constant.value.uses()]
+        if not used:
+            draft.inline.append(Weight(str(root.name), draft.constants[root].array, inline=True, frozen="unused"))
+        for weight in settle(draft, used):
+            _freeze(draft, weight, folded.get(root))
+            if (weight.parameter and weight.frozen is None) or _is_large(weight.array):
                 weights.append(weight)
             else:
-                _put_back(draft.graph, weight, taken)
+                _put_back(draft, weight, taken)
     name_weights(weights, taken)
     connect(draft, weights)
-    return weights + draft.large
+    return weights + draft.large + draft.inline
+
+
+def _classify(draft: Draft) -> None:
+    """Note which uses of constants are no uses of weights, and why."""
+    find_quantised(draft)
+    find_buffers(draft)
+    for constant in draft.constants.values():
+        for use in constant.value.uses():
+            reason = why_no_weight(constant.array, use)
+            if reason is not None:
+                draft.not_weights.setdefault(use, reason)
+
+
+def _freeze(draft: Draft, weight: Weight, folded_by: str | None) -> None:
+    """Give a weight the reason why it cannot be trained, if there is one."""
+    uses = weight.uses + weight.transposed
+    if folded_by is not None and any(node in draft.constant_nodes for node, _ in uses):
+        weight.parameter = True
+        weight.frozen = f"folded: the runtime computes node {folded_by} only once"
+    elif not weight.parameter:
+        reasons = sorted(draft.not_weights.get(use, f"constant: read by {use[0].op_type}") for use in uses)
+        weight.frozen = min(reasons, key=lambda reason: reason.startswith("constant"))
 
 
 def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, entries: Mapping[str, Entry]) -> None:
@@ -124,8 +142,11 @@ def _collect(graph: ir.Graph, files: ExternalFiles) -> Draft:
             array = files.read(tensor)
             value.const_value = ir.tensor(array, tensor.dtype, name)
             if value.is_graph_output():
-                continue
-            if tensor.dtype in _FLOATS:
+                if tensor.dtype.is_floating_point():
+                    draft.inline.append(Weight(name, array, inline=True, frozen="output: an output of the graph"))
+            elif tensor.dtype.is_floating_point() and tensor.dtype.bitwidth < 8:
+                draft.inline.append(Weight(name, array, inline=True, frozen=f"type: {array.dtype.name}"))
+            elif tensor.dtype.is_floating_point():
                 scope.initializers.pop(name)
                 draft.constants[value] = Constant(value, array, value, None if is_generated(name) else name)
             elif _is_large(array):
@@ -138,9 +159,12 @@ def _is_large(array: Array) -> bool:
     return array.nbytes > _INLINE_BYTES and array.dtype.name in DTYPES.values()
 
 
-def _put_back(graph: ir.Graph, weight: Weight, taken: set[str]) -> None:
-    """Put a constant that is not a weight back into the graph."""
-    value = ir.val(unique(weight.name, taken), const_value=ir.tensor(weight.array))
-    graph.initializers.add(value)
+def _put_back(draft: Draft, weight: Weight, taken: set[str]) -> None:
+    """Put a constant back into the graph."""
+    weight.name = unique(weight.name, taken)
+    value = ir.val(weight.name, const_value=ir.tensor(weight.array))
+    draft.graph.initializers.add(value)
     for node, index in weight.uses:
         node.replace_input_with(index, value)
+    weight.inline = True
+    draft.inline.append(weight)

@@ -1,22 +1,41 @@
-"""Convert a graph to float16, and check the outputs of the converted graph."""
+"""Convert a graph to float16, and check the range of its values."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
-from pocketzo.graph.read import from_proto, read_model, to_bytes
+from pocketzo.graph.read import from_proto, read_model
+from pocketzo.graph.sessions import open_graph
 from pocketzo.graph.weight import Weight
 
 MOST_FLOAT16: Final = 65504.0
+
+
+def needs_conversion(weights: Iterable[Weight], chosen: Collection[str], dtype: str | None) -> bool:
+    """Return whether weights have to be converted to get a type; None is what they have.
+
+    Raises
+    ------
+    BundleError
+        float32 is asked for, and a trainable weight is float16.
+    """
+    if dtype == "float32":
+        for weight in weights:
+            if weight.name in chosen and weight.array.dtype == np.float16:
+                raise BundleError(
+                    f"weight {weight.name!r} is float16 in the file, and is trained as that: leave out the type "
+                    "float32, or export the model in it"
+                )
+    return dtype == "float16" and any(weight.parameter and weight.array.dtype == np.float32 for weight in weights)
 
 
 def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
@@ -60,69 +79,34 @@ def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
     return model
 
 
-def check_float16(source: Path, session: ort.InferenceSession, batch: Mapping[str, NDArray[Any]]) -> None:
-    """Compare the original model with its float16 version on a small batch; raise BundleError if they differ.
-
-    Without fp16 arithmetic in the CPU, the runtime computes in float32, and an overflow would show on other machines
-    only. So each intermediate value of the original model is checked against the float16 range.
-    """
-    names, graph = _with_activations(source)
-    original = open_unoptimised(source, graph)
-    advice = "prepare the model in float32"
-    try:
-        asked = {value.name for value in original.get_inputs()}
-        values = original.run(None, {name: array for name, array in batch.items() if name in asked})
-        got = session.run(names, batch)
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{source}: a run on a probing batch failed: {error}") from error
-    floats = [
-        (output.name, value)
-        for output, value in zip(original.get_outputs(), values, strict=True)
-        if isinstance(value, np.ndarray) and value.dtype == np.float32
-    ]
-    for name, value in floats:
-        largest = value[np.isfinite(value)].max(initial=0)  # large negative values are masks
-        if largest > MOST_FLOAT16:
-            raise BundleError(
-                f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
-                f"{MOST_FLOAT16:g}: {advice}"
-            )
-    found = dict(zip(names, got, strict=True))
-    for name, expected in floats:
-        if name in found:
-            size = np.abs(expected).max(initial=0, where=np.isfinite(expected))
-            apart = np.abs(found[name] - expected).max(initial=0, where=np.isfinite(expected))
-            if not apart <= 0.05 * size + 1e-3:
-                raise BundleError(
-                    f"{source}: in float16 the output {name!r} is off by {apart:.3g} where it reaches {size:.3g} (a "
-                    f"constant may be beyond 6e-08 .. {MOST_FLOAT16:g}): {advice}"
-                )
+def open_with_activations(source: Path) -> ort.InferenceSession:
+    """Open a session of a graph whose outputs are its own and every value that depends on its inputs."""
+    return open_graph(source, _with_activations(source))
 
 
-def _with_activations(source: Path) -> tuple[list[str], bytes]:
-    """Return the names of a graph's outputs, and the graph with every value that depends on its inputs as an output."""
+def _with_activations(source: Path) -> onnx.ModelProto:
     model = read_model(source)
     graph = model.graph
-    names = [str(value.name) for value in graph.outputs]
     computed = set(graph.inputs)
     for node in graph:
         if not computed.isdisjoint(node.inputs):
             values = [value for value in node.outputs if value.name]
             computed.update(values)
             graph.outputs.extend(value for value in values if not value.is_graph_output())
-    return names, to_bytes(model)
+    return ir.to_proto(model)
 
 
-def open_unoptimised(source: Path, graph: str | bytes) -> ort.InferenceSession:
-    """Open a session without graph optimizations or prepacking."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")  # weights are mapped, not copied
-    if isinstance(graph, bytes):
-        folder = os.fspath(source.parent.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{source}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
+def check_range(source: Path, values: Mapping[str, NDArray[Any]]) -> None:
+    """Raise BundleError if a value of a graph, by name, is too large for float16.
+
+    Without fp16 arithmetic in the CPU, the runtime computes in float32, and an overflow would show on other machines
+    only.
+    """
+    for name, value in values.items():
+        if value.dtype == np.float32:
+            largest = value[np.isfinite(value)].max(initial=0)  # large negative values are masks
+            if largest > MOST_FLOAT16:
+                raise BundleError(
+                    f"{source}: {name!r} reaches {largest:g} on a probing batch, and float16 ends at "
+                    f"{MOST_FLOAT16:g}: prepare the model in float32"
+                )

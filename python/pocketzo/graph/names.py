@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from pocketzo.graph.roles import ROLES
+from pocketzo.graph.roles import roles_of
 from pocketzo.graph.weight import Use, Weight
 
 # Names that exporters generate: "onnx::MatMul_370", "val_87", "/bert/Constant_3_output_0", "1234".
@@ -39,6 +39,16 @@ def unique(name: str, taken: set[str]) -> str:
     return found
 
 
+def rename_shadowed(graph: ir.Graph) -> None:
+    """Give each initializer a name that no value inside a subgraph has: the two would be taken for one."""
+    inner = {value.name for scope in graph.subgraphs() for value in scope.inputs}
+    inner.update(output.name for node in graph.all_nodes() if node.graph is not graph for output in node.outputs)
+    taken = value_names(graph)
+    for value in tuple(graph.initializers.values()):
+        if value.name in inner:
+            value.name = unique(str(value.name), taken)
+
+
 def name_weights(weights: list[Weight], taken: set[str]) -> None:
     """Give each weight a unique name: its own, else one from the module that uses it, else the generated one."""
     named: dict[Use, str] = {}
@@ -52,7 +62,7 @@ def name_weights(weights: list[Weight], taken: set[str]) -> None:
 
 def _name_from_use(weight: Weight, named: Mapping[Use, str]) -> str | None:
     node, index = (weight.uses + weight.transposed)[0]
-    role = ROLES.get(node.op_type, {}).get(index)
+    role = roles_of(node).get(index)
     scope = scope_of(node)
     if role is None or scope is None:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Final
 
 import onnx.checker
 import onnx.inliner
@@ -15,21 +14,24 @@ from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
-from pocketzo.graph.names import title_of
+from pocketzo.graph.names import rename_shadowed, title_of
+from pocketzo.graph.opset import MIN_OPSET, convert_old
 
-MIN_OPSET: Final = 13
+CONVERTED = "pocketzo.converted"
+"""Key of a model's ``meta``: the operator set that it was converted from."""
 
 
 def read_model(path: Path) -> ir.Model:
     """Read a graph without its external data, and normalise it.
 
     Local functions are inlined. Constant nodes and the initializers of subgraphs become initializers of the main graph.
-    Initializers are not inputs.
+    Initializers are not inputs. A graph of an operator set before 13 is converted, and ``meta[CONVERTED]`` keeps its
+    version.
 
     Raises
     ------
     BundleError
-        If the file is not an ONNX model, its operator set is older than 13, or it is not well formed.
+        If the file is not an ONNX model, it is not well formed, or its operator set is too old to be converted.
     """
     try:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
@@ -38,17 +40,19 @@ def read_model(path: Path) -> ir.Model:
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     if not proto.graph.node or not versions:
         raise BundleError("not an ONNX file, or an empty one: it has no nodes or names no operator set")
-    if versions[0] < MIN_OPSET:
-        raise BundleError(f"operator set {versions[0]}; export the model with opset {MIN_OPSET} or later")
     if proto.graph.sparse_initializer:
         raise BundleError("sparse initializers are not supported; export the model with dense weights")
     proto.ir_version = max(proto.ir_version, 4)  # before version 4, each initializer had to be an input too
+    if versions[0] < MIN_OPSET:
+        proto = convert_old(proto, versions[0])
     if proto.functions:
         try:
             proto = onnx.inliner.inline_local_functions(proto)
         except (RuntimeError, onnx.checker.ValidationError) as error:
             raise BundleError(f"the graph's functions cannot be inlined: {_reason(error)}") from None
     model = from_proto(proto)
+    if versions[0] < MIN_OPSET:
+        model.meta[CONVERTED] = versions[0]
     try:
         ir.passes.Sequential(
             common.RemoveInitializersFromInputsPass(),
@@ -57,6 +61,7 @@ def read_model(path: Path) -> ir.Model:
         )(model)
     except ir.passes.PassError as error:
         raise BundleError(f"the graph's constants cannot be read: {_reason(error)}") from None
+    rename_shadowed(model.graph)
     return model
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from hashlib import sha256
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 
-from pocketzo.errors import DeadWeightError
+from pocketzo.formats.bundle import FLOATS
 from pocketzo.graph.build import Builder
-from pocketzo.graph.names import scope_of, title_of
+from pocketzo.graph.names import scope_of, title_of, value_names
 from pocketzo.graph.roles import role_of
 from pocketzo.graph.weight import Array, Constant, Draft, Use, Weight
+
+_FLAGGED: Final = ("Gemm", "FusedMatMul")
+"""Operators that read either factor transposed if their attribute transA or transB says so."""
 
 
 def unify_equal_matrices(draft: Draft) -> None:
@@ -37,13 +42,41 @@ def unify_equal_matrices(draft: Draft) -> None:
                 originals.append(constant)
 
 
+def unify_branches(draft: Draft) -> None:
+    """Make equal tensors in the branches of an If share one buffer.
+
+    A decoder that was merged has the same parameters in both branches. Tensors whose elements all have one value are
+    left alone, as above.
+    """
+    branches = {
+        graph: node
+        for node in draft.graph.all_nodes()
+        if node.op_type == "If"
+        for graph in (attribute.as_graph() for attribute in node.attributes.values())
+    }
+    found: dict[tuple[object, ...], tuple[Constant, ir.Graph]] = {}
+    for constant in draft.constants.values() if branches else ():
+        array = constant.array
+        graphs = {node.graph for node, _ in constant.value.uses()}
+        graph = next(iter(graphs), None)
+        if len(graphs) != 1 or graph not in branches or array.size < 2 or constant.root is not constant.value:
+            continue
+        first, other = found.setdefault(
+            (branches[graph], array.dtype, array.shape, sha256(array.tobytes()).digest()), (constant, graph)
+        )
+        if other is not graph and not _is_constant(array):
+            constant.root, constant.array = first.value, first.array
+
+
 def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
     """Decide which tensors to store for the views of one root: one if it is tied, else one for each parameter."""
     roles: list[tuple[Constant, Use, str | None]] = [
-        (constant, use, role_of(draft, constant, use)) for constant in family for use in constant.value.uses()
+        (constant, use, role_of(draft, use)) for constant in family for use in constant.value.uses()
     ]
     if not any(role for _, _, role in roles):
-        return [Weight(str(one.value.name), one.array, uses=list(one.value.uses())) for one in family]
+        return _separate(family)
+    if family[0].array.dtype.name not in FLOATS:
+        return _separate(family, f"type: {family[0].array.dtype.name}, not {' or '.join(FLOATS)}")
     if len(roles) > 1 and _is_constant(family[0].array):
         return _split(roles)
 
@@ -53,8 +86,7 @@ def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
         if not others or (
             array.ndim == 2
             and all(
-                _same_view(constant.array, array.T)
-                and all(_reads_transposed(draft, use) for use in constant.value.uses())
+                _same_view(constant.array, array.T) and all(_reads_transposed(use) for use in constant.value.uses())
                 for constant in others
             )
         ):
@@ -69,10 +101,22 @@ def settle(draft: Draft, family: list[Constant]) -> list[Weight]:
             ]
     other = next(constant for constant in family[1:] if not _same_view(constant.array, family[0].array))
     node, _ = next(iter(other.value.uses()))
-    raise DeadWeightError(
-        f"weight {other.label or other.root.name!r} is used as it is stored and, by node {title_of(node)}, in another "
-        "form that cannot read the same memory"
-    )
+    return _separate(family, f"layout: node {title_of(node)} reads another form of it, which cannot share its memory")
+
+
+def _separate(family: list[Constant], frozen: str | None = None) -> list[Weight]:
+    """Return a tensor to store for each form, of which the first counts; weights, if there is a reason to freeze."""
+    return [
+        Weight(
+            one.label or str(one.value.name),
+            one.array,
+            parameter=frozen is not None,
+            frozen=frozen,
+            counted=index == 0,
+            uses=list(one.value.uses()),
+        )
+        for index, one in enumerate(family)
+    ]
 
 
 def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
@@ -98,18 +142,21 @@ def _split(roles: list[tuple[Constant, Use, str | None]]) -> list[Weight]:
             key = label
         else:
             key = f"{title_of(use[0], bare=True)}.{role}"
-        weight = weights.setdefault((key, array.shape), Weight(key, array, parameter=role is not None))
+        weight = weights.setdefault(
+            (key, array.shape), Weight(key, array, parameter=role is not None, counted=role is not None)
+        )
         weight.uses.append(use)
     return list(weights.values())
 
 
-def _reads_transposed(draft: Draft, use: Use) -> bool:
+def _reads_transposed(use: Use) -> bool:
     node, index = use
-    return node.graph is draft.graph and (node.op_type, index) in {("MatMul", 1), ("Gemm", 0), ("Gemm", 1)}
+    return (node.op_type, index) == ("MatMul", 1) or (node.op_type in _FLAGGED and index < 2)
 
 
 def connect(draft: Draft, weights: list[Weight]) -> None:
     """Connect each node to its weights by name; a transposed use is rewritten to read the stored layout."""
+    taken = value_names(draft.graph) | {weight.name for weight in weights}
     for weight in weights:
         value = ir.val(weight.name, ir.DataType.from_numpy(weight.array.dtype), weight.array.shape)
         draft.graph.initializers.add(value)
@@ -117,19 +164,21 @@ def connect(draft: Draft, weights: list[Weight]) -> None:
             node.replace_input_with(index, value)
         for node, index in weight.transposed:
             node.replace_input_with(index, value)
-            if node.op_type == "Gemm":
+            if node.op_type in _FLAGGED:
                 flag = "transA" if index == 0 else "transB"
                 node.attributes.add(ir.AttrInt64(flag, 1 - node.attributes.get_int(flag, 0)))
             else:
-                _multiply_transposed(draft.graph, node, weight.array.shape)
+                _multiply_transposed(node, weight.array.shape, taken)
 
 
-def _multiply_transposed(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
+def _multiply_transposed(node: ir.Node, shape: tuple[int, ...], taken: set[str]) -> None:
     """Compute X @ W.T by Gemm, which reads W as it is stored; X of any rank is reshaped, as Gemm takes two axes."""
     x, matrix = node.inputs
     (output,) = node.outputs
     classes, width = shape
-    build = Builder(graph, f"{output.name}/", before=node)
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    build = Builder(graph, f"{output.name}/", before=node, taken=taken)
     product = build.op("Gemm", build.op("Reshape", x, build.constant([-1, width])), matrix, transB=1)
     batch = build.op("Slice", build.op("Shape", x), build.constant([0]), build.constant([-1]))
     result = build.op("Reshape", product, build.op("Concat", batch, build.constant([classes]), axis=0))

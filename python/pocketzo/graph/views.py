@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -10,10 +12,16 @@ import onnx_ir as ir
 from pocketzo.graph.names import is_generated
 from pocketzo.graph.weight import Array, Constant, Draft
 
+_STORED: Final[Mapping[int | None, type]] = {ir.DataType.FLOAT: np.float32, ir.DataType.FLOAT16: np.float16}
+"""Weights are stored as the type that a node reads, which is exact or rounds as the runtime would."""
+
 
 def fold_views(draft: Draft) -> None:
-    """Replace each node that only computes a view by that view. Topological order folds chains in one pass."""
-    for node in draft.graph:
+    """Replace each node that only computes a view by that view, in subgraphs too.
+
+    Topological order folds chains in one pass.
+    """
+    for node in tuple(draft.graph.all_nodes()):
         source = draft.constants.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
         if source is None or node.outputs[0].is_graph_output():
             continue
@@ -27,7 +35,8 @@ def fold_views(draft: Draft) -> None:
         named = node.op_type == "Identity" and not is_generated(name)
         value = ir.Value(name=name)
         node.outputs[0].replace_all_uses_with(value)
-        draft.graph.remove(node, safe=True)
+        assert isinstance(node.graph, ir.Graph)
+        node.graph.remove(node, safe=True)
         draft.constants[value] = Constant(value, array, source.root, name if named else source.label)
 
 
@@ -38,8 +47,9 @@ def _view(node: ir.Node, array: Array) -> Array | None:
     match node.op_type:
         case "Identity":
             return array
-        case "Cast" if attributes.get_int("to") == ir.DataType.from_numpy(array.dtype):
-            return array
+        case "Cast" if attributes.get_int("to") in _STORED:
+            with np.errstate(over="ignore"):  # too large for float16: infinite in the runtime, too
+                return array.astype(_STORED[attributes.get_int("to")], copy=False)
         case "Transpose":
             return array.transpose(attributes.get_ints("perm"))
         case "Unsqueeze" if second is not None:

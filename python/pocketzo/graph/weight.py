@@ -38,17 +38,21 @@ class Constant:
 
 @dataclass(eq=False)
 class Weight:
-    """A tensor to be stored outside of the graph.
+    """A floating-point or a large tensor of a graph, to be stored outside of it.
 
     Attributes
     ----------
     name : str
     array : ndarray
         The elements; often a view of a mapped file.
+    inline : bool
+        Whether it stays in the graph instead, or nothing reads it.
     parameter : bool
-        Whether an operator uses it as a weight, so that it can be trained.
-    folded_by : str or None
-        The node that the runtime folds when it loads the graph, so that later writes to the weight have no effect.
+        Whether an operator uses it as a weight.
+    frozen : str or None
+        Why it cannot be trained, "kind" or "kind: detail"; None if it can.
+    counted : bool
+        Whether its elements count; False for another stored form of a tensor that counts.
     uses, transposed : list of Use
         The uses that read it as it is stored, and those that read it transposed.
     storage_dtype : str or None
@@ -57,8 +61,10 @@ class Weight:
 
     name: str
     array: Array
+    inline: bool = False
     parameter: bool = False
-    folded_by: str | None = None
+    frozen: str | None = None
+    counted: bool = True
     uses: list[Use] = field(default_factory=list)
     transposed: list[Use] = field(default_factory=list)
     storage_dtype: str | None = None
@@ -82,9 +88,15 @@ class Draft:
         Constants of other types that are too large to stay in the graph.
     constant_nodes : set of Node
         Nodes that compute from constants alone.
+    not_weights : dict of Use to str
+        Why a constant is no weight of a node that reads it, "kind" or "kind: detail".
+    inline : list of Weight
+        Floating-point constants that stay in the graph.
     """
 
     graph: ir.Graph
     constants: dict[ir.Value, Constant] = field(default_factory=dict)
     large: list[Weight] = field(default_factory=list)
     constant_nodes: set[ir.Node] = field(default_factory=set)
+    not_weights: dict[Use, str] = field(default_factory=dict)
+    inline: list[Weight] = field(default_factory=list)

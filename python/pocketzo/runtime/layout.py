@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from pocketzo._core import Packing, packed_hash
 from pocketzo.errors import NotPrepackableError
+from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import MAPS
 from pocketzo.runtime.onnx_proto import FLOAT, INT, onnx_messages
 
@@ -114,8 +113,8 @@ def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     try:
-        with tempfile.TemporaryDirectory(prefix="pocketzo-") as folder:
-            options.optimized_model_filepath = os.path.join(folder, "packed.onnx")  # noqa: PTH118
+        with scratch_folder() as folder:
+            options.optimized_model_filepath = os.fspath(folder / "packed.onnx")
             for key, value in (
                 ("save_external_prepacked_constant_initializers", "1"),
                 ("optimized_model_external_initializers_file_name", "packed.bin"),
@@ -123,8 +122,8 @@ def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
             ):
                 options.add_session_config_entry(f"session.{key}", value)
             ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            saved = onnx_messages().Model.FromString(Path(folder, "packed.onnx").read_bytes())
-            blob = Path(folder, "packed.bin").read_bytes()
+            saved = onnx_messages().Model.FromString((folder / "packed.onnx").read_bytes())
+            blob = (folder / "packed.bin").read_bytes()
     except OSError as error:
         raise NotPrepackableError(f"no temporary file can be made: {error}") from None
     except Exception as error:  # onnxruntime's own exceptions share no public base

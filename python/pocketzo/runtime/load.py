@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,6 +15,7 @@ from pocketzo._core import MAX_THREADS
 from pocketzo._core import threads as kernel_threads
 from pocketzo.arguments import check_integer
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.probe import Probe, check_probe
 from pocketzo.machine import cores
 from pocketzo.runtime.liveness import Verify
 from pocketzo.runtime.loader import Loader, check_room
@@ -43,18 +45,21 @@ def load(
         If given, and ``threads`` is not, a few forward passes of this batch are timed with 1 thread, 2, as many as
         there are fast cores, and as many as there are cores, and the quickest number is taken. The batch should be like
         those to come. Timing takes no more memory than training, and up to a second, or one pass, a number. The number
-        may change the roundings of losses: give ``threads`` where two runs have to be the same.
+        may change the roundings of losses: give ``threads`` where two runs have to be the same. Where the bundle has no
+        probing batch, the checks take this one, with an array for each input.
     prepack : bool or "auto"
         Whether to use onnxruntime's prepacked weight layout, which makes forward passes up to twice as fast, or the
         plain layout of the file. "auto" prepacks where it is possible, and otherwise warns and uses the plain layout;
-        True raises an error there. fp16 weights are never prepacked. The weights that a journal yields are the same in
+        True raises an error there. With "auto", onnxruntime packs copies of constants, such as quantised weights, in
+        the plain layout, too. fp16 weights are never prepacked. The weights that a journal yields are the same in
         both layouts; losses differ in their roundings.
     verify : {"auto", "fast", "full"}
         How to check that each trainable weight is live. "fast" fills all of them with noise and compares the outputs
         with those of a second session that optimises nothing, and so reads every weight where it is; this takes two
         short runs. "full" also changes one weight after the other and expects the outputs to change, which takes a
-        short run a weight and also finds weights that nothing uses. "auto" is "full" where that takes less than about
-        two seconds, as it does up to some 100 M parameters.
+        short run a weight. Weights that change nothing are tried on more inputs, and with more values, in both
+        sessions; those that change nothing in either are named by a warning: nothing uses them, or only with other
+        inputs. "auto" is "full" where that takes less than about two seconds, as it does up to some 100 M parameters.
     max_memory : int, optional
         Limit on the resident memory of this process, in bytes. Loading is refused where the weights would take more. A
         run of the model is stopped before it exceeds the limit; a step of training is then undone, and the run can be
@@ -88,6 +93,9 @@ def load(
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    checked = bundle
+    if bundle.probe is None and batch is not None:
+        checked = replace(bundle, probe=_fitting(bundle, batch))
     if max_memory is not None:
         check_room(bundle, max_memory)
     seconds: dict[int, float] = {}
@@ -98,14 +106,24 @@ def load(
             threads = quickest(seconds)
         else:
             threads = min(cores.fast(), kernel_threads())
-    return Loader(
-        bundle,
+    model = Loader(
+        checked,
         threads=threads,
         prepack=prepack,
         verify=verify,
         max_memory=max_memory,
         forward_seconds=seconds,
     ).load()
+    model.bundle = bundle  # as it is on disk
+    return model
+
+
+def _fitting(bundle: Bundle, batch: Batch) -> Probe:
+    names = {value.name for value in bundle.inputs}
+    try:
+        return check_probe({name: array for name, array in batch.items() if name in names}, bundle.inputs)
+    except ValueError as error:
+        raise ValueError(f"batch: {error}") from None
 
 
 def _check_batch(batch: object) -> None:

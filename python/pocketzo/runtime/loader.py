@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +11,17 @@ from typing import Literal
 import onnxruntime as ort
 
 from pocketzo._core import has_fp16_arithmetic
-from pocketzo.errors import Error, MemoryLimitError, NotPrepackableError
+from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import resident_memory
 from pocketzo.runtime.image import Image
-from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs, read_as_noise
+from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
 from pocketzo.runtime.model import SMALL, Model, megabytes
+from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
 from pocketzo.runtime.prepack import open_session, plan_prepacking
-from pocketzo.runtime.session import open_plain
+from pocketzo.runtime.session import open_plain, open_with_constants
+from pocketzo.runtime.variables import has_constants, model_with_variables
 from pocketzo.runtime.weights import Weights
 
 
@@ -46,6 +49,17 @@ class Loader:
 
     def load(self) -> Model:
         """Load the bundle. Warnings are attributed to the caller of :func:`pocketzo.load`."""
+        model, idle = self._load()
+        if idle:
+            names = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            warnings.warn(
+                f"{self.bundle.path}: nothing that was tried changes with {names}: is it unused, or used only with "
+                f"other inputs? Whether the session sees what is written there could not be checked",
+                stacklevel=3,
+            )
+        return model
+
+    def _load(self) -> tuple[Model, tuple[str, ...]]:
         reason = "as asked for"
         if self.prepack:
             try:
@@ -54,40 +68,57 @@ class Loader:
                 reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
                 if self.prepack is True:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
-        model = self._load_plain(reason)
+        loaded = None
+        if self.prepack and has_constants(self.bundle):
+            with contextlib.suppress(NotPrepackableError, DeadWeightError, MemoryError, MemoryLimitError):
+                loaded = self._load_with_constants(reason)
+        model, idle = loaded or self._load_plain(reason)
         if self.bundle.is_fp16:
             if not has_fp16_arithmetic():
                 warnings.warn(
                     "this processor does not compute in fp16: onnxruntime converts each weight at every use, which is "
                     "slow",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
         elif self.prepack:
-            warnings.warn(f"weights are not prepacked, which is slower: {reason}", stacklevel=3)
-        return model
+            what = "constants, but not weights, are" if loaded else "weights are not"
+            warnings.warn(f"{what} prepacked, which is slower: {reason}", stacklevel=4)
+        return model, idle
 
-    def _load_plain(self, reason: str) -> Model:
+    def _load_plain(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         weights = Weights(self.bundle)
         read_as_noise(weights, self.bundle)  # constants must be there when the session folds them
         model = self._model(weights, open_plain(self.bundle, weights.image.values, self.threads), reason)
-        check_plain(model, self.verify)
-        return model
+        return model, check_plain(model, self.verify)
 
-    def _load_prepacked(self) -> Model:
+    def _load_with_constants(self, reason: str) -> tuple[Model, tuple[str, ...]]:
+        """Load a model in the plain layout whose constants are prepacked by onnxruntime."""
+        if self.max_memory is not None:
+            check_room(self.bundle, self.max_memory, copies=self.bundle.weights_path.stat().st_size)
+        model = model_with_variables(self.bundle)
+        weights = Weights(self.bundle)
+        read_as_noise(weights, self.bundle, draw=4)  # a prepacked copy must not be of the noise of the check
+        session = open_with_constants(self.bundle, model, weights.image.values, self.threads)
+        write_noise(weights, trainable(self.bundle))
+        loaded = self._model(weights, session, f"{reason}; constants are")
+        return loaded, check_plain(loaded, self.verify)
+
+    def _load_prepacked(self) -> tuple[Model, tuple[str, ...]]:
         plan = plan_prepacking(self.bundle)
         if self.max_memory is not None:
             try:
                 check_room(self.bundle, self.max_memory, plan.matrices)
             except MemoryLimitError as error:
                 raise NotPrepackableError(str(error)) from None
-        expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
+        batches, expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
         image = Image.allocate(self.bundle, without=plan.only_prepacked)
+        if not all(tensor.trainable for tensor in self.bundle.tensors):
+            Weights(self.bundle, image).read()  # the session prepacks and folds constants
         session, locations = open_session(plan, image.values, self.threads)
         weights = Weights(self.bundle, image, locations)
         read_as_noise(weights, self.bundle)
         model = self._model(weights, session, None)
-        check_prepacked(model, expected, self.verify)
-        return model
+        return model, check_prepacked(model, batches, expected, self.verify)
 
     def _model(self, weights: Weights, session: ort.InferenceSession, reason: str | None) -> Model:
         return Model(
@@ -101,8 +132,17 @@ class Loader:
         )
 
 
-def check_room(bundle: Bundle, most: int, matrices: Sequence[Matrix] = ()) -> None:
-    """Check that loading a bundle, and prepacking some of its weights, would not take more than ``most`` bytes.
+def check_room(bundle: Bundle, most: int, matrices: Sequence[Matrix] = (), copies: int = 0) -> None:
+    """Check that loading a bundle would not take more than ``most`` bytes.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    most : int
+    matrices : sequence of Matrix
+        The weights that are to be prepacked.
+    copies : int
+        Bytes of what onnxruntime copies.
 
     Raises
     ------
@@ -111,7 +151,7 @@ def check_room(bundle: Bundle, most: int, matrices: Sequence[Matrix] = ()) -> No
     """
     resident = resident_memory()
     weights = bundle.weights_path.stat().st_size
-    weights += sum(matrix.nbytes for matrix in matrices if matrix.shared)
+    weights += copies + sum(matrix.nbytes for matrix in matrices if matrix.shared)
     room = weights // 16 + SMALL  # sessions and checks took 15 to 54 MB with 23 M to 355 M parameters
     room += max((3 * matrix.nbytes for matrix in matrices), default=0)  # as onnxruntime packs one
     if resident + weights + room > most:

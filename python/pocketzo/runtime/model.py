@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import watch
 from pocketzo.runtime.weights import Weights
 
@@ -97,13 +97,8 @@ class Model:
             raise ValueError(f"the graph's inputs are {', '.join(self._inputs)}; got {', '.join(batch) or 'none'}")
         if "labels" in self._inputs and "labels" not in feed and (outputs is None or self.bundle.loss not in names):
             # onnxruntime requires every input, also those that only the loss needs.
-            labels = self._inputs["labels"]
             names = [name for name in names if name != self.bundle.loss]
-            # Sizes that the graph does not fix are those of examples and tokens, in the first input with axes.
-            like = next((array.shape for array in feed.values() if np.ndim(array)), (1,))
-            sizes = enumerate(labels.shape)
-            shape = [size if isinstance(size, int) else like[min(axis, len(like) - 1)] for axis, size in sizes]
-            feed["labels"] = np.zeros(shape, labels.dtype)
+            feed["labels"] = self._any_labels(feed)
         try:
             return dict(zip(names, self._run(names, feed), strict=True))
         except (ValueError, Error):
@@ -113,6 +108,20 @@ class Model:
                 f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
                 f"tokenizer that of another model?): {error}"
             ) from error
+
+    def _any_labels(self, feed: Batch) -> NDArray[Any]:
+        """Return labels for a batch: zeros, of the sizes that its arrays have under the same names."""
+        labels = self._inputs["labels"]
+        rank = len(labels.shape)
+        shapes = [array.shape for array in feed.values() if array.ndim >= rank]
+        shape = list(min(shapes, key=len, default=(1,) * rank)[:rank])
+        named: dict[int | str, int] = {}
+        for name, array in feed.items():
+            named.update(zip(self._inputs[name].shape, array.shape, strict=False))
+        for axis, size in enumerate(labels.shape):
+            if size != "?":
+                shape[axis] = size if isinstance(size, int) else named.get(size, shape[axis])
+        return np.zeros(shape, labels.dtype)
 
     def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
         if self.max_memory is None:
@@ -166,9 +175,23 @@ class Model:
             raise BundleError(f"{self.bundle.path}: the graph has no loss output; give an objective of your own")
         return float(self.run(batch, [self.bundle.loss])[self.bundle.loss])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a bundle with the current weights."""
-        self.bundle.copy_to(Path(path), self.weights.save)
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a bundle with the current weights.
+
+        Parameters
+        ----------
+        path : path-like
+            The folder to write.
+        overwrite : bool
+            Whether a bundle at ``path`` is replaced, when the new one is complete. Never replaced are the bundle that
+            this model was loaded from, and a folder that holds anything besides a bundle's files.
+
+        Raises
+        ------
+        BundleError
+            ``path`` exists and may not be replaced.
+        """
+        copy_bundle(self.bundle, path, self.weights.save, overwrite=overwrite)
 
 
 def megabytes(count: int) -> str:

@@ -40,12 +40,14 @@ def onnx_messages() -> Any:
     Raises
     ------
     NotPrepackableError
-        The package protobuf is not installed.
+        The package protobuf is not installed, or cannot be imported.
     """
     try:
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-    except ImportError:
+    except ModuleNotFoundError:
         raise NotPrepackableError("the Python package protobuf is not installed (pip install protobuf)") from None
+    except Exception as error:  # a damaged package may raise anything
+        raise NotPrepackableError(f"the Python package protobuf cannot be imported: {error}") from None
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="pocketzo.onnx.proto", package="pocketzo.onnx", syntax="proto2")
     for message, fields in _SCHEMA.items():

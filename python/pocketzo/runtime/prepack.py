@@ -11,10 +11,8 @@ unknown, :class:`NotPrepackableError` is raised, and the plain layout is used.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -22,12 +20,14 @@ import onnxruntime as ort
 from pocketzo._core import remap
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import file_mappings
 from pocketzo.runtime.holes import embed_constants, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.matrices import Matrix, find_matrices
 from pocketzo.runtime.onnx_proto import onnx_messages
 from pocketzo.runtime.session import create_session
+from pocketzo.runtime.variables import declare_inputs
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def open_session(
     ----------
     plan : Plan
     values : mapping of str to OrtValue
-        All float32 weights except those that are only prepacked; they must outlive the session.
+        All float32 weights except those that are only prepacked, with the values that constants have; they must
+        outlive the session.
     threads : int
 
     Returns
@@ -94,8 +95,8 @@ def open_session(
     model = onnx_messages().Model()
     model.CopyFrom(plan.model)
     try:
-        with tempfile.TemporaryDirectory(prefix="pocketzo-") as name:
-            folder = Path(name)
+        with scratch_folder() as folder:
+            declare_inputs(model.graph, plan.bundle, without={matrix.name for matrix in plan.matrices})
             offsets = write_holes(folder / "holes.bin", model.graph, plan.matrices, plan.layout)
             embed_constants(model.graph, plan.bundle)
             (folder / "model.onnx").write_bytes(model.SerializeToString())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import onnxruntime as ort
 
 from pocketzo.errors import BundleError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.machine.paths import utf8_path
 
 # onnxruntime's optimisations that replace weights by a copy, made when the session is created: scaled, transposed,
 # blocked or concatenated. With 1.31.1 each but the first was seen to make a weight dead.
@@ -48,6 +48,25 @@ def open_plain(bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int)
     return create_session(bundle.model_path, values, threads, prepacked=False, level=level)
 
 
+def open_with_constants(
+    bundle: Bundle, model: bytes, values: Mapping[str, ort.OrtValue], threads: int
+) -> ort.InferenceSession:
+    """Create a session that prepacks constants; weights that are declared as inputs are read where they are.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    model : bytes
+        See :func:`pocketzo.runtime.variables.model_with_variables`.
+    values : mapping of str to OrtValue
+        With the values that constants have; they must outlive the session.
+    threads : int
+    """
+    options = _options(values, threads, _LEVEL)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(bundle.path))
+    return _create(model, options, _COPYING_OPTIMIZERS)
+
+
 def open_unoptimised(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
     """Create a session that folds and packs nothing, and so reads every weight where it is."""
     level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -80,27 +99,37 @@ def create_session(
     BundleError or NotPrepackableError
         onnxruntime refuses the graph: without or with prepacked weights.
     """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = _LEVEL if level is None else level
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = _options(values, threads, _LEVEL if level is None else level)
     disabled = _COPYING_OPTIMIZERS
     if prepacked:
         disabled = disabled + _FUSING_OPTIMIZERS
     else:
         # A prepacked copy of a weight would be used in place of the weight.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        return _create(utf8_path(graph), options, disabled)
+    except NotPrepackableError as error:
+        if prepacked:
+            raise
+        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error.__cause__}") from error.__cause__
+
+
+def _options(values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
     for name, value in _OPTIONS.items():
         setattr(options, name, value)
     for key, entry in _ENTRIES.items():
         options.add_session_config_entry(key, entry)
     for name, value in values.items():
         options.add_initializer(name, value)
+    return options
+
+
+def _create(model: str | bytes, options: ort.SessionOptions, disabled: list[str]) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(
-            os.fspath(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-        )
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        if prepacked:
-            raise NotPrepackableError(f"onnxruntime {ort.__version__} refuses prepacked weights: {error}") from None
-        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error}") from error
+        raise NotPrepackableError(f"onnxruntime {ort.__version__} refuses prepacked weights: {error}") from error

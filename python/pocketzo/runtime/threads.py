@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.liveness import read_as_noise
 from pocketzo.runtime.model import Batch, Model
+from pocketzo.runtime.noise import read_as_noise
 from pocketzo.runtime.session import open_plain
 from pocketzo.runtime.weights import Weights
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pocketzo._core import Packing
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Location
 
@@ -34,7 +36,8 @@ class Weights(Mapping[str, NDArray[Any]]):
     image : Image, optional
         Memory of the weights in the plain layout; by default all of them, allocated now.
     locations : mapping of str to Location, optional
-        Prepacked memory: of each weight that is not in the image, and a second copy of some that are.
+        Prepacked memory: of each weight that is not in the image, and a second copy of some that are. Without it,
+        :meth:`read` reads what is in the image.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         self.locations = dict(locations or {})
         self._path = bundle.weights_path
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
+        self._sizes = {spec.name: math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in bundle.tensors}
         self._finish: Callable[[], None] = lambda: None
 
     # ---- passes that are pending ----------------------------------------------------------------------------------
@@ -133,7 +137,9 @@ class Weights(Mapping[str, NDArray[Any]]):
                 if path.stat().st_size != expected:
                     raise BundleError(f"{path}: expected {expected} bytes, the size of the bundle's weights")
                 for part in self.image.parts:
-                    if isinstance(part, str):
+                    if isinstance(part, str) and part not in self.locations:
+                        file.seek(self._sizes[part], os.SEEK_CUR)
+                    elif isinstance(part, str):
                         _read_packed(file, self.locations[part])
                     else:
                         _read_into(file, part)
@@ -165,7 +171,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def save(self, path: Path) -> None:
         """Write the weights to a file, beside it first and then renamed."""
-        with atomic_file(path) as file:
+        with staged_file(path) as file:
             for chunk in self._bytes():
                 file.write(chunk)
 

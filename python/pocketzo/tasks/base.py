@@ -156,8 +156,11 @@ class Task(ABC):
         return None if name is None or record[name] is None else name
 
     def missing(self, record: Mapping[str, Any], columns: Columns, role: str) -> str:
-        """Return the error message for a record that lacks the column for a role."""
-        return missing_column(record, getattr(columns, role), self.columns[role])
+        """Return the error message for a record that lacks the column for a role, or has null there."""
+        name = find_column(record, getattr(columns, role), self.columns[role])
+        if name is not None:
+            return f"{name!r} is null"
+        return missing_column(record, getattr(columns, role), self.columns[role], role)
 
     # ---- outputs -> loss and metrics ----
 

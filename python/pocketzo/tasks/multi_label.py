@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from pocketzo.data.examples import LineError
+from pocketzo.data.columns import LineError
 from pocketzo.tasks.base import is_column
 from pocketzo.tasks.text import TEXT, TEXT_PAIR, Classes, TextTask
 

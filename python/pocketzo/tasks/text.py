@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
-from pocketzo.data.examples import Encoded, Example, LineError, text_of
+from pocketzo.data.columns import LineError
+from pocketzo.data.examples import Encoded, Example, text_of
 from pocketzo.tasks.base import Task
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pocketzo.data.examples import Encoded, Example, LineError, not_text
+from pocketzo.data.columns import LineError
+from pocketzo.data.examples import Encoded, Example, not_text
 from pocketzo.tasks.base import IGNORED
 from pocketzo.tasks.classification import Classification
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.errors import MissingExtraError
-from pocketzo.formats.files import atomic_file
+from pocketzo.formats.staging import staged_file
+from pocketzo.packages import require
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.run import Run
 
+PLOT: Final = "loss.png"
 _RAW, _LINE, _EVAL = "#c3cfe2", "#1f4e9c", "#c8551b"
 
 
@@ -46,15 +47,13 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    MissingExtraError
-        matplotlib is not installed.
+    MissingExtraError, BrokenPackageError
+        matplotlib is not installed, or cannot be imported.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, MaxNLocator
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plot") from error
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     past = Run(run)
     lines = list(past.metrics())
@@ -69,8 +68,9 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     canvas = FigureCanvasAgg(figure)
     axes: list[Any] = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0].tolist()
     method = past.recipe.method
+    name = os.fsencode(past.path.resolve().name).decode(errors="replace")
     figure.suptitle(
-        f"{past.path.resolve().name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
+        f"{name}: {method['method'].upper()}, lr {method['lr']:g}, eps {method['eps']:g}, "
         f"batch {loop.batch_size}, seed {method['seed']}",
         fontsize=10,
     )
@@ -102,8 +102,8 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    out = past.path / "loss.png"
-    with atomic_file(out) as file:
+    out = past.path / PLOT
+    with staged_file(out) as file:
         canvas.print_png(file)  # type: ignore[no-untyped-call]
     return out
 

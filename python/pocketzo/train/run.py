@@ -13,6 +13,7 @@ from typing import Any
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.bundle_writer import check_target, copy_bundle
 from pocketzo.formats.journal import Journal
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.formats.snapshot import check_snapshot, snapshots
@@ -162,11 +163,17 @@ class Run:
         *,
         step: int | None = None,
         bundle: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Write the bundle after ``step`` steps (by default all), bit for bit as training left it."""
-        model = _Unloaded(self.base(bundle))
+        """Write the bundle after ``step`` steps (by default all), bit for bit as training left it.
+
+        With ``overwrite``, a bundle at ``out`` is replaced, unless it is the base bundle of the run.
+        """
+        base = self.base(bundle)
+        check_target(out, overwrite=overwrite, base=base)
+        model = _Unloaded(base)
         self.replay_onto(model, step=step)
-        model.bundle.copy_to(Path(out), model.weights.save)
+        copy_bundle(base, out, model.weights.save, overwrite=overwrite)
 
 
 def _metrics_line(text: bytes) -> dict[str, Any]:

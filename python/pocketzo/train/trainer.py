@@ -238,6 +238,8 @@ class Trainer:
         steps = self.optimizer.step_number
         self._writer = RunWriter.resume(past, steps)
         self.history.take_up(past, steps)
+        if steps and self.loop.snapshot_every and steps % self.loop.snapshot_every == 0:
+            self._writer.snapshot(self.optimizer)  # a killed run may have missed it
 
     def differences(self, past: Run) -> list[str]:
         """Return the settings in which a saved run and this trainer differ; :meth:`resume` uses those of the run.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
-from pocketzo.formats.files import atomic_file
+from pocketzo.errors import JournalError
+from pocketzo.formats.files import append, make_folder, named, sync_folder
 from pocketzo.formats.journal import Entry, Journal
-from pocketzo.formats.snapshot import write_snapshot
+from pocketzo.formats.snapshot import prune_snapshots, write_snapshot
+from pocketzo.formats.staging import staged_file
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.train.recipe import Recipe
 from pocketzo.train.run import JOURNAL, METRICS, SNAPSHOTS, Run
@@ -26,17 +28,19 @@ class RunWriter:
     def __init__(self, path: Path, journal: Journal) -> None:
         self.path = path
         self._journal = journal
-        self._metrics: TextIO = (path / METRICS).open("a", buffering=1)
+        self._metrics = (path / METRICS).open("ab", buffering=0)
         self._synced = time.monotonic()
 
     @classmethod
     def begin(cls, path: Path, recipe: Recipe) -> Self:
         """Begin a run; raise :class:`pocketzo.JournalError` if the folder already holds one."""
-        path.mkdir(parents=True, exist_ok=True)
-        journal = Journal.create(path / JOURNAL, recipe.header())
-        (path / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(path / SNAPSHOTS, ignore_errors=True)
-        return cls(path, journal)
+        make_folder(path)
+        for name in METRICS, SNAPSHOTS:
+            if os.path.lexists(path / name) and not (path / JOURNAL).exists():
+                raise JournalError(f"{path / name} is there already, of a run without a journal: choose another folder")
+        writer = cls(path, Journal.create(path / JOURNAL, recipe.header()))
+        sync_folder(path)
+        return writer
 
     @classmethod
     def resume(cls, run: Run, steps: int) -> Self:
@@ -46,14 +50,9 @@ class RunWriter:
             warnings.warn(journal.notice, stacklevel=4)
         journal.truncate(steps)
         lines = [line for line in run.metrics() if line["step"] <= steps]
-        with atomic_file(run.path / METRICS) as file:
+        with staged_file(run.path / METRICS) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        for pattern in ".*.part", f"{SNAPSHOTS}/.*.part":  # left by a process that was killed while writing
-            for left in run.path.glob(pattern):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+        prune_snapshots(run.path / SNAPSHOTS, journal.position, steps)
         return cls(run.path, journal)
 
     @property
@@ -65,29 +64,40 @@ class RunWriter:
         """Append a step to the journal; sync the journal if the last sync was over half a minute ago."""
         self._journal.append(entry)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self._journal.sync()
-            self._synced = time.monotonic()
+            self._sync()
+
+    def _sync(self) -> None:
+        self._journal.sync()
+        self._synced = time.monotonic()
 
     def truncate(self, steps: int) -> None:
         """Drop all steps after the first ``steps`` from the journal."""
         self._journal.truncate(steps)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to the metrics."""
-        self._metrics.write(json.dumps(line) + "\n")
+        """Append a line to the metrics. An evaluation, which may select the best step, is on storage at once."""
+        path = self.path / METRICS
+        append(self._metrics, json.dumps(line).encode() + b"\n", os.fstat(self._metrics.fileno()).st_size, path)
+        if "eval" in line:
+            with named(path):
+                os.fsync(self._metrics)
 
     def snapshot(self, optimizer: Optimizer) -> None:
         """Save the weights and the optimizer's state; only the last snapshot is kept."""
+        self._sync()  # a snapshot of steps that a power cut took from the journal could not be used
         position = self._journal.position(optimizer.step_number)
         write_snapshot(self.path / SNAPSHOTS, position, optimizer.model.weights.save, optimizer.state())
 
     def close(self) -> None:
         """Write everything to storage and release the run."""
-        self._metrics.close()
-        self._journal.sync()
-        self._journal.close()
+        try:
+            with self._metrics, named(self.path / METRICS):
+                os.fsync(self._metrics)
+            self._journal.sync()
+        finally:
+            self._journal.close()
 
     def discard(self) -> None:
         """Remove the journal and metrics of a run without steps, as they would block a run with other settings."""
-        for name in JOURNAL, METRICS:
+        for name in METRICS, JOURNAL:  # while there is a journal, it is a run
             (self.path / name).unlink(missing_ok=True)

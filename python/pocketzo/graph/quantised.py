@@ -1,0 +1,80 @@
+"""Quantised weights: integers, and the scales and zero points that belong to them."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import Final
+
+import onnx_ir as ir
+
+from pocketzo.graph.roles import roles_of
+from pocketzo.graph.weight import Draft
+
+# QLinearMatMul, QAttention, QMoE; DequantizeLinear, DynamicQuantizeLSTM; MatMulIntegerToFloat; MatMulNBits; ...
+_OPERATOR: Final = re.compile(r"Q[A-Z]|.*([Qq]uantize|Integer|NBits|Bnb4|FpQ4|GemmFloat8)")
+REASON: Final = "quantised"
+_BIASED: Final = {"Conv", "ConvTranspose", "Gemm"}
+_SELECTING: Final = {"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def is_quantised(node: ir.Node) -> bool:
+    """Return whether an operator computes with integers that stand for floats."""
+    return _OPERATOR.match(node.op_type) is not None
+
+
+def find_quantised(draft: Draft) -> None:
+    """Mark the float inputs of quantised operators in :attr:`Draft.not_weights`, but for biases that stay floats."""
+    unscaled: set[ir.Value | None] = set()
+    for node in draft.graph.all_nodes():
+        operator = node.op_type
+        if is_quantised(node):
+            for index, value in enumerate(node.inputs):
+                if value in draft.constants and index not in roles_of(node):
+                    draft.not_weights[node, index] = f"{REASON}: a scale of {operator}"
+            if operator == "DynamicQuantizeLinear":
+                unscaled.add(node.outputs[1])
+            elif operator in ("MatMulInteger", "ConvInteger"):
+                unscaled.add(node.outputs[0])
+        elif operator == "Cast" and node.inputs[0] in unscaled:
+            unscaled.add(node.outputs[0])
+        elif operator == "Mul" and not unscaled.isdisjoint(node.inputs):
+            # Integers times the scale of the activations times that of the weights, in any order.
+            constants = [index for index, value in enumerate(node.inputs) if value in draft.constants]
+            for index in constants:
+                draft.not_weights[node, index] = f"{REASON}: a scale of integers"
+            if not constants and unscaled.issuperset(node.inputs):
+                unscaled.add(node.outputs[0])
+        elif operator in _BIASED and _is_fused(node) and node.inputs[2] in draft.constants:
+            draft.not_weights[node, 2] = f"{REASON}: the runtime makes it an integer"
+
+
+def _is_fused(node: ir.Node) -> bool:
+    """Return whether onnxruntime fuses an operator with the conversions around it, and its bias into a copy."""
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return False
+    sources = [None if value is None else value.producer() for value in node.inputs[:2]]
+    return all(source is not None and source.op_type == "DequantizeLinear" for source in sources) and any(
+        reader.op_type == "QuantizeLinear" for reader in node.outputs[0].consumers()
+    )
+
+
+def quantised_tensors(graph: ir.Graph) -> list[tuple[str, str, int]]:
+    """Return the integer constants that quantised operators read: name, type and number of elements of each."""
+    values = {_source(value): None for node in graph.all_nodes() if is_quantised(node) for value in node.inputs}
+    return [
+        (str(value.name), value.dtype.name.lower(), prod(value.shape.numpy()))
+        for value in values
+        if value is not None
+        and value.is_initializer()
+        and value.dtype is not None
+        and value.dtype.is_integer()
+        and value.shape is not None
+    ]
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """Return the tensor of which a value is a part or another form."""
+    while value is not None and (node := value.producer()) is not None and node.op_type in _SELECTING:
+        value = node.inputs[0]
+    return value
