@@ -23,6 +23,9 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+import pocketzo.graph.compare  # what prepare imports, here for all processes: sympy alone takes half a second
+import pocketzo.graph.float16
+import pocketzo.graph.frozen  # noqa: F401
 from zoo.cases import Case, of_backend, of_files
 from zoo.trial import Result, attempt
 

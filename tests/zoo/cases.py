@@ -55,27 +55,26 @@ def of_files(paths: Iterable[Path]) -> Iterator[Case]:
 def of_backend() -> Iterator[Case]:
     """Yield ONNX's backend models: its files, those made by code, and variants whose operators have weights."""
     for group in FOLDERS:
-        for folder in sorted(path.parent for path in (DATA / group).glob("*/model.onnx")):
-            yield Case(group, folder.name.removeprefix("test_"), folder / "model.onnx", test_data(folder))
+        for path in sorted((DATA / group).glob("*/model.onnx")):
+            yield Case(group, path.parent.name.removeprefix("test_"), path, inputs_beside(path))
     for path in sorted((DATA / "light").glob("*.onnx")):
         yield Case("light", path.stem, path)
     yield from filled_lights()
     yield from of_nodes()
 
 
-def test_data(folder: Path) -> dict[str, npt.NDArray[Any]] | None:
+def inputs_beside(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     """Return the first inputs that belong to a backend test, if all are tensors."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    model = onnx.load(path, load_external_data=False)
     weights = {tensor.name for tensor in model.graph.initializer}
     names = [value.name for value in model.graph.input if value.name not in weights]
-    batch = {}
-    for number, name in enumerate(names):
-        path = folder / "test_data_set_0" / f"input_{number}.pb"
-        if not path.exists():
-            return None
-        tensor = TensorProto.FromString(path.read_bytes())
-        batch[name] = numpy_helper.to_array(tensor)
-    return batch
+    files = [path.parent / "test_data_set_0" / f"input_{number}.pb" for number in range(len(names))]
+    if not all(file.exists() for file in files):
+        return None
+    return {
+        name: numpy_helper.to_array(TensorProto.FromString(file.read_bytes()))
+        for name, file in zip(names, files, strict=True)
+    }
 
 
 def filled_lights(most: int = 40_000_000) -> Iterator[Case]:

@@ -97,7 +97,7 @@ def prepare(source: Path, out: Path, given: Batch | None) -> tuple[pz.Bundle, st
                 warnings.simplefilter("ignore")
                 return pz.prepare(source, out, **options), ", ".join(options)
         except pz.BundleError as error:
-            if "loss" not in options and "--loss none" in str(error):
+            if "loss" not in options and "--loss" in str(error):
                 options["loss"] = "none"
             elif "probe" not in options and given is not None and "--probe" in str(error):
                 options["probe"] = given
@@ -114,7 +114,7 @@ def live_through(source: Path, bundle: pz.Bundle, folder: Path, given: Batch | N
         If something differs; names it.
     """
     names = float_outputs(source)
-    batch = dict(bundle.probe if given is None else given)
+    batch = dict(given or bundle.probe or {})
     original = plain(source, batch, names)
     again = plain(source, batch, names)
     steady = [agree([a], [b], tolerance) for a, b in zip(original, again, strict=True)]
