@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -550,6 +551,21 @@ def test_a_cr_in_a_file_with_line_feeds_is_part_of_the_text(tmp_path: Path, make
     assert len(load_dataset(path, make_bundle())) == 2
 
 
+@pytest.mark.parametrize("content", ["good\t1\rbad\t0\n", "good\t1\rbad\t0\ra\t1\r\n", "a\t1\n\rb\t0\rgood\t1\n"])
+def test_rows_that_carriage_returns_separate_are_not_one(tmp_path: Path, bundle: Bundle, content: str) -> None:
+    number = content.count("\n")
+    with pytest.raises(DataError, match=rf"line {number}: several rows, separated by carriage returns"):
+        load_dataset(write(tmp_path, "a.tsv", content), bundle)
+
+
+def test_quoted_columns_of_another_delimiter(tmp_path: Path, bundle: Bundle) -> None:
+    path = write(tmp_path, "a.csv", '"text";"label"\n"good";1\n')
+    with pytest.raises(
+        DataError, match=r"line 1: not CSV: .*; if ',' is not what separates the columns, .* --delimiter"
+    ):
+        load_dataset(path, bundle)
+
+
 def test_a_csv_field_may_be_long_and_the_limit_of_the_process_stays(tmp_path: Path, bundle: Bundle) -> None:
     before = csv.field_size_limit()
     path = write(tmp_path, "a.csv", "a,1\n" + "b " * 100_000 + ",0\n")
@@ -808,6 +824,55 @@ def test_a_fixed_axis_of_tokens(tmp_path: Path, make_bundle: MakeBundle) -> None
     assert batch["input_ids"].shape == (1, 4)
 
 
+@pytest.mark.parametrize("size", [6, "?"])
+def test_only_tokens_can_be_padded_to_a_fixed_length(tmp_path: Path, make_bundle: MakeBundle, size: int | str) -> None:
+    fixed: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        **dict.fromkeys(("input_ids", "attention_mask"), ("int64", ("batch", 6))),
+        "labels": ("int64", ("batch",)),
+    }
+    arrays: dict[str, Any] = {"input_ids": RAGGED, "attention_mask": KEPT, "labels": [0, 1]}
+    batch = load_dataset(save(tmp_path, **arrays), make_bundle(inputs=fixed)).batch(np.array([0]))
+    assert batch["input_ids"].shape == (1, 6)
+    path = save(tmp_path, **arrays, bias=np.ones((2, 5), np.float32))
+    with pytest.raises(DataError, match=r"rows of 5 tokens, the model takes exactly 6: pad them, .* 'bias'"):
+        load_dataset(path, make_bundle(inputs=fixed | {"bias": ("float32", ("batch", size))}))
+
+
+def test_a_mask_of_floats_for_a_model_that_takes_floats(tmp_path: Path, make_bundle: MakeBundle) -> None:
+    inputs = {
+        "input_ids": ("int64", ("batch", "sequence")),
+        "attention_mask": ("float32", ("batch", "sequence")),
+        "labels": ("int64", ("batch",)),
+    }
+    mask = KEPT.astype(np.float32)
+    data = load_dataset(
+        save(tmp_path, input_ids=RAGGED, attention_mask=mask, labels=[0, 1]), make_bundle(inputs=inputs)
+    )
+    np.testing.assert_array_equal(data.batch(np.array([0]))["attention_mask"], mask[:1, :3], strict=True)
+    additive = np.where(KEPT, 0, -1e4).astype(np.float32)
+    with pytest.raises(DataError, match="'attention_mask' must be integers"):
+        load_dataset(
+            save(tmp_path, input_ids=RAGGED, attention_mask=additive, labels=[0, 1]), make_bundle(inputs=inputs)
+        )
+
+
+def test_members_of_an_archive_that_are_no_arrays(tmp_path: Path, bundle: Bundle) -> None:
+    stored = io.BytesIO()
+    np.save(stored, IDS)
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([None]), allow_pickle=True)
+    for members, reason in [
+        ({"input_ids.npy": stored.getvalue(), "readme": b"text"}, "'readme' is no array"),
+        ({"input_ids.npy": stored.getvalue(), "input_ids": stored.getvalue()}, "two arrays have the name 'input_ids'"),
+        ({"input_ids.npy": stored.getvalue(), "labels.npy": pickled.getvalue()}, "array 'labels': Object arrays"),
+    ]:
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+            for name, content in members.items():
+                file.writestr(name, content)
+        with pytest.raises(DataError, match=rf"a\.npz: .*{reason}"):
+            load_dataset(tmp_path / "a.npz", bundle)
+
+
 @pytest.mark.parametrize("dtype", [">i8", ">i4", "<i2", "u1"])
 def test_arrays_of_any_byte_order_and_layout(tmp_path: Path, bundle: Bundle, dtype: str) -> None:
     expected = load_dataset(save(tmp_path, input_ids=IDS, labels=[0, 1]), bundle).fingerprint
@@ -865,7 +930,11 @@ BAD_ARRAYS = [
         r"'labels' must be integers .*\[2, 2\], and 'input_ids' of",
     ),
     ("tokens", {"input_ids": IDS, "labels": [[0.0] * 4] * 2}, "array 'labels' must be integers .* found float64"),
-    ("text", {"input_ids": np.array([[None]]), "labels": [0]}, "not an .npz of plain arrays: Object arrays"),
+    (
+        "text",
+        {"input_ids": np.array([[None]]), "labels": [0]},
+        "not an .npz of plain arrays: array 'input_ids': Object arrays",
+    ),
 ]
 
 

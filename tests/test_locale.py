@@ -11,6 +11,9 @@ import pytest
 from conftest import write_tiny_onnx
 from described import write_tokenizer
 
+import pocketzo as pz
+from pocketzo.machine.paths import local_path, portable_path
+
 pytest.importorskip("click", reason="the command line needs it")
 pytest.importorskip("rich", reason="the command line needs it")
 
@@ -59,6 +62,30 @@ def test_every_command_in_the_c_locale(folder: Path) -> None:
     words = "eval", f"{there}/tun\u00e9", "--data", data, *columns
     assert pocketzo(folder.parent, *words, **C_LOCALE) == pocketzo(folder.parent, *words, PYTHONUTF8="1")
     assert "2 examples" in pocketzo(folder.parent, "eval", run, "--data", data, *columns, PYTHONUTF8="1")[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locales of POSIX")
+@pytest.mark.parametrize(("recorded", "read"), [(C_LOCALE, {"PYTHONUTF8": "1"}), ({"PYTHONUTF8": "1"}, C_LOCALE)])
+def test_a_run_is_resumed_in_another_locale(
+    folder: Path, tmp_path: Path, recorded: dict[str, str], read: dict[str, str]
+) -> None:
+    bundle, data, run = f"{tmp_path}/b\u00fcndel", f"{folder}/dat\u00e9n.csv", f"{tmp_path}/l\u00e4uf"
+    options = "--tokenizer", f"{folder}/tokenizer.json", "--labels", LABELS
+    pocketzo(tmp_path, "prepare", f"{folder}/m\u00f6del.onnx", "-o", bundle, *options, **recorded)
+    columns = "--text-column", "t\u00e9xt", "--delimiter", ";"
+    pocketzo(
+        tmp_path, "train", bundle, "--data", data, "-o", run, "--steps", "2", "--batch-size", "2", *columns, **recorded
+    )
+    assert "all 2 steps are done" in pocketzo(tmp_path, "train", "--resume", run, **read)[1]
+    pocketzo(tmp_path, "replay", run, "-o", f"{tmp_path}/tun\u00e9", **read)
+    assert pz.Run(run).recipe.data.source.train == data
+
+
+def test_paths_in_journals() -> None:
+    for name in ("plain", "\u00e9 \u65e5", os.fsdecode(b"\xff\xe9")):
+        assert local_path(portable_path(name)) == name
+    assert portable_path("\u00e9") == "\u00e9"
+    assert local_path("\ud800") == "\ud800"  # of a damaged journal
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")

@@ -184,7 +184,7 @@ def test_numbers(tmp_path: Path) -> None:
     for name, content in {
         "a.tsv": "good film\t3.5\nbad film\t-1\nfilm\t1e-3\n",
         "b.csv": 'Sentence,Score\n"good, film",3.5\nbad film," -1 "\nfilm,.001\n',
-        "c.jsonl": '{"text": "a", "label": 3.5}\n{"text": "b", "label": "-1"}\n{"text": "c", "target": 0.001}\n',
+        "c.jsonl": '{"text": "a", "label": 3.5}\n{"text": "b", "label": "-1"}\n{"text": "film", "target": 0.001}\n',
     }.items():
         assert values(write(tmp_path / name, content), one) == pytest.approx(expected), name
     np.savez(tmp_path / "d.npz", input_ids=np.ones((3, 4), np.int64), labels=np.array(expected)[:, None])
@@ -223,7 +223,7 @@ def test_numbers(tmp_path: Path) -> None:
         ("several labels", "art art", "the label 'art' is given twice"),
         ("several labels", 0.5, "the labels must be a list or a string, found float"),
         ("several labels", [0.5], "the label must be a name or an integer, found float"),
-        ("several labels", None, "no 'labels' among the columns"),
+        ("several labels", None, "'labels' is null"),
         ("yes or no", "maybe", "unknown label 'maybe': expected 'no', 'yes', 0 to 1"),
         ("yes or no", 2, "unknown label '2'"),
     ],
@@ -244,13 +244,13 @@ def test_sets_of_labels(tmp_path: Path) -> None:
         "a.tsv": "good film\tsport,war\nbad film\t\nfilm\tart\n",
         "b.tsv": "good film\twar sport\nbad film\t \nfilm\t1\n",
         "c.csv": 'Text,Labels\ngood film,"sport, war"\nbad film,\nfilm,art\n',
-        "d.jsonl": '{"text": "a", "labels": ["war", 0]}\n{"text": "b", "labels": []}\n{"text": "c", "label": 1}\n',
+        "d.jsonl": '{"text": "a", "labels": ["war", 0]}\n{"text": "b", "labels": []}\n{"text": "film", "label": 1}\n',
     }.items():
         assert values(write(tmp_path / name, content), bundle) == expected, name
     np.savez(tmp_path / "e.npz", input_ids=np.ones((3, 4), np.int64), labels=np.array(expected, bool))
     assert values(tmp_path / "e.npz", bundle) == expected
     spaces = prepared(tmp_path, "several labels by Sigmoid", labels=["no war", "art", "war"])
-    content = "a\tno war,art\nb\tno war\nc\t\n"
+    content = "a\tno war,art\nb\tno war\nfilm\t\n"
     assert values(write(tmp_path / "f.tsv", content), spaces) == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
 
 

@@ -382,7 +382,7 @@ LOOKS: dict[str, Callable[[pz.Model, Path], Any]] = {
     "all weights": lambda m, _: image(m),
     "sha256": lambda m, _: m.weights.sha256(),
     "weights.save": lambda m, out: saved(m.weights.save, out / "w"),
-    "model.save": lambda m, out: saved(m.save, out / "b"),
+    "model.save": lambda m, out: saved(lambda path: m.save(path, overwrite=True), out / "b"),
     "run": lambda m, _: m.run(BATCH)["logits"].tobytes(),
     "loss": lambda m, _: m.loss(BATCH),
     "another optimizer": lambda m, _: pz.FZOO(m, lr=0.0, eps=1e-30).step(loss).loss,

@@ -385,7 +385,9 @@ def test_tokens_by_softmax(tmp_path: Path) -> None:
 def test_every_operator_set_has_every_loss(tmp_path: Path, opset: int) -> None:
     def check(n: int, nodes: list[Any], labels: Array, expected: float, **options: Any) -> None:
         path = made(tmp_path / "m.onnx", n, nodes, ("batch", n), opset=opset)
-        assert check_same(prepare(path, tmp_path / "out", **options), path, labels) == pytest.approx(expected, rel=1e-5)
+        assert check_same(prepare(path, tmp_path / "out", overwrite=True, **options), path, labels) == pytest.approx(
+            expected, rel=1e-5
+        )
 
     rng = np.random.default_rng(2)
     z = scores_of(made(tmp_path / "m.onnx", 3, [node("Identity", "z", "y")], ("batch", 3)))

@@ -26,16 +26,7 @@ if TYPE_CHECKING:
 
 def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> Dataset:
     """Read the examples of an ``.npz`` file."""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file)
-    except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
-        raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
-    except OSError:
-        raise
-    except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
-        raise DataError(f"{path}: not an .npz of plain arrays: {' '.join(str(error).split())}") from error
-    arrays = {name: _native(path, name, values) for name, values in arrays.items()}
+    arrays = _read_arrays(path)
     specs = {spec.name: spec for spec in task.bundle.inputs}
     has_labels = task.label_spec is not None
     label_names = task.columns.get("label", ())
@@ -77,6 +68,26 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     return Dataset(task, str(path), size, tokens, arrays, labels)
 
 
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file by name, in this machine's byte order."""
+    arrays: dict[str, NDArray[Any]] = {}
+    where = ""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            for name in file.files:
+                where = f"array {name!r}: "
+                if name in arrays:
+                    raise DataError(f"{path}: two arrays have the name {name!r}")
+                arrays[name] = _native(path, name, file[name])
+    except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
+        raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
+        raise DataError(f"{path}: not an .npz of plain arrays: {where}{' '.join(str(error).split())}") from error
+    return arrays
+
+
 def _labels_by_token(path: Path, task: Task, labels: NDArray[Any], problems: Problems) -> NDArray[Any]:
     if labels.dtype.kind not in "iu" or labels.ndim != 2:
         raise DataError(
@@ -101,6 +112,8 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
     shape = given["input_ids"].shape
     rows = embedding_rows(task.bundle)
     for name, values in given.items():
+        if _is_mask_of_floats(task, name, values):
+            values = given[name] = values.astype(np.int8)
         if values.shape != shape or values.dtype.kind not in "iub" or not values.size:
             raise DataError(
                 f"{problems.source}: array {name!r} must be integers [n, length], the same for all of a model's token "
@@ -130,8 +143,18 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
     return replace(tokens, axes=sequence.axes, width=sequence.width)
 
 
+def _is_mask_of_floats(task: Task, name: str, values: NDArray[Any]) -> bool:
+    """Whether an array holds zeros and ones for a mask that the model takes as floats."""
+    wanted = name == "attention_mask" and any(
+        spec.name == name and np.dtype(spec.dtype).kind == "f" for spec in task.bundle.inputs
+    )
+    return wanted and values.dtype.kind == "f" and bool(np.isin(values, (0, 1)).all())
+
+
 def _native(path: Path, name: str, values: NDArray[Any]) -> NDArray[Any]:
     """Return an array in this machine's byte order."""
+    if not isinstance(values, np.ndarray):  # of a member that is no array, numpy gives the bytes
+        raise DataError(f"{path}: {name!r} is no array; an .npz holds arrays only")
     if values.dtype.names is not None:
         raise DataError(f"{path}: array {name!r} has fields of several types; expected an array of numbers")
     return values.astype(values.dtype.newbyteorder("="), copy=False)

@@ -130,6 +130,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_tsv(path: Path, delimiter: str = "\t") -> Iterator[tuple[int, Row]]:
     """Yield the number and the fields of each line of a TSV file."""
     for number, line, reason in _read_lines(path):
+        pieces = [piece for piece in line.split("\r") if piece]
+        if not reason and len(pieces) > 1 and all(delimiter in piece for piece in pieces):
+            reason = "several rows, separated by carriage returns, in a file of other line ends: use one kind of them"
         yield number, reason or (line.split(delimiter) if line else [])
 
 
@@ -144,8 +147,10 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            unclosed = ": a double quote is not closed" if "end of data" in str(error) else ""
-            yield number, lines.take_reason() or f"not CSV: {error}{unclosed}"
+            hint = ": a double quote is not closed" if "end of data" in str(error) else ""
+            if number == 1 and not hint:
+                hint = f"; if {delimiter!r} is not what separates the columns, name the character by --delimiter"
+            yield number, lines.take_reason() or f"not CSV: {error}{hint}"
         else:
             yield number, lines.take_reason() or row
 

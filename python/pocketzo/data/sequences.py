@@ -46,8 +46,8 @@ class Sequences:
         Raises
         ------
         DataError
-            An axis of tokens does not have as many as ``input_ids``, or nothing can be cut and the model takes fewer
-            tokens.
+            An axis of tokens does not have as many as ``input_ids``; or nothing can be cut and the model takes fewer
+            tokens; or the model takes more, and only tokens can be padded.
         """
         width = arrays["input_ids"].shape[1]
         declared = specs["input_ids"].shape[1] if "input_ids" in specs and len(specs["input_ids"].shape) == 2 else "?"
@@ -74,6 +74,12 @@ class Sequences:
                         unnamed = unnamed or name
             if found:
                 axes[name] = tuple(found)
+        short = next(iter(axes), unnamed)
+        if short is not None and isinstance(declared, int) and width < declared:
+            raise DataError(
+                f"{path}: rows of {width} tokens, the model takes exactly {declared}: pad them, as the value that "
+                f"{short!r} is to be padded with is not known"
+            )
         limit = token_limit(task.bundle)
         if unnamed is not None and limit is not None and width > limit:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Paths for libraries that take them as UTF-8 in any locale."""
+"""Paths outside of this process: for libraries that take UTF-8, and in files that are read in another locale."""
 
 from __future__ import annotations
 
@@ -22,3 +22,16 @@ def utf8_path(path: str | os.PathLike[str]) -> str:
         return os.fsencode(path).decode()
     except UnicodeDecodeError:
         raise Error(f"{os.fspath(path)!a}: not UTF-8, which onnxruntime needs in paths: rename the folder") from None
+
+
+def portable_path(path: str) -> str:
+    """Return a path as text that is the same in every locale: its bytes decoded as UTF-8, as far as they are."""
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
+
+
+def local_path(path: str) -> str:
+    """Return a path from :func:`portable_path` as Python names the file here; any other text as it is."""
+    try:
+        return os.fsdecode(path.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return path

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 from pocketzo.arguments import check_integer, plain
 from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
+from pocketzo.machine.paths import local_path, portable_path
 from pocketzo.tasks.metrics import metric_named
 
 
@@ -137,8 +139,7 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
-        header: dict[str, Any] = plain(asdict(self))
-        return header
+        return _with_paths(plain(asdict(self)), portable_path)
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:
@@ -149,9 +150,21 @@ class Recipe:
         JournalError
             A field is missing, unknown or of another type; the message names it.
         """
-        own = {name: value for name, value in header.items() if name not in ("format", "spec")}
+        own = _with_paths({name: value for name, value in header.items() if name not in ("format", "spec")}, local_path)
         recipe: Self = _parse(cls, own, path, "header")
         return recipe
+
+
+def _with_paths(header: Mapping[str, Any], convert: Callable[[str], str]) -> dict[str, Any]:
+    """Return a copy of a header with its paths converted."""
+    copied = copy.deepcopy(dict(header))
+    for *parents, name in (("model", "bundle"), ("data", "source", "train"), ("data", "source", "eval")):
+        part: Any = copied
+        for parent in parents:
+            part = part.get(parent) if isinstance(part, dict) else None
+        if isinstance(part, dict) and isinstance(part.get(name), str):
+            part[name] = convert(part[name])
+    return copied
 
 
 def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:

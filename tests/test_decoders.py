@@ -1,0 +1,291 @@
+"""Decoders with caches, float and quantised: they train, replay bit for bit, and plain onnxruntime agrees."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from decoders import (
+    HEADS,
+    LAYERS,
+    SIZE,
+    VOCABULARY,
+    Array,
+    Weights,
+    gpt2_weights,
+    llama_weights,
+    write_genai,
+    write_gpt2,
+    write_llama,
+    write_merged,
+)
+from onnx import TensorProto
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+import pocketzo as pz
+from pocketzo.formats.safetensors import file_sha256
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")  # where a graph has branches
+
+LLAMA = llama_weights(kv_heads=2)
+GPT2 = gpt2_weights()
+QWEN2 = llama_weights(kv_heads=2, bias=True, tied=True)
+QWEN3 = llama_weights(kv_heads=2, norms=True, tied=True)
+FLOATS: dict[str, Callable[[Path], Path]] = {
+    "gpt2": lambda path: write_gpt2(path, GPT2),
+    "llama": lambda path: write_llama(path, LLAMA, 2),
+    "llama, a head each": lambda path: write_llama(path, llama_weights(kv_heads=HEADS), HEADS),
+    "qwen2": lambda path: write_llama(path, QWEN2, 2),
+    "qwen3": lambda path: write_llama(path, QWEN3, 2),
+    "merged gpt2": lambda path: write_merged(path, GPT2),
+    "genai": lambda path: write_genai(path, LLAMA, 2),
+}
+MATMULS = FLOATS | {  # Gemm is quantised by some only, and by blocks by none
+    "gpt2": lambda path: write_gpt2(path, GPT2, gemm=False),
+    "merged gpt2": lambda path: write_merged(path, GPT2, gemm=False),
+}
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batch_of(path: Path, ids: Array, mask: Array, past: Mapping[str, Array] | None = None) -> dict[str, Array]:
+    """Return the inputs of a decoder; `mask` covers what is in the caches too."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    batch: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
+    for value in session.get_inputs():
+        if value.name == "position_ids":
+            batch[value.name] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, mask.shape[1] - ids.shape[1] :]
+        elif value.name == "use_cache_branch":
+            batch[value.name] = np.array([past is not None])
+        elif value.name.startswith("past_key_values"):
+            empty = np.zeros((len(ids), value.shape[1], 0, SIZE), np.float32)
+            batch[value.name] = empty if past is None else past[value.name.replace("past_key_values", "present")]
+    return batch
+
+
+def plain(path: Path, batch: Mapping[str, Array]) -> dict[str, Array]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs = [value.name for value in session.get_outputs() if value.name != "loss"]
+    wanted = {value.name for value in session.get_inputs()}
+    given = {"labels": np.zeros_like(batch["input_ids"]), **batch}
+    feed = {name: array for name, array in given.items() if name in wanted}
+    return dict(zip(outputs, session.run(outputs, feed), strict=True))
+
+
+@dataclass
+class Sentences:
+    """Random sentences, padded on the right, with the tokens shifted by one as labels and empty caches."""
+
+    path: Path
+    lengths: Array = field(default_factory=lambda: np.array([7, 5, 6, 7, 3, 7, 4, 6]))
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(9)
+        self.mask = (np.arange(7) < self.lengths[:, None]).astype(np.int64)
+        self.ids = rng.integers(1, VOCABULARY, self.mask.shape) * self.mask
+        self.labels = np.full_like(self.ids, -100)
+        self.labels[:, :-1] = np.where(self.mask[:, 1:] == 1, self.ids[:, 1:], -100)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
+
+    def batch(self, indices: Array) -> pz.Batch:
+        arrays = batch_of(self.path, self.ids[indices], self.mask[indices]) | {"labels": self.labels[indices]}
+        return pz.Batch(arrays, np.asarray(indices))
+
+
+# ---- the models are what they say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_cache_and_one_token_give_the_same_as_all_tokens(name: str, tmp_path: Path) -> None:
+    path = FLOATS[name](tmp_path / "m.onnx")
+    data = Sentences(path)
+    ids = data.ids[data.lengths == 7]
+    mask = np.ones_like(ids)
+    whole = plain(path, batch_of(path, ids, mask))
+    start = plain(path, batch_of(path, ids[:, :-1], mask[:, :-1]))
+    last = plain(path, batch_of(path, ids[:, -1:], mask, start))
+    np.testing.assert_allclose(last["logits"][:, 0], whole["logits"][:, -1], rtol=1e-3, atol=1e-4)
+    for n in range(LAYERS):
+        np.testing.assert_allclose(last[f"present.{n}.key"], whole[f"present.{n}.key"], rtol=1e-3, atol=1e-4)
+
+
+def test_both_forms_of_llama_agree(tmp_path: Path) -> None:
+    """One rotates and masks by itself, the other leaves it to onnxruntime."""
+    outputs = []
+    for name in ("llama", "genai"):
+        path = FLOATS[name](tmp_path / f"{name}.onnx")
+        data = Sentences(path)
+        outputs.append(plain(path, batch_of(path, data.ids, data.mask))["logits"][data.mask == 1])
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+
+
+def test_both_branches_agree(tmp_path: Path) -> None:
+    path = FLOATS["merged gpt2"](tmp_path / "m.onnx")
+    data = Sentences(path)
+    batch = batch_of(path, data.ids, data.mask)
+    both = [plain(path, batch | {"use_cache_branch": np.array([flag])})["logits"] for flag in (False, True)]
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-4, atol=1e-5)
+
+
+# ---- they train ------------------------------------------------------------------------------------------------------
+
+
+def accept(path: Path, folder: Path, tolerance: float) -> pz.Bundle:
+    """Prepare a decoder, train 3 steps by its loss, replay the journal, and compare with plain onnxruntime."""
+    data = Sentences(path)
+    everything = data.batch(np.arange(len(data)))
+    real = data.mask == 1
+    expected = plain(path, everything)["logits"][real]
+    bound = tolerance * np.abs(expected).max()
+
+    bundle = pz.prepare(path, folder / "base")
+    assert (bundle.loss, bundle.logits) == ("loss", "logits")
+    np.testing.assert_allclose(plain(bundle.model_path, everything)["logits"][real], expected, rtol=0, atol=bound)
+    model = pz.load(bundle, threads=1)
+    outputs = model.run(everything, ["logits", "loss"])
+    np.testing.assert_allclose(outputs["logits"][real], expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(outputs["loss"], cross_entropy(outputs["logits"], data.labels), rtol=1e-4)
+
+    optimizer = pz.MeZO(model, lr=1e-3, seed=4)
+    run = folder / "run"
+    pz.Trainer(model, optimizer, data, steps=3, batch_size=4, run=run).fit()
+    model.save(folder / "tuned")
+    pz.Run(run).replay(folder / "replayed")
+    tuned, replayed, base = (folder / name / "weights.safetensors" for name in ("tuned", "replayed", "base"))
+    assert file_sha256(tuned) == file_sha256(replayed) != file_sha256(base)
+
+    got = model.run(everything, ["logits"])["logits"][real]
+    np.testing.assert_allclose(
+        plain(folder / "tuned" / "model.onnx", everything)["logits"][real], got, rtol=0, atol=bound
+    )
+    assert np.abs(got - expected).max() > 1e-3 * np.abs(expected).max()  # so that a session of the old weights fails
+    return bundle
+
+
+def cross_entropy(logits: Array, labels: Array) -> float:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_p = (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))[labels != -100]
+    return float(-log_p[np.arange(len(log_p)), labels[labels != -100]].mean())
+
+
+def trained(bundle: pz.Bundle) -> set[str]:
+    return {tensor.name for tensor in bundle.tensors if tensor.trainable}
+
+
+def elements(weights: Weights) -> int:
+    return sum(array.size for array in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("gpt2", GPT2),
+        ("llama", LLAMA),
+        ("qwen2", QWEN2),
+        ("qwen3", QWEN3),
+        ("merged gpt2", GPT2),
+        ("genai", LLAMA),
+    ],
+)
+def test_all_weights_of_a_decoder_train(name: str, weights: Weights, tmp_path: Path) -> None:
+    bundle = accept(FLOATS[name](tmp_path / "m.onnx"), tmp_path, 1e-4)
+    sizes = [int(np.prod(tensor.shape)) for tensor in bundle.tensors if tensor.trainable]
+    assert sum(sizes) == elements(weights)  # a tied table once, in both branches; no frequencies, no rotary tables
+
+
+# ---- quantised -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Calibration(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, path: Path) -> None:
+        data = Sentences(path)
+        self.feeds = iter([batch_of(path, data.ids, data.mask)])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self.feeds, None)
+
+
+def blocks(source: Path, path: Path, bits: int, *kinds: str) -> None:
+    axes = tuple((kind, {"MatMul": 0, "Gather": 1}[kind]) for kind in kinds)
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source), bits=bits, block_size=32, is_symmetric=True, op_types_to_quantize=kinds, quant_axes=axes
+    )
+    quantizer.process()
+    onnx.save(quantizer.model.model, path)
+
+
+def dynamic(source: Path, path: Path) -> None:
+    quantize_dynamic(source, path, extra_options={"DefaultTensorType": TensorProto.FLOAT, "EnableSubgraph": True})
+
+
+def qdq(source: Path, path: Path) -> None:
+    quantize_static(
+        source,
+        path,
+        Calibration(source),
+        quant_format=QuantFormat.QDQ,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=["MatMul", "Gemm"],
+    )
+
+
+def op_types(graph: onnx.GraphProto) -> set[str]:
+    found = {node.op_type for node in graph.node}
+    for node in graph.node:
+        for attribute in node.attribute:
+            found |= op_types(attribute.g)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("quantise", "operator", "tolerance"),
+    [
+        (lambda source, path: blocks(source, path, 4, "MatMul"), "MatMulNBits", 1e-4),
+        (lambda source, path: blocks(source, path, 4, "MatMul", "Gather"), "GatherBlockQuantized", 1e-4),
+        (lambda source, path: blocks(source, path, 8, "MatMul"), "MatMulNBits", 1e-4),
+        (dynamic, "DynamicQuantizeLinear", 5e-2),  # activations are rounded to 256 values
+        (qdq, "DequantizeLinear", 5e-2),
+    ],
+    ids=["int4", "int4 with its table", "int8 in blocks", "dynamic int8", "QDQ"],
+)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("gpt2", GPT2), ("llama", LLAMA), ("qwen2", QWEN2), ("qwen3", QWEN3), ("merged gpt2", GPT2), ("genai", LLAMA)],
+)
+def test_what_is_float_in_a_quantised_decoder_trains(
+    name: str, weights: Weights, quantise: Callable[[Path, Path], None], operator: str, tolerance: float, tmp_path: Path
+) -> None:
+    if (name, quantise) == ("merged gpt2", qdq):
+        return  # onnxruntime's quantiser leaves branches alone
+    path = tmp_path / "m.onnx"
+    quantise((FLOATS if quantise is qdq else MATMULS)[name](tmp_path / "float.onnx"), path)
+    assert operator in op_types(onnx.load(path).graph)
+    bundle = accept(path, tmp_path, tolerance)
+    integers = {tensor.name for tensor in bundle.frozen if tensor.kind == "quantised"}
+    assert integers
+    vectors = {key for key, array in weights.items() if array.ndim == 1}
+    assert {key for key in vectors if f"{key}_quantized" not in integers} <= trained(bundle)
+    assert trained(bundle) < weights.keys() | {tensor.name for tensor in bundle.tensors if len(tensor.shape) == 2}

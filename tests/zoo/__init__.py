@@ -1,0 +1,1 @@
+"""Trials of foreign models: ONNX's backend tests, and any files; see ``python -m zoo --help``."""
