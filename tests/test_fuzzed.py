@@ -76,3 +76,12 @@ def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path: Path, tiny_onnx: Pa
     with pytest.raises(pz.BundleError, match=r"tokenizer\.json: the tokenizers library cannot use it: ") as caught:
         pz.encode_texts(["bad"], bundle)
     assert is_own(caught.value)
+
+
+def test_a_probe_with_a_member_that_is_no_array_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "probe.npz", "w") as archive:
+        archive.writestr("input_ids", b"no array")
+    with pytest.raises(pz.BundleError, match=r"probe\.npz: 'input_ids' is no array") as caught:
+        pz.prepare(tiny_onnx, tmp_path / "out", probe=tmp_path / "probe.npz")
+    assert is_own(caught.value)
+    assert not (tmp_path / "out").exists()

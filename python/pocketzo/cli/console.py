@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -64,11 +63,6 @@ def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table
     return table
 
 
-def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return an evaluation with None for infinity and NaN, which JSON does not have."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in evaluation.items()}
-
-
 def metric_text(name: str, evaluation: Mapping[str, float | None]) -> str:
     """Return one result of an evaluation as text."""
     return METRICS[name].format(evaluation.get(name))
@@ -117,10 +111,10 @@ def _milliseconds(seconds: float) -> str:
 
 def forecast_text(forecast: Forecast) -> str:
     """Return what a run will need, in a line."""
-    tokens = "" if forecast.tokens is None else f" x {forecast.tokens:,} tokens"
     memory = "" if forecast.peak is None else f", {size_text(forecast.peak)}"
     return (
-        f"longest batch: {forecast.examples}{tokens}, {_milliseconds(forecast.forward_seconds)} a forward{memory}; "
+        f"longest batch: {forecast.examples} x {forecast.tokens:,} tokens, "
+        f"{_milliseconds(forecast.forward_seconds)} a forward{memory}; "
         f"{forecast.steps:,} steps take about {duration(forecast.seconds)}"
     )
 

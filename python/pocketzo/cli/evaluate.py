@@ -9,7 +9,7 @@ import click
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import for_json, metric_text, say
+from pocketzo.cli.console import metric_text, say
 from pocketzo.cli.options import (
     PATH,
     base_option,
@@ -28,6 +28,7 @@ from pocketzo.runtime.load import load
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.run import for_json
 
 
 @click.command("eval", cls=Command)

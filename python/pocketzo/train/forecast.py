@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,8 @@ class Forecast:
     ----------
     examples : int
         Examples of the longest batch.
-    tokens : int or None
-        Tokens of its longest example; None for a model that takes no tokens.
+    tokens : int
+        Of its longest example.
     forward_seconds : float
         Seconds of a forward pass of the longest batch.
     peak : int or None
@@ -43,23 +43,23 @@ class Forecast:
     """
 
     examples: int
-    tokens: int | None
+    tokens: int
     forward_seconds: float
     peak: int | None
     steps: int
     seconds: float
 
 
-def longest_batch(data: Data, batch_size: int) -> NDArray[np.int64] | None:
-    """Return the numbers of the longest examples that one batch can hold; None if no lengths are known."""
-    lengths = _lengths(data)
-    if lengths is None:
-        return None
-    return np.resize(np.argsort(-lengths, kind="stable")[:batch_size], batch_size).astype(np.int64)
+class Longest(NamedTuple):
+    """The longest examples that one batch can hold, and the time of a forward pass."""
+
+    batch: Mapping[str, NDArray[Any]]
+    tokens: int
+    seconds: float
 
 
-def check_longest(data: Data, batch_size: int, forward: Forward) -> float:
-    """Evaluate the longest batch, and return the seconds that it took; 0 if no lengths are known.
+def check_longest(data: Data, batch_size: int, forward: Forward) -> Longest | None:
+    """Evaluate the longest examples that one batch can hold; None if no lengths are known.
 
     Raises
     ------
@@ -68,15 +68,16 @@ def check_longest(data: Data, batch_size: int, forward: Forward) -> float:
     Error
         The model cannot be run on these examples together.
     """
-    chosen, lengths = longest_batch(data, batch_size), _lengths(data)
-    if chosen is None or lengths is None:
-        return 0.0
+    lengths = _lengths(data)
+    if lengths is None:
+        return None
+    chosen = np.resize(np.argsort(-lengths, kind="stable")[:batch_size], batch_size).astype(np.int64)
     batch = data.batch(chosen)
+    tokens = int(lengths[chosen[0]])
     try:
-        seconds = _timed(forward, batch)
-        return min(seconds, _timed(forward, batch)) if seconds < _SLOW else seconds
+        return Longest(batch, tokens, _timed(forward, batch))
     except MemoryLimitError as error:
-        raise MemoryLimitError(f"the longest batch, up to {lengths[chosen[0]]} tokens: {error}") from None
+        raise MemoryLimitError(f"the longest batch, up to {tokens} tokens: {error}") from None
     except Error as error:
         failure = error
     most = _most_tokens(data, lengths, forward)
@@ -116,8 +117,8 @@ def forecast(
     evaluations: int,
     eval_data: Data | None,
     batch_size: int,
-) -> Forecast:
-    """Evaluate the longest batch and one of common length, and estimate the time of a run.
+) -> Forecast | None:
+    """Evaluate the longest batch and one of common length, and estimate the time of a run; None without lengths.
 
     Parameters
     ----------
@@ -140,14 +141,18 @@ def forecast(
     DataError, Error
         As :func:`check_longest`.
     """
-    first = optimizer.step_number
-    longest = check_longest(data, batch_size, forward)
-    lengths, chosen = _lengths(data), longest_batch(data, batch_size)
+    longest, lengths = check_longest(data, batch_size, forward), _lengths(data)
+    if longest is None or lengths is None:
+        return None
+    slowest = longest.seconds
+    if slowest < _SLOW:
+        slowest = min(slowest, _timed(forward, longest.batch))
     peak = process_memory()[1]
-    sampled = range(first, min(first + _SAMPLED, steps))
-    widths = [1 if lengths is None else int(lengths[order(step)].max()) for step in sampled] or [1]
-    common = _timed(forward, data.batch(order(first + int(np.argsort(widths)[len(widths) // 2]))))
-    rate = common / sorted(widths)[len(widths) // 2]  # seconds a token of each example
+    first = optimizer.step_number
+    sampled = range(first, max(first + 1, min(first + _SAMPLED, steps)))  # one at least
+    widths = [int(lengths[order(step)].max()) for step in sampled]
+    middle = int(np.argsort(widths)[len(widths) // 2])
+    rate = _timed(forward, data.batch(order(first + middle))) / widths[middle]  # seconds a token of each example
     share = getattr(optimizer.subset, "share", 1.0)
     a_pass = share * optimizer.parameters * _seconds_per_element()
     a_step = optimizer.forwards * (rate * float(np.mean(widths)) + a_pass)
@@ -158,8 +163,8 @@ def forecast(
         an_evaluation = rate * width * len(eval_data) / batch_size
     return Forecast(
         examples=batch_size,
-        tokens=None if lengths is None or chosen is None else int(lengths[chosen[0]]),
-        forward_seconds=longest or common,
+        tokens=longest.tokens,
+        forward_seconds=slowest,
         peak=peak,
         steps=steps - first,
         seconds=(steps - first) * a_step + evaluations * an_evaluation,

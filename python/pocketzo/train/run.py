@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,11 @@ class _Unloaded:
         self.weights.read()
 
 
-def finite(value: float) -> float | None:
-    """Return a number, or None for infinity and NaN, which JSON does not have."""
-    return value if math.isfinite(value) else None
+def finite(value: float | None) -> float | None:
+    """Return a number, or None for infinity and NaN, which JSON does not have, and for None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return an evaluation with :func:`finite` values."""
+    return {name: finite(value) for name, value in evaluation.items()}

@@ -30,7 +30,7 @@ from pocketzo.train.forecast import Forecast, check_longest, forecast
 from pocketzo.train.guard import check_weights
 from pocketzo.train.history import History
 from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
-from pocketzo.train.run import Run, finite
+from pocketzo.train.run import Run, finite, for_json
 from pocketzo.train.writer import RunWriter
 
 BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], float]
@@ -353,8 +353,12 @@ class Trainer:
     def _loss(self, model: Model, batch: Batch) -> float:
         if self.loop.objective == "loss":
             return model.loss(batch)
+        return float(self.objective(self._run(batch), batch))
+
+    def _run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Run the model on a batch for the outputs that the objective needs."""
         outputs = self.objective.outputs if isinstance(self.objective, MetricObjective) else None
-        return float(self.objective(model.run(batch, outputs), batch))
+        return self.model.run(batch, outputs)
 
     def _begin(self) -> RunWriter:
         assert self.run is not None
@@ -406,27 +410,17 @@ class Trainer:
             if self.optimizer.step_number:
                 raise ValueError("the optimizer has taken steps already")
             if self.eval is not None:
-                check_longest(self.eval, self.loop.batch_size, self._forward)
+                check_longest(self.eval, self.loop.batch_size, self._run)
             self._before = self._detailed()
             self.history.add(0, self._before)
-            values = {name: finite(value) for name, value in self._before.values.items()}
-            self.source = replace(self.source, before=values)
+            self.source = replace(self.source, before=for_json(self._before.values))
         return self._before.values
 
     def _evaluate(self, step: int) -> dict[str, float]:
         details = self._detailed()
         self.history.add(step, details)
-        self._log({"step": step, "eval": {name: finite(value) for name, value in details.values.items()}})
+        self._log({"step": step, "eval": for_json(details.values)})
         return details.values
-
-    def _forward(self, batch: Batch) -> None:
-        """Run the model on a batch as a step does."""
-        if isinstance(self.objective, MetricObjective):
-            self.model.run(batch, self.objective.outputs)
-        elif self.loop.objective == "loss":
-            self.model.loss(batch)
-        else:
-            self.model.run(batch)
 
     def forecast(self) -> Forecast | None:
         """Evaluate the longest batch, once, and estimate what the steps that are left will take.
@@ -441,14 +435,14 @@ class Trainer:
         DataError
             An example is too long for the model; names it.
         """
-        if self._forecast is None and getattr(self.train, "lengths", None) is not None:
+        if self._forecast is None:
             steps = range(self.optimizer.step_number + 1, self.loop.steps + 1)
             self._forecast = forecast(
                 optimizer=self.optimizer,
                 data=self.train,
                 order=self._order,
                 steps=self.loop.steps,
-                forward=self._forward,
+                forward=self._run,
                 evaluations=0 if self.loop.eval_every is None else len(steps) // self.loop.eval_every,
                 eval_data=self.eval,
                 batch_size=self.loop.batch_size,
