@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from sizes import SIZE
 import pocketzo as pz
 
 pytest_plugins = ["skips"]
+
+os.environ.pop("PYTHONUNBUFFERED", None)  # CI sets it for its log, and users run programs without it
 
 VOCABULARY, WIDTH, HIDDEN, CLASSES = 50, 24, 40, 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -65,3 +66,22 @@ def test_a_header_with_a_line_break_in_a_name_gives_one_line(tmp_path: Path) -> 
     with pytest.raises(pz.JournalError) as caught:
         pz.Run(tmp_path).replay_onto(model)
     assert is_own(caught.value)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path: Path, tiny_onnx: Path) -> None:
+    pytest.importorskip("tokenizers")
+    vocabulary = {"type": "WordLevel", "vocab": {"good": 1}, "unk_token": "[UNK]"}  # which the vocabulary lacks
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": vocabulary}))
+    bundle = pz.prepare(tiny_onnx, tmp_path / "bundle", tokenizer=tmp_path / "tokenizer.json")
+    with pytest.raises(pz.BundleError, match=r"tokenizer\.json: the tokenizers library cannot use it: ") as caught:
+        pz.encode_texts(["bad"], bundle)
+    assert is_own(caught.value)
+
+
+def test_a_probe_with_a_member_that_is_no_array_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "probe.npz", "w") as archive:
+        archive.writestr("input_ids", b"no array")
+    with pytest.raises(pz.BundleError, match=r"probe\.npz: 'input_ids' is no array") as caught:
+        pz.prepare(tiny_onnx, tmp_path / "out", probe=tmp_path / "probe.npz")
+    assert is_own(caught.value)
+    assert not (tmp_path / "out").exists()

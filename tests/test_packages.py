@@ -117,7 +117,7 @@ from pocketzo.formats.bundle import Bundle, TaskSpec
 from pocketzo.train.plot import plot_run
 
 def bundle():
-    return Bundle(pathlib.Path("."), (), (), (), None, None, TaskSpec("classification"), None, "tokenizer.json",
+    return Bundle(pathlib.Path("."), (), (), (), (), None, None, TaskSpec("classification"), None, "tokenizer.json",
                   "", "", "")
 
 try:

@@ -61,3 +61,8 @@ class BrokenPackageError(Error, ImportError):
 
 class NotPrepackableError(Error):
     """Prepacked weights cannot be live on this system; the plain layout is used instead."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

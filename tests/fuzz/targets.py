@@ -96,13 +96,13 @@ def build(folder: Path) -> None:
     trainer.fit()
 
 
-def train(bundle: Path, folder: Path, data: str = "data.tsv") -> None:
+def train(bundle: Path, folder: Path) -> None:
     """Load a bundle and take two steps."""
     model = pz.load(bundle, threads=1, verify="fast")
     outputs = [value.name for value in model.bundle.outputs if np.dtype(value.dtype).kind == "f"]
     optimizer = pz.MeZO(model, lr=0.01)
     if model.bundle.loss is not None and model.bundle.task is not None and model.bundle.tokenizer is not None:
-        examples = pz.load_dataset(folder / data, model.bundle).batch(np.arange(2))
+        examples = pz.load_dataset(folder / "data.tsv", model.bundle).batch(np.arange(2))
         optimizer.step(lambda model: model.loss(examples))
     else:
         from pocketzo.runtime.outputs import probe_batch

@@ -115,7 +115,7 @@ def test_a_weight_of_another_type_beside_others(tmp_path: Path) -> None:
     assert trainable_names(bundle) == {"fc.weight"}
     assert [(tensor.name, tensor.kind, tensor.elements) for tensor in bundle.frozen] == [("scale.weight", "type", 4)]
     with pytest.raises(BundleError, match=r"'scale.weight'.*float64.*export the model in float32"):
-        prepare(path, tmp_path / "out", trainable="weight")
+        prepare(path, tmp_path / "other", trainable="weight")
 
 
 def test_a_pattern_that_matches_what_is_no_weight(tmp_path: Path) -> None:

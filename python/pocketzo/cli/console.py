@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -63,11 +62,6 @@ def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table
         if any(result.get(metric) is not None for result in columns.values()):
             table.add_row(metric, *(metric_text(metric, result) for result in columns.values()))
     return table
-
-
-def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return an evaluation with None for infinity and NaN, which JSON does not have."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in evaluation.items()}
 
 
 def metric_text(name: str, evaluation: Mapping[str, float | None]) -> str:

@@ -8,7 +8,6 @@ import time
 from types import FrameType
 from typing import Self
 
-import click
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -47,13 +46,22 @@ class _Signals:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
-            err.show_cursor()
-            click.echo(f"\npocketzo: ended at once; to go on: {self._again}", err=True)
+            cursor = "\x1b[?25h" if err.is_terminal else ""  # the display has hidden it
+            _write(f"{cursor}\npocketzo: ended at once; to go on: {self._again}")
             # Like a kill: an exception in the middle of a step would add it to the journal as one that moved nothing.
             os._exit(128 + number)
         self.received = number
         self._trainer.stop_requested = True
-        note("stopping after this step; again to end at once")
+        text = "stopping after this step; again to end at once"
+        try:
+            note(text)
+        except RuntimeError:  # the signal has come in the middle of a write to the same stream
+            _write(text)
+
+
+def _write(text: str) -> None:
+    """Print a line to standard error from a handler that may have interrupted a write to it."""
+    os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 class _Display:

@@ -32,7 +32,8 @@ def chosen_step(run: Run, step: int | None, best: bool) -> int:
     if step is not None and not 0 <= step <= run.steps:
         raise ValueError(f"--step must be 0 to {run.steps}, the steps in the journal of {run.path}; got {step}")
     if best:
-        if run.best_step is None:
+        found = run.best_step
+        if found is None:
             raise JournalError(f"{run.path}: --best chooses by evaluations, and the run has none with a finite value")
-        return run.best_step
+        return found
     return run.steps if step is None else step

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from pocketzo import kernels
+from pocketzo.arguments import check_integer
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import err, evaluation_table, fact, forecast_text, note, out, quoted, say, size_text
 from pocketzo.cli.options import PATH, column_options, groups_option, memory_size, regex, threads_option
@@ -199,8 +200,7 @@ def train(
             f"{bundle}: the bundle has no loss to train by: prepare the model with --loss cross-entropy, bce or mse, "
             f"train by --objective, or by a function of your own in Python"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_integer("batch_size", batch_size, 1)
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []

@@ -14,6 +14,7 @@ from pocketzo.data.examples import Problems
 from pocketzo.data.sequences import Sequences
 from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
+from pocketzo.formats.npz import read_arrays
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> Dataset:
     """Read the examples of an ``.npz`` file."""
-    arrays = _read_arrays(path)
+    try:
+        arrays = read_arrays(path)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
     specs = {spec.name: spec for spec in task.bundle.inputs}
     has_labels = task.label_spec is not None
     label_names = task.columns.get("label", ())
@@ -66,26 +70,6 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     arrays = {name: _checked(path, specs[name], values, problems, sequence) for name, values in arrays.items()}
     problems.check()
     return Dataset(task, str(path), size, tokens, arrays, labels)
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a file by name, in this machine's byte order."""
-    arrays: dict[str, NDArray[Any]] = {}
-    where = ""
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            for name in file.files:
-                where = f"array {name!r}: "
-                if name in arrays:
-                    raise DataError(f"{path}: two arrays have the name {name!r}")
-                arrays[name] = _native(path, name, file[name])
-    except TypeError as error:  # for a .npy file, numpy.load returns an array, which is not a context manager
-        raise DataError(f"{path}: a single array (.npy), expected an .npz of named arrays") from error
-    except (DataError, OSError):
-        raise
-    except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
-        raise DataError(f"{path}: not an .npz of plain arrays: {where}{' '.join(str(error).split())}") from error
-    return arrays
 
 
 def _labels_by_token(path: Path, task: Task, labels: NDArray[Any], problems: Problems) -> NDArray[Any]:
@@ -149,15 +133,6 @@ def _is_mask_of_floats(task: Task, name: str, values: NDArray[Any]) -> bool:
         spec.name == name and np.dtype(spec.dtype).kind == "f" for spec in task.bundle.inputs
     )
     return wanted and values.dtype.kind == "f" and bool(np.isin(values, (0, 1)).all())
-
-
-def _native(path: Path, name: str, values: NDArray[Any]) -> NDArray[Any]:
-    """Return an array in this machine's byte order."""
-    if not isinstance(values, np.ndarray):  # of a member that is no array, numpy gives the bytes
-        raise DataError(f"{path}: {name!r} is no array; an .npz holds arrays only")
-    if values.dtype.names is not None:
-        raise DataError(f"{path}: array {name!r} has fields of several types; expected an array of numbers")
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _checked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
     from pocketzo.tasks.base import Task
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
-from pocketzo.data.examples import Example, Problems
+from pocketzo.data.examples import Encoded, Example, Problems
 from pocketzo.packages import require
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.base import IGNORED
@@ -42,6 +42,16 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
     except Exception as error:  # the library raises no narrower type
         raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
     return tokenizer
+
+
+def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+    try:
+        return task.encode(tokenizer, examples)
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises no narrower type
+            raise
+        path = task.bundle.tokenizer_path
+        raise BundleError(f"{path}: the tokenizers library cannot use it: {' '.join(str(error).split())}") from error
 
 
 def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:
@@ -68,7 +78,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     lengths, labels, lines = array("i"), list[Any](), array("q")
     cut = 0
     while chunk := list(islice(examples, CHUNK)):
-        encoded = task.encode(tokenizer, [example for _, example in chunk])
+        encoded = _encoded(task, tokenizer, [example for _, example in chunk])
         for (number, example), row in zip(chunk, encoded, strict=True):
             if longest is not None and longest <= special[example.pair is not None]:
                 problems.add(number, f"a maximum length of {longest} tokens leaves no room for the text")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Final
 
-from pocketzo.errors import Error
+from pocketzo.errors import Error, first_line
 from pocketzo.export.bert import Checkpoint
 from pocketzo.formats.safetensors import file_sha256
 
@@ -73,7 +73,7 @@ def _from_hub() -> tuple[Path, Path]:
     try:
         return Path(hf_hub_download(HUB, _WEIGHTS)), Path(hf_hub_download(HUB, _TOKENIZER))
     except Exception as error:  # the same advice for any error of the hub, the network or the cache
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise Error(
             f"the weights of {HUB} are not installed, and the hub did not give them ({reason}): {ways}"
         ) from error

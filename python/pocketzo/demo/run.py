@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo import kernels
+from pocketzo.arguments import check_integer
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import load_dataset
 from pocketzo.demo.minilm import find_checkpoint
@@ -155,8 +156,7 @@ def run_demo(
     """
     started = time.perf_counter()
     output = Path(output)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_integer("steps", steps, 1)
     _refuse_foreign(output)
     require_scikit_learn()
     files = find_checkpoint(checkpoint)

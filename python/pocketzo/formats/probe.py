@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.files import named
+from pocketzo.formats.npz import read_arrays
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import ValueSpec
@@ -33,14 +34,11 @@ def read_probe(path: Path) -> Probe:
         The file cannot be read, or is not an ``.npz`` of plain arrays.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return dict(file)
+        return read_arrays(path)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except TypeError:  # for a .npy file, numpy.load returns an array, which is not a context manager
-        raise BundleError(f"{path}: a single array (.npy), expected an .npz of named arrays") from None
-    except Exception as error:  # of damaged files numpy, zipfile and zlib raise a dozen kinds
-        raise BundleError(f"{path}: not an .npz of plain arrays: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from None
 
 
 def write_probe(path: Path, batch: Mapping[str, NDArray[Any]]) -> None:

@@ -14,14 +14,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from pocketzo.errors import BundleError
+from pocketzo.errors import BundleError, first_line
 from pocketzo.formats.bundle import Bundle, ValueSpec
 from pocketzo.formats.probe import Probe, check_probe, other_branches
 from pocketzo.graph.float16 import MOST_FLOAT16, check_range, open_with_activations
 from pocketzo.graph.opset import too_old
 from pocketzo.graph.probe import index_limits, made_up_batches
 from pocketzo.graph.read import CONVERTED, describe
-from pocketzo.graph.sessions import first_line, open_graph, open_source
+from pocketzo.graph.sessions import open_graph, open_source
 
 Array = NDArray[Any]
 

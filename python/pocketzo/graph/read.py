@@ -95,7 +95,10 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
 
 def to_bytes(model: ir.Model) -> bytes:
     """Serialise a graph to the bytes of an ONNX file, deterministically."""
-    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    try:
+        content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    except ir.serde.SerdeError as error:
+        raise BundleError(f"the graph cannot be written: {_reason(error)}") from None
     return content
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 
-from pocketzo.errors import BundleError
+from pocketzo.errors import BundleError, first_line
 from pocketzo.machine.paths import utf8_path
 
 
@@ -53,11 +53,6 @@ def open_source(source: Path, *, external: bool) -> ort.InferenceSession:
     if external:
         return open_graph(source, onnx.load(source, format="protobuf", load_external_data=False))
     return open_graph(source, source)  # onnxruntime reads the file itself, once
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _external_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

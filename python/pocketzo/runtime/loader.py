@@ -11,7 +11,7 @@ from typing import Literal
 import onnxruntime as ort
 
 from pocketzo._core import has_fp16_arithmetic
-from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, NotPrepackableError
+from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, NotPrepackableError, first_line
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import resident_memory
 from pocketzo.runtime.image import Image
@@ -65,7 +65,7 @@ class Loader:
             try:
                 return self._load_prepacked()
             except (NotPrepackableError, MemoryError, OSError) as error:  # the plain layout may need less
-                reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+                reason = first_line(error)
                 if self.prepack is True:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
         loaded = None

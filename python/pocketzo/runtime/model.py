@@ -153,7 +153,7 @@ class Model:
         one and its buffers. It is an estimate, not a bound.
         """
         matrices = [tensor.shape[1] for tensor in self.bundle.tensors if len(tensor.shape) == 2]
-        widest = max(matrices, default=1) * max(256, shape[-1]) // 256
+        widest = max(matrices, default=1) * max(256, *shape[-1:]) // 256
         logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
         widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
         casts = 0

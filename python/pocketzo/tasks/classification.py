@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from pocketzo.tasks.base import is_column
-from pocketzo.tasks.text import TEXT, TEXT_PAIR, Classes, TextTask
+from pocketzo.tasks.text import TEXT, TEXT_PAIR, ClassesTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.formats.bundle import ValueSpec
     from pocketzo.tasks.metrics import Source
 
 
-class Classification(TextTask):
+class Classification(ClassesTask):
     """A text, or a pair of texts, and its class.
 
     A label is a class name of the bundle, or a class number from 0. If a class name looks like a number, labels must be
     names. If the bundle has neither names nor a number of classes, any number from 0 is a class.
 
     Scores are [batch, classes]; or, for two classes, one score for the second class, [batch] or [batch, 1].
-
-    Parameters
-    ----------
-    bundle : Bundle
-        The model.
-    labels : sequence of str, optional
-        The names of the classes, in the order of the scores.
-    loss, threshold : optional
-        See :class:`Task`.
     """
 
     name: ClassVar[str] = "classification"
-    settings: ClassVar[tuple[str, ...]] = ("labels", "loss", "threshold")
     losses: ClassVar[tuple[str, ...]] = ("cross-entropy", "bce")
     columns: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": TEXT,
@@ -45,17 +35,6 @@ class Classification(TextTask):
     }
     predicts: ClassVar[Source] = "classes"
     default_metric: ClassVar[str] = "accuracy"
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        labels: Sequence[str] | None = None,
-        loss: str | None = None,
-        threshold: float | None = None,
-    ) -> None:
-        super().__init__(bundle, loss=loss, threshold=threshold)
-        self._classes = Classes(labels or (), self.class_count)
 
     @classmethod
     def suits(cls, labels: ValueSpec | None, scores: ValueSpec | None, threshold: float | None = None) -> bool:

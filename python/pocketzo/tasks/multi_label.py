@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from pocketzo.data.columns import LineError
 from pocketzo.tasks.base import is_column
-from pocketzo.tasks.text import TEXT, TEXT_PAIR, Classes, TextTask
+from pocketzo.tasks.text import TEXT, TEXT_PAIR, ClassesTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.formats.bundle import ValueSpec
     from pocketzo.tasks.metrics import Source
 
 
-class MultiLabel(TextTask):
+class MultiLabel(ClassesTask):
     """A text, or a pair of texts, and its labels: ``{"text": "...", "labels": ["sport", "politics"]}``.
 
     Labels are names or numbers as in :class:`Classification`, in a list, or in one string: separated by commas, or, if
     no name contains white space, by white space. An empty list or string means that no label applies. In an ``.npz``
     file, a row holds 0 or 1 for each label.
-
-    Parameters
-    ----------
-    bundle : Bundle
-        The model.
-    labels : sequence of str, optional
-        The names of the labels, in the order of the scores.
-    loss, threshold : optional
-        See :class:`Task`.
     """
 
     name: ClassVar[str] = "multi-label"
-    settings: ClassVar[tuple[str, ...]] = ("labels", "loss", "threshold")
     losses: ClassVar[tuple[str, ...]] = ("bce",)
     columns: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "text": TEXT,
@@ -52,18 +42,6 @@ class MultiLabel(TextTask):
     label_dtype: ClassVar[str] = "float32"
     default_metric: ClassVar[str] = "micro-f1"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        labels: Sequence[str] | None = None,
-        loss: str | None = None,
-        threshold: float | None = None,
-    ) -> None:
-        super().__init__(bundle, loss=loss, threshold=threshold)
-        self._classes = Classes(labels or (), self.class_count)
-        self._split_at_spaces = not any(name.split() != [name] for name in labels or ())
-
     @classmethod
     def suits(cls, labels: ValueSpec | None, scores: ValueSpec | None, threshold: float | None = None) -> bool:
         """Return whether a graph with this label input and these scores suits this task."""
@@ -78,7 +56,7 @@ class MultiLabel(TextTask):
         if self._classes.count is None:
             raise LineError("the model does not fix the number of labels: prepare it with their names, or use .npz")
         if isinstance(label, str):
-            parts = label.replace(",", " ").split() if self._split_at_spaces else label.split(",")
+            parts = label.split(",") if self._classes.have_spaces else label.replace(",", " ").split()
             label = [part.strip() for part in parts if part.strip()]
         if isinstance(label, int) and not isinstance(label, bool):
             label = [label]

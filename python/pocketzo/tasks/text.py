@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from pocketzo.data.columns import Columns
+    from pocketzo.formats.bundle import Bundle
 
 TEXT: Final = ("text", "sentence", "sentence1")
 TEXT_PAIR: Final = ("text_pair", "sentence2")
@@ -62,6 +63,13 @@ class Classes:
     count : int or None
         The number of classes of the graph; None if the graph does not fix it.
 
+    Attributes
+    ----------
+    count : int or None
+        The number of names, or of classes of the graph.
+    have_spaces : bool
+        Whether a name contains white space.
+
     Raises
     ------
     ValueError
@@ -72,6 +80,7 @@ class Classes:
         if names and count not in (None, len(names)):
             raise ValueError(f"'labels' has {len(names)} names, and the scores have {count} classes")
         self.count = len(names) or count
+        self.have_spaces = any(name.split() != [name] for name in names)
         self._ids = {name: index for index, name in enumerate(names)}
         expected = [repr(name) for name in names[:10]] + ["..."] * (len(names) > 10)
         if self.count is None:
@@ -91,3 +100,30 @@ class Classes:
         if text not in self._ids:
             raise LineError(f"unknown label {text[:80]!r}: expected {self._expected}")
         return self._ids[text]
+
+
+class ClassesTask(TextTask):
+    """A text, or a pair of texts, and a label of named classes.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The model.
+    labels : sequence of str, optional
+        The names of the classes, in the order of the scores.
+    loss, threshold : optional
+        See :class:`Task`.
+    """
+
+    settings: ClassVar[tuple[str, ...]] = ("labels", "loss", "threshold")
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        labels: Sequence[str] | None = None,
+        loss: str | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__(bundle, loss=loss, threshold=threshold)
+        self._classes = Classes(labels or (), self.class_count)
