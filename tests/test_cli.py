@@ -341,21 +341,24 @@ def test_force_replaces_a_bundle_and_nothing_else(workspace: Workspace, tmp_path
 
 
 def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
-    table, journal, verdict, evaluate, replay = workspace.output.rsplit("\n", 5)[:-1]
-    assert re.match(r"accuracy rose from [\d.]+ % to [\d.]+ % \(standard error of the difference [\d.]+ %\)$", verdict)
-    header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table.splitlines())
+    *table, moved, fell, journal, evaluate, replay = workspace.output.splitlines()
+    header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table)
     assert header[:2] == ["before", "after step 60"]
     assert header[2].startswith("best, step ")
     assert accuracy[0] == "accuracy"
     assert loss[0] == "loss"
     assert float(accuracy[3].split()[0]) > float(accuracy[1].split()[0]) + 10, "it did not learn"
     assert float(loss[3]) < float(loss[1])
+    figures = rf"from {accuracy[1]} to {accuracy[2]}, a difference of [\d.]+ % with a standard error of [\d.]+ %"
+    assert re.fullmatch(f"accuracy rose: {figures}", moved)
+    figures = rf"from {loss[1]} to {loss[2]}, a difference of [\d.]+ with a standard error of [\d.]+"
+    assert re.fullmatch(f"loss fell: {figures}", fell)
     size = (workspace.run / "journal.pzj").stat().st_size
     assert journal == f"{workspace.run}: 60 steps, journal of {size / 1000:.1f} kB"
     assert evaluate.startswith(f"evaluate:  pocketzo eval {workspace.run} --data {workspace.dev}")
     assert replay.startswith(f"get the tuned bundle:  pocketzo replay {workspace.run} -o tuned")
     lines = [json.loads(line) for line in (workspace.run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval" in line] == [20, 40, 60]
+    assert [line["step"] for line in lines if "eval" in line] == [0, 20, 40, 60]
 
 
 def test_the_commands_that_training_prints_work_as_they_stand(workspace: Workspace, tmp_path: Path) -> None:
@@ -543,7 +546,7 @@ def test_f1_rises_where_it_is_the_objective(lopsided: Lopsided) -> None:
         line["eval"]["f1"] for line in pz.Run(lopsided.runs["f1"]).metrics() if "eval" in line
     )
     assert lopsided.f1("f1", "--best") == pytest.approx(facts["best"]["f1"])
-    first = next(line for line in pz.Run(lopsided.runs["f1"]).metrics())
+    first = next(line for line in pz.Run(lopsided.runs["f1"]).metrics() if "loss" in line)
     assert first["loss"] == pytest.approx(1 - before, abs=1e-3)
     facts = json.loads(good("info", lopsided.runs["loss"], "--json"))
     assert (facts["loop"]["objective"], facts["loop"]["metric"]) == ("loss", "f1")
@@ -709,7 +712,8 @@ def test_a_limit_too_small_for_the_first_step_leaves_no_run(workspace: Workspace
     process = pocketzo(*command, "--max-memory", "2G", before=full)
     assert process.returncode == 1
     assert "was stopped" in process.stderr
-    assert "Stopped before the end of the first step, so that there is no journal" in process.stderr
+    assert re.search(r"allow more \(the longest example has 6 tokens: .*train.tsv, line \d+\)", process.stderr)
+    assert "Stopped before the first step, so that there is no journal" in process.stderr
     good(*command, "--batch-size", 4)
 
 
@@ -982,8 +986,11 @@ def test_a_run_that_ruins_the_model_says_so(workspace: Workspace, tmp_path: Path
         words = ("--data", workspace.train, *more, "--steps", 60, "--threads", 1, "--lr", 1e6, "--method", "mezo")
         process = pocketzo("train", workspace.base, *words, "-o", run)
         assert process.returncode == 0, process.stderr
-        assert re.search(r"^(training )?loss rose from |^accuracy (fell|did not move)", process.stdout, re.MULTILINE)
-        assert "note: the run made the model worse: try a tenth of the lr" in process.stderr or more
+        assert re.search(r"^loss( of some training examples)? rose: from ", process.stdout, re.MULTILINE)
+        assert re.search(r"^try: a tenth of the lr, --lr 100000.*: .*loss.* got worse$", process.stdout, re.MULTILINE)
+        replay = pocketzo("replay", run, "-o", tmp_path / f"tuned{len(more)}")
+        assert "note: the weights after step 60 are worse than those before the run: " in replay.stderr
+        assert replay.returncode == 0
 
 
 def test_best_needs_an_evaluation(workspace: Workspace, tmp_path: Path) -> None:
@@ -997,7 +1004,8 @@ def test_best_needs_an_evaluation(workspace: Workspace, tmp_path: Path) -> None:
 def test_training_says_beforehand_what_it_will_take(workspace: Workspace, tmp_path: Path) -> None:
     process = pocketzo("train", *workspace.words("--steps", 2, "-o", tmp_path / "run"))
     assert re.search(
-        r"^longest batch: \d+ x \d+ tokens, [\d.]+ m?s a forward, [\d.]+ MB; 2 steps take about \d+:\d\d$",
+        r"^the longest example has 6 tokens \(.*train.tsv, line \d+\); a forward pass of the largest batch takes "
+        r"[\d.]+ m?s, peak memory [\d.]+ MB\n2 steps of 9 forward passes and 2 evaluations will take .+$",
         process.stderr,
         re.MULTILINE,
     )

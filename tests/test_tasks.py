@@ -360,6 +360,28 @@ def test_metrics_of_tokens_pass_over_those_without_a_label(tmp_path: Path) -> No
     assert all(math.isnan(nothing[name]) for name in EVERY)
 
 
+def test_a_model_that_gives_infinity_has_no_predictions(model: pz.Model, data: pz.Dataset) -> None:
+    for value in (np.inf, -np.inf):  # of all classes, of which the first one would win
+        model.weights["classifier.bias"] = np.full(3, value, np.float32)
+        got = pz.evaluate(model, data, metrics=["accuracy", "f1", "matthews"])
+        assert all(math.isnan(got[name]) for name in ("accuracy", "f1", "matthews"))
+    model.weights["classifier.bias"] = np.array([0, -np.inf, 0], np.float32)  # a class that is ruled out
+    assert math.isfinite(pz.evaluate(model, data, metrics=["accuracy"])["accuracy"])
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [(Classification, None), (Classification, 0.0), (MultiLabel, 0.0)])
+def test_scores_that_are_not_finite_are_no_prediction(kind: Any, threshold: float | None) -> None:
+    task = object.__new__(kind)  # predictions need no bundle
+    task.threshold = threshold
+    columns = 1 if kind is Classification and threshold is not None else 2
+    for bad in (np.nan, np.inf):
+        scores = np.ones((2, columns))
+        scores[1, -1] = bad
+        found = task.predictions(scores).reshape(2, -1)
+        assert found[0].min() >= 0
+        assert found[1].min() == -1
+
+
 def test_a_model_that_gives_nan_has_no_metrics(model: pz.Model, data: pz.Dataset) -> None:
     model.weights["classifier.bias"] = np.array([0, np.nan, 0], np.float32)
     got = pz.evaluate(model, data, metrics=EVERY)

@@ -25,6 +25,7 @@ from pocketzo.data.order import Data, Order
 from pocketzo.formats.journal import Journal
 from pocketzo.runtime.weights import Weights
 from pocketzo.train.recipe import Recipe
+from pocketzo.train.verdict import verdict, worse_than_before
 
 
 @pytest.fixture
@@ -133,7 +134,10 @@ def test_a_run_learns_and_is_recorded(model: pz.Model, data: pz.Dataset, tmp_pat
     lines = list(run.metrics())
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 301))
     evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
-    assert evaluations[300] == after
+    assert run.evaluations() == evaluations
+    assert list(evaluations) == [0, 100, 200, 300]
+    assert evaluations[0] == pytest.approx(before, rel=1e-6)
+    assert evaluations[300] == pytest.approx(after, rel=1e-6)
     assert evaluations[run.best_step]["accuracy"] == max(e["accuracy"] for e in evaluations.values())
 
 
@@ -533,7 +537,7 @@ def test_the_next_batch_is_made_while_a_step_runs(model: pz.Model, data: pz.Data
         nonlocal calls
         step, calls = calls // 2, calls + 1
         deadline = time.monotonic() + 20
-        while len(watched.asked) < min(step + 2, 5):
+        while len(watched.asked) < min(step + 3, 6):
             assert time.monotonic() < deadline
             time.sleep(1e-3)
         np.testing.assert_array_equal(batch["input_ids"], data.batch(order(step))["input_ids"])
@@ -542,9 +546,9 @@ def test_the_next_batch_is_made_while_a_step_runs(model: pz.Model, data: pz.Data
     before = threading.enumerate()
     train(model, watched, None, steps=5, objective=objective)
     assert calls == 10
-    assert watched.asked == [order(step).tolist() for step in range(5)]
+    assert watched.asked == [list(range(8)), *(order(step).tolist() for step in range(5))]
     assert threading.enumerate() == before
-    assert len(watched.threads) == 1
+    assert len(watched.threads) == 2, "that of the rehearsal, and one for all steps"
 
 
 def test_data_is_asked_by_one_at_a_time(model: pz.Model, data: pz.Dataset) -> None:
@@ -552,19 +556,23 @@ def test_data_is_asked_by_one_at_a_time(model: pz.Model, data: pz.Dataset) -> No
     train(
         model, watched, None, steps=5, eval=watched, eval_every=1, objective=lambda outputs, batch: 1.0, batch_size=120
     )
-    assert len(watched.asked) == 11  # 5 steps, and 6 evaluations: of the base, and after each
+    assert len(watched.asked) == 1 + 5 + 30 * 6, "the rehearsal, the steps, and 30 batches of 4 an evaluation"
 
 
 def test_a_batch_that_fails_ends_the_run_at_its_step(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
     before = threading.enumerate()
     done: list[int] = []
-    with pytest.raises(OSError, match="the card has gone"):  # two batches are evaluated before the first step
+    with pytest.raises(OSError, match="the card has gone"):
         train(
-            model, Watched(data, fails=8), tmp_path / "run", callback=lambda progress: done.append(progress.info.step)
+            # After the rehearsal and an evaluation of the first batch in parts of one example.
+            model,
+            Watched(data, fails=1 + 8 + 6),
+            tmp_path / "run",
+            callback=lambda progress: done.append(progress.info.step),
         )
     assert done == list(range(5))
     assert pz.Run(tmp_path / "run").steps == 5
-    assert len(list(pz.Run(tmp_path / "run").metrics())) == 5
+    assert [line["step"] for line in pz.Run(tmp_path / "run").metrics()] == list(range(6))
     assert threading.enumerate() == before
 
 
@@ -640,27 +648,95 @@ def test_resume_goes_on_from_a_torn_record(tiny_bundle: Path, data: pz.Dataset, 
 def test_patience(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
     optimizer = pz.MeZO(model, lr=0.0)
     train(model, data, tmp_path / "run", optimizer=optimizer, eval=data, eval_every=2, patience=3)
-    assert pz.Run(tmp_path / "run").steps == 6  # the evaluation of the base is the best, and three follow
+    assert pz.Run(tmp_path / "run").steps == 6  # the evaluation before the first step is the best, and three follow
     assert pz.Run(tmp_path / "run").best_step == 0
 
 
-def test_losses_that_stay_infinite_end_the_run(
-    tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path
+def test_without_an_evaluation_no_step_is_the_best(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
+    train(model, data, tmp_path / "run", steps=2)
+    assert pz.Run(tmp_path / "run").best_step is None
+
+
+@pytest.mark.parametrize("with_journal", [True, False])
+def test_a_run_that_an_update_ruined_ends_before_it(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path, with_journal: bool
+) -> None:
+    images = [image(model.weights)]
+    ruined = False
+
+    def objective(outputs: Any, batch: Any) -> float:
+        return math.nan if ruined else float(outputs["loss"])
+
+    def ruin(progress: pz.Progress) -> None:
+        nonlocal ruined
+        ruined = progress.info.step + 1 >= 4
+        images.append(image(model.weights))
+
+    run = tmp_path / "run" if with_journal else None
+    kept = "run now ends after step 3" if with_journal else "weights in memory are those after step 4"
+    message = rf"not finite in the last 3 steps \(up to step 7\): the update of step 4 ruined the weights; the {kept}"
+    with pytest.raises(pz.TrainingError, match=message):
+        train(model, data, run, objective=objective, max_skipped=3, callback=ruin)
+    if run is None:
+        assert image(model.weights) == images[7]
+        return
+    assert pz.Run(run).steps == 3
+    assert image(model.weights) == images[3]
+    pz.Run(run).replay(tmp_path / "out")
+    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == images[3]
+    assert [line["loss"] is None for line in pz.Run(run).metrics()] == [False] * 4 + [True] * 3
+
+
+def test_losses_that_are_infinite_beside_the_weights_alone_end_the_run_and_keep_it(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path
 ) -> None:
     calls = 0
 
     def objective(outputs: Any, batch: Any) -> float:
         nonlocal calls
         calls += 1
-        return math.nan if calls > 8 else float(outputs["loss"])
+        return math.nan if 8 < calls <= 14 else float(outputs["loss"])
 
-    with pytest.raises(pz.TrainingError, match=r"not finite in the last 3 steps \(up to step 7\)"):
+    with pytest.raises(pz.TrainingError, match=r"up to step 7\), though it is with weights .* Try a smaller eps"):
         train(model, data, tmp_path / "run", objective=objective, max_skipped=3)
     assert pz.Run(tmp_path / "run").steps == 7
     pz.Run(tmp_path / "run").replay(tmp_path / "out")
     assert (tmp_path / "out" / "weights.safetensors").read_bytes() == image(model.weights)
-    metrics = list(pz.Run(tmp_path / "run").metrics())
-    assert [line["loss"] is None for line in metrics] == [False] * 4 + [True] * 3
+
+
+def test_losses_that_were_never_finite_are_not_called_the_runs_fault(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(pz.TrainingError, match="nor is it with the weights of the bundle: there is no label"):
+        train(model, data, tmp_path / "run", objective=lambda outputs, batch: math.nan, max_skipped=2)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize("lr", [1e6, 1e30, 3e38])
+def test_a_learning_rate_far_too_large_is_never_silent(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path, steps: int, evaluated: bool, lr: float
+) -> None:
+    options: dict[str, Any] = {"eval": data, "eval_every": 1} if evaluated else {}
+    optimizer = pz.FZOO(model, lr=lr, seed=1)
+    before = image(model.weights)
+    try:
+        train(model, data, tmp_path / "run", optimizer=optimizer, steps=steps, **options)
+    except pz.TrainingError as error:
+        assert lr == 3e38
+        assert "the update of step 1 ruined the weights" in str(error)  # noqa: PT017
+        assert image(model.weights) == before
+        return
+    run = pz.Run(tmp_path / "run")
+    said = worse_than_before(run, steps)
+    assert said is not None
+    assert verdict(run)[-1].startswith(f"try: a tenth of the lr, --lr {lr / 10:g}")
+    if lr == 3e38:
+        assert evaluated
+        assert steps < 40
+        assert run.best_step == 0, "NaN never wins"
+        assert "accuracy went from" in said
+        assert "to nan" in said
 
 
 def test_an_objective_without_gradient(model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
@@ -739,6 +815,26 @@ def test_bad_settings(model: pz.Model, data: pz.Dataset, tmp_path: Path, options
     with pytest.raises(ValueError, match=message):
         train(model, Watched(data), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 9.5},
+        {"steps": True},
+        {"batch_size": "8"},
+        {"eval_every": 1.0},
+        {"snapshot_every": True},
+        {"max_skipped": None},
+        {"group_by_length": 1},
+    ],
+    ids=lambda options: f"{options}",
+)
+def test_settings_of_the_wrong_type(model: pz.Model, data: pz.Dataset, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(options))} must be (an int|a bool), got"):
+        train(model, data, None, **options)
+    with pytest.raises(TypeError, match=r"batch_size must be an int, got 2\.5"):
+        pz.evaluate(model, data, batch_size=2.5)  # type: ignore[arg-type]
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ if _problem is None:
     from pocketzo.runtime.load import load
     from pocketzo.runtime.model import Model
     from pocketzo.tasks.evaluate import evaluate
+    from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
-    from pocketzo.train.trainer import Progress, Trainer
+    from pocketzo.train.trainer import Trainer
 else:
 
     def __getattr__(name: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -40,3 +41,12 @@ def check_number(name: str, value: object, *, positive: bool = False, most: floa
         least = f"{'greater than' if positive else 'at least'} 0"
         expected = f"finite and {least}" if most is None else f"{least} and at most {most:g}"
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def plain(value: Any) -> Any:
+    """Return settings with Python's numbers in the place of numpy's, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

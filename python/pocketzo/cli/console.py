@@ -14,7 +14,8 @@ from rich.table import Table
 
 from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
-from pocketzo.train.forecast import Forecast
+from pocketzo.train.rehearsal import Forecast
+from pocketzo.train.trainer import Trainer
 
 
 class _Output(Console):
@@ -109,13 +110,19 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
-def forecast_text(forecast: Forecast) -> str:
-    """Return what a run will need, in a line."""
-    memory = "" if forecast.peak is None else f", {size_text(forecast.peak)}"
+def forecast_text(trainer: Trainer, forecast: Forecast) -> str:
+    """Return what is known of a run before its first step, in two lines."""
+    longest = ""
+    if forecast.longest is not None:
+        longest = f"the longest example has {forecast.longest} tokens ({forecast.where}); "
+    memory = "" if forecast.memory is None else f", peak memory {size_text(forecast.memory)}"
+    left = trainer.loop.steps - trainer.optimizer.step_number
+    steps = f"{left:,} step{'s' * (left > 1)} of {trainer.optimizer.forwards} forward passes"
+    evaluations = f" and {forecast.evaluations} evaluations" if forecast.evaluations else ""
+    time = f"about {duration(forecast.seconds)}" if forecast.seconds >= 1 else "less than a second"
+    forward = _milliseconds(forecast.forward_seconds)
     return (
-        f"longest batch: {forecast.examples} x {forecast.tokens:,} tokens, "
-        f"{_milliseconds(forecast.forward_seconds)} a forward{memory}; "
-        f"{forecast.steps:,} steps take about {duration(forecast.seconds)}"
+        f"{longest}a forward pass of the largest batch takes {forward}{memory}\n{steps}{evaluations} will take {time}"
     )
 
 

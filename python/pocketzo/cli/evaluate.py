@@ -28,7 +28,7 @@ from pocketzo.runtime.load import load
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import task_of
-from pocketzo.train.run import for_json
+from pocketzo.train.evaluator import all_finite
 
 
 @click.command("eval", cls=Command)
@@ -87,7 +87,7 @@ def evaluate(
     result = evaluate_model(loaded, examples, batch_size=batch_size, metrics=metrics or None)
     names = metrics or (task_of(bundle).default_metric, "loss")
     if as_json:
-        say(json.dumps(for_json({name: result.get(name) for name in (*names, "count")})))
+        say(json.dumps(all_finite({name: result.get(name) for name in (*names, "count")})))
     else:
         say(
             " · ".join(f"{name} {metric_text(name, result)}" for name in names)

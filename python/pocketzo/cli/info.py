@@ -101,7 +101,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "session": asdict(recipe.session),
         "base": asdict(recipe.model),
         "data": {"train": source.train, "eval": source.eval},
-        "before": source.before,
+        "before": evaluations.get(0),
         "last": evaluations[max(evaluations)] if evaluations else None,
         "best_step": best,
         "best": None if best is None else evaluations[best],

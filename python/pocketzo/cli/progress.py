@@ -15,7 +15,8 @@ from rich.text import Text
 
 from pocketzo.cli.console import duration, err, metric_text, note, size_text
 from pocketzo.machine.memory import process_memory
-from pocketzo.train.trainer import Progress, Trainer
+from pocketzo.train.progress import Progress
+from pocketzo.train.trainer import Trainer
 
 
 def fit_shown(trainer: Trainer, again: str) -> int | None:

@@ -12,6 +12,7 @@ from pocketzo.cli.options import PATH, base_option, best_option, bundle_out, for
 from pocketzo.cli.prepare import check_output
 from pocketzo.cli.runs import chosen_step
 from pocketzo.train.run import Run
+from pocketzo.train.verdict import worse_than_before
 
 
 @click.command(cls=Command)
@@ -34,4 +35,6 @@ def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | N
         note(f"note: {past.notice}")
     number = chosen_step(past, step, best)
     past.replay(output, step=number, bundle=base, overwrite=force)
+    if worse := worse_than_before(past, number):
+        note(f"note: {worse}. See --best and --step")
     say(f"{output}: {run} after step {number} of {past.recipe.loop.steps}")

@@ -28,12 +28,14 @@ from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.metrics import METRICS
+from pocketzo.train.differences import differences
 from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
 from pocketzo.train.resume import resume as resume_run
 from pocketzo.train.resume import use_threads
 from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.trainer import Trainer
+from pocketzo.train.verdict import verdict
 
 _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 
@@ -245,7 +247,7 @@ def train(
         group_by_length=group_by_length,
     )
     if past is not None:
-        others += trainer.differences(past)
+        others += differences(past, trainer.optimizer, trainer.loop)
         if others:
             raise JournalError(
                 f"{output}: holds a run with other settings: {'; '.join(others)}. Give those to go on with it, or "
@@ -258,6 +260,9 @@ def train(
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),
         columns=columns,
     )
+    for path, read_data in ((data, examples), (eval_data, held_out)):
+        if read_data is not None and read_data.cut and read_data.lengths is not None:
+            note(f"{path}: {read_data.cut} of {len(read_data)} texts were cut to {int(read_data.lengths.max())} tokens")
     timed = fact("forward_seconds", model.forward_seconds)
     note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {kernels.isa()} kernels, "
@@ -286,16 +291,13 @@ def _train(trainer: Trainer, run: Path) -> None:
     again = f"pocketzo train --resume {quoted(run)}"
     try:
         if trainer.optimizer.step_number < trainer.loop.steps:
-            with err.status("trying the longest texts"):
-                expected = trainer.forecast()
-            if expected is not None:
-                note(forecast_text(expected))
+            with err.status("trying the largest batch"):
+                forecast = trainer.rehearse()
+            note(forecast_text(trainer, forecast))
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
-            raise MemoryLimitError(
-                f"{error}. Stopped before the end of the first step, so that there is no journal"
-            ) from None
+            raise MemoryLimitError(f"{error}. Stopped before the first step, so that there is no journal") from None
         done = Run(run).steps
         raise MemoryLimitError(
             f"{error}. Stopped after step {done} of {trainer.loop.steps}; to go on: {again} --max-memory SIZE"
@@ -305,7 +307,6 @@ def _train(trainer: Trainer, run: Path) -> None:
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
     _print_summary(past)
-    _print_verdict(trainer, past)
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
@@ -317,17 +318,6 @@ def _train(trainer: Trainer, run: Path) -> None:
     best = "" if past.best_step in (None, past.steps) else " --best"
     say(f"evaluate:  pocketzo eval {quoted(run)} --data {quoted(data)}{best}")
     say(f"get the tuned bundle:  pocketzo replay {quoted(run)} -o tuned{best}")
-
-
-def _print_verdict(trainer: Trainer, past: Run) -> None:
-    """Print whether the run helped, and, if it did not, what to try."""
-    verdict = trainer.history.verdict()
-    if verdict is not None:
-        say(verdict.text)
-        if verdict.advice is not None:
-            note(f"note: {verdict.advice}")
-    if past.best_step == 0 and past.steps:
-        note("note: no evaluation was better than that of the base: --best gives the base's weights")
 
 
 def plot_or_note(run: Path) -> None:
@@ -348,5 +338,7 @@ def _print_summary(past: Run) -> None:
         columns |= {f"after step {last}": evaluations[last]} if last else {}
         columns |= {f"best, step {best}": evaluations[best]} if best else {}
         out.print(evaluation_table(columns))
+    for line in verdict(past):
+        say(line)
     journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")

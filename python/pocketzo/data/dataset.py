@@ -35,6 +35,8 @@ class Dataset:
         The number of tokens of each example; None for a model that takes no tokens.
     labels : tuple of str or None
         The names of the classes; None if the bundle has none.
+    cut : int
+        The number of texts that were truncated to the model's maximum length.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Dataset:
         arrays: Mapping[str, NDArray[Any]],
         labels: Sequence[Any],
         lines: Sequence[int] | None = None,
+        cut: int = 0,
     ) -> None:
         bundle = task.bundle
+        self.cut = cut
         self._source = source
         self._lines = lines
         self.labels = bundle.labels
@@ -126,6 +130,20 @@ class Dataset:
             elif self._labels is not None:
                 batch[spec.name] = self._labels[indices].astype(spec.dtype)
         return Batch(batch, indices.astype(np.int64))
+
+    def extremes(self) -> list[int]:
+        """Return the numbers of the examples that hold the largest value of each integer input."""
+        found = []
+        if self._tokens is not None:
+            starts = self._tokens.starts
+            for values in self._tokens.columns.values():
+                found.append(int(np.searchsorted(starts, values.argmax(), side="right")) - 1)
+        for values in self._arrays.values():
+            if values.dtype.kind in "iu" and values.size:
+                found.append(int(values.argmax()) // (values.size // self._size))
+        if self.label_ids is not None:
+            found.append(int(self.label_ids.argmax()))
+        return found
 
     @cached_property
     def fingerprint(self) -> str:

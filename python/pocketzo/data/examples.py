@@ -62,11 +62,14 @@ class Encoded(NamedTuple):
         One value per token.
     label : int, float, list of int or float, or None
         The class, number or numbers, or one label per token; None without labels.
+    cut : bool
+        Whether the text was truncated.
     """
 
     ids: list[int]
     type_ids: list[int]
     label: Any
+    cut: bool = False
 
 
 def examples_of(

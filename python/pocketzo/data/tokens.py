@@ -76,6 +76,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
 
     ids, types, by_token = array("i"), array("i"), array("i")
     lengths, labels, lines = array("i"), list[Any](), array("q")
+    cut = 0
     while chunk := list(islice(examples, CHUNK)):
         encoded = _encoded(task, tokenizer, [example for _, example in chunk])
         for (number, example), row in zip(chunk, encoded, strict=True):
@@ -93,6 +94,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
             types.extend(row.type_ids)
             lengths.append(len(row.ids))
             lines.append(number)
+            cut += row.cut
             if row.label is not None and task.labels_per == "token":
                 by_token.extend(row.label)
             elif row.label is not None:
@@ -104,7 +106,7 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     if by_token:
         columns["labels"] = np.asarray(by_token)
     tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
-    return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines)
+    return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines, cut)
 
 
 def keep_tokens(

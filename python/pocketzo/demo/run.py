@@ -203,7 +203,8 @@ def run_demo(
         eval_every=max(1, steps // 5),
         source=Source(train=os.fspath(messages("train")), eval=os.fspath(messages("test"))),
     )
-    before = trainer.before()
+    trainer.rehearse()
+    before = {name: math.nan if value is None else value for name, value in trainer.evaluations[0].items()}
     say(f"data: {len(train)} messages to learn from, {len(test)} held out; accuracy before: {before['accuracy']:.1%}")
     say(f"training: {steps} steps of {optimizer.forwards} forward passes and no backward pass")
     reset_peak()

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 from numpy.typing import NDArray
 
 from pocketzo._core import Segments
-from pocketzo.arguments import check_integer, check_number
+from pocketzo.arguments import check_integer, check_number, plain
 from pocketzo.formats.bundle import TensorSpec
 from pocketzo.formats.journal import Entry
 from pocketzo.kernels import Distribution
@@ -260,10 +260,9 @@ class Optimizer(ABC):
             raise failure
         return StepInfo(number, self.loss(losses), tuple(losses), entry.lr, skipped, entry.coefficients)
 
-    @property
-    def shifts(self) -> tuple[float, ...]:
-        """The sizes of a shift along a direction, ``eps`` times the factor of each group, in rising order."""
-        return tuple(sorted({self.eps * part.eps for part in self._parts}))
+    def group_of(self, name: str) -> ParamGroup:
+        """Return the settings of a trained weight: the first group whose pattern matches, or one of factors 1."""
+        return next((group for group in self.groups if re.search(group.pattern, name)), ParamGroup(""))
 
     @property
     def forwards(self) -> int:
@@ -325,27 +324,29 @@ class Optimizer(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which :func:`pocketzo.optim.methods.from_settings` makes an equal optimizer."""
-        return {
-            "method": self.method,
-            "lr": self.lr,
-            "eps": self.eps,
-            "seed": self.seed,
-            "weight_decay": self.weight_decay,
-            "groups": [asdict(group) for group in self.groups],
-            "distribution": self.distribution,
-            "queries": self.queries,
-            "schedule": asdict(self.schedule),
-            "subset": None if self.subset is None else self.subset.settings(),
-            "trained": list(self.names),
-        }
+        settings: dict[str, Any] = plain(
+            {
+                "method": self.method,
+                "lr": self.lr,
+                "eps": self.eps,
+                "seed": self.seed,
+                "weight_decay": self.weight_decay,
+                "groups": [asdict(group) for group in self.groups],
+                "distribution": self.distribution,
+                "queries": self.queries,
+                "schedule": asdict(self.schedule),
+                "subset": None if self.subset is None else self.subset.settings(),
+                "trained": list(self.names),
+            }
+        )
+        return settings
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[Part]:
-        plain = ParamGroup("")
         members: dict[tuple[float, float, bool, bool], list[Any]] = {}
         for tensor in tensors:
-            group = next((group for group in self.groups if re.search(group.pattern, tensor.name)), plain)
+            group = self.group_of(tensor.name)
             if not 0 < float32(self.eps * group.eps) < math.inf:
                 raise ValueError(f"eps must be a positive float32, got {self.eps * group.eps}")
             decays = self.weight_decay > 0 and len(tensor.shape) > 1

@@ -107,6 +107,19 @@ class Weights(Mapping[str, NDArray[Any]]):
             segments.append((self.locations[name].memory, number, self.locations[name].packing))
         return segments
 
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yield a weight as vectors of consecutive elements; each may be overwritten by the next."""
+        self.flush()
+        if name in self.image.views:
+            values = self.image.views[name].reshape(-1)
+            for at in range(0, values.size, _CHUNK):
+                yield values[at : at + _CHUNK]
+        else:
+            location = self.locations[name]
+            for at, chunk in _chunks(location):
+                location.packing.unpack(location.memory, chunk, at)
+                yield chunk
+
     def fill(self, name: str, value: float) -> None:
         """Write one value to all of a weight, and to the padding of prepacked memory."""
         self.flush()

@@ -55,7 +55,9 @@ class Classification(ClassesTask):
         return self._classes.number(label)
 
     def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-        """Return the class with the highest score, or -1 where a score is NaN.
+        """Return the class with the highest score, or -1 where that is not finite, or a score is NaN.
+
+        An infinite score is no answer: it is what ruined weights give, and the first class would always win.
 
         Parameters
         ----------
@@ -66,6 +68,6 @@ class Classification(ClassesTask):
         ndarray of int64, shape [n]
         """
         if self.threshold is None:
-            return np.where(np.isnan(scores).any(-1), -1, scores.argmax(-1))
+            return np.where(np.isfinite(scores.max(-1)), scores.argmax(-1), -1)
         score = scores.reshape(len(scores))
-        return np.where(np.isnan(score), -1, score > self.threshold)
+        return np.where(np.isfinite(score), score > self.threshold, -1)

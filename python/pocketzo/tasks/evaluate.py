@@ -3,51 +3,35 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketzo.arguments import check_integer
 from pocketzo.data.order import Data
 from pocketzo.errors import TrainingError
 from pocketzo.runtime.model import Model
+from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import Found
 from pocketzo.tasks.registry import task_of
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation, and what its metrics were computed from.
+class Evaluation(NamedTuple):
+    """Metrics over a dataset, and how much they depend on its parts.
 
     Attributes
     ----------
     values : dict of str to float
         As :func:`evaluate` returns them.
-    found : Found
-        Loss, predictions and labels of the whole dataset.
-    losses, weights : ndarray of float64, shape [batches]
-        The mean loss of each batch, and the number of examples or tokens it is taken over.
+    without : dict of str to list of float
+        By metric, its value without the first part of the examples, without the second, and so on: a delete-a-group
+        jackknife, from which :mod:`pocketzo.train.verdict` computes standard errors.
     """
 
     values: dict[str, float]
-    found: Found
-    losses: NDArray[np.float64]
-    weights: NDArray[np.float64]
-
-    def resampled(self, rng: np.random.Generator) -> Found:
-        """Return a bootstrap sample: of the batches for the loss, of the examples for the rest."""
-        loss, predictions, labels = self.found.loss, self.found.predictions, self.found.labels
-        if self.losses.size:
-            chosen = rng.integers(self.losses.size, size=self.losses.size)
-            loss = float(np.average(self.losses[chosen], weights=self.weights[chosen]))
-        if predictions is not None and labels is not None:
-            chosen = rng.integers(len(labels), size=len(labels))
-            predictions, labels = predictions[chosen], labels[chosen]
-        return Found(loss, predictions, labels)
+    without: dict[str, list[float]]
 
 
 def evaluate(
@@ -75,19 +59,29 @@ def evaluate(
 
     Raises
     ------
+    DataError
+        The model cannot be run on an example; the message names it.
     TrainingError
         The graph has neither loss nor logits, the dataset is empty, or a requested metric needs labels that the data
         lacks.
     ValueError
         A metric is unknown, or the graph lacks the output that it needs.
     """
-    return evaluate_in_detail(model, data, batch_size=batch_size, metrics=metrics).values
+    return evaluate_in_parts(model, data, batch_size=batch_size, metrics=metrics, parts=0).values
 
 
-def evaluate_in_detail(
-    model: Model, data: Data, *, batch_size: int = 32, metrics: Sequence[str] | None = None
+def evaluate_in_parts(
+    model: Model, data: Data, *, batch_size: int, metrics: Sequence[str] | None, parts: int
 ) -> Evaluation:
-    """Do what :func:`evaluate` does, and return also what the metrics were computed from."""
+    """Evaluate a model on a dataset, and on the dataset without each of its parts.
+
+    Parameters
+    ----------
+    model, data, batch_size, metrics
+        As for :func:`evaluate`, which lists the errors.
+    parts : int
+        The dataset is divided into so many parts of consecutive batches, but not more than there are batches.
+    """
     check_integer("batch_size", batch_size, 1)
     task = task_of(model.bundle)
     chosen = [task.metric(name) for name in (task.shown if metrics is None else metrics)]
@@ -95,33 +89,34 @@ def evaluate_in_detail(
         raise TrainingError(f"{model.bundle.path}: the graph has neither a loss nor logits to evaluate")
     if not len(data):
         raise TrainingError("there are no examples to evaluate")
-    losses: list[float] = []
-    weights: list[int] = []
-    predictions: list[NDArray[Any]] = []
-    labels: list[NDArray[Any]] = []
+    founds: list[tuple[Found, int]] = []
     outputs = task.outputs(chosen)
     for at in range(0, len(data), batch_size):
         indices = np.arange(at, min(at + batch_size, len(data)))
         batch = data.batch(indices)
         if task.label_input is not None and "labels" not in batch and model.bundle.loss in outputs:
             raise TrainingError("the data has no labels, without which there is no loss to evaluate")
-        found = task.found(model.run(batch, outputs), batch)
-        weight = task.weight(batch, len(indices))
-        if found.loss is not None and weight:
-            losses.append(found.loss)
-            weights.append(weight)
-        if found.predictions is not None and found.labels is not None:
-            predictions.append(found.predictions)
-            labels.append(found.labels)
-    whole = Found(
-        sum(map(operator.mul, losses, weights)) / sum(weights) if losses else math.nan,
-        np.concatenate(predictions) if predictions else None,
-        np.concatenate(labels) if labels else None,
-    )
+        with naming_culprit(model, data, indices):
+            found = task.found(model.run(batch, outputs), batch)
+        founds.append((found, task.weight(batch, len(indices))))
+    whole = _joined(founds)
     result: dict[str, float] = {"count": len(data)}
-    for metric in chosen:
-        if metric.of_loss or labels:
-            result[metric.name] = metric(whole)
-        elif metrics is not None:
-            raise TrainingError(f"the data has no labels, which the metric {metric.name!r} needs")
-    return Evaluation(result, whole, np.array(losses), np.array(weights, np.float64))
+    judged = [metric for metric in chosen if metric.of_loss or whole.labels is not None]
+    if metrics is not None and len(judged) < len(chosen):
+        lacking = next(metric.name for metric in chosen if metric not in judged)
+        raise TrainingError(f"the data has no labels, which the metric {lacking!r} needs")
+    result |= {metric.name: metric(whole) for metric in judged}
+    edges = np.linspace(0, len(founds), min(parts, len(founds)) + 1).astype(int).tolist()
+    others = [_joined(founds[:start] + founds[end:]) for start, end in pairwise(edges)] if len(edges) > 2 else []
+    return Evaluation(result, {metric.name: [metric(found) for found in others] for metric in judged})
+
+
+def _joined(founds: Sequence[tuple[Found, int]]) -> Found:
+    """Return the results of several batches as those of one; each comes with the weight of its mean loss."""
+    losses = [(found.loss, weight) for found, weight in founds if found.loss is not None and weight]
+    labelled = [found for found, _ in founds if found.predictions is not None and found.labels is not None]
+    return Found(
+        sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses) if losses else math.nan,
+        np.concatenate([found.predictions for found in labelled]) if labelled else None,
+        np.concatenate([found.labels for found in labelled]) if labelled else None,
+    )

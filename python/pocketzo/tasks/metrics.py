@@ -32,7 +32,7 @@ class Found:
     predictions, labels : ndarray or None
         For each labelled example or token, one class, an integer, shape [n]; a label set, 0 or 1 for each label, shape
         [n, labels]; or one number, shape [n], or several, [n, columns]. A class or a 0 or 1 is -1 if it is predicted
-        from NaN.
+        from NaN or infinity.
     """
 
     loss: float | None = None

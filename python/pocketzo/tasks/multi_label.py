@@ -92,4 +92,4 @@ class MultiLabel(ClassesTask):
     def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         """Return 1 for each score above the threshold, 0 for others, -1 for NaN; shape [n, labels]."""
         assert self.threshold is not None, "scores suit this task with a threshold only"
-        return np.where(np.isnan(scores), -1, scores > self.threshold)
+        return np.where(np.isfinite(scores), scores > self.threshold, -1)

@@ -44,7 +44,10 @@ class TextTask(Task):
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
         """Return the tokens and the label of each example."""
         encodings = tokenizer.encode_batch([e.text if e.pair is None else (e.text, e.pair) for e in examples])
-        return [Encoded(got.ids, got.type_ids, e.label) for e, got in zip(examples, encodings, strict=True)]
+        return [
+            Encoded(got.ids, got.type_ids, example.label, bool(got.overflowing))
+            for example, got in zip(examples, encodings, strict=True)
+        ]
 
 
 class Classes:

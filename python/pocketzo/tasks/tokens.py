@@ -65,8 +65,8 @@ class TokenClassification(Classification):
         """Return the tokens of each example, and the class of each token."""
         encodings = tokenizer.encode_batch([example.text for example in examples], is_pretokenized=True)
         return [
-            Encoded(encoding.ids, encoding.type_ids, _by_token(encoding.word_ids, example.label))
-            for example, encoding in zip(examples, encodings, strict=True)
+            Encoded(got.ids, got.type_ids, _by_token(got.word_ids, example.label), bool(got.overflowing))
+            for example, got in zip(examples, encodings, strict=True)
         ]
 
     def label_value(self, label: object) -> int:

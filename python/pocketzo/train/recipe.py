@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from pocketzo.arguments import check_integer
+from pocketzo.arguments import check_integer, plain
 from pocketzo.data.columns import Columns
 from pocketzo.errors import JournalError
 from pocketzo.machine.paths import local_path, portable_path
@@ -139,7 +139,7 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
-        return _with_paths(asdict(self), portable_path)
+        return _with_paths(plain(asdict(self)), portable_path)
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:

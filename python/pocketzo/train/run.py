@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pocketzo.train.recipe import Recipe
 
 JOURNAL = "journal.pzj"
 METRICS = "metrics.jsonl"
+EVAL, SAMPLE = "eval", "sample"  # kinds of its lines: evaluations on evaluation data, or on some training data
 SNAPSHOTS = "snapshots"
 
 
@@ -66,13 +67,12 @@ class Run:
         """Number of steps in the journal."""
         return len(self.entries)
 
-    def evaluations(self) -> dict[int, dict[str, float | None]]:
-        """Return the evaluations by the number of steps before them; 0 is that of the base."""
-        before = self.recipe.data.source.before
+    def evaluations(self, kind: str = EVAL) -> dict[int, dict[str, float | None]]:
+        """Return the evaluations of a kind by the number of steps before them; 0 is that of the base."""
+        before = self.recipe.data.source.before if kind == EVAL else None
         found = {} if before is None else {0: before}
-        return found | {
-            line["step"]: line["eval"] for line in self.metrics() if "eval" in line and line["step"] <= self.steps
-        }
+        lines = (line for line in self.metrics() if kind in line and line["step"] <= self.steps)
+        return found | {line["step"]: line[kind] for line in lines}
 
     @property
     def best_step(self) -> int | None:
@@ -180,12 +180,20 @@ def _metrics_line(text: bytes) -> dict[str, Any]:
     line = strict_json.parse(text)
     if type(line.get("step")) is not int:
         raise ValueError(f"'step' is {reprlib.repr(line.get('step'))}, expected an integer")
-    evaluation = line.get("eval", {})
-    if not isinstance(evaluation, dict) or not all(
-        value is None or type(value) in (int, float) for value in evaluation.values()
+    for kind in EVAL, SAMPLE:
+        evaluation = line.get(kind, {})
+        if not isinstance(evaluation, dict) or not all(map(_is_number, evaluation.values())):
+            raise ValueError(f"{kind!r} is {reprlib.repr(evaluation)}, expected numbers by name")
+    without = line.get("without", {})
+    if not isinstance(without, dict) or not all(
+        isinstance(values, list) and all(map(_is_number, values)) for values in without.values()
     ):
-        raise ValueError(f"'eval' is {reprlib.repr(evaluation)}, expected numbers by name")
+        raise ValueError(f"'without' is {reprlib.repr(without)}, expected lists of numbers by name")
     return line
+
+
+def _is_number(value: object) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 class _Unloaded:
@@ -195,13 +203,3 @@ class _Unloaded:
         self.bundle = bundle
         self.weights = Weights(bundle)
         self.weights.read()
-
-
-def finite(value: float | None) -> float | None:
-    """Return a number, or None for infinity and NaN, which JSON does not have, and for None."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def for_json(evaluation: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return an evaluation with :func:`finite` values."""
-    return {name: finite(value) for name, value in evaluation.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +16,24 @@ from numpy.typing import NDArray
 
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
-from pocketzo.formats.safetensors import file_sha256
-from pocketzo.machine import cores
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
-from pocketzo.tasks.evaluate import Evaluation, evaluate_in_detail
+from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import MetricObjective, metric_objective
 from pocketzo.tasks.registry import task_of
-from pocketzo.train.forecast import Forecast, check_longest, forecast
-from pocketzo.train.guard import check_weights
-from pocketzo.train.history import History
+from pocketzo.train.differences import warn_of_another_session
+from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
+from pocketzo.train.progress import Progress
 from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
-from pocketzo.train.run import Run, finite, for_json
+from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of
+from pocketzo.train.ruin import explain
+from pocketzo.train.run import EVAL, SAMPLE, Run
+from pocketzo.train.soundness import base_sha256, check_start
 from pocketzo.train.writer import RunWriter
 
 BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], float]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Argument of the callback of :class:`Trainer`, after every step.
-
-    Attributes
-    ----------
-    info : StepInfo
-        Result of the step.
-    steps : int
-        Length of the run.
-    seconds : float
-        Wall time of the step.
-    evaluation : dict or None
-        Result of :func:`evaluate` after this step, if there was an evaluation.
-    """
-
-    info: StepInfo
-    steps: int
-    seconds: float
-    evaluation: dict[str, float] | None
 
 
 class Trainer:
@@ -70,7 +48,7 @@ class Trainer:
     train : Data
         Training data.
     eval : Data, optional
-        Evaluation data.
+        Evaluation data, evaluated before the first step, every ``eval_every`` steps and at the end.
     batch_size : int
         Examples per step.
     steps : int
@@ -82,7 +60,8 @@ class Trainer:
         callable is ``objective(outputs, batch) -> float``; it gets the graph's outputs and inputs, both mappings of
         arrays by name. It needs no gradient. Resuming a run with a callable needs that callable again.
     eval_every : int, optional
-        Number of steps between evaluations. There is always one at the end; by default that is the only one.
+        Number of steps between evaluations. There is always one before the first step and one at the end; by default
+        these are all.
     metric : str, optional
         Metric that selects the best evaluation. By default that of the objective, unless it is the loss or a callable;
         else the task's (accuracy), if the graph has logits; else the loss.
@@ -99,6 +78,13 @@ class Trainer:
         Location of the data, saved in the header.
     callback : callable, optional
         Called after every step with a :class:`Progress`.
+
+    Attributes
+    ----------
+    forecast : Forecast or None
+        Result of :meth:`rehearse`; None before it.
+    evaluations : dict of int to mapping
+        The values of each evaluation, by the number of steps before it.
     """
 
     def __init__(
@@ -147,11 +133,12 @@ class Trainer:
             raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
         lengths = None
         if group_by_length:
-            lengths = np.asarray(getattr(train, "lengths", None))
-            if lengths.shape != (len(train),) or lengths.dtype.kind not in "iu":
+            lengths = lengths_of(train)
+            if lengths is None:
+                got = np.asarray(getattr(train, "lengths", None))
                 raise ValueError(
                     f"group_by_length needs train.lengths, the number of tokens of each of {len(train)} examples; got "
-                    f"{lengths.dtype} of shape {list(lengths.shape)}"
+                    f"{got.dtype} of shape {list(got.shape)}"
                 )
         self.model = model
         self.optimizer = optimizer
@@ -161,14 +148,18 @@ class Trainer:
         self.objective = metric_objective(objective, model.bundle) if isinstance(objective, str) else objective
         self.loop = loop
         more = {judge.name} if minimised is None else {judge.name, minimised}
-        self._metrics = None if more <= set(task.shown) else (*task.shown, *sorted(more - set(task.shown)))
+        metrics = None if more <= set(task.shown) else (*task.shown, *sorted(more - set(task.shown)))
+        self._evaluator = None if eval is None else Evaluator(model, eval, batch_size, metrics)
+        self._sampler: Evaluator | None = None
+        self._sampled: set[int] = set()
         self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
-        self.history = History(loop)
-        self._before: Evaluation | None = None
-        self._forecast: Forecast | None = None
+        self.forecast: Forecast | None = None
+        self.evaluations: dict[int, Mapping[str, float | None]] = {}
+        self._unlogged: list[Mapping[str, Any]] = []
+        self._skipped = 0
         self._writer: RunWriter | None = None
 
     @classmethod
@@ -212,7 +203,7 @@ class Trainer:
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
             model = load(base, threads=recipe.session.threads, prepack=recipe.session.prepack)
-        _warn_of_differences(model, past)
+        warn_of_another_session(model, past)
         loop = asdict(recipe.loop)
         minimised: str | BatchObjective | None = loop.pop("objective")
         if minimised is not None and objective is not None:
@@ -237,57 +228,74 @@ class Trainer:
     def _take_up(self, past: Run) -> None:
         steps = self.optimizer.step_number
         self._writer = RunWriter.resume(past, steps)
-        self.history.take_up(past, steps)
+        self.evaluations = {step: values for step, values in past.evaluations().items() if step <= steps}
+        self._sampled = {step for step in past.evaluations(SAMPLE) if step <= steps}
+        for entry in reversed(past.entries[:steps]):
+            if entry.lr or any(entry.coefficients.values()):
+                break
+            self._skipped += 1
         if steps and self.loop.snapshot_every and steps % self.loop.snapshot_every == 0:
             self._writer.snapshot(self.optimizer)  # a killed run may have missed it
 
-    def differences(self, past: Run) -> list[str]:
-        """Return the settings in which a saved run and this trainer differ; :meth:`resume` uses those of the run.
+    def rehearse(self) -> Forecast:
+        """Check what the run starts from, try its largest batch, evaluate, and estimate the time; :meth:`fit` does it.
 
-        The data and the base bundle are not compared, as :meth:`resume` checks them. Threads and prepacking are not
-        compared either.
+        Nothing is written, and no weight is changed. A custom objective is not called.
+
+        Raises
+        ------
+        BundleError
+            A weight is not finite; names it.
+        DataError
+            The model cannot be run on an example; names file, line and reason.
+        MemoryLimitError
+            The largest batch takes more memory than the model's ``max_memory``.
+        ValueError
+            eps is too large or too small for the weights.
         """
-        method = json.loads(json.dumps(self.optimizer.settings()))  # as the journal has it: lists, no tuples
-        there = {**past.recipe.method, **asdict(past.recipe.loop)}
-        here = {**method, **asdict(self.loop)}
-        implied = set()
-        if there["steps"] != here["steps"]:
-            implied |= {"schedule", "eval_every"}
-        if there["method"] != here["method"]:
-            implied |= {"distribution", "queries"}
-        return [
-            f"other weights are trained ({len(there[name])} there, {len(here[name])} here)"
-            if name == "trained"
-            else f"{name} is {there[name]} there and {here[name]} here"
-            for name in here
-            if there[name] != here[name] and name not in implied
-        ]
+        optimizer, loop = self.optimizer, self.loop
+        step = optimizer.step_number
+        if not step:
+            check_start(optimizer, loop.steps)
+        rehearsal = Rehearsal(self.model, self.train, loop.batch_size, self._forward)
+        due = [at for at in range(step, loop.steps + 1) if self._eval_due(at) and at not in self.evaluations]
+        seconds = None
+        if 0 in due:
+            started = time.perf_counter()
+            self._evaluate(due.pop(0))
+            seconds = time.perf_counter() - started
+        if not step:
+            self._sample(step)
+        examples = 0 if self.eval is None else len(self.eval)
+        left = range(step, loop.steps)
+        self.forecast = rehearsal.forecast(optimizer, left, self._order, len(due), examples, seconds)
+        return self.forecast
 
     def fit(self) -> None:
         """Train until the last step, until :attr:`stop_requested` is set or until ``patience`` runs out.
 
-        An exception in the objective ends the run. The journal then ends before that step, and :meth:`resume` repeats
-        the step. If it was the first step of the run, no journal is left.
+        :meth:`rehearse` comes first, if it was not called before. An exception in the objective ends the run. The
+        journal then ends before that step, and :meth:`resume` repeats the step. If it was the first step of the run,
+        no journal is left.
 
         Raises
         ------
+        BundleError, DataError, MemoryLimitError, ValueError
+            As for :meth:`rehearse`.
         TrainingError
-            Too many losses in a row were not finite.
+            Too many losses in a row were not finite. If the update of a step ruined the weights, the journal ends
+            before that step, and with a journal the model's weights are set to those before it.
         JournalError
             The run folder holds a run already.
         """
-        if self.optimizer.step_number < self.loop.steps:
-            check_weights(self.optimizer)
-            self.forecast()
-        if self.optimizer.step_number == 0:
-            if self.eval is not None:
-                self.before()
-            else:
-                self.history.batches = self._sampled_losses(), []
         began = self.run is not None and self._writer is None
-        if began:
-            self._writer = self._begin()
         try:
+            if self.forecast is None and self.optimizer.step_number < self.loop.steps:
+                self.rehearse()
+            if began:
+                self._writer = self._begin()
+            while self._unlogged and self._writer is not None:
+                self._writer.log(self._unlogged.pop(0))
             with ThreadPoolExecutor(1) as helper:
                 self._train(helper)
         except Exception:
@@ -298,15 +306,6 @@ class Trainer:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
-        if self.history.batches[0]:
-            self.history.batches = self.history.batches[0], self._sampled_losses()
-
-    def _sampled_losses(self) -> list[float]:
-        """Return the losses of 2 to 8 batches, some hundredth of the run's forward passes; none for a short run."""
-        if self.loop.steps < 20 or not isinstance(self.objective, MetricObjective):
-            return []
-        count = min(8, max(2, self.loop.steps * self.optimizer.forwards // 200))
-        return [self._loss(self.model, self._batch(step)) for step in range(count)]
 
     def _train(self, helper: ThreadPoolExecutor) -> None:
         optimizer, loop = self.optimizer, self.loop
@@ -314,9 +313,11 @@ class Trainer:
         while True:
             step = optimizer.step_number
             # A killed run may have missed the evaluation after its last step.
-            if step and self._eval_due(step) and step not in self.history.evaluations:
+            if self._eval_due(step) and step not in self.evaluations:
                 self._evaluate(step)
-            if step >= loop.steps or self.stop_requested or self.history.out_of_patience:
+            if step >= loop.steps or self.stop_requested or self._out_of_patience():
+                if step >= loop.steps:
+                    self._sample(step)
                 return
             started = time.perf_counter()
             batch = (ahead or helper.submit(self._batch, step)).result()
@@ -325,22 +326,26 @@ class Trainer:
             if ahead is not None:
                 ahead.exception()  # waits; the step that needs the batch raises its exception
             seconds = time.perf_counter() - started
-            self.history.add_loss(info.loss, skipped=info.skipped)
             self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
+            self._skipped = self._skipped + 1 if info.skipped else 0
             evaluation = self._evaluate(step + 1) if self._eval_due(step + 1) else None
             if loop.snapshot_every and (step + 1) % loop.snapshot_every == 0 and self._writer is not None:
                 self._writer.snapshot(optimizer)
             if self.callback is not None:
                 self.callback(Progress(info, loop.steps, seconds, evaluation))
-            if self.history.skipped >= loop.max_skipped:
-                raise TrainingError(self.history.ruined(self.run, fp16=self.model.bundle.is_fp16))
+            if self._skipped >= loop.max_skipped:
+                raise self._not_finite(
+                    f"the loss was not finite in the last {self._skipped} steps (up to step {step + 1})"
+                )
 
     def _step(self, batch: Batch) -> StepInfo:
         step, writer = self.optimizer.step_number, self._writer
+        examples = getattr(batch, "examples", np.empty(0, np.int64))
         try:
-            return self.optimizer.step(
-                lambda model: self._loss(model, batch), None if writer is None else writer.append
-            )
+            with naming_culprit(self.model, self.train, examples):
+                return self.optimizer.step(
+                    lambda model: self._loss(model, batch), None if writer is None else writer.append
+                )
         except Exception:
             # The step was undone except for rounding. The journal ends before it, so a resumed run repeats it.
             if writer is not None:
@@ -353,27 +358,48 @@ class Trainer:
     def _loss(self, model: Model, batch: Batch) -> float:
         if self.loop.objective == "loss":
             return model.loss(batch)
-        return float(self.objective(self._run(batch), batch))
+        return float(self.objective(self._forward(batch), batch))
 
-    def _run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Run the model on a batch for the outputs that the objective needs."""
+    def _forward(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Run the model as a step does."""
         outputs = self.objective.outputs if isinstance(self.objective, MetricObjective) else None
         return self.model.run(batch, outputs)
+
+    def _sample(self, step: int) -> None:
+        """Without evaluation data, evaluate the objective on some training data; a function of the caller is not."""
+        if self.eval is not None or step in self._sampled or not isinstance(self.objective, MetricObjective):
+            return
+        loop, objective = self.loop, self.objective
+        if self._sampler is None:
+            sample = Sample.of_run(self.train, self._order, loop.steps, self.optimizer.forwards)
+            self._sampler = Evaluator(self.model, sample, loop.batch_size, [objective.metric.name])
+        self._sampled.add(step)
+        self._log(line_of(SAMPLE, step, self._sampler()))
+        updated = step - self._skipped
+        if updated and not math.isfinite(self._loss_at(updated)):  # no step measures the last update
+            raise self._not_finite(f"the loss is not finite after step {updated}")
+
+    def _not_finite(self, said: str) -> TrainingError:
+        updated = self.optimizer.step_number - self._skipped
+        return explain(said, updated, self._loss_at, self._go_back, is_fp16=self.model.bundle.is_fp16)
+
+    def _loss_at(self, step: int) -> float:
+        return self._loss(self.model, self._batch(step - 1))
+
+    def _go_back(self, steps: int) -> bool:
+        if self._writer is None:
+            return False
+        self._writer.truncate(steps)
+        Run(self._writer.path).replay_onto(self.model)
+        return True
 
     def _begin(self) -> RunWriter:
         assert self.run is not None
         if self.optimizer.step_number:
             raise ValueError("the optimizer has taken steps already, which a new journal would not hold")
-        bundle = self.model.bundle
-        base_sha256 = file_sha256(bundle.weights_path)
-        if self.model.weights.sha256() != base_sha256:
-            raise ValueError(
-                f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save "
-                f"the model, load what was saved, and train that"
-            )
-        model = self.model
+        model, bundle = self.model, self.model.bundle
         recipe = Recipe(
-            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256),
+            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256(model)),
             method=self.optimizer.settings(),
             loop=self.loop,
             session=Session(
@@ -384,7 +410,7 @@ class Trainer:
             data=DataUsed(
                 train=self.train.fingerprint,
                 eval=None if self.eval is None else self.eval.fingerprint,
-                source=self.source,
+                source=replace(self.source, before=all_finite(self.evaluations.get(0))),
             ),
         )
         return RunWriter.begin(self.run, recipe)
@@ -392,81 +418,34 @@ class Trainer:
     def _eval_due(self, step: int) -> bool:
         if self.eval is None:
             return False
+        if step == 0:
+            return True
         every = self.loop.eval_every
         return step == self.loop.steps or (every is not None and step % every == 0)
 
     def evaluate(self) -> dict[str, float]:
         """Run :func:`evaluate` on the evaluation data now, with the metric and the objective."""
-        return self._detailed().values
-
-    def _detailed(self) -> Evaluation:
-        if self.eval is None:
+        if self._evaluator is None:
             raise ValueError("the trainer has no eval data")
-        return evaluate_in_detail(self.model, self.eval, batch_size=self.loop.batch_size, metrics=self._metrics)
-
-    def before(self) -> dict[str, float]:
-        """Return the evaluation at step 0; it is made once, before the first step, and is among those of the run."""
-        if self._before is None:
-            if self.optimizer.step_number:
-                raise ValueError("the optimizer has taken steps already")
-            if self.eval is not None:
-                check_longest(self.eval, self.loop.batch_size, self._run)
-            self._before = self._detailed()
-            self.history.add(0, self._before)
-            self.source = replace(self.source, before=for_json(self._before.values))
-        return self._before.values
+        return self._evaluator().values
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        details = self._detailed()
-        self.history.add(step, details)
-        self._log({"step": step, "eval": for_json(details.values)})
-        return details.values
+        assert self._evaluator is not None
+        evaluation = self._evaluator()
+        self.evaluations[step] = evaluation.values
+        self._log(line_of(EVAL, step, evaluation))
+        return evaluation.values
 
-    def forecast(self) -> Forecast | None:
-        """Evaluate the longest batch, once, and estimate what the steps that are left will take.
-
-        Returns
-        -------
-        Forecast or None
-            None if the data does not give the lengths of its examples.
-
-        Raises
-        ------
-        DataError
-            An example is too long for the model; names it.
-        """
-        if self._forecast is None:
-            steps = range(self.optimizer.step_number + 1, self.loop.steps + 1)
-            self._forecast = forecast(
-                optimizer=self.optimizer,
-                data=self.train,
-                order=self._order,
-                steps=self.loop.steps,
-                forward=self._run,
-                evaluations=0 if self.loop.eval_every is None else len(steps) // self.loop.eval_every,
-                eval_data=self.eval,
-                batch_size=self.loop.batch_size,
-            )
-        return self._forecast
+    def _out_of_patience(self) -> bool:
+        if self.loop.patience is None or not self.evaluations:
+            return False
+        steps = sorted(self.evaluations)
+        metric = metric_named(self.loop.metric)
+        best = max(steps, key=lambda step: metric.score(self.evaluations[step]))
+        return len(steps) - 1 - steps.index(best) >= self.loop.patience
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._writer is not None:
             self._writer.log(line)
-
-
-def _warn_of_differences(model: Model, past: Run) -> None:
-    session = past.recipe.session
-    usable = len(cores.usable())
-    if model.threads > usable:
-        warnings.warn(
-            f"{past.path}: goes on with the {model.threads} threads of its journal, on which the roundings of losses "
-            f"may depend, though that is slow with fewer cores to use ({usable})",
-            stacklevel=3,
-        )
-    if model.prepacked != session.prepacked:
-        became = "prepacked" if model.prepacked else f"not prepacked ({model.not_prepacked_because})"
-        warnings.warn(
-            f"{past.path}: goes on with weights that are {became}, unlike its journal: losses round otherwise, so that "
-            f"the run ends near where it would have ended, but not at the same bits",
-            stacklevel=3,
-        )
+        elif self.run is not None:
+            self._unlogged.append(line)
