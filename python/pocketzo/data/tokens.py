@@ -22,6 +22,7 @@ from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_
 from pocketzo.data.examples import Example, Problems
 from pocketzo.packages import require
 from pocketzo.runtime.embeddings import embedding_rows
+from pocketzo.runtime.padding import pads_right_only
 from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
@@ -93,7 +94,8 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     columns = {"input_ids": np.asarray(ids), "token_type_ids": np.asarray(types)}
     if by_token:
         columns["labels"] = np.asarray(by_token)
-    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
+    pad_left = padding.get("direction") == "left" and not pads_right_only(bundle)
+    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=pad_left)
     return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines)
 
 
