@@ -137,6 +137,7 @@ def prepare(
     from pocketzo.graph.frozen import choose, count_frozen
     from pocketzo.graph.loss import add_loss
     from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
+    from pocketzo.graph.transposed import separate_transposes
 
     source = Path(model)
     if not source.is_file():
@@ -164,6 +165,7 @@ def prepare(
             converted = needs_conversion(weights, chosen, dtype)
             if converted:
                 onnx_model = to_float16(onnx_model, weights)
+            separate_transposes(onnx_model)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             found = add_loss(onnx_model, loss, labels=class_names is not None)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
