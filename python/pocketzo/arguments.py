@@ -1,8 +1,9 @@
-"""Checks of arguments that are numbers."""
+"""Checks of arguments that are numbers or regular expressions."""
 
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
@@ -40,3 +41,21 @@ def check_number(name: str, value: object, *, positive: bool = False, most: floa
         least = f"{'greater than' if positive else 'at least'} 0"
         expected = f"finite and {least}" if most is None else f"{least} and at most {most:g}"
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def compile_pattern(name: str, value: object) -> re.Pattern[str]:
+    """Return an argument that is a regular expression, compiled.
+
+    Raises
+    ------
+    TypeError
+        It is no string.
+    ValueError
+        It is not a regular expression; gives the reason.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {value!r}")
+    try:
+        return re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:  # as of "a{99999999999}", and of a thousand brackets
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None
