@@ -31,7 +31,7 @@ from pathlib import Path
 from fuzz.targets import TARGETS, is_own
 
 LIMIT = 10.0  # seconds that a case may take
-BUILD = "import pathlib, sys; from fuzz.targets import build; build(pathlib.Path(sys.argv[1]))"
+BUILD = "import pathlib, sys; from fuzz.files import build; build(pathlib.Path(sys.argv[1]))"
 MEMORY = 8 << 30  # bytes of address space beyond what the process has at its start
 
 
