@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -15,6 +16,7 @@ from fuzz.targets import is_own
 from onnx import TensorProto, helper
 
 import pocketzo as pz
+from pocketzo.formats import strict_json
 from pocketzo.formats.journal import Journal
 
 RUNS = Path(__file__).parent / "golden" / "runs"
@@ -85,3 +87,52 @@ def test_a_probe_with_a_member_that_is_no_array_is_refused(tmp_path: Path, tiny_
         pz.prepare(tiny_onnx, tmp_path / "out", probe=tmp_path / "probe.npz")
     assert is_own(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def sealed(bundle: Path, graph: bytes) -> Path:
+    """Give a bundle another graph, with the checksum of that."""
+    (bundle / "model.onnx").write_bytes(graph)
+    description = json.loads((bundle / "bundle.json").read_text())
+    description["graph_sha256"] = hashlib.sha256(graph).hexdigest()
+    (bundle / "bundle.json").write_text(json.dumps(description))
+    return bundle
+
+
+def test_a_bundle_whose_graph_is_no_protobuf_is_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+    bundle = sealed(shutil.copytree(tiny_bundle, tmp_path / "bundle"), b"\xff" * 9)
+    with pytest.raises(pz.BundleError, match=r"model\.onnx: not an ONNX model: ") as caught:
+        pz.load(bundle, verify="fast")
+    assert is_own(caught.value)
+
+
+def test_what_onnxruntime_says_of_a_graph_in_several_lines_is_one(tmp_path: Path, tiny_bundle: Path) -> None:
+    model = onnx.load(tiny_bundle / "model.onnx", load_external_data=False)
+    model.graph.output[0].name = "missing"
+    bundle = sealed(shutil.copytree(tiny_bundle, tmp_path / "bundle"), model.SerializeToString())
+    with pytest.raises(pz.BundleError, match=r"model\.onnx: onnxruntime refuses the graph: ") as caught:
+        pz.load(bundle, verify="fast", prepack=False)
+    assert is_own(caught.value)
+
+
+def test_external_data_of_a_name_that_is_too_long_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    onnx.save(
+        onnx.load(tiny_onnx), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=64
+    )
+    model = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in tensor.external_data if entry.key == "location").value = "x" * 300
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(
+        pz.BundleError, match=rf"weight '{tensor.name}' cannot be read: .*x: File name too long"
+    ) as caught:
+        pz.prepare(tmp_path / "m.onnx", tmp_path / "out")
+    assert is_own(caught.value)
+
+
+def test_an_error_is_own_only_if_a_statement_of_the_package_raises_it() -> None:
+    with pytest.raises(ValueError, match="not a JSON object") as caught:
+        strict_json.parse(b"[]")
+    assert is_own(caught.value)
+    with pytest.raises(UnicodeDecodeError) as undecoded:  # by bytes.decode, which is called there
+        strict_json.parse(b"\xff")
+    assert not is_own(undecoded.value)

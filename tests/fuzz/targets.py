@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import json
 import shutil
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,8 +166,14 @@ TARGETS: dict[str, Target] = {
 
 
 def is_own(error: BaseException) -> bool:
-    """Whether PocketZO raises an error on purpose: of the right type, in its own code, on one line."""
+    """Whether PocketZO raises an error on purpose: of the right type, by a raise statement of its own, on one line."""
     if not isinstance(error, (pz.Error, ValueError, TypeError)) or "\n" in str(error):
         return False
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE)
+    traced = error.__traceback__
+    while traced is not None and traced.tb_next is not None:
+        traced = traced.tb_next
+    if traced is None:
+        return False
+    code = traced.tb_frame.f_code
+    raises = code.co_code[traced.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raises and Path(code.co_filename).is_relative_to(PACKAGE)
