@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from fuzz.targets import is_own
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import pocketzo as pz
 from pocketzo.formats import strict_json
@@ -136,3 +137,58 @@ def test_an_error_is_own_only_if_a_statement_of_the_package_raises_it() -> None:
     with pytest.raises(UnicodeDecodeError) as undecoded:  # by bytes.decode, which is called there
         strict_json.parse(b"\xff")
     assert not is_own(undecoded.value)
+
+
+def linear_then(path: Path, *nodes: onnx.NodeProto, **constants: list[int]) -> Path:
+    """Write a model that computes ``h`` = x w, and from that ``y`` by the nodes."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), *nodes],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [
+            numpy_helper.from_array(np.ones((4, 3), np.float32), "w"),
+            *(numpy_helper.from_array(np.array(values), name) for name, values in constants.items()),
+        ],
+    )
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    )
+    return path
+
+
+SOFTMAX = helper.make_node("Softmax", ["h"], ["s"])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        ([helper.make_node("Cast", ["h"], ["y"], "cast")], "node 'cast' (Cast) has no attribute 'to'"),
+        (
+            [helper.make_node("Softmax", ["h"], ["y"], "soft", axis="one")],
+            "node 'soft' (Softmax): the attribute 'axis' is of type STRING, its operator takes INT",
+        ),
+        (
+            [
+                SOFTMAX,
+                helper.make_node("MatMulNBits", ["s"], ["y"], "bits", accuracy_level="4", domain="com.microsoft"),
+            ],
+            "node 'bits' (MatMulNBits): the attribute 'accuracy_level' is of type STRING, its operator takes INT",
+        ),
+        ([SOFTMAX, helper.make_node("Transpose", ["s"], ["y"], perm=[0, 5])], "(Transpose)"),
+        ([SOFTMAX, helper.make_node("Transpose", ["s"], ["y"], perm=[0])], "runs on none of the batches"),
+        ([SOFTMAX, helper.make_node("Squeeze", ["s", "axes"], ["y"])], "(Squeeze)"),
+        (
+            [helper.make_node("Reshape", ["w", "sizes"], ["v"]), helper.make_node("MatMul", ["x", "v"], ["y"])],
+            "(Reshape)",
+        ),
+        ([helper.make_node("Gather", ["w", "x"], ["y"], axis=9)], "(Gather)"),
+    ],
+)
+def test_an_operator_with_invalid_attributes_is_refused(
+    tmp_path: Path, nodes: list[onnx.NodeProto], reason: str
+) -> None:
+    model = linear_then(tmp_path / "m.onnx", *nodes, axes=[7], sizes=[4, 3, 0])
+    with pytest.raises(pz.BundleError, match=re.escape(reason)) as caught:
+        pz.prepare(model, tmp_path / "out")
+    assert is_own(caught.value)
