@@ -164,6 +164,8 @@ SOFTMAX = helper.make_node("Softmax", ["h"], ["s"])
     ("nodes", "reason"),
     [
         ([helper.make_node("Cast", ["h"], ["y"], "cast")], "node 'cast' (Cast) has no attribute 'to'"),
+        ([helper.make_node("Cast", [], ["y"], "cast", to=1)], "node 'cast' (Cast) has 0 inputs and 1 outputs"),
+        ([helper.make_node("Add", ["h", ""], ["y"], "add")], "node 'add' (Add) has 2 inputs, one of them empty, and"),
         (
             [helper.make_node("Softmax", ["h"], ["y"], "soft", axis="one")],
             "node 'soft' (Softmax): the attribute 'axis' is of type STRING, its operator takes INT",
@@ -185,7 +187,7 @@ SOFTMAX = helper.make_node("Softmax", ["h"], ["s"])
         ([helper.make_node("Gather", ["w", "x"], ["y"], axis=9)], "(Gather)"),
     ],
 )
-def test_an_operator_with_invalid_attributes_is_refused(
+def test_a_node_that_does_not_fit_its_operator_is_refused(
     tmp_path: Path, nodes: list[onnx.NodeProto], reason: str
 ) -> None:
     model = linear_then(tmp_path / "m.onnx", *nodes, axes=[7], sizes=[4, 3, 0])

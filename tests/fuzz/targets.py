@@ -55,7 +55,7 @@ class Target:
 def train(bundle: Path, folder: Path) -> None:
     """Load a bundle and take two steps."""
     model = pz.load(bundle, threads=1, verify="fast")
-    outputs = [value.name for value in model.bundle.outputs if np.dtype(value.dtype).kind == "f"]
+    outputs = [value.name for value in model.bundle.outputs if value.is_float]
     optimizer = pz.MeZO(model, lr=0.01)
     if model.bundle.loss is not None and model.bundle.task is not None and model.bundle.tokenizer is not None:
         examples = pz.load_dataset(folder / DATA, model.bundle).batch(np.arange(2))

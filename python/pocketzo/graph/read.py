@@ -14,9 +14,9 @@ from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
-from pocketzo.graph.attributes import check_attributes
 from pocketzo.graph.names import rename_shadowed, title_of
 from pocketzo.graph.opset import MIN_OPSET, convert_old
+from pocketzo.graph.schemas import check_nodes
 
 CONVERTED = "pocketzo.converted"
 """Key of a model's ``meta``: the operator set that it was converted from."""
@@ -73,7 +73,7 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
     ------
     BundleError
         If the graph is not well formed: two values have one name, no node computes a value, there is a cycle, or a
-        node has not the attributes of its operator.
+        node has not the inputs and attributes of its operator.
     """
     log = logging.getLogger("onnx_ir")
     level = log.level
@@ -92,7 +92,7 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
     for value in model.graph.outputs:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
             raise BundleError(f"nothing computes the graph's output {value.name!r}")
-    check_attributes(model)
+    check_nodes(model)
     return model
 
 

@@ -82,7 +82,7 @@ def float_outputs(bundle: Bundle, session: ort.InferenceSession, batch: Probe) -
     BundleError
         The run failed.
     """
-    outputs = [value.name for value in bundle.outputs if np.dtype(value.dtype).kind == "f"]
+    outputs = [value.name for value in bundle.outputs if value.is_float]
     try:
         values = session.run(outputs, batch)
     except Exception as error:  # onnxruntime's own exceptions share no public base
