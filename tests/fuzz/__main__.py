@@ -12,8 +12,10 @@ a message of one line. Ends with status 1 if a case failed, and prints how to ru
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import os
+import pkgutil
 import random
 import resource
 import select
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+import pocketzo as pz
 from fuzz.targets import TARGETS, is_own
 from pocketzo.runtime import image
 
@@ -114,6 +117,9 @@ def main() -> int:
         source, work, log = Path(temporary, "source"), Path(temporary, "work"), Path(temporary, "log")
         source.mkdir()
         os.environ["OMP_NUM_THREADS"] = "1"
+        for module in pkgutil.walk_packages(pz.__path__, "pocketzo."):  # here, and not again in each case
+            if "__main__" not in module.name:
+                importlib.import_module(module.name)
         if SANITIZED:  # which watches the ends of what malloc returns, not those of mappings
             image._allocate = lambda size: np.zeros(size, np.uint8)
         # In a process of its own: a session's threads do not survive a fork.

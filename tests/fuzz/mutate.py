@@ -214,9 +214,13 @@ def mutate_external(data: bytes, rng: random.Random) -> bytes:
         elif place.key == "location" or rng.random() < 0.1:
             place.value = rng.choice([text for text in TEXTS if text.isprintable() or text == "\0"])
         else:
-            place.value = str(rng.choice((*INTEGERS, *(int(place.value or 0) + step for step in (-64, -1, 1, 64)))))
+            place.value = str(rng.choice((*INTEGERS, *(_number(place.value) + step for step in (-64, -1, 1, 64)))))
     out: bytes = model.SerializeToString()
     return out
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
 
 
 def mutate_npz(data: bytes, rng: random.Random) -> bytes:
