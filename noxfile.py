@@ -142,8 +142,8 @@ def asan(session: nox.Session) -> None:
     run_pytest(session, where, "host", *pytest, **env)
     # The kinds whose bytes decide what the kernels are called with. onnxruntime is not instrumented.
     kinds = ("description", "weights", "journal", "snapshot")
-    session.run("python", "-m", "fuzz", *kinds, "--count", "70", env=env)
-    note(session, f"{where}: 70 cases of each of {', '.join(kinds)}")
+    session.run("python", "-m", "fuzz", *kinds, "--count", "100", env=env)
+    note(session, f"{where}: 100 cases of each of {', '.join(kinds)}")
 
 
 @nox.session

@@ -194,3 +194,14 @@ def test_a_node_that_does_not_fit_its_operator_is_refused(
     with pytest.raises(pz.BundleError, match=re.escape(reason)) as caught:
         pz.prepare(model, tmp_path / "out")
     assert is_own(caught.value)
+
+
+def test_an_unknown_setting_with_a_line_break_gives_one_line(tmp_path: Path) -> None:
+    run = next(path.parent for path in sorted(RUNS.glob("*/journal.pzj")))
+    header = dict(Journal.open(run / "journal.pzj", write=False).header)
+    del header["format"], header["spec"]
+    header["loop"] = {**header["loop"], "a\nb": 1}
+    Journal.create(tmp_path / "journal.pzj", header).close()
+    with pytest.raises(pz.JournalError, match=r"header\.loop has 'a\\nb', a setting that this version") as caught:
+        pz.Run(tmp_path)
+    assert is_own(caught.value)
