@@ -147,6 +147,8 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(inputs={}), r"'inputs' is {}, expected a list"),
     (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [None]}]), r"inputs\[0\]: 'shape' is \[None\]"),
     (edited(inputs=[{"name": "x", "dtype": "int64", "shape": [-1]}]), "'shape'"),
+    (edited(inputs=[{"name": "x", "dtype": "bfloat16", "shape": []}]), r"inputs\[0\]: 'dtype' is 'bfloat16', expected"),
+    (edited(outputs=[{"name": "x", "dtype": "é", "shape": []}]), r"outputs\[0\]: 'dtype' is 'é', expected an element"),
     (first("outputs", name=3), r"outputs\[0\]: 'name' is 3, expected a string"),
     (lambda description: description.pop("loss"), "'loss' is missing"),
     (edited(loss="cost"), "'loss' is 'cost', expected the name of an output, or null"),

@@ -168,11 +168,11 @@ def test_numpy_numbers_are_taken_and_recorded(model: pz.Model, data: pz.Dataset,
 
 def test_settings_that_fit_no_optimizer_are_refused(model: pz.Model) -> None:
     settings = pz.MeZO(model, lr=0.1).settings()
-    with pytest.raises(ValueError, match=r"not a regular expression: '\('"):
+    with pytest.raises(ValueError, match=r"a group's pattern must be a regular expression, got '\(': missing \)"):
         from_settings(model, {**settings, "groups": [{"pattern": "("}]})
     with pytest.raises(ValueError, match="no trainable weight 'missing'"):
         from_settings(model, {**settings, "trained": [*settings["trained"], "missing"]})
-    with pytest.raises(ValueError, match="not a regular expression"):
+    with pytest.raises(ValueError, match="trainable must be a regular expression"):
         pz.MeZO(model, lr=0.1, trainable="(")
 
 

@@ -43,7 +43,8 @@ def test_trainable_restricts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "fault"),
     [
-        ({"trainable": "("}, ValueError, "regular expression"),
+        ({"trainable": "("}, ValueError, r"trainable must be a regular expression, got '\(': missing \)"),
+        ({"trainable": 5}, TypeError, "trainable must be a str, got 5"),
         ({"max_length": 0}, ValueError, "max_length"),
         ({"max_length": True}, ValueError, "max_length"),
         ({"labels": "abc"}, TypeError, "labels"),

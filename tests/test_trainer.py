@@ -382,7 +382,7 @@ def test_grouping_by_length_takes_padding_away_and_resumes_to_the_same_bits(tiny
     ("change", "message"),
     [
         (lambda header: header["loop"].pop("group_by_length"), "header.loop.group_by_length is missing"),
-        (lambda header: header.update(more=1), "header.more is a setting that this version of PocketZO does not have"),
+        (lambda header: header.update(more=1), "header has 'more', a setting that this version of PocketZO does"),
         (lambda header: header["loop"].update(steps="30"), "header.loop.steps is '30', expected int"),
         (lambda header: header["loop"].update(steps=True), "header.loop.steps is True, expected int"),
         (lambda header: header["loop"].update(patience=1.5), r"header.loop.patience is 1.5, expected int \| None"),

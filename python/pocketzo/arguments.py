@@ -1,8 +1,9 @@
-"""Checks of arguments that are numbers."""
+"""Checks of arguments that are numbers or regular expressions."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -50,3 +51,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def compile_pattern(name: str, value: object) -> re.Pattern[str]:
+    """Return an argument that is a regular expression, compiled.
+
+    Raises
+    ------
+    TypeError
+        It is no string.
+    ValueError
+        It is not a regular expression; gives the reason.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, got {value!r}")
+    try:
+        return re.compile(value)
+    except (re.error, OverflowError, RecursionError) as error:  # as of "a{99999999999}", and of a thousand brackets
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from None

@@ -66,3 +66,8 @@ class NotPrepackableError(Error):
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def joined_lines(error: BaseException) -> str:
+    """Return an exception's message, its lines joined, or its type: a message that quotes it stays one line."""
+    return " ".join(str(error).split()) or type(error).__name__

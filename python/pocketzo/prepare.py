@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from pocketzo.arguments import compile_pattern
 from pocketzo.errors import BundleError, DeadWeightError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
 from pocketzo.formats.bundle_writer import staged_bundle
@@ -228,10 +228,7 @@ def prepare(
 def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
     if trainable is None or callable(trainable):
         return trainable
-    try:
-        pattern = re.compile(trainable)
-    except re.error as error:
-        raise ValueError(f"trainable is not a regular expression: {trainable!r}: {error}") from None
+    pattern = compile_pattern("trainable", trainable)
     return lambda name: pattern.search(name) is not None
 
 

@@ -12,8 +12,10 @@ a message of one line. Ends with status 1 if a case failed, and prints how to ru
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import os
+import pkgutil
 import random
 import resource
 import select
@@ -28,10 +30,15 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
+import pocketzo as pz
 from fuzz.targets import TARGETS, is_own
+from pocketzo.runtime import image
 
 LIMIT = 10.0  # seconds that a case may take
-BUILD = "import pathlib, sys; from fuzz.targets import build; build(pathlib.Path(sys.argv[1]))"
+BUILD = "import pathlib, sys; from fuzz.files import build; build(pathlib.Path(sys.argv[1]))"
+SANITIZED = "ASAN_OPTIONS" in os.environ
 MEMORY = 8 << 30  # bytes of address space beyond what the process has at its start
 
 
@@ -67,7 +74,7 @@ def isolated(kind: str, path: Path, folder: Path, log: Path) -> str:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        if "ASAN_OPTIONS" not in os.environ:  # which reserves terabytes of addresses
+        if not SANITIZED:  # AddressSanitizer reserves terabytes of addresses
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         try:
@@ -110,6 +117,11 @@ def main() -> int:
         source, work, log = Path(temporary, "source"), Path(temporary, "work"), Path(temporary, "log")
         source.mkdir()
         os.environ["OMP_NUM_THREADS"] = "1"
+        for module in pkgutil.walk_packages(pz.__path__, "pocketzo."):  # here, and not again in each case
+            if "__main__" not in module.name:
+                importlib.import_module(module.name)
+        if SANITIZED:  # which watches the ends of what malloc returns, not those of mappings
+            image._allocate = lambda size: np.zeros(size, np.uint8)
         # In a process of its own: a session's threads do not survive a fork.
         subprocess.run([sys.executable, "-c", BUILD, source], check=True)
         if arguments.case is not None:
@@ -130,6 +142,7 @@ def main() -> int:
             counts[kind, word] += 1
             if word not in ("used", "refused"):
                 failures += 1
+                print(log.read_text(errors="replace")[-4000:] if word == "CRASH" else "", end="")
                 print(f"{outcome}\n  python -m fuzz {kind} --seed {arguments.seed} --case {number}", flush=True)
         for kind in kinds:
             print(f"{kind}:", ", ".join(f"{count} {word}" for (k, word), count in sorted(counts.items()) if k == kind))

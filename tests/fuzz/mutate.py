@@ -1,4 +1,4 @@
-"""Mutations of files: of any bytes, and of JSON, protobuf and zip files that stay well formed."""
+"""Mutations of files: of any bytes, and of structured files that stay well formed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,15 @@ def _other(value: Any, rng: random.Random) -> Any:
     return 0
 
 
+def mutate_jsonl(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the JSON text of one line or two."""
+    lines = data.splitlines(keepends=True)
+    for _ in range(rng.choice((1, 1, 2))):
+        at = rng.randrange(len(lines))
+        lines[at] = mutate_json(lines[at], rng) + b"\n"
+    return b"".join(lines)
+
+
 def mutate_onnx(data: bytes, rng: random.Random) -> bytes:
     """Change fields of a model's protobuf message, which stays one."""
     model = ModelProto.FromString(data)
@@ -193,6 +203,26 @@ def _scalar(field: FieldDescriptor, value: Any, rng: random.Random, model: Model
             return rng.choice((*INTEGERS, rng.randrange(100), (value or 0) + 1, (value or 0) - 1))
 
 
+def mutate_external(data: bytes, rng: random.Random) -> bytes:
+    """Change where a model's tensors are in external data."""
+    model = ModelProto.FromString(data)
+    places = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        place = rng.choice(places)
+        if rng.random() < 0.1:
+            place.ClearField(rng.choice(("key", "value")))
+        elif place.key == "location" or rng.random() < 0.1:
+            place.value = rng.choice([text for text in TEXTS if text.isprintable() or text == "\0"])
+        else:
+            place.value = str(rng.choice((*INTEGERS, *(_number(place.value) + step for step in (-64, -1, 1, 64)))))
+    out: bytes = model.SerializeToString()
+    return out
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
+
+
 def mutate_npz(data: bytes, rng: random.Random) -> bytes:
     """Change, remove or add an array of an .npz file, whose checksums stay right."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -241,3 +271,56 @@ def mutate_text(data: bytes, rng: random.Random) -> bytes:
             case _:
                 out = mutate_bytes(out, rng)
     return out
+
+
+def mutate_header(data: bytes, rng: random.Random) -> bytes:
+    """Mutate a journal's header, with its checksum and those of the entries."""
+    text, entries = _parts(data)
+    return _journal(mutate_json(text, rng), entries)
+
+
+def mutate_entries(data: bytes, rng: random.Random) -> bytes:
+    """Mutate a journal's entries, with their checksums."""
+    text, entries = _parts(data)
+    for _ in range(rng.choice((1, 2))):
+        at = rng.randrange(len(entries))
+        match rng.randrange(4):
+            case 0:
+                entries[at] = mutate_bytes(entries[at], rng)
+            case 1:
+                count = rng.choice((0, 1, 2, 3, 2**20, 2**32 - 1))
+                entries[at] = struct.pack("<I", count) + entries[at][4:]
+            case 2:
+                words = rng.choice((b"\xff" * 8, b"\0" * 8, b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f"))
+                where = rng.randrange(4, len(entries[at]))
+                entries[at] = (entries[at][:where] + words + entries[at][where + len(words) :])[: len(entries[at])]
+            case _:
+                entries.insert(at, entries[rng.randrange(len(entries))])
+    return _journal(text, entries)
+
+
+def _parts(data: bytes) -> tuple[bytes, list[bytes]]:
+    size = int.from_bytes(data[4:8], "little")
+    entries, at = [], 8 + size + 4
+    while at < len(data):
+        length = 8 + 12 * int.from_bytes(data[at : at + 4], "little")
+        entries.append(data[at : at + length])
+        at += length + 4
+    return data[8 : 8 + size], entries
+
+
+def _journal(text: bytes, entries: list[bytes]) -> bytes:
+    crc = zlib.crc32(text)
+    out = b"PZOJ" + struct.pack("<I", len(text)) + text + struct.pack("<I", crc)
+    for entry in entries:
+        crc = zlib.crc32(entry, crc)
+        out += entry + struct.pack("<I", crc)
+    return out
+
+
+def mutate_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """Mutate the header of a safetensors file, with its length; the data stays aligned."""
+    size = int.from_bytes(data[:8], "little")
+    text = mutate_json(data[8 : 8 + size], rng)
+    text += b" " * (-(8 + len(text)) % 64)
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]

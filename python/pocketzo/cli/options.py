@@ -10,22 +10,23 @@ from typing import Any
 
 import click
 
+from pocketzo.arguments import compile_pattern
 from pocketzo.data.columns import COLUMN_ROLES, Columns, option_of
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import TASKS
 
 
-def regex(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+def regex(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Check that an option is a regular expression."""
     try:
-        re.compile(value or "")
-    except re.error as error:
-        raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
+        compile_pattern(str(param.name), value or "")
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
     return value
 
 
-def groups_option(context: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
+def groups_option(_context: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
     """Parse ``PATTERN:lr=X,eps=Y`` options."""
     groups = []
     for value in values:
@@ -39,8 +40,10 @@ def groups_option(context: click.Context, param: click.Parameter, values: tuple[
                 name = ""
             if name not in ("lr", "eps") or not pattern:
                 raise click.BadParameter(f"{value!r}: expected PATTERN:lr=NUMBER,eps=NUMBER, or one of the two")
-        regex(context, param, pattern)
-        groups.append(ParamGroup(pattern, **settings))
+        try:
+            groups.append(ParamGroup(pattern, **settings))
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
     return tuple(groups)
 
 

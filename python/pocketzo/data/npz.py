@@ -135,9 +135,7 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
 
 def _is_mask_of_floats(task: Task, name: str, values: NDArray[Any]) -> bool:
     """Whether an array holds zeros and ones for a mask that the model takes as floats."""
-    wanted = name == "attention_mask" and any(
-        spec.name == name and np.dtype(spec.dtype).kind == "f" for spec in task.bundle.inputs
-    )
+    wanted = name == "attention_mask" and any(spec.name == name and spec.is_float for spec in task.bundle.inputs)
     return wanted and values.dtype.kind == "f" and bool(np.isin(values, (0, 1)).all())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Encoded, Example, Problems
-from pocketzo.errors import BundleError, DataError
+from pocketzo.errors import BundleError, DataError, joined_lines
 from pocketzo.packages import require
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.padding import pads_right_only
@@ -41,7 +41,8 @@ def _load_tokenizer(bundle: Bundle) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises no narrower type
-        raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
+        reason = joined_lines(error)
+        raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {reason}") from error
     return tokenizer
 
 
@@ -52,7 +53,7 @@ def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> l
         if type(error) is not Exception:  # the library raises no narrower type
             raise
         path = task.bundle.tokenizer_path
-        raise BundleError(f"{path}: the tokenizers library cannot use it: {' '.join(str(error).split())}") from error
+        raise BundleError(f"{path}: the tokenizers library cannot use it: {joined_lines(error)}") from error
 
 
 def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,9 @@ DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
 FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE)
 """All files that a bundle may consist of."""
+_NUMPY: Final = r"bool|object|complex(64|128)|float(16|32|64)|u?int(8|16|32|64)"
+_ANY: Final = rf"{_NUMPY}|bfloat16|float[468]_\w+|u?int[24]"
+"""The names of the element types that inputs may have, and outputs."""
 FLOATS: Final = ("float32", "float16")
 """The types that trainable weights may have."""
 ORDER_ID: Final = 0xFFFFFFFF
@@ -82,6 +86,11 @@ class ValueSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether numpy has its type, and that is a floating-point one: bfloat16 is not."""
+        return self.dtype in ("float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -260,7 +269,7 @@ class Bundle:
             raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")
         try:
             fields = Fields(values)
-            inputs = _values(fields, "inputs")
+            inputs = _values(fields, "inputs", _NUMPY)
             outputs = _values(fields, "outputs")
             return cls(
                 path=path,
@@ -334,7 +343,10 @@ def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:
     )
 
 
-def _values(fields: Fields, key: str) -> tuple[ValueSpec, ...]:
+def _values(fields: Fields, key: str, dtypes: str = _ANY) -> tuple[ValueSpec, ...]:
+    for item in fields.objects(key):
+        if not re.fullmatch(dtypes, item.text("dtype")):
+            raise item.error("dtype", "an element type, such as 'float32'")
     return tuple(
         ValueSpec(item.text("name"), item.text("dtype"), item.shape("shape", symbols=True))
         for item in fields.objects(key)

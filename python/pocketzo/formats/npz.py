@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo.errors import joined_lines
+
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a file by name, in this machine's byte order.
@@ -33,7 +35,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     except TypeError:  # for a .npy file, numpy.load returns an array, which is not a context manager
         raise ValueError("a single array (.npy), expected an .npz of named arrays") from None
     except Exception as error:  # numpy has no error of its own: it may raise what zipfile, zlib and tokenize raise
-        raise ValueError(f"not an .npz of plain arrays: {where}{' '.join(str(error).split())}") from None
+        raise ValueError(f"not an .npz of plain arrays: {where}{joined_lines(error)}") from None
     return arrays
 
 

@@ -110,11 +110,11 @@ def _axis_before(node: ir.Node, axis: int, rank: int) -> tuple[int | None, int]:
     match node.op_type:
         case "Transpose":
             order = node.attributes.get_ints("perm", tuple(reversed(range(rank))))
-            return order[axis], rank
+            return (order[axis] if sorted(order) == list(range(rank)) else None), rank
         case "Squeeze" if (axes := _axes(node)) is not None:
             rank += len(axes)
             kept = [i for i in range(rank) if i not in {axis % rank for axis in axes}]
-            return kept[axis], rank
+            return (kept[axis] if axis < len(kept) else None), rank
         case "Unsqueeze" if (axes := _axes(node)) is not None:
             added = {axis % rank for axis in axes}
             before = sum(i < axis for i in added)

@@ -28,6 +28,8 @@ class ExternalFiles:
             return self._read(tensor)
         except ValueError as error:
             raise BundleError(f"weight {tensor.name!r} cannot be read: {error}") from None
+        except OSError as error:  # its external data has too long a name, or may not be read
+            raise BundleError(f"weight {tensor.name!r} cannot be read: {error.filename}: {error.strerror}") from None
 
     def _read(self, tensor: ir.TensorProtocol) -> Array:
         if isinstance(tensor, ir.ExternalTensor):

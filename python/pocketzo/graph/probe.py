@@ -67,8 +67,9 @@ def _rows_read(value: ir.Value) -> Iterator[int]:
             if table is not None and table < len(node.inputs):
                 axis = node.attributes.get("gather_axis", node.attributes.get("axis"))
                 shape = _constant_shape(node.inputs[table])
-                if shape:
-                    yield shape[0 if axis is None else axis.as_int()]
+                at = 0 if axis is None else axis.as_int()
+                if shape and -len(shape) <= at < len(shape):
+                    yield shape[at]
             elif (node.op_type in _MOVING and index == 0) or node.op_type in _JOINING:
                 for output in node.outputs:
                     if output not in seen:
@@ -89,7 +90,10 @@ def _constant_shape(value: ir.Value | None) -> Sequence[int] | None:
     if shape is None or node.op_type != "Transpose":
         return shape
     perm = node.attributes.get("perm")
-    return shape[::-1] if perm is None else [shape[axis] for axis in perm.as_ints()]
+    if perm is None:
+        return shape[::-1]
+    order = perm.as_ints()
+    return [shape[axis] for axis in order] if sorted(order) == list(range(len(shape))) else None
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
 from pocketzo.graph.names import rename_shadowed, title_of
 from pocketzo.graph.opset import MIN_OPSET, convert_old
+from pocketzo.graph.schemas import check_nodes
 
 CONVERTED = "pocketzo.converted"
 """Key of a model's ``meta``: the operator set that it was converted from."""
@@ -71,7 +72,8 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
     Raises
     ------
     BundleError
-        If the graph is not well formed: two values have one name, no node computes a value, or there is a cycle.
+        If the graph is not well formed: two values have one name, no node computes a value, there is a cycle, or a
+        node has not the inputs and attributes of its operator.
     """
     log = logging.getLogger("onnx_ir")
     level = log.level
@@ -90,6 +92,7 @@ def from_proto(proto: onnx.ModelProto) -> ir.Model:
     for value in model.graph.outputs:
         if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
             raise BundleError(f"nothing computes the graph's output {value.name!r}")
+    check_nodes(model)
     return model
 
 

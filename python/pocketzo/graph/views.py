@@ -27,7 +27,7 @@ def fold_views(draft: Draft) -> None:
             continue
         try:
             array = _view(node, source.array)
-        except ValueError:  # the runtime will report the invalid node
+        except (ValueError, IndexError):  # the runtime will report the invalid node
             array = None
         if array is None:
             continue

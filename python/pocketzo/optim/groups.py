@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from pocketzo.arguments import check_number
+from pocketzo.arguments import check_number, compile_pattern
 from pocketzo.formats.bundle import Bundle, TensorSpec
 from pocketzo.runtime.weights import Weights
 
@@ -39,15 +38,7 @@ class ParamGroup:
     def __post_init__(self) -> None:
         check_number(f"group {self.pattern!r}: lr", self.lr)
         check_number(f"group {self.pattern!r}: eps", self.eps, positive=True)
-        compiled(self.pattern)
-
-
-def compiled(pattern: str) -> re.Pattern[str]:
-    """Return a regular expression, compiled; raise a :class:`ValueError` if it is none."""
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError, RecursionError) as error:
-        raise ValueError(f"not a regular expression: {pattern!r}: {error}") from None
+        compile_pattern("a group's pattern", self.pattern)
 
 
 def select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
@@ -58,7 +49,7 @@ def select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> lis
     elif callable(trainable):
         chosen = [tensor for tensor in tensors if trainable(tensor.name)]
     else:
-        pattern = compiled(trainable)
+        pattern = compile_pattern("trainable", trainable)
         chosen = [tensor for tensor in tensors if pattern.search(tensor.name)]
     if not chosen:
         raise ValueError(f"trainable={trainable!r} matches none of the {len(tensors)} weights that could be trained")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pocketzo.errors import joined_lines
 from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup, Tunable
@@ -50,5 +51,4 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
             raise ValueError(f"the bundle has no trainable weight {missing[0]!r}, which the optimizer trains")
         return method(model, trainable=trained.__contains__, **arguments)
     except (KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())  # it may quote a key of any text
-        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {reason}") from None
+        raise ValueError(f"not the settings of an optimizer: {type(error).__name__}: {joined_lines(error)}") from None

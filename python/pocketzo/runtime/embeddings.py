@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from pocketzo.errors import NotPrepackableError
-from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.runtime.onnx_proto import read_graph
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
@@ -20,7 +20,7 @@ def embedding_rows(bundle: Bundle) -> dict[str, int]:
     package protobuf, which some installations on phones lack.
     """
     try:
-        model = onnx_messages().Model.FromString(bundle.model_path.read_bytes())
+        model = read_graph(bundle.model_path)
     except (NotPrepackableError, OSError):
         return {}
     sizes = {tensor.name: tensor.shape[0] for tensor in bundle.tensors if len(tensor.shape) == 2}

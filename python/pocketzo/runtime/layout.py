@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo._core import Packing, packed_hash
-from pocketzo.errors import NotPrepackableError
+from pocketzo.errors import NotPrepackableError, joined_lines
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import MAPS
 from pocketzo.runtime.onnx_proto import FLOAT, INT, onnx_messages
@@ -127,7 +127,9 @@ def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
     except OSError as error:
         raise NotPrepackableError(f"no temporary file can be made: {error}") from None
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise NotPrepackableError(f"onnxruntime {ort.__version__} does not save prepacked weights: {error}") from None
+        raise NotPrepackableError(
+            f"onnxruntime {ort.__version__} does not save prepacked weights: {joined_lines(error)}"
+        ) from None
     entries = {entry.key: entry.value for tensor in saved.graph.initializer for entry in tensor.external_data}
     if "prepacked_0" not in entries:
         raise NotPrepackableError(f"onnxruntime {ort.__version__} does not prepack a {operator} on this processor")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo._core import has_fp16_arithmetic
-from pocketzo.errors import BundleError, Error, MemoryLimitError
+from pocketzo.errors import BundleError, Error, MemoryLimitError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import watch
@@ -106,7 +106,7 @@ class Model:
         except Exception as error:  # onnxruntime's own exceptions share no public base
             raise Error(
                 f"{self.bundle.path}: the model cannot be run on this batch (is a text too long for it, or the "
-                f"tokenizer that of another model?): {error}"
+                f"tokenizer that of another model?): {joined_lines(error)}"
             ) from error
 
     def _any_labels(self, feed: Batch) -> NDArray[Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-from pocketzo.errors import NotPrepackableError
+from pocketzo.errors import BundleError, NotPrepackableError
 
 FLOAT: Final = 1  # TensorProto.FLOAT
 EXTERNAL: Final = 1  # TensorProto.EXTERNAL
@@ -69,3 +70,24 @@ def onnx_messages() -> Any:
     # protobuf before 4.22 has the older name only, and from 5 on there is the newer one only
     make = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
     return SimpleNamespace(**{name: make(found) for name, found in classes.items()})
+
+
+def read_graph(path: Path) -> Any:
+    """Return the graph file of a bundle as a message ``Model``.
+
+    Raises
+    ------
+    NotPrepackableError
+        As for :func:`onnx_messages`.
+    BundleError
+        It is no ONNX model.
+    OSError
+        It cannot be read.
+    """
+    messages, data = onnx_messages(), path.read_bytes()
+    from google.protobuf.message import DecodeError
+
+    try:
+        return messages.Model.FromString(data)
+    except DecodeError as error:
+        raise BundleError(f"{path}: not an ONNX model: {error}; prepare the model again") from None

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pocketzo.errors import BundleError
+from pocketzo.errors import BundleError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe, other_branches
 from pocketzo.runtime.session import open_unoptimised
@@ -82,11 +82,11 @@ def float_outputs(bundle: Bundle, session: ort.InferenceSession, batch: Probe) -
     BundleError
         The run failed.
     """
-    outputs = [value.name for value in bundle.outputs if np.dtype(value.dtype).kind == "f"]
+    outputs = [value.name for value in bundle.outputs if value.is_float]
     try:
         values = session.run(outputs, batch)
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"{bundle.model_path}: a run on the probing batch failed: {error}") from error
+        raise BundleError(f"{bundle.model_path}: a run on the probing batch failed: {joined_lines(error)}") from error
     return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
 
 

@@ -25,7 +25,7 @@ from pocketzo.machine.mappings import file_mappings
 from pocketzo.runtime.holes import embed_constants, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.matrices import Matrix, find_matrices
-from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.runtime.onnx_proto import onnx_messages, read_graph
 from pocketzo.runtime.session import create_session
 from pocketzo.runtime.variables import declare_inputs
 
@@ -64,7 +64,7 @@ def plan_prepacking(bundle: Bundle) -> Plan:
         The graph, onnxruntime or the system does not allow it; says why.
     """
     layout = detect_layout()
-    model = onnx_messages().Model.FromString(bundle.model_path.read_bytes())
+    model = read_graph(bundle.model_path)
     return Plan(bundle, model, layout, find_matrices(bundle, model.graph, layout))
 
 

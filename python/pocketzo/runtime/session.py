@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from pocketzo.errors import BundleError, NotPrepackableError
+from pocketzo.errors import BundleError, NotPrepackableError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.paths import utf8_path
 
@@ -111,7 +111,8 @@ def create_session(
     except NotPrepackableError as error:
         if prepacked:
             raise
-        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error.__cause__}") from error.__cause__
+        reason = joined_lines(error.__cause__ or error)
+        raise BundleError(f"{graph}: onnxruntime refuses the graph: {reason}") from error.__cause__
 
 
 def _options(values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
@@ -132,4 +133,6 @@ def _create(model: str | bytes, options: ort.SessionOptions, disabled: list[str]
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise NotPrepackableError(f"onnxruntime {ort.__version__} refuses prepacked weights: {error}") from error
+        raise NotPrepackableError(
+            f"onnxruntime {ort.__version__} refuses prepacked weights: {joined_lines(error)}"
+        ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.outputs import is_quantised
 
 
@@ -30,7 +30,7 @@ def model_with_variables(bundle: Bundle) -> bytes:
     NotPrepackableError
         The package protobuf is not installed.
     """
-    model = onnx_messages().Model.FromString(bundle.model_path.read_bytes())
+    model = read_graph(bundle.model_path)
     declare_inputs(model.graph, bundle)
     serialized: bytes = model.SerializeToString()
     return serialized

@@ -176,7 +176,7 @@ def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
         raise JournalError(f"{path}: {where} is {given!r}, expected an object")
     known = fields(cls)
     for unknown in sorted(set(given) - {own.name for own in known}):
-        raise JournalError(f"{path}: {where}.{unknown} is a setting that this version of PocketZO does not have")
+        raise JournalError(f"{path}: {where} has {unknown!r}, a setting that this version of PocketZO does not have")
     for own in known:
         if own.name not in given and own.default is MISSING and own.default_factory is MISSING:
             raise JournalError(f"{path}: {where}.{own.name} is missing")
