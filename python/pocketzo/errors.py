@@ -63,6 +63,10 @@ class NotPrepackableError(Error):
     """Prepacked weights cannot be live on this system; the plain layout is used instead."""
 
 
+class NothingToPrepackError(NotPrepackableError):
+    """No weight has a layout that would make the graph faster."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

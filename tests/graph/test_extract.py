@@ -62,6 +62,17 @@ def test_chains_of_views_are_folded(tmp_path: Path) -> None:
     assert Live(bundle).dead(bundle, feed) == []
 
 
+@pytest.mark.parametrize("axis", [-3, -2, -1, 0, 1, 2, 3])
+def test_a_flattened_weight(tmp_path: Path, axis: int) -> None:
+    nodes = [node("Flatten", "w", "flat", axis=axis), node("MatMul", "x flat", "logits")]
+    rows = int(np.prod((2, 3, 4)[:axis]))
+    inputs, outputs = [("x", TensorProto.FLOAT, (1, rows))], [("logits", (1, 24 // rows))]
+    path = model_of(tmp_path / "m.onnx", nodes, [weight("w", 2, 3, 4)], inputs=inputs, outputs=outputs)
+    bundle = prepare(path, tmp_path / "out", loss="none")
+    x = np.ones((1, rows), np.float32)
+    np.testing.assert_array_equal(run(bundle.model_path, {"x": x})["logits"], run(path, {"x": x})["logits"])
+
+
 def test_a_weight_used_inside_of_a_branch(tmp_path: Path) -> None:
     def branch(name: str, weight_name: str) -> onnx.GraphProto:
         output = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, ["batch", 3])

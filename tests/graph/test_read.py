@@ -102,3 +102,12 @@ def test_packed_integers_stay_in_the_graph(tmp_path: Path) -> None:
     (stored,) = (tensor for tensor in onnx.load(bundle.model_path).graph.initializer if tensor.name == "q")
     assert stored.data_location == TensorProto.DEFAULT
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(stored).astype(np.int64), values)
+
+
+def test_a_model_of_other_operators_alone(tmp_path: Path) -> None:
+    scaler = helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml", offset=[0.0], scale=[2.0])
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
+    graph = helper.make_graph([scaler], "g", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 3)]), tmp_path / "m.onnx")
+    with pytest.raises(BundleError, match=r"operators of ai\.onnx\.ml alone, and none of ai\.onnx, so no weights"):
+        prepare(tmp_path / "m.onnx", tmp_path / "out")

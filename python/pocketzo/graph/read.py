@@ -39,8 +39,11 @@ def read_model(path: Path) -> ir.Model:
     except DecodeError:
         raise BundleError("not an ONNX file, or cut off") from None
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-    if not proto.graph.node or not versions:
+    if not proto.graph.node or not proto.opset_import:
         raise BundleError("not an ONNX file, or an empty one: it has no nodes or names no operator set")
+    if not versions:
+        domains = ", ".join(sorted(entry.domain for entry in proto.opset_import))
+        raise BundleError(f"the model has operators of {domains} alone, and none of ai.onnx, so no weights to train")
     if proto.graph.sparse_initializer:
         raise BundleError("sparse initializers are not supported; export the model with dense weights")
     proto.ir_version = max(proto.ir_version, 4)  # before version 4, each initializer had to be an input too

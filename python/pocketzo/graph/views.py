@@ -62,7 +62,8 @@ def _view(node: ir.Node, array: Array) -> Array | None:
             keep = not attributes.get_int("allowzero", 0)
             return array.reshape([array.shape[i] if n == 0 and keep else n for i, n in enumerate(second.tolist())])
         case "Flatten":
-            axis = attributes.get_int("axis", 1) % (array.ndim + 1)
+            axis = attributes.get_int("axis", 1)
+            axis += array.ndim if axis < 0 else 0
             return array.reshape(prod(array.shape[:axis]), -1)
     return None
 

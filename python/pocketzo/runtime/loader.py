@@ -11,7 +11,14 @@ from typing import Literal
 import onnxruntime as ort
 
 from pocketzo._core import has_fp16_arithmetic
-from pocketzo.errors import DeadWeightError, Error, MemoryLimitError, NotPrepackableError, first_line
+from pocketzo.errors import (
+    DeadWeightError,
+    Error,
+    MemoryLimitError,
+    NothingToPrepackError,
+    NotPrepackableError,
+    first_line,
+)
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import resident_memory
 from pocketzo.runtime.image import Image
@@ -60,16 +67,17 @@ class Loader:
         return model
 
     def _load(self) -> tuple[Model, tuple[str, ...]]:
-        reason = "as asked for"
+        reason, missed = "as asked for", True
         if self.prepack:
             try:
                 return self._load_prepacked()
             except (NotPrepackableError, MemoryError, OSError) as error:  # the plain layout may need less
-                reason = first_line(error)
+                reason, missed = first_line(error), not isinstance(error, NothingToPrepackError)
                 if self.prepack is True:
                     raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
         loaded = None
-        if self.prepack and has_constants(self.bundle):
+        constants = self.prepack and has_constants(self.bundle)
+        if constants:
             with contextlib.suppress(NotPrepackableError, DeadWeightError, MemoryError, MemoryLimitError):
                 loaded = self._load_with_constants(reason)
         model, idle = loaded or self._load_plain(reason)
@@ -80,7 +88,7 @@ class Loader:
                     "slow",
                     stacklevel=4,
                 )
-        elif self.prepack:
+        elif self.prepack and (missed or (constants and not loaded)):
             what = "constants, but not weights, are" if loaded else "weights are not"
             warnings.warn(f"{what} prepacked, which is slower: {reason}", stacklevel=4)
         return model, idle

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pocketzo._core import Packing
-from pocketzo.errors import NotPrepackableError
+from pocketzo.errors import NothingToPrepackError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.layout import Layout
 
@@ -75,5 +75,5 @@ def find_matrices(bundle: Bundle, graph: Any, layout: Layout) -> tuple[Matrix, .
         packing = layout.packing(rows, columns, transposed=transposed)
         found.append(Matrix(name, node.op_type, len(nodes) > 1, packing))
     if not found:
-        raise NotPrepackableError("the graph multiplies by no weight")
+        raise NothingToPrepackError("the graph multiplies by no weight")
     return tuple(found)
