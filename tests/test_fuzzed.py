@@ -232,3 +232,22 @@ def test_a_weight_without_an_element_type_is_refused(tmp_path: Path, tiny_onnx: 
     with pytest.raises(pz.BundleError, match=r"weight 'embedding.weight' has no element type") as caught:
         pz.prepare(tmp_path / "bad.onnx", tmp_path / "out")
     assert is_own(caught.value)
+
+
+def with_own_loss(path: Path, operator: str) -> Path:
+    """Write a model whose loss an operator computes from x w, and which declares that it is one number."""
+    nodes = [helper.make_node(operator, ["h"], ["m"]), helper.make_node("Reshape", ["m", "one"], ["loss"])]
+    model = onnx.load(linear_then(path, *nodes, one=[-1]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("loss", TensorProto.FLOAT, [1]))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_loss_with_an_axis_is_taken_if_it_is_one_number(tmp_path: Path) -> None:
+    batch = {"x": np.ones((2, 4), np.float32)}
+    pz.prepare(with_own_loss(tmp_path / "one.onnx", "ReduceMean"), tmp_path / "one")
+    assert pz.load(tmp_path / "one", verify="fast").loss(batch) == 4
+    pz.prepare(with_own_loss(tmp_path / "more.onnx", "Relu"), tmp_path / "more")
+    with pytest.raises(pz.BundleError, match=r"the loss 'loss' has the shape \[6\], expected one number") as caught:
+        pz.load(tmp_path / "more", verify="fast").loss(batch)
+    assert is_own(caught.value)
