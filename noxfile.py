@@ -150,8 +150,8 @@ def asan(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """Fuzz the readers of all files, by the same cases each time: about a minute."""
     environment(session)
-    session.run("python", "-m", "fuzz", "--count", "70", env={"PYTHONPATH": "tests"})
-    note(session, "fuzzing: 70 cases of each kind of file")
+    session.run("python", "-m", "fuzz", "--count", "50", env={"PYTHONPATH": "tests"})
+    note(session, "fuzzing: 50 cases of each kind of file")
 
 
 @nox.session

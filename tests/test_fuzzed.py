@@ -165,6 +165,7 @@ SOFTMAX = helper.make_node("Softmax", ["h"], ["s"])
     [
         ([helper.make_node("Cast", ["h"], ["y"], "cast")], "node 'cast' (Cast) has no attribute 'to'"),
         ([helper.make_node("Cast", [], ["y"], "cast", to=1)], "node 'cast' (Cast) has 0 inputs and 1 outputs"),
+        ([helper.make_node("Add", ["h", "h", "h"], ["y"], "add")], "node 'add' (Add) has 3 inputs and 1 outputs"),
         ([helper.make_node("Add", ["h", ""], ["y"], "add")], "node 'add' (Add) has 2 inputs, one of them empty, and"),
         (
             [helper.make_node("Softmax", ["h"], ["y"], "soft", axis="one")],
@@ -204,4 +205,49 @@ def test_an_unknown_setting_with_a_line_break_gives_one_line(tmp_path: Path) -> 
     Journal.create(tmp_path / "journal.pzj", header).close()
     with pytest.raises(pz.JournalError, match=r"header\.loop has 'a\\nb', a setting that this version") as caught:
         pz.Run(tmp_path)
+    assert is_own(caught.value)
+
+
+@pytest.mark.parametrize("old", [b"dense_0", b"MatMul", b"embedding.weight"])
+def test_a_text_of_a_graph_that_is_not_utf8_is_refused(tmp_path: Path, tiny_onnx: Path, old: bytes) -> None:
+    data = tiny_onnx.read_bytes()
+    assert old in data
+    (tmp_path / "bad.onnx").write_bytes(data.replace(old, b"\xff" + old[1:]))
+    with pytest.raises(pz.BundleError, match=r"bad\.onnx: .*b'\\xff.*' in it is not UTF-8") as caught:
+        pz.prepare(tmp_path / "bad.onnx", tmp_path / "out")
+    assert is_own(caught.value)
+
+
+def test_a_remark_in_a_graph_may_be_in_any_encoding(tmp_path: Path, tiny_onnx: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    model.graph.node[0].doc_string = "remark"
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString().replace(b"remark", b"\xffemark"))
+    pz.prepare(tmp_path / "m.onnx", tmp_path / "out")
+
+
+def test_a_weight_without_an_element_type_is_refused(tmp_path: Path, tiny_onnx: Path) -> None:
+    model = onnx.load(tiny_onnx)
+    model.graph.initializer[0].data_type = TensorProto.UNDEFINED
+    (tmp_path / "bad.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(pz.BundleError, match=r"weight 'embedding.weight' has no element type") as caught:
+        pz.prepare(tmp_path / "bad.onnx", tmp_path / "out")
+    assert is_own(caught.value)
+
+
+def with_own_loss(path: Path, operator: str) -> Path:
+    """Write a model whose loss an operator computes from x w, and which declares that it is one number."""
+    nodes = [helper.make_node(operator, ["h"], ["m"]), helper.make_node("Reshape", ["m", "one"], ["loss"])]
+    model = onnx.load(linear_then(path, *nodes, one=[-1]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("loss", TensorProto.FLOAT, [1]))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_loss_with_an_axis_is_taken_if_it_is_one_number(tmp_path: Path) -> None:
+    batch = {"x": np.ones((2, 4), np.float32)}
+    pz.prepare(with_own_loss(tmp_path / "one.onnx", "ReduceMean"), tmp_path / "one")
+    assert pz.load(tmp_path / "one", verify="fast").loss(batch) == 4
+    pz.prepare(with_own_loss(tmp_path / "more.onnx", "Relu"), tmp_path / "more")
+    with pytest.raises(pz.BundleError, match=r"the loss 'loss' has the shape \[6\], expected one number") as caught:
+        pz.load(tmp_path / "more", verify="fast").loss(batch)
     assert is_own(caught.value)

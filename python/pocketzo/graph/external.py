@@ -32,6 +32,8 @@ class ExternalFiles:
             raise BundleError(f"weight {tensor.name!r} cannot be read: {error.filename}: {error.strerror}") from None
 
     def _read(self, tensor: ir.TensorProtocol) -> Array:
+        if tensor.dtype == ir.DataType.UNDEFINED:
+            raise BundleError(f"weight {tensor.name!r} has no element type")
         if isinstance(tensor, ir.ExternalTensor):
             data = self._slice(tensor, self._map(tensor), tensor.offset or 0, tensor.length)
         elif isinstance(tensor, ir.TensorProtoTensor) and tensor.raw.HasField("raw_data"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx.checker
 import onnx.inliner
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
@@ -39,6 +42,8 @@ def read_model(path: Path) -> ir.Model:
     except DecodeError:
         raise BundleError("not an ONNX file, or cut off") from None
     versions = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    if bad := next((text for text in _texts(proto) if not isinstance(text, str)), None):
+        raise BundleError(f"not an ONNX file, or damaged: {reprlib.repr(bad)} in it is not UTF-8")
     if not proto.graph.node or not proto.opset_import:
         raise BundleError("not an ONNX file, or an empty one: it has no nodes or names no operator set")
     if not versions:
@@ -67,6 +72,21 @@ def read_model(path: Path) -> ir.Model:
         raise BundleError(f"the graph's constants cannot be read: {_reason(error)}") from None
     rename_shadowed(model.graph)
     return model
+
+
+def _texts(message: Message) -> Iterator[object]:
+    """Yield the strings of a message and of those inside; protobuf gives bytes where they are not UTF-8."""
+    if isinstance(message, onnx.TensorProto):  # without a copy of its elements
+        yield message.name
+        yield from (text for entry in message.external_data for text in (entry.key, entry.value))
+        return
+    for field, value in message.ListFields():
+        values = value if field.is_repeated else (value,)
+        if field.type == FieldDescriptor.TYPE_STRING and field.name != "doc_string":  # which is not read
+            yield from values
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            for inner in values:
+                yield from _texts(inner)
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:

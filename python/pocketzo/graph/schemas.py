@@ -38,10 +38,12 @@ def check_nodes(model: ir.Model) -> None:
 def _check_inputs(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
     single = [value.option == onnx.defs.OpSchema.FormalParameterOption.Single for value in schema.inputs]
     missing = any(value is None and one for value, one in zip(node.inputs, single, strict=False))
-    if missing or len(node.inputs) < schema.min_input or len(node.outputs) < schema.min_output:
+    few, many = schema.min_input, schema.max_input
+    if missing or not few <= len(node.inputs) <= many or len(node.outputs) < schema.min_output:
+        takes = few if few == many else f"{few} to {many}" if many < 2**31 - 1 else f"{few} or more"
         raise BundleError(
             f"node {title_of(node)} has {len(node.inputs)} inputs{', one of them empty,' if missing else ''} and "
-            f"{len(node.outputs)} outputs; its operator needs {schema.min_input} and {schema.min_output}"
+            f"{len(node.outputs)} outputs; its operator takes {takes} and has {schema.min_output} or more"
         )
 
 

@@ -167,13 +167,19 @@ class Model:
         Raises
         ------
         BundleError
-            The graph has no loss.
+            The graph has no loss, or it is not one number.
         Error
             See :meth:`run`.
         """
         if self.bundle.loss is None:
             raise BundleError(f"{self.bundle.path}: the graph has no loss output; give an objective of your own")
-        return float(self.run(batch, [self.bundle.loss])[self.bundle.loss])
+        loss = self.run(batch, [self.bundle.loss])[self.bundle.loss]
+        if loss.size != 1:
+            raise BundleError(
+                f"{self.bundle.model_path}: the loss {self.bundle.loss!r} has the shape {list(loss.shape)}, expected "
+                "one number; give an objective of your own"
+            )
+        return float(loss.item())
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a bundle with the current weights.
