@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import onnx_ir as ir
 
 from pocketzo.graph.build import Builder
 from pocketzo.graph.names import value_names
 
+_PRODUCTS: Final = frozenset({"MatMul", "FusedMatMul"})
+
+# Nodes that onnxruntime removes where they change nothing, or merges into a product, as it does a scalar factor.
+_REMOVED: Final = frozenset({"Cast", "Dropout", "Expand", "Identity", "Reshape"})
+_REMOVED_WITH_CONSTANT: Final = frozenset({"Add", "Div", "Mul", "Sub"})
+
 
 def separate_transposes(model: ir.Model) -> None:
-    """Put a node between each Transpose and MatMul that onnxruntime would merge wrongly in float16.
+    """Put a node between each Transpose and product that onnxruntime may merge wrongly in float16.
 
     On x86-64 at its default level of optimisation, onnxruntime computes in float32, and merges a Transpose that moves
-    the first axis into one of the last two with the MatMul of a matrix after it. Its next optimisation then reads
-    memory that is not its own, and the process dies (onnxruntime issue 28392, seen in 1.32). An axis of size 1 in front
-    keeps them apart and costs nothing. A Reshape to the same shape does not: onnxruntime removes it.
+    the first axis into one of the last two with a product after it. If the product's other factor has another rank, the
+    next optimisation reads memory that is not its own, and the process dies (onnxruntime issue 28392, seen in 1.32). A
+    Concat of one tensor keeps the two apart, and copies it. What only changes the shape does not: a Reshape is removed,
+    and so is an Unsqueeze with its Squeeze after a Reshape, or the Transpose is moved behind it.
 
     Parameters
     ----------
@@ -29,19 +37,11 @@ def separate_transposes(model: ir.Model) -> None:
     taken = value_names(graph)
     for scope in (graph, *graph.subgraphs()):
         for node in tuple(scope):
-            if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
-                continue
-            for index, other in ((0, 1), (1, 0)):
-                value, matrix = node.inputs[index], node.inputs[other]
-                if value is None or matrix is None or not (_is_merged(value) and _is_matrix(matrix)):
-                    continue
-                build = Builder(scope, "pocketzo.separate.", before=node, taken=taken)
-                axis = build.constant([0])
-                deeper = build.op("Unsqueeze", value, axis)
-                product = build.op("MatMul", *((deeper, matrix) if index == 0 else (matrix, deeper)))
-                result = build.op("Squeeze", product, axis)
-                ir.convenience.replace_nodes_and_values(scope, node, [node], [], [node.outputs[0]], [result])
-                break
+            if node.op_type in _PRODUCTS:
+                for index, value in enumerate(node.inputs):
+                    if value is not None and _is_merged(value):
+                        build = Builder(scope, "pocketzo.separate.", before=node, taken=taken)
+                        node.replace_input_with(index, build.op("Concat", value, axis=0))
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -53,22 +53,36 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _is_merged(value: ir.Value) -> bool:
-    """Whether a Transpose of the merged kind computes a value."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Identity", "Cast") and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "Transpose" or "perm" not in node.attributes:
-        return False
-    permutation = list(node.attributes["perm"].as_ints())
-    return len(permutation) > 2 and permutation[:-2] == list(range(1, len(permutation) - 1))
+    """Whether a Transpose of the merged kind computes a value, or several that onnxruntime may make one."""
+    permutation: list[int] = []
+    while (node := value.producer()) is not None:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type in _REMOVED_WITH_CONSTANT:
+            computed = [each for each in node.inputs if each is not None and not _is_constant(each)]
+            source = computed[0] if len(computed) == 1 else None
+        elif node.op_type == "Transpose":
+            first = _permutation(node)
+            if not first or (permutation and len(permutation) != len(first)):
+                return False
+            permutation = [first[axis] for axis in permutation] or first
+            if len(permutation) > 2 and permutation[:-2] == list(range(1, len(permutation) - 1)):
+                return True
+        elif node.op_type not in _REMOVED:
+            return False
+        if source is None:
+            return False
+        value = source
+    return False
 
 
-def _is_matrix(value: ir.Value) -> bool:
-    """Whether a value is a constant matrix."""
+def _permutation(node: ir.Node) -> list[int]:
+    """Return the axes of a Transpose; none if it reverses an unknown number of them."""
+    if "perm" in node.attributes:
+        return list(node.attributes["perm"].as_ints())
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    return [] if shape is None else list(range(len(shape)))[::-1]
+
+
+def _is_constant(value: ir.Value) -> bool:
     node = value.producer()
-    while node is not None and node.op_type in ("Identity", "Cast", "Transpose") and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    is_constant = value.is_initializer() or (node is not None and node.op_type == "Constant")
-    shape = value.shape if value.const_value is None else value.const_value.shape
-    return is_constant and shape is not None and len(shape) == 2
+    return value.is_initializer() or (node is not None and node.op_type == "Constant")
