@@ -1,4 +1,4 @@
-"""Tiny decoders with caches as exporters write them: GPT-2, Llama, Qwen2, Qwen3, a merged one, onnxruntime-genai's."""
+"""Tiny decoders with caches as exporters write them: GPT-2, Llama, Qwen2, Qwen2-VL, Qwen3, merged, and genai's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 Weights = dict[str, Array]
 
 VOCABULARY, LAYERS, HIDDEN, HEADS, SIZE, INNER, POSITIONS = 40, 2, 64, 4, 16, 96, 32
+SECTIONS = (2, 3, 3)  # of the frequencies: those of positions in time, height and width
 MASKED = float(np.finfo(np.float32).min)
 EPSILON = 1e-5
 MICROSOFT = "com.microsoft"
@@ -132,9 +133,12 @@ class Decoder(Nodes):
     ----------
     cached : bool
         Whether it reads ``past_key_values``.
+    sections : bool
+        Whether positions have an axis in front for time, height and width, as in Qwen2-VL.
     """
 
     cached: bool = True
+    sections: bool = False
 
     def size_of(self, x: str, axis: int) -> str:
         """Return the size of an axis, [1]."""
@@ -198,8 +202,15 @@ class Decoder(Nodes):
     def rotation(self, positions: str) -> tuple[str, str]:
         """Return cosines and sines, [batch, 1, sequence, size], computed from the inverse frequencies."""
         table = self.weight("/model/rotary_emb/Constant_7_output_0", inverse_frequencies().reshape(1, -1, 1))
-        at = self.op("Cast", self.op("Unsqueeze", positions, self.constant([1])), to=TensorProto.FLOAT)
-        angles = self.op("Transpose", self.op("MatMul", table, at), perm=[0, 2, 1])
+        before = self.constant([2 if self.sections else 1])
+        at = self.op("Cast", self.op("Unsqueeze", positions, before), to=TensorProto.FLOAT)
+        angles = self.op("MatMul", table, at)
+        if self.sections:
+            names = [f"{self.prefix}/section_{n}" for n in range(len(SECTIONS))]
+            self.op("Split", angles, self.constant(list(SECTIONS)), axis=2, outputs=names)
+            angles = [self.op("Gather", name, self.constant(n), axis=0) for n, name in enumerate(names)]
+            angles = self.op("Concat", *angles, axis=1)
+        angles = self.op("Transpose", angles, perm=[0, 2, 1])
         angles = self.op("Unsqueeze", self.op("Concat", angles, angles, axis=-1), self.constant([1]))
         return self.op("Cos", angles), self.op("Sin", angles)
 
@@ -381,6 +392,14 @@ def write_llama(path: Path, weights: Weights, kv_heads: int) -> Path:
     decoder = Decoder()
     decoder.llama(weights, kv_heads)
     return write(path, decoder, kv_heads, tokens("input_ids", "attention_mask", "position_ids"))
+
+
+def write_qwen2_vl(path: Path, weights: Weights, kv_heads: int) -> Path:
+    """The text decoder of Qwen2-VL."""
+    decoder = Decoder(sections=True)
+    decoder.llama(weights, kv_heads)
+    positions = value("position_ids", TensorProto.INT64, (len(SECTIONS), "batch_size", "sequence_length"))
+    return write(path, decoder, kv_heads, [*tokens("input_ids", "attention_mask"), positions])
 
 
 def write_gpt2(path: Path, weights: Weights, *, gemm: bool = True) -> Path:

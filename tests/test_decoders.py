@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ from decoders import (
     write_gpt2,
     write_llama,
     write_merged,
+    write_qwen2_vl,
 )
 from described import PAD, write_tokenizer
 from onnx import TensorProto, helper, numpy_helper
@@ -32,6 +34,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from tokenizers import Tokenizer
 
 import pocketzo as pz
+from pocketzo.data.dataset import fixed_batch
 from pocketzo.formats.safetensors import file_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")  # where a graph has branches
@@ -45,6 +48,7 @@ FLOATS: dict[str, Callable[[Path], Path]] = {
     "llama": lambda path: write_llama(path, LLAMA, 2),
     "llama, a head each": lambda path: write_llama(path, llama_weights(kv_heads=HEADS), HEADS),
     "qwen2": lambda path: write_llama(path, QWEN2, 2),
+    "qwen2-vl": lambda path: write_qwen2_vl(path, QWEN2, 2),
     "qwen3": lambda path: write_llama(path, QWEN3, 2),
     "merged gpt2": lambda path: write_merged(path, GPT2),
     "genai": lambda path: write_genai(path, LLAMA, 2),
@@ -64,7 +68,8 @@ def batch_of(path: Path, ids: Array, mask: Array, past: Mapping[str, Array] | No
     batch: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
     for value in session.get_inputs():
         if value.name == "position_ids":
-            batch[value.name] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, mask.shape[1] - ids.shape[1] :]
+            positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, mask.shape[1] - ids.shape[1] :]
+            batch[value.name] = positions if len(value.shape) == 2 else np.stack([positions] * value.shape[0])
         elif value.name == "use_cache_branch":
             batch[value.name] = np.array([past is not None])
         elif value.name.startswith("past_key_values"):
@@ -158,8 +163,9 @@ def accept(path: Path, folder: Path, tolerance: float) -> pz.Bundle:
     read = examples.batch(np.arange(len(examples)))
     assert read.keys() == everything.keys()
     for name, array in read.items():
-        where = real if name == "position_ids" else ...  # whatever it is of padding
-        np.testing.assert_array_equal(array[where], everything[name][where], strict=True)
+        both = array, everything[name]
+        got, wanted = (each[..., real] for each in both) if name == "position_ids" else both  # any of padding
+        np.testing.assert_array_equal(got, wanted, strict=True)
 
     optimizer = pz.MeZO(model, lr=1e-3, seed=4)
     run = folder / "run"
@@ -197,6 +203,7 @@ def elements(weights: Weights) -> int:
         ("gpt2", GPT2),
         ("llama", LLAMA),
         ("qwen2", QWEN2),
+        ("qwen2-vl", QWEN2),
         ("qwen3", QWEN3),
         ("merged gpt2", GPT2),
         ("genai", LLAMA),
@@ -204,8 +211,27 @@ def elements(weights: Weights) -> int:
 )
 def test_all_weights_of_a_decoder_train(name: str, weights: Weights, tmp_path: Path) -> None:
     bundle = accept(FLOATS[name](tmp_path / "m.onnx"), tmp_path, 1e-4)
+    assert fixed_batch(bundle) is None  # though flags and positions may have a first axis of fixed size
     sizes = [int(np.prod(tensor.shape)) for tensor in bundle.tensors if tensor.trainable]
     assert sum(sizes) == elements(weights)  # a tied table once, in both branches; no frequencies, no rotary tables
+
+
+def test_positions_by_section_may_be_given_by_token(tmp_path: Path) -> None:
+    bundle = pz.prepare(FLOATS["qwen2-vl"](tmp_path / "m.onnx"), tmp_path / "base")
+    data = Sentences()
+    positions = np.arange(7) + np.arange(8)[:, None]
+    given: dict[str, Any] = {"input_ids": data.ids, "attention_mask": data.mask, "labels": data.labels}
+    np.savez(tmp_path / "data.npz", position_ids=positions, **given)
+    examples = pz.load_dataset(tmp_path / "data.npz", bundle)
+    batch = examples.batch(np.array([3, 0]))
+    np.testing.assert_array_equal(batch["position_ids"], np.stack([positions[[3, 0]]] * 3), strict=True)
+    model = pz.load(bundle, threads=1)
+    assert pz.evaluate(model, examples, batch_size=3)["loss"] == pytest.approx(
+        pz.evaluate(model, examples, batch_size=8)["loss"], rel=1e-5
+    )
+    np.savez(tmp_path / "data.npz", position_ids=np.stack([positions] * 8), **given)
+    with pytest.raises(pz.DataError, match=r"'position_ids' must be integers \[n, length\]"):
+        pz.load_dataset(tmp_path / "data.npz", bundle)
 
 
 # ---- what cannot be trained, or not as it comes ----------------------------------------------------------------------

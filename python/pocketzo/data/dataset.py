@@ -13,7 +13,7 @@ import numpy as np
 
 from pocketzo.data.batch import Batch
 from pocketzo.errors import DataError
-from pocketzo.formats.past import at_beginning
+from pocketzo.formats.past import at_beginning, is_flag
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,7 +69,7 @@ class Dataset:
         if task.label_spec is not None and task.label_spec not in specs:  # metrics need labels that the graph does not
             specs.append(task.label_spec)
         for spec in specs:
-            from_tokens = tokens is not None and spec.name in tokens.padding and len(spec.shape) == 2
+            from_tokens = tokens is not None and spec.name in tokens.padding and is_by_token(spec)
             if from_tokens or spec.name in arrays or (labels and spec == task.label_spec):
                 self._inputs.append(spec)
             elif tokens is not None and at_beginning(spec, 1) is not None:
@@ -101,7 +101,8 @@ class Dataset:
             C-contiguous arrays [batch, ...] of the inputs' dtypes, by input name. All inputs are present, except
             ``labels`` if the data has none; labels that the data has are present even if the graph has no such input.
             Tokens are padded to the longest example of the batch, or to the model's fixed length if it has one. Other
-            arrays with an axis of tokens are cut alike. Caches of past tokens that the data lacks are empty.
+            arrays with an axis of tokens are cut alike. Caches of past tokens that the data lacks are empty. Position
+            ids of shape [sections, batch, length] are the same in each section, as they are for text.
             ``examples`` holds the `indices`.
 
         Raises
@@ -126,7 +127,7 @@ class Dataset:
             if empty is not None:
                 batch[spec.name] = empty
         for spec in self._inputs:
-            if isinstance(spec.shape[0], int) and spec.shape[0] != indices.size:
+            if isinstance(spec.shape[0], int) and spec.shape[0] != indices.size and _sections(spec) is None:
                 raise DataError(
                     f"the model's input {spec.name!r} takes batches of exactly {spec.shape[0]}, got {indices.size}"
                 )
@@ -134,7 +135,9 @@ class Dataset:
                 values = self._arrays[spec.name][indices]
                 batch[spec.name] = values if self._tokens is None else self._tokens.cut(spec.name, values, width)
             elif spec.name in padded:
-                batch[spec.name] = padded[spec.name].astype(spec.dtype)
+                values = padded[spec.name].astype(spec.dtype)
+                sections = _sections(spec)
+                batch[spec.name] = values if sections is None else np.repeat(values[None], sections, axis=0)
             elif self._labels is not None:
                 batch[spec.name] = self._labels[indices].astype(spec.dtype)
         return Batch(batch, indices.astype(np.int64))
@@ -208,6 +211,23 @@ class Tokens:
             else:
                 padded[name][inside] = position[inside] if name == "position_ids" else IMPLIED[name]
         return padded
+
+
+def is_by_token(spec: ValueSpec) -> bool:
+    """Whether an input has the shape of the tokens, [batch, length], or repeats it by sections."""
+    return len(spec.shape) == 2 or _sections(spec) is not None
+
+
+def _sections(spec: ValueSpec) -> int | None:
+    """Return 3 for positions in time, height and width, as of Qwen-VL: [sections, batch, length]; else None."""
+    first = spec.shape[0] if spec.name == "position_ids" and len(spec.shape) == 3 else None
+    return first if isinstance(first, int) else None
+
+
+def fixed_batch(bundle: Bundle) -> int | None:
+    """Return the number of examples that a model takes at once; None if it may vary."""
+    inputs = (spec for spec in bundle.inputs if spec.shape and not is_flag(spec) and _sections(spec) is None)
+    return next((spec.shape[0] for spec in inputs if isinstance(spec.shape[0], int)), None)
 
 
 def _token_length(bundle: Bundle) -> int | None:

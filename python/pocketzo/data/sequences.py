@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pocketzo.data.dataset import TOKEN_INPUTS, token_limit
+from pocketzo.data.dataset import TOKEN_INPUTS, is_by_token, token_limit
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Sequences:
         width = arrays["input_ids"].shape[1]
         declared = specs["input_ids"].shape[1] if "input_ids" in specs and len(specs["input_ids"].shape) == 2 else "?"
         by_token = (*TOKEN_INPUTS, "labels") if task.labels_per == "token" else TOKEN_INPUTS
-        flat = {name for name in by_token if name not in specs or len(specs[name].shape) == 2}
+        flat = {name for name in by_token if name not in specs or is_by_token(specs[name])}
         axes: dict[str, tuple[int, ...]] = {}
         unnamed = None
         for name, values in arrays.items():

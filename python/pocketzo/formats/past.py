@@ -21,12 +21,17 @@ def is_cache(spec: ValueSpec) -> bool:
     return re.match("past|cache", spec.name, re.IGNORECASE) is not None and len(spec.shape) > 2
 
 
+def is_flag(spec: ValueSpec) -> bool:
+    """Whether an input is one number for all examples that is 0 where a text begins."""
+    return spec.name in _FLAGS and all(size == 1 for size in spec.shape)
+
+
 def at_beginning(spec: ValueSpec, examples: int) -> NDArray[Any] | None:
     """Return what an input is for texts from their beginning: a cache of length 0, or a flag of 0.
 
     None for all other inputs, and for caches of fixed size or of an encoder, which are never empty.
     """
-    if spec.name in _FLAGS and all(size == 1 for size in spec.shape):
+    if is_flag(spec):
         return np.zeros(spec.shape, spec.dtype)  # type: ignore[arg-type]
     if not is_cache(spec) or "encoder" in spec.name or all(isinstance(size, int) for size in spec.shape[1:]):
         return None

@@ -266,8 +266,6 @@ def _run_bundle(
         return _run(session, outputs, feed)
     except Exception as error:  # onnxruntime's own exceptions share no public base
         reason = first_line(error)
-    if origin.converted is not None:
-        raise BundleError(f"{origin.path}: {too_old(origin.converted, f'converted, it does not run ({reason})')}")
     if bundle.loss is not None and bundle.loss not in outputs:
         try:
             values = _run(_open_without_loss(origin, bundle), outputs, feed)
@@ -275,6 +273,8 @@ def _run_bundle(
             pass
         else:
             raise BundleError(f"{origin.path}: {_loss_fault(bundle, values, reason)}, or prepare it with --loss none")
+    if origin.converted is not None:
+        raise BundleError(f"{origin.path}: {too_old(origin.converted, f'converted, it does not run ({reason})')}")
     raise BundleError(
         f"{origin.path}: the prepared graph does not run where the model does, which is a fault of PocketZO: {reason}"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.data.dataset import TOKEN_INPUTS
+from pocketzo.data.dataset import TOKEN_INPUTS, fixed_batch
 from pocketzo.errors import DataError, Error, MemoryLimitError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def where(data: Data, index: int) -> str:
 
 
 def _culprit(model: Model, data: Data, indices: NDArray[np.integer[Any]]) -> str | None:
-    sizes = [spec.shape[0] for spec in model.bundle.inputs if spec.shape]
-    copies = next((size for size in sizes if isinstance(size, int)), 1)
+    copies = fixed_batch(model.bundle) or 1
     for index in np.unique(indices).tolist():
         batch = dict(data.batch(np.full(copies, index, np.int64)))
         reason = _failure(model, batch)
@@ -89,12 +88,12 @@ def _length_limit(model: Model, batch: Mapping[str, NDArray[Any]]) -> int | None
     shape = batch["input_ids"].shape if "input_ids" in batch else ()
     if len(shape) != 2:
         return None
-    by_token = [name for name in batch if name in (*TOKEN_INPUTS, "labels") and batch[name].shape == shape]
+    by_token = [name for name in batch if name in (*TOKEN_INPUTS, "labels") and batch[name].shape[-2:] == shape]
 
     def fails(length: int) -> bool:
         changed = dict(batch)
         for name in by_token:
-            changed[name] = np.repeat(batch[name][:, :1], length, axis=1)
+            changed[name] = np.repeat(batch[name][..., :1], length, axis=-1)
             if name == "position_ids":
                 changed[name] += np.arange(length, dtype=changed[name].dtype)
         return _failure(model, changed) is not None

@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo.data.dataset import fixed_batch
 from pocketzo.data.order import Data
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.culprit import where
@@ -35,8 +36,8 @@ class Evaluator:
         self._model = model
         self._data = data
         self._metrics = metrics
-        fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in model.bundle.inputs)
-        self._batch_size = batch_size if fixed else max(1, min(batch_size, -(-len(data) // PARTS)))
+        parts = max(1, min(batch_size, -(-len(data) // PARTS)))
+        self._batch_size = parts if fixed_batch(model.bundle) is None else batch_size
 
     def __call__(self) -> Evaluation:
         """Evaluate the model with its weights as they are."""
