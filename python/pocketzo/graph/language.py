@@ -73,9 +73,7 @@ class LanguageGraph:
         logits = _logits_of(graph)
         kept = {str(value.name) for value in graph.inputs} - _ADDED
         for name in _ADDED & {str(value.name) for value in graph.inputs} - set(RESERVED):
-            raise BundleError(
-                f"the graph has an input {name!r}, the name of one that is added: export it under another"
-            )
+            raise BundleError(f"the graph has an input {name!r}, as one that is added: export it under another name")
         remove_cache(graph)
         logits = next(value for value in graph.outputs if value.name == LOGITS)
         _free(graph, logits)

@@ -73,7 +73,7 @@ def logits_at(build: Builder, logits: ir.Value, positions: ir.Value) -> ir.Value
     BundleError
         The output is not computed by a projection of hidden states, but for operators that work by element.
     """
-    return _rows(build, _Copy(build, logits, positions).at(logits))
+    return _rows(build, _Copy(build, positions).at(logits))
 
 
 def _rows(build: Builder, value: ir.Value) -> ir.Value:
@@ -85,9 +85,8 @@ def _rows(build: Builder, value: ir.Value) -> ir.Value:
 class _Copy:
     """Copies the nodes behind the projection; each value once."""
 
-    def __init__(self, build: Builder, logits: ir.Value, positions: ir.Value) -> None:
+    def __init__(self, build: Builder, positions: ir.Value) -> None:
         self._build = build
-        self._logits = logits
         self._positions = positions
         self._constants = _same_for_all(build.graph)
         self._gathered: dict[ir.Value, ir.Value] = {}
@@ -137,7 +136,7 @@ class _Copy:
 
     def _refused(self, reason: str) -> BundleError:
         return BundleError(
-            f"no projection of hidden states onto the vocabulary was found before {self._logits.name!r}: {reason}; "
+            f"no projection of hidden states onto the vocabulary was found before 'logits': {reason}; "
             "export the model with a plain output projection"
         )
 
