@@ -53,6 +53,17 @@ def metric_names(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return tuple(dict.fromkeys(names))
 
 
+def names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    """Parse names between commas."""
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def escapes(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    r"""Replace ``\n`` and ``\t``, which a shell leaves as they are; ``\\`` is a backslash."""
+    found = {"n": "\n", "t": "\t", "\\": "\\"}
+    return None if value is None else re.sub(r"\\([nt\\])", lambda match: found[match[1]], value)
+
+
 PATH = click.Path(path_type=Path)
 bundle_out = click.option(
     "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."

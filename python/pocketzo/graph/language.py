@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -11,13 +12,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.files import write_file
 from pocketzo.formats.probe import Probe
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, is_cache_name, keep_only, remove_cache
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.positions import logits_at
-from pocketzo.graph.read import shape_of
+from pocketzo.graph.read import shape_of, to_bytes
 from pocketzo.graph.weight import Array
 
 LOGITS: Final = "logits"
@@ -156,6 +158,14 @@ def _cross_entropy(scores: NDArray[np.float64], targets: Array) -> NDArray[np.fl
     total = largest + np.log(np.exp(scores - largest[:, None]).sum(axis=1))
     losses: NDArray[np.float64] = total - scores[np.arange(len(scores)), targets]
     return losses
+
+
+def set_calibration(path: Path, values: Sequence[float]) -> None:
+    """Replace the calibration in the file of a training graph."""
+    model = ir.load(path)
+    stored = ir.tensor(np.array(values, np.float32), name=CALIBRATION)
+    model.graph.initializers[CALIBRATION].const_value = stored
+    write_file(path, to_bytes(model))
 
 
 def check_scores(shape: tuple[int, ...], tokens: tuple[int, ...]) -> None:

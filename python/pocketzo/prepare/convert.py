@@ -46,6 +46,8 @@ def prepare(
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
 
+    With a task, the model is a language model, and the graph that is trained is derived from it: see `task`.
+
     The graph computes the same function, from weights in a file of their own, stored as its nodes read them. If it
     has no ``loss``, it gets an input ``labels`` and an output ``loss``, the mean over the batch of a function of the
     output ``logits``, or else of the only float output. The loss is the stated one; by default it follows from what
@@ -85,7 +87,7 @@ def prepare(
     out : path-like
         The folder to write.
     tokenizer : path-like, optional
-        The model's ``tokenizer.json``, copied into the bundle.
+        The model's ``tokenizer.json``, copied into the bundle. With a task, that beside the model is the default.
     labels : sequence of str, optional
         The names of the classes, as many as the logits have.
     max_length : int, optional
@@ -100,6 +102,25 @@ def prepare(
         their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    task : {"prompt", "causal-lm", "choice"}, optional
+        Prepare a language model, with an input ``input_ids`` [batch, sequence] and an output ``logits`` [batch,
+        sequence, vocabulary]. The graph that is trained has no caches, and computes logits only at the positions that
+        an int64 input ``positions`` [n] names, as row * sequence + column. For ``"causal-lm"``, continuing texts, and
+        ``"choice"``, choosing between continuations, it has an int64 input ``targets`` [n], the token that each
+        position should predict, and the outputs ``token_losses``, float32 [n], and ``loss``, their mean. For
+        ``"prompt"``, classifying a text in a template by the word that follows or, in a masked model, is masked, it has
+        the output ``logits`` [batch, label words], and input and loss of a classification. The export of a decoder is
+        kept as ``generate.onnx``, over the same weights, with the tokens that end a text and the chat template of the
+        files beside the model.
+    template : str, optional
+        For the task ``"prompt"``: contains ``{text}``, and ``{mask}`` for a masked model.
+    label_words : sequence of str, optional
+        For the task ``"prompt"``: a word for each class, which is one token there. `labels` are these by default.
+    per : {"sum", "token"}
+        For the task ``"choice"``: the log-likelihood of a choice is the sum over its tokens, or their mean.
+    calibrate : path-like, optional
+        For the task ``"prompt"``: a file of examples. The mean logit of each label word over their texts is subtracted
+        from then on.
     probe : path-like or mapping of str to ndarray, optional
         The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
         model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
@@ -152,6 +173,9 @@ def prepare(
     wanted = name_filter(trainable)
     words = checked_names("label_words", label_words)
     check_task(task, {"template": template, "label_words": words, "calibrate": calibrate}, loss, per)
+    texts = None if calibrate is None else Path(calibrate)
+    if texts is not None and not texts.is_file():
+        raise BundleError(f"{texts}: no such file")
     language = None
     if task is not None:
         language = LanguageTask.of(
@@ -162,6 +186,7 @@ def prepare(
             template=template,
             label_words=words,
             per=per,
+            calibrated=texts is not None,
             note=note,
         )
         tokenizer = language.tokenizer
@@ -250,7 +275,10 @@ def prepare(
         else:
             batch = check_language_graphs(origin, bundle, kept, language.graph, given)
         write_probe(folder / PROBE, batch)
-        replace(bundle, probe=batch).write_description()
+        bundle = replace(bundle, probe=batch)
+        bundle.write_description()
+        if language is not None and texts is not None:
+            language.calibrate(folder, texts, note)
     if note is not None:
         note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.bundle import TaskSpec
+from pocketzo.formats.bundle import Bundle, TaskSpec
 from pocketzo.formats.companions import Companions
 from pocketzo.formats.files import write_file
 from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.safetensors import file_sha256
-from pocketzo.graph.language import LanguageGraph
+from pocketzo.graph.language import LanguageGraph, set_calibration
 from pocketzo.packages import require
+from pocketzo.prepare.calibrate import mean_logits
 from pocketzo.prepare.options import PER, TASKS
 from pocketzo.tasks.prompt import label_tokens
 
@@ -58,6 +59,7 @@ class LanguageTask:
         template: str | None,
         label_words: Sequence[str] | None,
         per: str,
+        calibrated: bool,
         note: Callable[[str], None] | None,
     ) -> Self:
         """Check the options; see :func:`pocketzo.prepare`."""
@@ -96,7 +98,11 @@ class LanguageTask:
             "mask_token": mask,
             "calibration": None,
         }
-        graph = LanguageGraph(causal=mask is None, label_tokens=tuple(tokens))
+        graph = LanguageGraph(
+            causal=mask is None,
+            label_tokens=tuple(tokens),
+            calibration=(0.0,) * len(tokens) if calibrated else None,  # until the texts were seen
+        )
         return cls(TaskSpec(task, settings), graph, tokenizer, companions)
 
     def mark_unread(self, model: ir.Model, weights: Iterable[Weight]) -> None:
@@ -107,6 +113,21 @@ class LanguageTask:
             read = weight.inline or weight.name in reduced.graph.initializers
             if weight.parameter and weight.frozen is None and not read:
                 weight.frozen = "unused: the training graph does not read it"
+
+    def calibrate(self, folder: Path, texts: Path, note: Callable[[str], None] | None) -> None:
+        """Calibrate a bundle that is complete in its folder by the texts of a file of examples."""
+        bundle = Bundle.read(folder)
+        values = mean_logits(bundle, texts)
+        set_calibration(bundle.model_path, values)
+        settings = {**self.spec.settings, "calibration": list(values)}
+        replace(
+            bundle, task=TaskSpec(self.spec.name, settings), graph_sha256=file_sha256(bundle.model_path)
+        ).write_description()
+        if note is not None:
+            means = ", ".join(
+                f"{word} {value:.3f}" for word, value in zip(settings["label_words"], values, strict=True)
+            )
+            note(f"calibration: {means}, the mean logits over the texts of {texts}")
 
     def write_generation(self, folder: Path, graph: bytes) -> Generation:
         """Write what a bundle holds for generating text."""
