@@ -126,7 +126,7 @@ def a_set(name: object, *tensors: object) -> dict[str, object]:
 
 LAYER = "layer.weight"  # there is no such tensor
 LONG = ["y" * 50] * 50
-GENERATION = {"graph_sha256": "0" * 64, "eos": [2], "chat_template": None, "special_tokens": {}}
+GENERATION: dict[str, Any] = {"graph_sha256": "0" * 64, "eos": [2], "chat_template": None, "special_tokens": {}}
 
 FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(format="other"), "not the description of a bundle"),
