@@ -14,10 +14,43 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from pocketzo.errors import DataError, first_line
+from pocketzo.formats.generation import CHAT_TEMPLATE
 from pocketzo.packages import require
 
 if TYPE_CHECKING:
     from jinja2 import Template, nodes, parser
+
+    from pocketzo.formats.bundle import Bundle
+
+
+def chat_text(bundle: Bundle, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    """Return a chat as the text that a bundle's model reads, by the model's own template.
+
+    The text holds all special tokens that the model needs: tokenise it without adding others.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    messages : sequence of mapping
+        ``{"role": "user", "content": "..."}`` each, the oldest first.
+    add_generation_prompt : bool
+        Whether to add the beginning of the assistant's next message.
+
+    Raises
+    ------
+    DataError
+        The bundle has no chat template, or it cannot be used for these messages; says why.
+    MissingExtraError
+        jinja2 is not installed.
+    """
+    generation = bundle.generation
+    if generation is None or generation.chat_template is None:
+        raise DataError(
+            f"{bundle.path}: the bundle has no chat template: prepare the model with {CHAT_TEMPLATE} or "
+            "tokenizer_config.json beside it, or give a text that is no chat"
+        )
+    template = (bundle.path / generation.chat_template).read_text(encoding="utf-8")
+    return render(template, generation.special_tokens, messages, add_generation_prompt=add_generation_prompt)
 
 
 def render(
@@ -27,20 +60,16 @@ def render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """Return a chat as the text that the model reads.
-
-    The text holds all special tokens that the model needs: tokenise it without adding others.
+    """Render a chat template; as :func:`chat_text`.
 
     Parameters
     ----------
     template : str
-        The chat template, in Jinja.
+        In Jinja.
     special_tokens : mapping of str to str
         The tokens that the template may name, such as ``{"bos_token": "<s>"}``.
-    messages : sequence of mapping
-        ``{"role": "user", "content": "..."}`` each, the oldest first.
-    add_generation_prompt : bool
-        Whether to add the beginning of the assistant's next message.
+    messages, add_generation_prompt
+        See :func:`chat_text`.
 
     Raises
     ------
