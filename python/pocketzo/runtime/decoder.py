@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import BundleError, Error, first_line
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.embeddings import context_length, embedding_rows
+from pocketzo.runtime.image import Image
 
 _DTYPES: Final = {
     "tensor(bool)": np.bool_,
@@ -46,6 +47,8 @@ class Decoder:
         A bundle with ``generate.onnx``.
     session : InferenceSession
         Of that graph.
+    image : Image, optional
+        Memory that the session reads, and so is kept.
 
     Attributes
     ----------
@@ -66,9 +69,10 @@ class Decoder:
         The graph has an input that no language model is known to have, or a cache that does not fit to its outputs.
     """
 
-    def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession, image: Image | None = None) -> None:
         self._path = bundle.generate_path
         self._session = session
+        self._image = image
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._caches = tuple(self._cache(value) for value in self._inputs.values() if value.name.startswith("past"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
-
-import onnxruntime as ort
 
 from pocketzo._core import threads as kernel_threads
 from pocketzo.arguments import check_integer
@@ -28,6 +27,18 @@ if TYPE_CHECKING:
 
 _INCOMPLETE: Final = "\ufffd"  # what stands for the bytes of a character that has begun
 _BEFORE: Final = 8  # tokens of the prompt that are decoded with the first new ones: a space may depend on them
+
+
+def open_decoder(bundle: Bundle, image: Image | None, threads: int) -> Decoder:
+    """Open ``generate.onnx`` over weights in memory; without an image, over the bundle's file, mapped and prepacked."""
+    graph = bundle.generate_path
+    if image is None:
+        return Decoder(bundle, open_constant(graph, threads))
+    if has_constants(bundle):
+        with contextlib.suppress(NotPrepackableError):  # slower, and the same
+            model = model_with_variables(bundle, graph)
+            return Decoder(bundle, open_with_constants(bundle, model, image.values, threads), image)
+    return Decoder(bundle, open_plain(bundle, image.values, threads, graph), image)
 
 
 class Generator:
@@ -62,7 +73,9 @@ class Generator:
         if weights is not None and not set(weights) <= set(weights.image.views):
             self._copy = Image.allocate(bundle)
         threads = min(cores.fast(), kernel_threads()) if threads is None else threads
-        self._decoder = Decoder(bundle, self._open(threads))
+        self._refresh()  # what a session folds must be there
+        image = weights.image if weights is not None and self._copy is None else self._copy
+        self._decoder = open_decoder(bundle, image, threads)
         if not self._decoder.cached:
             warnings.warn(
                 f"{bundle.generate_path}: the graph has no cache, so every token takes a pass over the whole text: "
@@ -119,19 +132,6 @@ class Generator:
             )
         self._refresh()
         return Stream(self._decoder, self.tokenizer, ids, sampler, self._eos, max_tokens)
-
-    def _open(self, threads: int) -> ort.InferenceSession:
-        graph = self.bundle.generate_path
-        if self._weights is None:
-            return open_constant(graph, threads)
-        self._refresh()  # what a session folds must be there
-        values = (self._weights.image if self._copy is None else self._copy).values
-        if has_constants(self.bundle):
-            try:
-                return open_with_constants(self.bundle, model_with_variables(self.bundle, graph), values, threads)
-            except NotPrepackableError:  # slower, and the same
-                pass
-        return open_plain(self.bundle, values, threads, graph)
 
     def _refresh(self) -> None:
         """Apply what is pending to the weights, and copy them if there is a copy."""
