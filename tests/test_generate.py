@@ -259,6 +259,32 @@ def test_tables_of_positions_limit_the_text(bundles: Callable[[str], pz.Bundle])
     }
 
 
+@pytest.mark.parametrize(
+    ("nodes", "rows"),
+    [
+        ("at = Add(position_ids, two)", POSITIONS - 2),
+        ("at = Add(two, position_ids)", POSITIONS - 2),
+        ("at = Sub(position_ids, one)", POSITIONS + 1),
+        ("n = CumSum(mask, one) real = Mul(n, mask) p = Sub(real, one) at = Add(p, two)", POSITIONS - 2),  # OPT
+        ("n = CumSum(mask, one) p = Sub(n, one) q = Slice(p, one, two, one) at = Cast<to = 6>(q)", POSITIONS),
+        ("p = Range(one, two, one) at = Add(p, two)", POSITIONS - 2),
+        ("c = Constant<value = int64[1] {3}>() at = Add(position_ids, c)", POSITIONS - 3),
+        ("at = Constant<value = int64[1] {3}>()", None),
+        ("at = Add(position_ids, position_ids)", None),
+    ],
+)
+def test_positions_are_followed_to_their_table(
+    bundles: Callable[[str], pz.Bundle], tmp_path: Path, nodes: str, rows: int | None
+) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 18]>
+    g (int64[b, n] position_ids, int64[b, n] mask) => (float[b, n, 4] y)
+    <int64 one = {{1}}, int64[1] two = {{2}}> {{ {nodes} y = Gather(table, at) }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((POSITIONS, 4), np.float32), "table"))
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    assert context_length(bundles("llama"), tmp_path / "g.onnx") == rows
+
+
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
