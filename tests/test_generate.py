@@ -206,6 +206,18 @@ def test_a_pending_pass_is_applied_before(bundles: Callable[[str], pz.Bundle], t
     assert continued(model) == continued(Generator(pz.Bundle.read(saved(model, tmp_path / "tuned"))))
 
 
+def test_a_copy_of_prepacked_weights_respects_the_memory_limit(
+    bundles: Callable[[str], pz.Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, prepacked = (
+        pz.load(bundles("llama"), threads=1, prepack=prepack, max_memory=2**33) for prepack in (False, True)
+    )
+    monkeypatch.setattr("pocketzo.runtime.generate.resident_memory", lambda: 2**33)
+    assert shared.generate("ab")  # no copy
+    with pytest.raises(pz.MemoryLimitError, match=r"takes a copy of .* MB, .* load the model with prepack=False"):
+        prepacked.generate("ab")
+
+
 def test_two_streams_at_once_keep_their_texts(bundles: Callable[[str], pz.Bundle]) -> None:
     generator = Generator(bundles("qwen2"))
     prompts = PROMPT, [7, 7, 21]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pocketzo._core import threads as kernel_threads
 from pocketzo.arguments import check_integer
-from pocketzo.errors import BundleError, NotPrepackableError
+from pocketzo.errors import BundleError, MemoryLimitError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.generation import GENERATE
 from pocketzo.machine import cores
+from pocketzo.machine.memory import megabytes, resident_memory
 from pocketzo.runtime.decoder import Decoder
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.sampling import Sampler
@@ -53,14 +54,25 @@ class Generator:
         constant, which is faster: onnxruntime prepacks all of it.
     threads : int, optional
         Threads of the session; by default the number of fast cores, but no more than the kernels have.
+    max_memory : int, optional
+        Limit on the resident memory of this process, in bytes, which the copy must not exceed.
 
     Raises
     ------
     BundleError
         The bundle has no ``generate.onnx``, or it is no decoder's.
+    MemoryLimitError
+        There is no room for the copy; with figures.
     """
 
-    def __init__(self, bundle: Bundle, weights: Weights | None = None, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        weights: Weights | None = None,
+        *,
+        threads: int | None = None,
+        max_memory: int | None = None,
+    ) -> None:
         if bundle.generation is None:
             raise BundleError(
                 f"{bundle.path}: there is no {GENERATE} in the bundle, so it generates no text: prepare a decoder's "
@@ -71,7 +83,7 @@ class Generator:
         self._weights = weights
         self._copy = None
         if weights is not None and not set(weights) <= set(weights.image.views):
-            self._copy = Image.allocate(bundle)
+            self._copy = _room_for_copy(bundle, max_memory)
         threads = min(cores.fast(), kernel_threads()) if threads is None else threads
         self._refresh()  # what a session folds must be there
         image = weights.image if weights is not None and self._copy is None else self._copy
@@ -144,6 +156,17 @@ class Generator:
                 for block in self._weights.blocks(name):
                     target[at : at + block.size] = block
                     at += block.size
+
+
+def _room_for_copy(bundle: Bundle, most: int | None) -> Image:
+    size = bundle.weights_path.stat().st_size
+    if most is not None and (resident := resident_memory()) + size > most:
+        raise MemoryLimitError(
+            f"{bundle.path}: generating from prepacked weights takes a copy of {megabytes(size)}, "
+            f"{megabytes(resident)} are in use already, and the limit is {megabytes(most)}: load the model with "
+            "prepack=False"
+        )
+    return Image.allocate(bundle)
 
 
 class Stream(Iterator[str]):

@@ -15,7 +15,7 @@ from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import copy_bundle
-from pocketzo.machine.memory import watch
+from pocketzo.machine.memory import megabytes, watch
 from pocketzo.runtime.generate import Generator, Stream
 from pocketzo.runtime.weights import Weights
 
@@ -220,11 +220,13 @@ class Model:
             The bundle has no ``generate.onnx``, or it is no decoder's.
         DataError
             The bundle has no tokenizer.
+        MemoryLimitError
+            ``max_memory`` leaves no room for the copy.
         TypeError, ValueError
             A setting is out of range, or the prompt has no tokens, or more than the model reads.
         """
         if self._generator is None:
-            self._generator = Generator(self.bundle, self.weights, threads=self.threads)
+            self._generator = Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
         return self._generator.stream(
             prompt,
             max_tokens=max_tokens,
@@ -273,8 +275,3 @@ class Model:
             ``path`` exists and may not be replaced.
         """
         copy_bundle(self.bundle, path, self.weights.save, overwrite=overwrite)
-
-
-def megabytes(count: int) -> str:
-    """Format a number of bytes in MB, of 10^6 bytes."""
-    return f"{count / 1e6:,.0f} MB"
