@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -17,15 +18,17 @@ import pytest
 from decoders import POSITIONS, VOCABULARY, Array, write_gpt2
 from onnx import TensorProto, numpy_helper
 from onnxruntime.transformers import float16
-from test_decoders import FLOATS, GPT2, batch_of, plain
+from test_decoders import FLOATS, GPT2, MATMULS, batch_of, blocks, plain
 
 import pocketzo as pz
 from pocketzo.formats.bundle import TOKENIZER
 from pocketzo.formats.generation import CHAT_TEMPLATE, Generation
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.runtime.embeddings import context_length
-from pocketzo.runtime.generate import Generator, Stream
+from pocketzo.runtime.generate import Generator, Stream, open_decoder
+from pocketzo.runtime.image import Image
 from pocketzo.runtime.sampling import Sampler, probabilities
+from pocketzo.runtime.variables import has_constants
 
 tokenizers = pytest.importorskip("tokenizers", reason="prompts are text")
 pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")  # where a graph has branches
@@ -198,12 +201,38 @@ def test_a_model_generates_with_its_weights_as_they_are(
     assert continued(model) == expected != before
 
 
-def test_a_pending_pass_is_applied_before(bundles: Callable[[str], pz.Bundle], tmp_path: Path) -> None:
-    bundle = bundles("llama")
+def test_quantised_constants_are_prepacked_beside_live_weights(tmp_path: Path) -> None:
+    blocks(MATMULS["llama"](tmp_path / "float.onnx"), tmp_path / "m.onnx", 4, "MatMul")
+    bundle = with_generation(tmp_path / "m.onnx", tmp_path / "base")
+    assert has_constants(bundle)
     model = pz.load(bundle, threads=1)
-    optimizer = pz.MeZO(model, lr=0.3, eps=1e-3, seed=1)
-    optimizer.step(lambda _: float(np.random.default_rng(0).random()))
-    assert continued(model) == continued(Generator(pz.Bundle.read(saved(model, tmp_path / "tuned"))))
+    expected = recomputed(bundle.generate_path, PROMPT, 12)
+    assert continued(Generator(bundle)) == continued(model) == expected
+    name = "model.norm.weight"
+    model.weights[name] = model.weights[name] * np.random.default_rng(2).uniform(0.2, 2, model.weights[name].shape)
+    tuned = pz.Bundle.read(saved(model, tmp_path / "tuned"))
+    assert continued(model) == recomputed(tuned.generate_path, PROMPT, 12) != expected
+
+
+def test_a_session_keeps_the_memory_that_it_reads(bundles: Callable[[str], pz.Bundle]) -> None:
+    bundle = bundles("llama")
+    image = Image.allocate(bundle)
+    alive = weakref.ref(image)
+    decoder = open_decoder(bundle, image, 1)
+    del image
+    assert alive() is not None
+    del decoder
+    assert alive() is None
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_a_pending_pass_is_applied_before(bundles: Callable[[str], pz.Bundle], tmp_path: Path, prepack: bool) -> None:
+    bundle = bundles("llama")
+    model = pz.load(bundle, threads=1, prepack=prepack)
+    before = continued(model)
+    losses = iter([1.0, 0.0])
+    pz.MeZO(model, lr=5e-4, eps=1e-3, seed=1).step(lambda _: next(losses))
+    assert before != continued(model) == continued(Generator(pz.Bundle.read(saved(model, tmp_path / "tuned"))))
 
 
 def test_a_copy_of_prepacked_weights_respects_the_memory_limit(
@@ -353,6 +382,21 @@ def test_a_space_that_belongs_to_the_first_word_is_kept(tmp_path: Path, bundles:
     generator.__dict__["tokenizer"] = tokenizer
     assert said(generator, "The sky", [2, 3]) == [" is", " blue"]
     assert said(generator, "The sky", []) == []
+
+
+def test_characters_of_bytes_that_follow_each_other(bundles: Callable[[str], pz.Bundle]) -> None:
+    """Llama's decoder gives up all bytes in a row if they do not begin and end with a character."""
+    names = ["<unk>", "a", "<0xE2>", "<0x82>", "<0xAC>", "<0x0A>"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: n for n, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    generator = Generator(bundles("llama"))
+    generator.__dict__["tokenizer"] = tokenizer
+    euro = [2, 3, 4]
+    for prompt in ("a", "\N{EURO SIGN}" * 4):
+        pieces = said(generator, prompt, [*euro * 4, 5, *euro, 1, 5, 5])
+        assert pieces == [*"\N{EURO SIGN}" * 4, "\n", "\N{EURO SIGN}", "a", "\n", "\n"]
 
 
 def test_a_prompt_keeps_its_first_special_token_and_loses_the_last(bundles: Callable[[str], pz.Bundle]) -> None:

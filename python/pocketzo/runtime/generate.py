@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _INCOMPLETE: Final = "\ufffd"  # what stands for the bytes of a character that has begun
-_BEFORE: Final = 8  # tokens of the prompt that are decoded with the first new ones: a space may depend on them
 
 
 def open_decoder(bundle: Bundle, image: Image | None, threads: int) -> Decoder:
@@ -207,17 +206,21 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def _decoded(self, tokenizer: Tokenizer) -> Iterator[str]:
-        """Yield the text of the tokens; bytes that do not end a character wait for the next token."""
-        window = self.prompt[-_BEFORE:]  # tokens of which all but the last are known to be decoded
-        known = tokenizer.decode(window)
-        text = known
+        """Yield the text of the tokens; bytes that do not end a character wait for the next token.
+
+        Each token is decoded with those of the piece before it, or with the prompt: a space may depend on them, and a
+        piece begins with a character. Fewer tokens may begin inside one, and some decoders give up all bytes after it.
+        """
+        window, read = list(self.prompt), len(self.prompt)
+        known = text = tokenizer.decode(window)
         for token in self._generated():
             window.append(token)
             text = tokenizer.decode(window)
             if text.endswith(_INCOMPLETE) or len(text) <= len(known):
                 continue
             yield text[len(known) :]
-            window = window[-_BEFORE:]
+            window = window[read:]
+            read = len(window)
             known = text = tokenizer.decode(window)
         if len(text) > len(known):
             yield text[len(known) :]
