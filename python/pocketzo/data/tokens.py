@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -16,32 +15,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-    from pocketzo.formats.bundle import Bundle
     from pocketzo.tasks.base import Task
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Encoded, Example, Problems
-from pocketzo.packages import require
 from pocketzo.runtime.embeddings import embedding_rows
+from pocketzo.runtime.tokenizer import load_tokenizer
 from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
-
-
-def _load_tokenizer(bundle: Bundle) -> Tokenizer:
-    if bundle.tokenizer_path is None:
-        raise DataError(
-            f"{bundle.path}: the bundle has no tokenizer for text: prepare it with one, or give token ids as .npz"
-        )
-    # Its threads would outlive tokenisation, hold memory and cause a warning at every later fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    require("tokenizers")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises no narrower type
-        raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {error}") from error
-    return tokenizer
 
 
 def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
@@ -57,7 +38,7 @@ def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> l
 def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:
     """Tokenise numbered examples in chunks."""
     bundle = task.bundle
-    tokenizer = _load_tokenizer(bundle)
+    tokenizer = load_tokenizer(bundle)
     padding = tokenizer.padding or {}
     pads = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<PAD>", "<|pad|>"))
     pad_id = padding.get("pad_id", next((pad for pad in pads if pad is not None), 0))

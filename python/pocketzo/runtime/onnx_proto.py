@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -18,11 +18,11 @@ _SCHEMA: Final[Mapping[str, str]] = {
     "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
     "Opset": "1 domain string, 2 version int64",
     "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*",
-    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*",
-    "Attribute": "1 name string, 3 i int64, 6 g Graph, 11 graphs Graph*, 20 type int32",
+    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*, 7 domain string",
+    "Attribute": "1 name string, 3 i int64, 5 t Tensor, 6 g Graph, 11 graphs Graph*, 20 type int32",
     "Tensor": (
-        "1 dims int64*, 2 data_type int32, 8 name string, 9 raw_data bytes, 13 external_data Entry*, "
-        "14 data_location int32"
+        "1 dims int64*, 2 data_type int32, 5 int32_data int32*, 7 int64_data int64*, 8 name string, 9 raw_data bytes, "
+        "13 external_data Entry*, 14 data_location int32"
     ),
     "Entry": "1 key string, 2 value string",
     "Value": "1 name string, 2 type Type",
@@ -69,3 +69,12 @@ def onnx_messages() -> Any:
     # protobuf before 4.22 has the older name only, and from 5 on there is the newer one only
     make = getattr(message_factory, "GetMessageClass", None) or message_factory.MessageFactory(pool).GetPrototype
     return SimpleNamespace(**{name: make(found) for name, found in classes.items()})
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph, and of those inside it, in topological order."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from all_nodes(subgraph)
