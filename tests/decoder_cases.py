@@ -78,7 +78,7 @@ def plain(path: Path, batch: Mapping[str, Array]) -> dict[str, Array]:
 class Sentences:
     """Random sentences, padded on the right, with the tokens shifted by one as labels and empty caches."""
 
-    path: Path
+    path: Path = Path()  # the model that the batches are for
     lengths: Array = field(default_factory=lambda: np.array([7, 5, 6, 7, 3, 7, 4, 6]))
 
     def __post_init__(self) -> None:
@@ -98,6 +98,10 @@ class Sentences:
     def batch(self, indices: Array) -> pz.Batch:
         arrays = batch_of(self.path, self.ids[indices], self.mask[indices]) | {"labels": self.labels[indices]}
         return pz.Batch(arrays, np.asarray(indices))
+
+    def save(self, path: Path) -> Path:
+        np.savez(path, input_ids=self.ids, attention_mask=self.mask, labels=self.labels)
+        return path
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,9 @@ from decoder_cases import (
     qdq,
 )
 from decoders import LAYERS, Array, Weights
+from described import PAD, write_tokenizer
+from onnx import helper, numpy_helper
+from tokenizers import Tokenizer
 
 import pocketzo as pz
 from pocketzo.formats.safetensors import file_sha256
@@ -36,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")  
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_cache_and_one_token_give_the_same_as_all_tokens(name: str, tmp_path: Path) -> None:
     path = FLOATS[name](tmp_path / "m.onnx")
-    data = Sentences(path)
+    data = Sentences()
     ids = data.ids[data.lengths == 7]
     mask = np.ones_like(ids)
     whole = plain(path, batch_of(path, ids, mask))
@@ -52,14 +55,14 @@ def test_both_forms_of_llama_agree(tmp_path: Path) -> None:
     outputs = []
     for name in ("llama", "genai"):
         path = FLOATS[name](tmp_path / f"{name}.onnx")
-        data = Sentences(path)
+        data = Sentences()
         outputs.append(plain(path, batch_of(path, data.ids, data.mask))["logits"][data.mask == 1])
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
 
 
 def test_both_branches_agree(tmp_path: Path) -> None:
     path = FLOATS["merged gpt2"](tmp_path / "m.onnx")
-    data = Sentences(path)
+    data = Sentences()
     batch = batch_of(path, data.ids, data.mask)
     both = [plain(path, batch | {"use_cache_branch": np.array([flag])})["logits"] for flag in (False, True)]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-4, atol=1e-5)
@@ -70,8 +73,8 @@ def test_both_branches_agree(tmp_path: Path) -> None:
 
 def accept(path: Path, folder: Path, tolerance: float) -> pz.Bundle:
     """Prepare a decoder, train 3 steps by its loss, replay the journal, and compare with plain onnxruntime."""
-    data = Sentences(path)
-    everything = data.batch(np.arange(len(data)))
+    data = Sentences()
+    everything = batch_of(path, data.ids, data.mask) | {"labels": data.labels}
     real = data.mask == 1
     expected = plain(path, everything)["logits"][real]
     bound = tolerance * np.abs(expected).max()
@@ -84,9 +87,16 @@ def accept(path: Path, folder: Path, tolerance: float) -> pz.Bundle:
     np.testing.assert_allclose(outputs["logits"][real], expected, rtol=0, atol=bound)
     np.testing.assert_allclose(outputs["loss"], cross_entropy(outputs["logits"], data.labels), rtol=1e-4)
 
+    examples = pz.load_dataset(data.save(folder / "data.npz"), bundle)
+    read = examples.batch(np.arange(len(examples)))
+    assert read.keys() == everything.keys()
+    for name, array in read.items():
+        where = real if name == "position_ids" else ...  # whatever it is of padding
+        np.testing.assert_array_equal(array[where], everything[name][where], strict=True)
+
     optimizer = pz.MeZO(model, lr=1e-3, seed=4)
     run = folder / "run"
-    pz.Trainer(model, optimizer, data, steps=3, batch_size=4, run=run).fit()
+    pz.Trainer(model, optimizer, examples, steps=3, batch_size=4, run=run).fit()
     model.save(folder / "tuned")
     pz.Run(run).replay(folder / "replayed")
     tuned, replayed, base = (folder / name / "weights.safetensors" for name in ("tuned", "replayed", "base"))
@@ -129,6 +139,45 @@ def test_all_weights_of_a_decoder_train(name: str, weights: Weights, tmp_path: P
     bundle = accept(FLOATS[name](tmp_path / "m.onnx"), tmp_path, 1e-4)
     sizes = [int(np.prod(tensor.shape)) for tensor in bundle.tensors if tensor.trainable]
     assert sum(sizes) == elements(weights)  # a tied table once, in both branches; no frequencies, no rotary tables
+
+
+# ---- what cannot be trained, or not as it comes ----------------------------------------------------------------------
+
+
+def test_scores_of_the_last_token_alone_have_no_loss(tmp_path: Path) -> None:
+    path = FLOATS["genai"](tmp_path / "m.onnx")
+    model = onnx.load(path)
+    head = model.graph.node.pop()
+    for name, number in (("from", -1), ("to", 2**31 - 1), ("axis", 1)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array([number]), name))
+    last = helper.make_node("Slice", [head.input[0], "from", "to", "axis"], ["last"])
+    model.graph.node.extend([last, helper.make_node("MatMul", ["last", head.input[1]], ["logits"])])
+    onnx.save(model, path)
+    with pytest.raises(pz.BundleError, match=r"'logits' has scores of 1 of 8 tokens.*--loss none"):
+        pz.prepare(path, tmp_path / "base")
+    assert pz.prepare(path, tmp_path / "base", loss="none").loss is None
+
+
+def test_padding_comes_last_where_the_model_counts_tokens(tmp_path: Path) -> None:
+    data = Sentences()
+    for array in (data.ids, data.mask, data.labels):
+        array[...] = [np.roll(row, 7 - length) for row, length in zip(array, data.lengths, strict=True)]
+    data.save(tmp_path / "left.npz")
+    write_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_padding(direction="left", pad_id=PAD)
+    tokenizer.no_truncation()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name, left in (("llama", True), ("genai", False)):
+        path = FLOATS[name](tmp_path / f"{name}.onnx")
+        bundle = pz.prepare(path, tmp_path / name, tokenizer=tmp_path / "tokenizer.json")
+        batch = pz.encode_texts(["a", "a film"], bundle).batch(np.arange(2))
+        assert batch["attention_mask"].tolist() == [[0, 1, 1, 1] if left else [1, 1, 1, 0], [1, 1, 1, 1]]
+        if left:
+            assert len(pz.load_dataset(tmp_path / "left.npz", bundle)) == 8
+        else:
+            with pytest.raises(pz.DataError, match=r"row 1: 'attention_mask' begins with padding.*4 other"):
+                pz.load_dataset(tmp_path / "left.npz", bundle)
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------------

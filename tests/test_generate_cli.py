@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from decoder_cases import FLOATS, Sentences
 from test_cli import good, pocketzo, refused
-from test_decoders import FLOATS, Sentences
 from test_generate import with_generation
 
 import pocketzo as pz

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,11 @@ def constant(name: str, value: object, dtype: npt.DTypeLike) -> TensorProto:
     return numpy_helper.from_array(np.array(value, dtype), name)
 
 
-def load_all(source: Path, folder: Path, probe: dict[str, Array] | None = None) -> None:
+def load_all(
+    source: Path, folder: Path, probe: dict[str, Array] | None = None, loss: Literal["none"] | None = None
+) -> None:
     """Prepare a model and load it by each check, in both layouts; fail at a warning."""
-    bundle = pz.prepare(source, folder, probe=probe)
+    bundle = pz.prepare(source, folder, probe=probe, loss=loss)
     assert all(tensor.trainable for tensor in bundle.tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -133,3 +135,9 @@ def test_a_weight_that_no_output_shows_is_named(tmp_path: Path) -> None:
     bundle = threshold(tmp_path, 2, 3, 4)
     with pytest.warns(UserWarning, match="nothing that was tried changes with w: is it unused, or used only with"):
         pz.load(bundle, threads=1, prepack=False, verify="full")
+
+
+def test_a_weight_is_seen_though_one_of_the_batches_gives_zeros(tmp_path: Path) -> None:
+    # Negative floats end at the ReLU. Zeros agree with any weights, which does not speak against these.
+    nodes = [node("Relu", "x", "positive"), node("MatMul", "positive w", "logits")]
+    load_all(model_of(tmp_path / "m", nodes, [W], inputs=(X,)), tmp_path / "b", loss="none")

@@ -913,3 +913,19 @@ def test_killed_again_and_again_and_resumed_the_bits_are_the_same(
     ]
     assert evaluations[0] == evaluations[1]
     assert pz.Run(tmp_path / "run").steps == steps
+
+
+def test_a_run_killed_before_its_first_evaluation_was_written_repeats_it(
+    tiny_bundle: Path, data: pz.Dataset, tmp_path: Path
+) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    train(model, data, tmp_path / "whole", eval=data, steps=2)
+    header = Journal.open(tmp_path / "whole" / "journal.pzj", write=False).header
+    (tmp_path / "killed").mkdir()
+    Journal.create(tmp_path / "killed" / "journal.pzj", header).close()
+    pz.Trainer.resume(tmp_path / "killed", data, eval=data).fit()
+    whole, killed = (
+        [line for line in pz.Run(tmp_path / name).metrics() if "eval" in line] for name in ("whole", "killed")
+    )
+    assert [line["step"] for line in killed] == [0, 2]
+    assert killed == whole

@@ -13,6 +13,7 @@ import numpy as np
 
 from pocketzo.data.batch import Batch
 from pocketzo.errors import DataError
+from pocketzo.formats.past import at_beginning
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,6 +64,7 @@ class Dataset:
         self._token_length = _token_length(bundle)
         self._arrays = arrays
         self._inputs: list[ValueSpec] = []
+        self._past: list[ValueSpec] = []
         specs = [*bundle.inputs]
         if task.label_spec is not None and task.label_spec not in specs:  # metrics need labels that the graph does not
             specs.append(task.label_spec)
@@ -70,6 +72,8 @@ class Dataset:
             from_tokens = tokens is not None and spec.name in tokens.padding and len(spec.shape) == 2
             if from_tokens or spec.name in arrays or (labels and spec == task.label_spec):
                 self._inputs.append(spec)
+            elif tokens is not None and at_beginning(spec, 1) is not None:
+                self._past.append(spec)
             elif spec != task.label_spec:
                 raise DataError(
                     f"{source}: nothing here can fill the model's input {spec.name!r} of shape {list(spec.shape)}"
@@ -97,7 +101,7 @@ class Dataset:
             C-contiguous arrays [batch, ...] of the inputs' dtypes, by input name. All inputs are present, except
             ``labels`` if the data has none; labels that the data has are present even if the graph has no such input.
             Tokens are padded to the longest example of the batch, or to the model's fixed length if it has one. Other
-            arrays with an axis of tokens are cut alike.
+            arrays with an axis of tokens are cut alike. Caches of past tokens that the data lacks are empty.
             ``examples`` holds the `indices`.
 
         Raises
@@ -117,6 +121,10 @@ class Dataset:
         width = None if self._tokens is None else self._token_length or self._tokens.longest(indices)
         padded = {} if self._tokens is None or width is None else self._tokens.padded(indices, width)
         batch: dict[str, NDArray[Any]] = {}
+        for spec in self._past:
+            empty = at_beginning(spec, indices.size)
+            if empty is not None:
+                batch[spec.name] = empty
         for spec in self._inputs:
             if isinstance(spec.shape[0], int) and spec.shape[0] != indices.size:
                 raise DataError(

@@ -16,6 +16,7 @@ from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
 from pocketzo.formats.npz import read_arrays
 from pocketzo.runtime.embeddings import embedding_rows
+from pocketzo.runtime.padding import COUNTING, pads_right_only
 from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
     lengths = (shape[1] - np.argmax(mask[:, ::-1], axis=1)).astype(np.int32)
     for row in np.flatnonzero(~mask.any(axis=1)):
         problems.add(int(row), "'attention_mask' keeps no token")
+    if not mask[:, 0].all() and pads_right_only(task.bundle):
+        for row in np.flatnonzero(~mask[:, 0] & mask.any(axis=1)):
+            problems.add(
+                int(row), f"'attention_mask' begins with padding, and the model's {COUNTING} needs it at the end"
+            )
     longest = token_limit(task.bundle)
     if longest is not None:
         for row in np.flatnonzero(lengths > longest):

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
+from pocketzo.data.examples import Encoded, Example, Problems
 from pocketzo.errors import BundleError, DataError
+from pocketzo.runtime.embeddings import embedding_rows
+from pocketzo.runtime.padding import pads_right_only
+from pocketzo.runtime.tokenizer import load_tokenizer
+from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from pocketzo.tasks.base import Task
-from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
-from pocketzo.data.examples import Encoded, Example, Problems
-from pocketzo.runtime.embeddings import embedding_rows
-from pocketzo.runtime.tokenizer import load_tokenizer
-from pocketzo.tasks.base import IGNORED
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
 
@@ -86,7 +87,8 @@ def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Prob
     columns = {"input_ids": np.asarray(ids), "token_type_ids": np.asarray(types)}
     if by_token:
         columns["labels"] = np.asarray(by_token)
-    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=padding.get("direction") == "left")
+    pad_left = padding.get("direction") == "left" and not pads_right_only(bundle)
+    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=pad_left)
     return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines, cut)
 
 

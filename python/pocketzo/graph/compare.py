@@ -134,6 +134,7 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
         feed = _with_labels(bundle, batch, {outputs[name]: value for name, value in expected.items()})
         feeds.append(feed)
         got = _run_bundle(origin, bundle, session, list(outputs.values()), feed)
+        _check_length(origin, bundle, feed, got)
         for name, output in outputs.items():
             _check_output(origin, bundle, name, got[output], expected[name], random=runs.random)
     return check_probe({value.name: feeds[0][value.name] for value in bundle.inputs}, bundle.inputs)
@@ -343,6 +344,26 @@ def _run_bundle(
     raise BundleError(
         f"{origin.path}: the prepared graph does not run where the model does, which is a fault of PocketZO: {reason}"
     )
+
+
+def _check_length(origin: Origin, bundle: Bundle, feed: Probe, values: Mapping[str, Array]) -> None:
+    """Refuse a loss by token that was added to scores of fewer tokens than are declared, as of the last one alone."""
+    scores = next((value for value in bundle.outputs if value.name == bundle.logits), None)
+    if scores is None or len(scores.shape) != 3 or bundle.loss in (None, *values) or scores.name not in values:
+        return
+    got = values[scores.name].shape
+    sizes = {
+        size: feed[spec.name].shape[axis]
+        for spec in bundle.inputs
+        if spec.name != "labels"  # made for the scores
+        for axis, size in enumerate(spec.shape)
+    }
+    tokens = sizes.get(scores.shape[1])
+    if isinstance(scores.shape[1], str) and tokens not in (None, got[1]):
+        raise BundleError(
+            f"{origin.path}: the output {scores.name!r} has scores of {got[1]} of {tokens} tokens, so that a loss by "
+            "token cannot be added: export the model with the logits of all tokens, or prepare it with --loss none"
+        )
 
 
 def _open_without_loss(origin: Origin, bundle: Bundle) -> ort.InferenceSession:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import ValueSpec
+from pocketzo.formats.past import is_cache
 from pocketzo.formats.probe import Probe
 
 _LENGTHS: Final = (8, 32, 64, 224, 512)
@@ -158,8 +159,8 @@ class _Maker:
         self._top = top
         self._sizes: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for spec in sorted(inputs, key=_is_cache):  # a cache has an axis of its own, and the others are known by then
-            rest = 0 if _is_cache(spec) else self._length
+        for spec in sorted(inputs, key=is_cache):  # a cache has an axis of its own, and the others are known by then
+            rest = 0 if is_cache(spec) else self._length
             usual = [self._examples, *[rest] * len(spec.shape)]
             if len(spec.shape) == 3 and isinstance(spec.shape[0], int) and spec.shape[0] > 1:
                 usual[1] = self._examples  # the state of a recurrent layer is [directions, examples, units]
@@ -222,7 +223,3 @@ class _Maker:
 
 def _is_tokens(spec: ValueSpec, limits: Mapping[str, int]) -> bool:
     return len(spec.shape) == 2 and (spec.dtype.startswith("int") or spec.name in limits)
-
-
-def _is_cache(spec: ValueSpec) -> bool:
-    return re.match("past|cache", spec.name, re.IGNORECASE) is not None and len(spec.shape) > 2

@@ -156,6 +156,7 @@ def prepare(
     from pocketzo.graph.frozen import choose, count_frozen
     from pocketzo.graph.loss import add_loss
     from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
+    from pocketzo.graph.transposed import separate_transposes
     from pocketzo.prepare.language import LanguageTask, check_task
 
     source = Path(model)
@@ -205,6 +206,7 @@ def prepare(
             converted = needs_conversion(weights, chosen, dtype)
             if converted:
                 onnx_model = to_float16(onnx_model, weights)
+            separate_transposes(onnx_model)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             generating = onnx_model.clone() if language is not None and language.graph.causal else None
             if language is None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+
 from pocketzo.errors import DeadWeightError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe
@@ -19,8 +21,8 @@ from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
 from pocketzo.runtime.outputs import (
     ROUNDINGS,
     Outputs,
+    close,
     float_outputs,
-    outputs_match,
     probe_batch,
     tolerance_of,
     unoptimised_outputs,
@@ -48,9 +50,9 @@ def check_plain(model: Model, verify: Verify) -> tuple[str, ...]:
     """
     bundle, weights = model.bundle, model.weights
     try:
-        match = _matches(model, *unoptimised_outputs(bundle, weights.image.values))
-        unseen = _unseen(model, lambda: weights) if not match or _is_full(verify, model) else Unseen()
-        dead = unseen.dead if match or unseen.dead else _partly_unseen(model)
+        agree, telling = _compare(model, *unoptimised_outputs(bundle, weights.image.values))
+        unseen = _unseen(model, lambda: weights) if not (agree and telling) or _is_full(verify, model) else Unseen()
+        dead = unseen.dead if agree or unseen.dead else _partly_unseen(model)
     finally:
         weights.read()
     if dead:
@@ -59,7 +61,7 @@ def check_plain(model: Model, verify: Verify) -> tuple[str, ...]:
             f"{bundle.path}: the session does not see what is written to {names}. Prepare the model again with "
             f"`pocketzo prepare`, or leave these out of what is trainable"
         )
-    if not match:
+    if not agree:
         raise DeadWeightError(
             f"{bundle.path}: the session's outputs differ from those of a session without optimisations, though "
             f"every single weight is seen"
@@ -96,13 +98,13 @@ def check_prepacked(model: Model, batches: list[Probe], expected: Outputs, verif
         return weights
 
     try:
-        match = _matches(model, batches, expected)
-        unseen = _unseen(model, second_copy) if not match or _is_full(verify, model) else Unseen()
+        agree, telling = _compare(model, batches, expected)
+        unseen = _unseen(model, second_copy) if not (agree and telling) or _is_full(verify, model) else Unseen()
     finally:
         model.weights.read()
     if unseen.dead:
         raise NotPrepackableError(f"the session does not see all that is written to {', '.join(unseen.dead[:5])}")
-    if not match:
+    if not agree:
         raise NotPrepackableError("the outputs differ from those of a session without optimisations")
     return unseen.idle
 
@@ -114,13 +116,18 @@ def noise_outputs(bundle: Bundle) -> tuple[list[Probe], Outputs]:
     return unoptimised_outputs(bundle, weights.image.values)
 
 
-def _matches(model: Model, batches: list[Probe], expected: Outputs) -> bool:
+def _compare(model: Model, batches: list[Probe], expected: Outputs) -> tuple[bool, bool]:
+    """Return whether outputs agree, and whether that says something of the weights.
+
+    Outputs that are all zero on one of the batches, as a ReLU may cause, agree with any weights.
+    """
     got = [float_outputs(model.bundle, model._session, batch) for batch in batches]
 
     def within(tolerance: float) -> bool:
-        return all(outputs_match(*values, tolerance) for values in zip(got, expected, strict=True))
+        return all(close(*values, tolerance) for values in zip(got, expected, strict=True))
 
-    return within(ROUNDINGS) or within(tolerance_of(model.bundle))  # which reads the graph
+    agree = within(ROUNDINGS) or within(tolerance_of(model.bundle))  # which reads the graph
+    return agree, all(np.any(values[np.isfinite(values)]) for values in expected)
 
 
 def _unseen(model: Model, reference: Callable[[], Weights]) -> Unseen:
@@ -136,7 +143,8 @@ def _partly_unseen(model: Model) -> tuple[str, ...]:
     model.weights.read()
     for tensor in trainable(model.bundle):
         write_noise(model.weights, [tensor])
-        if not _matches(model, *unoptimised_outputs(model.bundle, model.weights.image.values)):
+        agree, _ = _compare(model, *unoptimised_outputs(model.bundle, model.weights.image.values))
+        if not agree:
             unseen.append(tensor.name)
         model.weights.read()
     return tuple(unseen)

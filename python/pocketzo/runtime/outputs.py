@@ -130,16 +130,6 @@ def is_quantised(bundle: Bundle) -> bool:
     return _QUANTISED.search(bundle.model_path.read_bytes()) is not None
 
 
-def outputs_match(got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float = ROUNDINGS) -> bool:
-    """Whether outputs differ by no more than roundings: by ``tolerance`` times the largest.
-
-    Where ``expected`` is not finite, as a graph may mask outputs by infinities, ``got`` has to be the same. Outputs
-    that are all zero match nothing, as they may be zero with any weights.
-    """
-    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
-    return bool(largest > 0 and close(got, expected, tolerance))
-
-
 def close(got: NDArray[np.float64], expected: NDArray[np.float64], tolerance: float) -> bool:
     """Whether outputs differ by ``tolerance`` times the largest at most; those that are not finite must be the same."""
     if got.shape != expected.shape:

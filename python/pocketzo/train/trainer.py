@@ -229,6 +229,8 @@ class Trainer:
         steps = self.optimizer.step_number
         self._writer = RunWriter.resume(past, steps)
         self.evaluations = {step: values for step, values in past.evaluations().items() if step <= steps}
+        if not steps and not any(EVAL in line for line in past.metrics()):  # killed between header and first line
+            self.evaluations.clear()
         self._sampled = {step for step in past.evaluations(SAMPLE) if step <= steps}
         for entry in reversed(past.entries[:steps]):
             if entry.lr or any(entry.coefficients.values()):

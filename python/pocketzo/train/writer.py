@@ -75,10 +75,10 @@ class RunWriter:
         self._journal.truncate(steps)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to the metrics. An evaluation, which may select the best step, is on storage at once."""
+        """Append a line to the metrics. An evaluation, which no later line repeats, is on storage at once."""
         path = self.path / METRICS
         append(self._metrics, json.dumps(line).encode() + b"\n", os.fstat(self._metrics.fileno()).st_size, path)
-        if "eval" in line:
+        if "without" in line:
             with named(path):
                 os.fsync(self._metrics)
 
