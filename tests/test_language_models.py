@@ -349,7 +349,7 @@ def test_a_damaged_file_beside_the_model_is_named(files: dict[str, object], reas
         (PROMPT | {"label_words": "w1"}, TypeError, "label_words must be a sequence of str"),
         (PROMPT | {"labels": ["a", "b"]}, ValueError, "2 labels and 3 label_words"),
         (PROMPT | {"label_words": ["w1", "w2 w3"]}, ValueError, r"'w2 w3'.* \[2, 3\].* expected one"),
-        (PROMPT | {"label_words": ["x", "y"]}, ValueError, "'x' and 'y' are both token 0"),
+        (PROMPT | {"label_words": ["w1", "x"]}, ValueError, "'x' is unknown to the tokenizer"),
         (PROMPT | {"template": "{text} {mask}"}, BundleError, "no mask token, and the template has {mask}"),
         (PROMPT | {"calibrate": "no.tsv"}, BundleError, r"no\.tsv: no such file"),
     ],

@@ -96,6 +96,15 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     return size
 
 
+activation_memory_option = click.option(
+    "--activation-memory",
+    callback=memory_size,
+    metavar="SIZE",
+    help="Run a batch in parts whose logits and activations take at most SIZE, such as 100M. The results are the same "
+    "but for roundings.  [default: 32M for the logits of language models, and no limit else]",
+)
+
+
 def delimiter(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     """Check a delimiter, which may also be a word for a tab."""
     value = "\t" if value in ("tab", "\\t") else value

@@ -11,19 +11,25 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pocketzo.errors import DataError, first_line
 from pocketzo.formats.generation import CHAT_TEMPLATE
 from pocketzo.packages import require
 
 if TYPE_CHECKING:
-    from jinja2 import Template, nodes, parser
+    from jinja2 import Template, parser
 
     from pocketzo.formats.bundle import Bundle
 
 
-def chat_text(bundle: Bundle, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+MARKS: Final = "\ufdd0", "\ufdd1"
+"""What may be put around what a template says to be the assistant's: no characters, which no text has."""
+
+
+def chat_text(
+    bundle: Bundle, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, mark: bool = False
+) -> str:
     """Return a chat as the text that a bundle's model reads, by the model's own template.
 
     The text holds all special tokens that the model needs: tokenise it without adding others.
@@ -35,6 +41,8 @@ def chat_text(bundle: Bundle, messages: Sequence[Mapping[str, Any]], *, add_gene
         ``{"role": "user", "content": "..."}`` each, the oldest first.
     add_generation_prompt : bool
         Whether to add the beginning of the assistant's next message.
+    mark : bool
+        Whether to put :data:`MARKS` around what is between ``{% generation %}`` and ``{% endgeneration %}``.
 
     Raises
     ------
@@ -50,7 +58,7 @@ def chat_text(bundle: Bundle, messages: Sequence[Mapping[str, Any]], *, add_gene
             "tokenizer_config.json beside it, or give a text that is no chat"
         )
     template = (bundle.path / generation.chat_template).read_text(encoding="utf-8")
-    return render(template, generation.special_tokens, messages, add_generation_prompt=add_generation_prompt)
+    return render(template, generation.special_tokens, messages, add_generation_prompt=add_generation_prompt, mark=mark)
 
 
 def render(
@@ -59,6 +67,7 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool,
+    mark: bool = False,
 ) -> str:
     """Render a chat template; as :func:`chat_text`.
 
@@ -68,7 +77,7 @@ def render(
         In Jinja.
     special_tokens : mapping of str to str
         The tokens that the template may name, such as ``{"bos_token": "<s>"}``.
-    messages, add_generation_prompt
+    messages, add_generation_prompt, mark
         See :func:`chat_text`.
 
     Raises
@@ -78,7 +87,7 @@ def render(
     MissingExtraError
         jinja2 is not installed.
     """
-    compiled = _compiled(template)
+    compiled = _compiled(template, mark)
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     try:
         return compiled.render(**given, **{name: token for name, token in special_tokens.items() if name not in given})
@@ -90,20 +99,22 @@ def render(
 
 
 @lru_cache(maxsize=4)
-def _compiled(template: str) -> Template:
+def _compiled(template: str, mark: bool) -> Template:
     require("jinja2")
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what the assistant says; it renders as if it were not there."""
+        """``{% generation %}`` marks what the assistant says; unless marked, it renders as if it were not there."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: parser.Parser) -> list[nodes.Node]:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            start, end = (nodes.Output([nodes.TemplateData(text)]) for text in MARKS)
+            return [start, *body, end] if mark else body
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]

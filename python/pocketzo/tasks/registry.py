@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import DESCRIPTION, TaskSpec, ValueSpec
-from pocketzo.tasks.causal import CausalLM, Choice
+from pocketzo.tasks.causal_lm import CausalLM
+from pocketzo.tasks.choice import Choice
 from pocketzo.tasks.classification import Classification
 from pocketzo.tasks.multi_label import MultiLabel
 from pocketzo.tasks.prompt import Prompt
@@ -100,6 +101,6 @@ def loss_text(bundle: Bundle) -> str:
     if bundle.logits is None:
         return f"{task.loss} of the next tokens"
     count = next((value.shape[-1] for value in bundle.outputs if value.name == bundle.logits and value.shape), None)
-    columns = {"classes": "classes", "label sets": "labels", "numbers": "values"}[task.predicts]
+    columns = {"classes": "classes", "label sets": "labels", "numbers": "values", "texts": "tokens"}[task.predicts]
     over = f" over {count} {columns}" if isinstance(count, int) and count > 1 else ""
     return f"{task.loss} of {bundle.logits!r}{over}"
