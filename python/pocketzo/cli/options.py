@@ -60,8 +60,13 @@ def names(_: click.Context, __: click.Parameter, value: str | None) -> list[str]
 
 def escapes(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     r"""Replace ``\n`` and ``\t``, which a shell leaves as they are; ``\\`` is a backslash."""
+    return None if value is None else unescaped(value)
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text with line breaks for ``\n``, tabs for ``\t`` and backslashes for ``\\``."""
     found = {"n": "\n", "t": "\t", "\\": "\\"}
-    return None if value is None else re.sub(r"\\([nt\\])", lambda match: found[match[1]], value)
+    return re.sub(r"\\([nt\\])", lambda match: found[match[1]], text)
 
 
 PATH = click.Path(path_type=Path)

@@ -12,7 +12,18 @@ from click.core import ParameterSource
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import err, evaluation_table, fact, forecast_text, note, out, quoted, say, size_text
+from pocketzo.cli.console import (
+    err,
+    evaluation_table,
+    fact,
+    forecast_text,
+    metric_text,
+    note,
+    out,
+    quoted,
+    say,
+    size_text,
+)
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -35,6 +46,7 @@ from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
+from pocketzo.tasks.base import Task
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.parts import parts
 from pocketzo.tasks.registry import task_of
@@ -310,6 +322,7 @@ def _train(trainer: Trainer, run: Path) -> None:
             with err.status("trying the largest batch"):
                 forecast = trainer.rehearse()
             note(forecast_text(trainer, forecast))
+            _note_untrained(trainer)
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
@@ -322,7 +335,7 @@ def _train(trainer: Trainer, run: Path) -> None:
     past = Run(run)
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
-    _print_summary(past)
+    _print_summary(past, trainer.objective.task)
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
@@ -346,11 +359,23 @@ def plot_or_note(run: Path) -> None:
         note("note: no loss.png without matplotlib: pip install 'pocketzo[plot]'")
 
 
-def _print_summary(past: Run) -> None:
+def _note_untrained(trainer: Trainer) -> None:
+    """Print what the base achieves, if it knows the task before the run."""
+    name = trainer.objective.task.untrained
+    if name is None or trainer.optimizer.step_number:
+        return
+    on = "" if trainer.samples.get(0) is None else " on some training examples"
+    found = trainer.evaluations.get(0) or trainer.samples.get(0) or {}
+    values = ", ".join(f"{metric} {metric_text(metric, found)}" for metric in METRICS if metric in found)
+    if values:
+        note(f"{name}{on}: {values}")
+
+
+def _print_summary(past: Run, task: Task) -> None:
     evaluations, best = past.evaluations(), past.best_step
     if evaluations:
         last = max(evaluations)
-        columns = {"before": evaluations[0]} if 0 in evaluations else {}
+        columns = {task.untrained or "before": evaluations[0]} if 0 in evaluations else {}
         columns |= {f"after step {last}": evaluations[last]} if last else {}
         columns |= {f"best, step {best}": evaluations[best]} if best else {}
         out.print(evaluation_table(columns))

@@ -67,8 +67,8 @@ class Task(ABC):
         For graphs with an input ``positions``: how far the position whose logits count is before the token that counts.
     several_rows : bool
         Whether an example has several rows of a batch.
-    untrained : str
-        What the results of a model are called that has not been trained for the task.
+    untrained : str or None
+        What the results of a model are called that has not been trained for the task, if they mean something.
     predicts : {"classes", "label sets", "numbers", "texts"}
         What predictions are, which decides the metrics.
     label_dtype : str
@@ -91,7 +91,7 @@ class Task(ABC):
     cuts: ClassVar[bool] = False
     shift: ClassVar[int] = 0
     several_rows: ClassVar[bool] = False
-    untrained: ClassVar[str] = "before"
+    untrained: ClassVar[str | None] = None
     predicts: ClassVar[Source] = "classes"
     label_dtype: ClassVar[str] = "int64"
     default_metric: ClassVar[str]

@@ -50,7 +50,7 @@ class Choice(LanguageTask):
     predicts: ClassVar[Source] = "classes"
     default_metric: ClassVar[str] = "accuracy"
     several_rows: ClassVar[bool] = True
-    untrained: ClassVar[str] = "zero-shot"
+    untrained: ClassVar[str | None] = "zero-shot"
 
     def __init__(self, bundle: Bundle, *, per: str = "sum", loss: str | None = None) -> None:
         super().__init__(bundle, loss=loss)

@@ -58,7 +58,7 @@ class Prompt(Classification):
     )
     losses: ClassVar[tuple[str, ...]] = ("cross-entropy",)
     cuts: ClassVar[bool] = True
-    untrained: ClassVar[str] = "zero-shot"
+    untrained: ClassVar[str | None] = "zero-shot"
 
     def __init__(
         self,

@@ -85,6 +85,8 @@ class Trainer:
         Result of :meth:`rehearse`; None before it.
     evaluations : dict of int to mapping
         The values of each evaluation, by the number of steps before it.
+    samples : dict of int to mapping
+        The same on some training data, which takes the place of evaluation data where there is none.
     """
 
     def __init__(
@@ -154,13 +156,13 @@ class Trainer:
         metrics = None if more <= set(task.shown) else (*task.shown, *sorted(more - set(task.shown)))
         self._evaluator = None if eval is None else Evaluator(model, eval, batch_size, metrics, activation_memory)
         self._sampler: Evaluator | None = None
-        self._sampled: set[int] = set()
         self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self.forecast: Forecast | None = None
         self.evaluations: dict[int, Mapping[str, float | None]] = {}
+        self.samples: dict[int, Mapping[str, float | None]] = {}
         self._unlogged: list[Mapping[str, Any]] = []
         self._skipped = 0
         self._writer: RunWriter | None = None
@@ -234,7 +236,7 @@ class Trainer:
         self.evaluations = {step: values for step, values in past.evaluations().items() if step <= steps}
         if not steps and not any(EVAL in line for line in past.metrics()):  # killed between header and first line
             self.evaluations.clear()
-        self._sampled = {step for step in past.evaluations(SAMPLE) if step <= steps}
+        self.samples = {step: values for step, values in past.evaluations(SAMPLE).items() if step <= steps}
         for entry in reversed(past.entries[:steps]):
             if entry.lr or any(entry.coefficients.values()):
                 break
@@ -365,13 +367,16 @@ class Trainer:
     def _sample(self, step: int) -> None:
         """Without evaluation data, evaluate the objective on some training data; a function of the caller is not."""
         loop, metric = self.loop, self.objective.metric
-        if self.eval is not None or step in self._sampled or metric is None:
+        if self.eval is not None or step in self.samples or metric is None:
             return
         if self._sampler is None:
+            task = self.objective.task
+            metrics = list({metric.name: None, task.metric().name: None} if task.untrained else {metric.name: None})
             sample = Sample.of_run(self.train, self._order, loop.steps, self.optimizer.forwards)
-            self._sampler = Evaluator(self.model, sample, loop.batch_size, [metric.name], loop.activation_memory)
-        self._sampled.add(step)
-        self._log(line_of(SAMPLE, step, self._sampler()))
+            self._sampler = Evaluator(self.model, sample, loop.batch_size, metrics, loop.activation_memory)
+        evaluation = self._sampler()
+        self.samples[step] = evaluation.values
+        self._log(line_of(SAMPLE, step, evaluation))
         updated = step - self._skipped
         if updated and not math.isfinite(self._loss_at(updated)):  # no step measures the last update
             raise self._not_finite(f"the loss is not finite after step {updated}")
