@@ -155,7 +155,10 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
-        return _with_paths(plain(asdict(self)), portable_path)
+        fields = asdict(self)
+        if self.loop.activation_memory is None:  # the header is then that of journals before there was such a figure
+            del fields["loop"]["activation_memory"]
+        return _with_paths(plain(fields), portable_path)
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:
