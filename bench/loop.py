@@ -10,21 +10,34 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from machine import Run, spread
 from models import make_bundle
+from numpy.typing import NDArray
 from step import models_folder
 from tables import loop_table
 
 import pocketzo as pz
 from pocketzo import _core
+from pocketzo.tasks.objective import Objective
 
 METHODS = {"mezo": pz.MeZO, "fzoo": pz.FZOO}
 GROUPS = {"1 part": {}, "4 parts": {"groups": [pz.ParamGroup("classifier", lr=10, eps=10)], "weight_decay": 0.1}}
 JOURNAL_STEPS = 1000  # of the run whose journal size the README quotes
+
+
+class Idle(Objective):
+    """Losses without forward passes, which differ."""
+
+    calls: ClassVar[int] = 0
+
+    def __call__(self, model: pz.Model, batch: Mapping[str, NDArray[Any]]) -> float:
+        Idle.calls += 1
+        return 1.0 + 1e-3 * (Idle.calls % 7)
 
 
 def measure(model: pz.Model, data: pz.Dataset, method: str, settings: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -40,7 +53,7 @@ def measure(model: pz.Model, data: pz.Dataset, method: str, settings: dict[str, 
             run=Path(folder, "run"),
             callback=lambda _: ticks.append(time.perf_counter()),
         )
-        trainer._loss = lambda model, batch: 1.0 + 1e-3 * (len(ticks) % 7)  # type: ignore[method-assign]
+        trainer.objective = Idle(trainer.objective.function, trainer.objective.task)
         trainer.fit()
         (journal,) = Path(folder, "run").glob("journal*")
         size = journal.stat().st_size

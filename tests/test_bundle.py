@@ -126,6 +126,7 @@ def a_set(name: object, *tensors: object) -> dict[str, object]:
 
 LAYER = "layer.weight"  # there is no such tensor
 LONG = ["y" * 50] * 50
+GENERATION: dict[str, Any] = {"graph_sha256": "0" * 64, "eos": [2], "chat_template": None, "special_tokens": {}}
 
 FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(format="other"), "not the description of a bundle"),
@@ -142,6 +143,11 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(tokenizer=""), "'tokenizer'"),
     (edited(probe="../secret"), r"'probe' is '../secret', expected 'probe\.npz' or null"),
     (lambda description: description.pop("probe"), "'probe' is missing"),
+    (edited(generation=[]), r"'generation' is \[\], expected an object|generation is \[\]"),
+    (edited(generation=dict(GENERATION, eos=[-1])), r"generation: 'eos' is \[-1\], expected a list of token ids"),
+    (edited(generation=dict(GENERATION, chat_template="../secret")), "expected 'chat_template.jinja' or null"),
+    (edited(generation=dict(GENERATION, special_tokens={"bos_token": 1})), "'bos_token' is 1, expected a string"),
+    (edited(generation=GENERATION), "generate.onnx: a file of the bundle is missing"),
     (edited(inputs=[{"name": "x"}]), r"inputs\[0\]: 'dtype' is missing"),
     (edited(inputs=[7]), r"inputs\[0\] is 7, expected an object"),
     (edited(inputs={}), r"'inputs' is {}, expected a list"),

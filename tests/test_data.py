@@ -1005,10 +1005,10 @@ def test_tokenizers_is_imported_late_and_leaves_no_threads(tokenizer_path: Path)
         pytest.skip("counts threads in /proc")
     code = f"""
 import os, pathlib, sys, types
-from pocketzo.data import tokens as data
+from pocketzo.runtime.tokenizer import load_tokenizer
 assert "tokenizers" not in sys.modules
 before = os.listdir("/proc/self/task")
-tokenizer = data._load_tokenizer(types.SimpleNamespace(tokenizer_path=pathlib.Path({str(tokenizer_path)!r})))
+tokenizer = load_tokenizer(types.SimpleNamespace(tokenizer_path=pathlib.Path({str(tokenizer_path)!r})))
 assert len(tokenizer.encode_batch(["a good film"] * 256)) == 256
 assert os.listdir("/proc/self/task") == before
 """

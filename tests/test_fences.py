@@ -35,7 +35,7 @@ BROKEN = [
     ("optim/new.py", "pocketzo.data"),
     ("optim/new.py", "pocketzo.tasks"),
     ("optim/new.py", "pocketzo.train"),
-    ("prepare.py", "torch"),
+    ("prepare/new.py", "torch"),
     ("runtime/new.py", "onnx"),
     ("runtime/new.py", "onnx_ir"),
     ("runtime/new.py", "pocketzo.data"),

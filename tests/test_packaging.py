@@ -22,6 +22,7 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 OPTIONAL = (
     "click",
+    "jinja2",
     "matplotlib",
     "onnx",
     "onnx_ir",

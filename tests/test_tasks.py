@@ -19,9 +19,12 @@ from pocketzo.data.columns import Columns
 from pocketzo.errors import BundleError, DataError, TrainingError
 from pocketzo.formats.bundle import Bundle, TaskSpec, ValueSpec
 from pocketzo.tasks.base import IGNORED
+from pocketzo.tasks.causal_lm import CausalLM
+from pocketzo.tasks.choice import Choice
 from pocketzo.tasks.classification import Classification
 from pocketzo.tasks.multi_label import MultiLabel
 from pocketzo.tasks.objective import metric_objective
+from pocketzo.tasks.prompt import Prompt
 from pocketzo.tasks.registry import TASKS, task_for, task_of
 from pocketzo.tasks.regression import Regression
 from pocketzo.tasks.tokens import TokenClassification
@@ -433,7 +436,15 @@ def test_an_objective_needs_labels_and_its_output(model: pz.Model, data: pz.Data
 
 
 def test_each_task_says_what_it_is() -> None:
-    assert list(TASKS.values()) == [Classification, TokenClassification, MultiLabel, Regression]
+    assert list(TASKS.values()) == [
+        Classification,
+        TokenClassification,
+        MultiLabel,
+        Regression,
+        Prompt,
+        CausalLM,
+        Choice,
+    ]
     assert all(task.name == name for name, task in TASKS.items())
     for task in TASKS.values():
         assert set(task.columns) <= {field.name for field in dataclasses.fields(Columns)}

@@ -20,6 +20,7 @@ if _problem is None:
     from pocketzo import kernels
     from pocketzo._core import __version__
     from pocketzo.data.batch import Batch
+    from pocketzo.data.chat import chat_text
     from pocketzo.data.columns import Columns
     from pocketzo.data.dataset import Dataset
     from pocketzo.data.load import encode_texts, load_dataset
@@ -72,6 +73,7 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "__version__",
+    "chat_text",
     "encode_texts",
     "evaluate",
     "kernels",

@@ -16,7 +16,7 @@ from pocketzo.errors import BrokenPackageError, Error, MissingExtraError
 CORE: Final = ("numpy", "onnxruntime")
 EXTRAS: Final = {
     "cli": ("click", "rich"),
-    "text": ("tokenizers",),
+    "text": ("tokenizers", "jinja2"),
     "prepare": ("onnx", "onnx-ir"),
     "plot": ("matplotlib",),
     "demo": ("scikit-learn",),

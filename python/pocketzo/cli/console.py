@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,13 @@ def note(text: str) -> None:
 def say(text: str = "") -> None:
     """Print a line to standard output."""
     out.print(text, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Print a text to standard output as it is, at once."""
+    with named("standard output"):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table:

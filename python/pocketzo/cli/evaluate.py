@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
+from rich.table import Table
+from rich.text import Text
 
 from pocketzo import kernels
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import metric_text, say
+from pocketzo.cli.console import metric_text, note, out, say
 from pocketzo.cli.options import (
     PATH,
+    activation_memory_option,
     base_option,
     best_option,
     column_options,
@@ -19,21 +23,25 @@ from pocketzo.cli.options import (
     metric_names,
     step_option,
     threads_option,
+    unescaped,
 )
 from pocketzo.cli.runs import as_run, chosen_step
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
+from pocketzo.errors import DataError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.load import load
+from pocketzo.runtime.tokenizer import load_tokenizer
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
 from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.prompt import with_template
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.evaluator import all_finite
 
 
 @click.command("eval", cls=Command)
 @click.argument("model", type=PATH, metavar="BUNDLE|RUN")
-@click.option("--data", type=PATH, required=True, metavar="FILE", help="Examples: .jsonl, .tsv, .csv or .npz.")
+@click.option("--data", type=PATH, required=True, metavar="FILE", help="Examples: .jsonl, .tsv, .csv, .npz or .txt.")
 @click.option(
     "--metric",
     "metrics",
@@ -47,6 +55,13 @@ from pocketzo.train.evaluator import all_finite
 @best_option
 @base_option
 @click.option("--batch-size", type=int, default=32, help="Examples per forward pass.")
+@click.option(
+    "--templates",
+    type=PATH,
+    metavar="FILE",
+    help="For the task prompt: evaluate with each line of FILE as the template, in which \\n is a line break.",
+)
+@activation_memory_option
 @threads_option("the number of fast cores")
 @column_options
 def evaluate(
@@ -58,6 +73,8 @@ def evaluate(
     best: bool,
     base: Path | None,
     batch_size: int,
+    templates: Path | None,
+    activation_memory: int | None,
     threads: int | None,
     columns: Columns,
 ) -> None:
@@ -70,6 +87,7 @@ def evaluate(
       pocketzo eval runs/first --data dev.tsv --json
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
       pocketzo eval base --data dev.tsv --metric f1,matthews
+      pocketzo eval prompted --data dev.tsv --templates templates.txt
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
@@ -78,14 +96,24 @@ def evaluate(
         raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
     number = None if run is None else chosen_step(run, step, best)
     bundle = Bundle.read(model) if run is None else run.base(base)
-    examples = load_dataset(data, bundle, columns=columns)
+    variants = {"": bundle} if templates is None else _variants(bundle, templates)
+    sets = {template: load_dataset(data, variant, columns=columns) for template, variant in variants.items()}
     if threads is not None:
         kernels.set_threads(threads)
     loaded = load(bundle, threads=threads)
     if run is not None:
         run.replay_onto(loaded, step=number)
-    result = evaluate_model(loaded, examples, batch_size=batch_size, metrics=metrics or None)
     names = metrics or (task_of(bundle).default_metric, "loss")
+    results = {
+        template: evaluate_model(
+            loaded, examples, batch_size=batch_size, metrics=metrics or None, activation_memory=activation_memory
+        )
+        for template, examples in sets.items()
+    }
+    if templates is not None:
+        _print_templates(results, names, as_json=as_json)
+        return
+    result, examples = results[""], sets[""]
     if as_json:
         say(json.dumps(all_finite({name: result.get(name) for name in (*names, "count")})))
     else:
@@ -94,3 +122,39 @@ def evaluate(
             + f" · {len(examples)} examples"
             + ("" if run is None else f" · after step {number}")
         )
+
+
+def _variants(bundle: Bundle, path: Path) -> dict[str, Bundle]:
+    """Return a bundle with each template of a file, by the template as written there."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    if not lines:
+        raise DataError(f"{path}: no templates")
+    tokenizer = load_tokenizer(bundle)
+    variants = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            variants[line] = with_template(bundle, tokenizer, unescaped(line))
+        except ValueError as error:
+            raise DataError(f"{path}, template {number}: {error}") from None
+    if bundle.task is not None and bundle.task.settings.get("calibration") is not None:
+        note("the bundle is calibrated with its own template, which biases the others")
+    return variants
+
+
+def _print_templates(results: Mapping[str, Mapping[str, float]], names: Sequence[str], *, as_json: bool) -> None:
+    """Print the results of each template."""
+    if as_json:
+        for template, result in results.items():
+            values = all_finite({name: result.get(name) for name in (*names, "count")}) or {}
+            say(json.dumps({"template": template, **values}, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("template", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right")
+    for template, result in results.items():
+        table.add_row(Text(template), *(metric_text(name, result) for name in names))
+    out.print(table)

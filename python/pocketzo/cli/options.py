@@ -56,6 +56,22 @@ def metric_names(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return tuple(dict.fromkeys(names))
 
 
+def names(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    """Parse names between commas."""
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def escapes(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    r"""Replace ``\n`` and ``\t``, which a shell leaves as they are; ``\\`` is a backslash."""
+    return None if value is None else unescaped(value)
+
+
+def unescaped(text: str) -> str:
+    r"""Return a text with line breaks for ``\n``, tabs for ``\t`` and backslashes for ``\\``."""
+    found = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda match: found[match[1]], text)
+
+
 PATH = click.Path(path_type=Path)
 bundle_out = click.option(
     "-o", "--output", "output", type=PATH, required=True, metavar="BUNDLE", help="Folder to write."
@@ -86,6 +102,15 @@ def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int
     if size < 1:
         raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
     return size
+
+
+activation_memory_option = click.option(
+    "--activation-memory",
+    callback=memory_size,
+    metavar="SIZE",
+    help="Run a batch in parts whose logits and activations take at most SIZE, such as 100M. The results are the same "
+    "but for roundings.  [default: 32M for the logits of language models, and no limit else]",
+)
 
 
 def delimiter(_: click.Context, __: click.Parameter, value: str | None) -> str | None:

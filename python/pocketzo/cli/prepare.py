@@ -12,10 +12,10 @@ from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, quoted, say, size_text
 from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
-from pocketzo.cli.options import PATH, bundle_out, force_option, regex
+from pocketzo.cli.options import PATH, bundle_out, escapes, force_option, names, regex
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
-from pocketzo.prepare import LOSSES
+from pocketzo.prepare import LOSSES, PER, TASKS
 from pocketzo.prepare import prepare as prepare_bundle
 from pocketzo.tasks.registry import task_of
 
@@ -23,8 +23,13 @@ from pocketzo.tasks.registry import task_of
 @click.command(cls=Command)
 @click.argument("model", type=PATH)
 @bundle_out
-@click.option("--tokenizer", type=PATH, metavar="FILE", help="The model's tokenizer.json; needed to train on text.")
-@click.option("--labels", metavar="A,B,...", help="Names of the classes, in the order of the logits.")
+@click.option(
+    "--tokenizer",
+    type=PATH,
+    metavar="FILE",
+    help="The model's tokenizer.json; needed to train on text.  [default: with --task, that beside MODEL]",
+)
+@click.option("--labels", callback=names, metavar="A,B,...", help="Names of the classes, in the order of the logits.")
 @click.option("--max-length", type=int, metavar="TOKENS", help="Truncate texts to this many tokens.")
 @click.option(
     "--trainable", callback=regex, metavar="REGEX", help="Allow training only of weights whose names contain a match."
@@ -43,6 +48,41 @@ from pocketzo.tasks.registry import task_of
     "output 'loss', or cross-entropy for logits or a Softmax, or bce for a Sigmoid; one column needs this option]",
 )
 @click.option(
+    "--task",
+    type=click.Choice(TASKS),
+    help="Prepare a language model, as exporters write it. prompt: classify a text in a "
+    "template by the word that follows, or of a masked model by the word at {mask}; causal-lm: continue texts; choice: "
+    "choose between continuations. A decoder's export is kept for generating text.  [default: as --loss says]",
+)
+@click.option(
+    "--template",
+    callback=escapes,
+    metavar="TEXT",
+    help="For --task prompt: a text with {text}, with {pair} for a second text, and of a masked model with {mask}. \\n "
+    "is a line break.",
+)
+@click.option(
+    "--label-words",
+    callback=names,
+    metavar="A,B,...",
+    help="For --task prompt: a word for each class, in the order of --labels, which are these words by default. Each "
+    "has to be one token.",
+)
+@click.option(
+    "--calibrate",
+    type=PATH,
+    metavar="FILE",
+    help="For --task prompt: subtract the mean logit of each label word over the texts of this file of examples, such "
+    "as the training data.",
+)
+@click.option(
+    "--per",
+    type=click.Choice(PER),
+    default=PER[0],
+    show_default=True,
+    help="For --task choice: the likelihood of a choice is the sum of its tokens' log-likelihoods, or their mean.",
+)
+@click.option(
     "--probe",
     type=PATH,
     metavar="FILE",
@@ -53,11 +93,16 @@ def prepare(
     model: Path,
     output: Path,
     tokenizer: Path | None,
-    labels: str | None,
+    labels: list[str] | None,
     max_length: int | None,
     trainable: str | None,
     dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
+    task: Literal["prompt", "causal-lm", "choice"] | None,
+    template: str | None,
+    label_words: list[str] | None,
+    calibrate: Path | None,
+    per: Literal["sum", "token"],
     probe: Path | None,
     force: bool,
 ) -> None:
@@ -67,21 +112,29 @@ def prepare(
     onnx.
 
     \b
-    Example:
+    Examples:
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
+      pocketzo prepare smollm2/model.onnx -o base --task causal-lm
+      pocketzo prepare smollm2/model.onnx -o base --task prompt \\
+          --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
     check_output(output, force=force)
     bundle = prepare_bundle(
         model,
         output,
         tokenizer=tokenizer,
-        labels=None if labels is None else [label.strip() for label in labels.split(",")],
+        labels=labels,
         max_length=max_length,
         trainable=trainable,
         dtype=dtype,
         overwrite=force,
         loss=loss,
+        task=task,
+        template=template,
+        label_words=label_words,
+        calibrate=calibrate,
+        per=per,
         probe=probe,
         note=note,
     )
@@ -91,7 +144,8 @@ def prepare(
     metrics = task_of(bundle).metrics
     if metrics:
         objective = "" if bundle.loss is not None else f" --objective {metrics[0]}"
-        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first{objective}")
+        data = "train.tsv" if bundle.logits is not None else "train.jsonl"
+        say(f"next: pocketzo train {quoted(output)} --data {data} -o runs/first{objective}")
     else:
         say("next: train by a function of your own, pz.Trainer(..., objective=function)")
 

@@ -12,8 +12,27 @@ from click.core import ParameterSource
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import err, evaluation_table, fact, forecast_text, note, out, quoted, say, size_text
-from pocketzo.cli.options import PATH, column_options, groups_option, memory_size, regex, threads_option
+from pocketzo.cli.console import (
+    err,
+    evaluation_table,
+    fact,
+    forecast_text,
+    metric_text,
+    note,
+    out,
+    quoted,
+    say,
+    size_text,
+)
+from pocketzo.cli.options import (
+    PATH,
+    activation_memory_option,
+    column_options,
+    groups_option,
+    memory_size,
+    regex,
+    threads_option,
+)
 from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
@@ -27,7 +46,10 @@ from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
+from pocketzo.tasks.base import Task
 from pocketzo.tasks.metrics import METRICS
+from pocketzo.tasks.parts import parts
+from pocketzo.tasks.registry import task_of
 from pocketzo.train.differences import differences
 from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
@@ -43,7 +65,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--resume", type=PATH, metavar="RUN", help="Resume a run. All settings come from its journal.")
-@click.option("--data", type=PATH, metavar="FILE", help="Training examples: .jsonl, .tsv, .csv or .npz.")
+@click.option("--data", type=PATH, metavar="FILE", help="Training examples: .jsonl, .tsv, .csv, .npz or .txt.")
 @click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples for evaluation.")
 @click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new or hold this run.")
 @click.option("--steps", type=int, default=1000, help="Length of the run in steps.")
@@ -125,6 +147,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     help="Stop, and undo the current step, before the resident memory of this process reaches SIZE, such as 1.5G. "
     "loss.png is not drawn then, as drawing it takes 50 MB.",
 )
+@activation_memory_option
 @threads_option("all cores; for forward passes, the fastest of 1, 2, the fast cores and all, timed in a few passes")
 @column_options
 @click.pass_context
@@ -157,6 +180,7 @@ def train(
     group_by_length: bool,
     prepack: bool | None,
     max_memory: int | None,
+    activation_memory: int | None,
     threads: int | None,
     columns: Columns,
 ) -> None:
@@ -213,7 +237,10 @@ def train(
     elif threads is not None:
         kernels.set_threads(threads)
     # Only timing needs a batch.
-    first = None if threads else examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
+    first = None
+    if not threads:
+        batch = examples.batch(Order(seed=seed, size=len(examples), batch_size=batch_size)(0))
+        first = parts(task_of(read), batch, activation_memory)[0].batch
     with err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
         model = load(
             read, threads=threads, batch=first, prepack="auto" if prepack is None else prepack, max_memory=max_memory
@@ -245,6 +272,7 @@ def train(
         patience=patience,
         snapshot_every=snapshot_every,
         group_by_length=group_by_length,
+        activation_memory=activation_memory,
     )
     if past is not None:
         others += differences(past, trainer.optimizer, trainer.loop)
@@ -294,6 +322,7 @@ def _train(trainer: Trainer, run: Path) -> None:
             with err.status("trying the largest batch"):
                 forecast = trainer.rehearse()
             note(forecast_text(trainer, forecast))
+            _note_untrained(trainer)
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
@@ -306,7 +335,7 @@ def _train(trainer: Trainer, run: Path) -> None:
     past = Run(run)
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
-    _print_summary(past)
+    _print_summary(past, trainer.objective.task)
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
@@ -330,11 +359,23 @@ def plot_or_note(run: Path) -> None:
         note("note: no loss.png without matplotlib: pip install 'pocketzo[plot]'")
 
 
-def _print_summary(past: Run) -> None:
+def _note_untrained(trainer: Trainer) -> None:
+    """Print what the base achieves, if it knows the task before the run."""
+    name = trainer.objective.task.untrained
+    if name is None or trainer.optimizer.step_number:
+        return
+    on = "" if trainer.samples.get(0) is None else " on some training examples"
+    found = trainer.evaluations.get(0) or trainer.samples.get(0) or {}
+    values = ", ".join(f"{metric} {metric_text(metric, found)}" for metric in METRICS if metric in found)
+    if values:
+        note(f"{name}{on}: {values}")
+
+
+def _print_summary(past: Run, task: Task) -> None:
     evaluations, best = past.evaluations(), past.best_step
     if evaluations:
         last = max(evaluations)
-        columns = {"before": evaluations[0]} if 0 in evaluations else {}
+        columns = {task.untrained or "before": evaluations[0]} if 0 in evaluations else {}
         columns |= {f"after step {last}": evaluations[last]} if last else {}
         columns |= {f"best, step {best}": evaluations[best]} if best else {}
         out.print(evaluation_table(columns))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocketzo.data.columns import LineError
@@ -42,41 +42,62 @@ class Example(NamedTuple):
     ----------
     text : str or list of str
         The text, or its words.
-    pair : str or None
-        The second text of a pair.
+    pair : str or list of str or None
+        The second text of a pair, or the texts that may follow.
     label : int, float, list of int or float, or None
         The class, number or numbers, or the class of each word; None without labels.
+    spans : sequence of (int, int), or None
+        The characters of the text that are learnt, from the first to the one after the last; None for no choice.
     """
 
     text: str | list[str]
-    pair: str | None
+    pair: str | list[str] | None
     label: Any
+    spans: Sequence[tuple[int, int]] | None = None
 
 
-class Encoded(NamedTuple):
-    """A tokenised example: one row of a batch, without padding.
+class Row(NamedTuple):
+    """A row of a batch, without padding.
 
     Attributes
     ----------
     ids, type_ids : list of int
         One value per token.
-    label : int, float, list of int or float, or None
-        The class, number or numbers, or one label per token; None without labels.
-    cut : bool
-        Whether the text was truncated.
+    counted : list of bool or None
+        Whether the token counts: its logits, or its loss. None if that is not known by token.
     """
 
     ids: list[int]
     type_ids: list[int]
+    counted: list[bool] | None = None
+
+
+class Encoded(NamedTuple):
+    """A tokenised example.
+
+    Attributes
+    ----------
+    rows : list of Row
+        One, or one for each of several texts that belong together.
+    label : int, float, list of int or float, or None
+        The class, number or numbers, or one label per token; None without labels.
+    cut : bool
+        Whether the text was truncated.
+    problem : str or None
+        Why the example cannot be used.
+    """
+
+    rows: list[Row]
     label: Any
     cut: bool = False
+    problem: str | None = None
 
 
 def examples_of(
     records: Iterable[tuple[int, Record]], task: Task, columns: Columns, require_labels: bool, problems: Problems
 ) -> Iterator[tuple[int, Example]]:
     """Check records; yield the number and the example of each good one, and add the others to ``problems``."""
-    labelled = True if require_labels else None
+    labelled = True if require_labels and task.labels_per != "nothing" else None
     empty: list[int] = []
     for number, record in records:
         if record is None:

@@ -6,6 +6,7 @@ suffix    content
 .jsonl    one object per line; its keys are the columns
 .tsv      fields between tabs, taken verbatim: no quoting, no escapes
 .csv      fields between commas; double quotes allow commas and line breaks in a field
+.txt      for ``causal-lm``: one text, cut into windows of the model's maximum length
 .npz      arrays named as the model's inputs, one row per example: ``input_ids`` [n, length], optionally
           ``attention_mask`` and ``token_type_ids`` of the same shape, or the model's other inputs; ``labels`` [n],
           [n, length] for token labels, or [n, columns] for several numbers or for 0 and 1 by label
@@ -24,6 +25,10 @@ The bundle's task says which columns it reads:
 - ``multi-label``: text and pair as in ``classification``; the labels in ``labels`` or ``label``: a list, or a string
   that is split at commas, and, unless the name of a label contains white space, at white space. None, as in an empty
   string, means that no label applies;
+- ``prompt``: as ``classification``;
+- ``causal-lm``: a text in ``text``; or in ``prompt`` and ``completion``; or a chat, a list of
+  ``{"role": "user", "content": "..."}``, in ``messages``;
+- ``choice``: the text before in ``context``; a list of texts in ``choices``; the number of the right one in ``label``;
 - ``regression``: text and pair as in ``classification``; the number in ``label``, ``labels``, ``score`` or ``target``;
   for several numbers, a list, or a string that is split at commas and white space.
 
@@ -52,7 +57,8 @@ from pocketzo.data.examples import Problems, examples_of
 from pocketzo.data.npz import read_npz
 from pocketzo.data.readers import read_csv, read_jsonl, read_tsv
 from pocketzo.data.tables import with_columns
-from pocketzo.data.tokens import tokenise
+from pocketzo.data.tokens import tokenise, tokenise_windows
+from pocketzo.tasks.causal_lm import CausalLM
 from pocketzo.tasks.registry import task_of
 
 
@@ -71,7 +77,7 @@ def load_dataset(
     Parameters
     ----------
     path
-        A ``.jsonl``, ``.tsv``, ``.csv`` or ``.npz`` file, as described in :mod:`pocketzo.data.load`.
+        A ``.jsonl``, ``.tsv``, ``.csv``, ``.txt`` or ``.npz`` file, as described in :mod:`pocketzo.data.load`.
     bundle
         The model that the examples are for.
     require_labels
@@ -113,8 +119,11 @@ def load_dataset(
             case ".csv":
                 rows = read_csv(path, columns.delimiter or ",")
                 records = with_columns(rows, columns, task, require_labels)
+            case ".txt" if isinstance(task, CausalLM):
+                return tokenise_windows(path, task, Problems(str(path), "line"))
             case suffix:
-                raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv or .npz")
+                more = ", .txt" if isinstance(task, CausalLM) else ""
+                raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv{more} or .npz")
         problems = Problems(str(path), "line")
         return tokenise(examples_of(records, task, columns, require_labels, problems), task, problems)
     except OSError as error:

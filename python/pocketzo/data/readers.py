@@ -103,6 +103,16 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
         yield number, line.removesuffix(end), lines.take_reason()
 
 
+def read_txt(path: Path) -> list[str]:
+    """Return the lines of a plain text file, each but the last with a line feed."""
+    lines = []
+    for number, line, reason in _read_lines(path):
+        if reason:
+            raise DataError(f"{path}, line {number}: {reason}")
+        lines.append(f"{line}\n")
+    return lines
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
     """Yield the number and the record of each line of a JSONL file."""
     for number, line, reason in _read_lines(path):

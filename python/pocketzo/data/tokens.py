@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Encoded, Example, Problems
+from pocketzo.data.readers import read_txt
+from pocketzo.data.windows import windows
 from pocketzo.errors import BundleError, DataError, joined_lines
-from pocketzo.packages import require
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.padding import pads_right_only
+from pocketzo.runtime.tokenizer import load_tokenizer
 from pocketzo.tasks.base import IGNORED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-    from pocketzo.formats.bundle import Bundle
     from pocketzo.tasks.base import Task
 
 CHUNK = 256  # texts tokenised at once: limits the memory used in addition to the ids
 
 
-def _load_tokenizer(bundle: Bundle) -> Tokenizer:
-    if bundle.tokenizer_path is None:
-        raise DataError(
-            f"{bundle.path}: the bundle has no tokenizer for text: prepare it with one, or give token ids as .npz"
-        )
-    # Its threads would outlive tokenisation, hold memory and cause a warning at every later fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    require("tokenizers")
-    from tokenizers import Tokenizer
-
+def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example], limit: int | None) -> list[Encoded]:
     try:
-        tokenizer = Tokenizer.from_str(bundle.tokenizer_path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises no narrower type
-        reason = joined_lines(error)
-        raise BundleError(f"{bundle.tokenizer_path}: the tokenizers library cannot read it: {reason}") from error
-    return tokenizer
-
-
-def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
-    try:
-        return task.encode(tokenizer, examples)
+        return task.encode(tokenizer, examples, limit)
     except Exception as error:
         if type(error) is not Exception:  # the library raises no narrower type
             raise
@@ -58,58 +42,116 @@ def _encoded(task: Task, tokenizer: Tokenizer, examples: Sequence[Example]) -> l
 
 def tokenise(examples: Iterator[tuple[int, Example]], task: Task, problems: Problems) -> Dataset:
     """Tokenise numbered examples in chunks."""
-    bundle = task.bundle
-    tokenizer = _load_tokenizer(bundle)
-    padding = tokenizer.padding or {}
-    pads = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<PAD>", "<|pad|>"))
-    pad_id = padding.get("pad_id", next((pad for pad in pads if pad is not None), 0))
-    fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0), "labels": IGNORED}
-    tokenizer.no_padding()
-    longest = token_limit(bundle)
-    if longest is not None:  # otherwise the tokenizer's own truncation, if any, applies
-        tokenizer.enable_truncation(longest, direction=(tokenizer.truncation or {}).get("direction", "right"))
-    rows = embedding_rows(bundle).get("input_ids", 2**31)
-    if pad_id >= rows:
-        raise DataError(
-            f"{bundle.tokenizer_path}: the id of the padding token is {pad_id}, the model's embedding has {rows} rows: "
-            "name another token for the padding in this file"
-        )
+    tokenizer = load_tokenizer(task.bundle)
+    rows = _Rows(task, tokenizer, problems)
+    longest = token_limit(task.bundle)
+    own = tokenizer.truncation or {}  # applies if the model sets no limit
+    if task.cuts:
+        tokenizer.no_truncation()
+        longest = own.get("max_length") if longest is None else longest
+    elif longest is not None:
+        tokenizer.enable_truncation(longest, direction=own.get("direction", "right"))
     special = [tokenizer.num_special_tokens_to_add(is_pair) for is_pair in (False, True)]
-
-    ids, types, by_token = array("i"), array("i"), array("i")
-    lengths, labels, lines = array("i"), list[Any](), array("q")
-    cut = 0
     while chunk := list(islice(examples, CHUNK)):
-        encoded = _encoded(task, tokenizer, [example for _, example in chunk])
-        for (number, example), row in zip(chunk, encoded, strict=True):
-            if longest is not None and longest <= special[example.pair is not None]:
+        encoded = _encoded(task, tokenizer, [example for _, example in chunk], longest)
+        for (number, example), one in zip(chunk, encoded, strict=True):
+            if not task.cuts and longest is not None and longest <= special[example.pair is not None]:
                 problems.add(number, f"a maximum length of {longest} tokens leaves no room for the text")
+            rows.add(number, one)
+    return rows.dataset()
+
+
+def tokenise_windows(path: Path, task: Task, problems: Problems) -> Dataset:
+    """Cut a plain text file into examples of the model's maximum length."""
+    tokenizer = load_tokenizer(task.bundle)
+    rows = _Rows(task, tokenizer, problems)
+    length = token_limit(task.bundle) or (tokenizer.truncation or {}).get("max_length")
+    if length is None:
+        raise DataError(
+            f"{path}: a .txt file is cut into windows of the bundle's max_length tokens, and it has none: prepare the "
+            "model with --max-length"
+        )
+    tokenizer.no_truncation()
+    for line, window in windows(path, read_txt(path), tokenizer, length):
+        rows.add(line, window)
+    return rows.dataset()
+
+
+class _Rows:
+    """Collects tokenised examples.
+
+    Parameters
+    ----------
+    task : Task
+    tokenizer : Tokenizer
+        Padding, which batches get later, is switched off.
+    problems : Problems
+        Gets those of examples that cannot be used.
+    """
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, problems: Problems) -> None:
+        self._task = task
+        self._problems = problems
+        padding = tokenizer.padding or {}
+        pads = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<PAD>", "<|pad|>"))
+        pad_id = padding.get("pad_id", next((pad for pad in pads if pad is not None), 0))
+        tokenizer.no_padding()
+        self._embedded = embedding_rows(task.bundle).get("input_ids", 2**31)
+        if pad_id >= self._embedded and task.cuts:
+            pad_id = 0  # any token will do behind the last one that counts
+        if pad_id >= self._embedded:
+            raise DataError(
+                f"{task.bundle.tokenizer_path}: the id of the padding token is {pad_id}, the model's embedding has "
+                f"{self._embedded} rows: name another token for the padding in this file"
+            )
+        self._fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0), "labels": IGNORED}
+        self._pad_left = padding.get("direction") == "left" and not task.cuts and not pads_right_only(task.bundle)
+        self._ids, self._types, self._by_token, self._counted = array("i"), array("i"), array("i"), array("b")
+        self._lengths, self._row_starts, self._lines = array("i"), array("q", [0]), array("q")
+        self._labels: list[Any] = []
+        self._cut = 0
+
+    def add(self, number: int, example: Encoded) -> None:
+        """Add an example; `number` is that of its line."""
+        if example.problem is not None:
+            self._problems.add(number, example.problem)
+        for row in example.rows:
             if not row.ids:
-                problems.add(number, "the tokenizer finds no token in the text")
-            elif max(row.ids) >= rows:
-                problems.add(
+                self._problems.add(number, "the tokenizer finds no token in the text")
+            elif max(row.ids) >= self._embedded:
+                self._problems.add(
                     number,
-                    f"the tokenizer gives token id {max(row.ids)}, the model's embedding has {rows} rows: prepare the "
-                    "model with its own tokenizer",
+                    f"the tokenizer gives token id {max(row.ids)}, the model's embedding has {self._embedded} rows: "
+                    "prepare the model with its own tokenizer",
                 )
-            ids.extend(row.ids)
-            types.extend(row.type_ids)
-            lengths.append(len(row.ids))
-            lines.append(number)
-            cut += row.cut
-            if row.label is not None and task.labels_per == "token":
-                by_token.extend(row.label)
-            elif row.label is not None:
-                labels.append(row.label)
-    problems.check()
-    if not lengths:
-        raise DataError(f"{problems.source}: no examples")
-    columns = {"input_ids": np.asarray(ids), "token_type_ids": np.asarray(types)}
-    if by_token:
-        columns["labels"] = np.asarray(by_token)
-    pad_left = padding.get("direction") == "left" and not pads_right_only(bundle)
-    tokens = keep_tokens(task, np.asarray(lengths), columns, fills, pad_left=pad_left)
-    return Dataset(task, problems.source, len(lengths), tokens, {}, labels, lines, cut)
+            self._ids.extend(row.ids)
+            self._types.extend(row.type_ids)
+            self._counted.extend(row.counted or ())
+            self._lengths.append(len(row.ids))
+        self._row_starts.append(len(self._lengths))
+        self._lines.append(number)
+        self._cut += example.cut
+        if example.label is not None and self._task.labels_per == "token":
+            self._by_token.extend(example.label)
+        elif example.label is not None:
+            self._labels.append(example.label)
+
+    def dataset(self) -> Dataset:
+        """Return the examples, unless there was a problem, or there are none."""
+        self._problems.check()
+        if not self._lines:
+            raise DataError(f"{self._problems.source}: no examples")
+        columns = {"input_ids": np.asarray(self._ids), "token_type_ids": np.asarray(self._types)}
+        if self._by_token:
+            columns["labels"] = np.asarray(self._by_token)
+        tokens = keep_tokens(self._task, np.asarray(self._lengths), columns, self._fills, pad_left=self._pad_left)
+        if self._counted:
+            tokens = replace(tokens, counted=np.asarray(self._counted).astype(bool), shift=self._task.shift)
+        if self._task.several_rows:
+            tokens = replace(tokens, row_starts=np.asarray(self._row_starts))
+        return Dataset(
+            self._task, self._problems.source, len(self._lines), tokens, {}, self._labels, self._lines, self._cut
+        )
 
 
 def keep_tokens(

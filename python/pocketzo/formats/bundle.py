@@ -6,6 +6,8 @@
 ``bundle.json``       the description: task, tensors and their ids, inputs, outputs, checksums
 ``probe.npz``         optional: inputs on which the model is checked
 ``tokenizer.json``    optional
+``generate.onnx``     optional: the graph of a language model for generating text, over the same weights
+``chat_template.jinja``  optional
 ====================  ==================================================================================================
 
 ``docs/formats.md`` specifies this for readers in other languages.
@@ -27,6 +29,7 @@ from pocketzo.formats import strict_json
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.files import write_file
 from pocketzo.formats.frozen import FrozenSpec, parse_frozen
+from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
 from pocketzo.formats.staging import sweep
@@ -37,7 +40,7 @@ MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
-FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE)
+FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE, GENERATE, CHAT_TEMPLATE)
 """All files that a bundle may consist of."""
 _NUMPY: Final = r"bool|object|complex(64|128)|float(16|32|64)|u?int(8|16|32|64)"
 _ANY: Final = rf"{_NUMPY}|bfloat16|float[468]_\w+|u?int[24]"
@@ -139,6 +142,8 @@ class Bundle:
         refers to offsets behind it.
     probe : dict of str to ndarray or None
         The probing batch, with an array for each input; None if the bundle has none.
+    generation : Generation or None
+        What generating text needs; None if the model generates none.
     """
 
     path: Path
@@ -155,6 +160,7 @@ class Bundle:
     base_sha256: str
     header_sha256: str
     probe: Probe | None = field(default=None, compare=False, repr=False)
+    generation: Generation | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -197,7 +203,18 @@ class Bundle:
             raise BundleError(f"{path / DESCRIPTION}: tensor ids are not those of the tensors' names")
         if bundle.tokenizer_path is not None and not bundle.tokenizer_path.is_file():
             raise BundleError(f"{bundle.tokenizer_path}: the bundle's tokenizer is missing")
+        if bundle.generation is not None:
+            bundle._check_generation(bundle.generation)
         return bundle
+
+    def _check_generation(self, generation: Generation) -> None:
+        for name in (GENERATE, generation.chat_template):
+            if name is not None and not (self.path / name).is_file():
+                raise BundleError(f"{self.path / name}: a file of the bundle is missing")
+        if file_sha256(self.generate_path) != generation.graph_sha256:
+            raise BundleError(
+                f"{self.generate_path}: not the graph that {DESCRIPTION} describes; prepare the model again"
+            )
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -222,6 +239,11 @@ class Bundle:
         return self.path / MODEL
 
     @property
+    def generate_path(self) -> Path:
+        """The path of the graph that generates text, if the bundle has one."""
+        return self.path / GENERATE
+
+    @property
     def weights_path(self) -> Path:
         """The path of the weights file."""
         return self.path / WEIGHTS
@@ -244,6 +266,7 @@ class Bundle:
             "max_length": self.max_length,
             "tokenizer": self.tokenizer,
             "probe": None if self.probe is None else PROBE,
+            "generation": None if self.generation is None else self.generation.described(),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -271,6 +294,7 @@ class Bundle:
             fields = Fields(values)
             inputs = _values(fields, "inputs", _NUMPY)
             outputs = _values(fields, "outputs")
+            generation = fields.optional_object("generation")
             return cls(
                 path=path,
                 tensors=_tensors(fields),
@@ -286,6 +310,7 @@ class Bundle:
                 base_sha256=fields.sha256("base_sha256"),
                 header_sha256=fields.sha256("header_sha256"),
                 probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
+                generation=None if generation is None else Generation.parse(generation),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None

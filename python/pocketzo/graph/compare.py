@@ -17,7 +17,9 @@ from onnx_ir.passes import common
 from pocketzo.errors import BundleError, first_line
 from pocketzo.formats.bundle import Bundle, ValueSpec
 from pocketzo.formats.probe import Probe, check_probe, other_branches
+from pocketzo.graph.decoder import TOKENS
 from pocketzo.graph.float16 import MOST_FLOAT16, check_range, open_with_activations
+from pocketzo.graph.language import LOGITS, LanguageGraph, check_scores
 from pocketzo.graph.opset import too_old
 from pocketzo.graph.probe import index_limits, made_up_batches
 from pocketzo.graph.read import CONVERTED, describe
@@ -125,15 +127,7 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
         The source does not run on the batch, the bundle or its loss does not, or an output differs: names it, and how
         far it is off.
     """
-    runs = _run_source(origin, list(outputs), probe)
-    if bundle.is_fp16:
-        _check_range(origin, runs.batches)
-    if runs.random:
-        warnings.warn(
-            f"{origin.path}: not compared with the source, as it differs from run to run: {', '.join(runs.random)}",
-            stacklevel=3,
-        )
-    tolerance = _COARSE if origin.coarse or bundle.is_fp16 else _FLOAT32
+    runs = _checked_runs(origin, bundle, list(outputs), probe)
     session = open_graph(origin.path, bundle.model_path)
     feeds = []
     for batch, expected in zip(runs.batches, runs.values, strict=True):
@@ -142,10 +136,82 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
         got = _run_bundle(origin, bundle, session, list(outputs.values()), feed)
         _check_length(origin, bundle, feed, got)
         for name, output in outputs.items():
-            fault = None if name in runs.random else _difference(got[output], expected[name], tolerance)
-            if fault is not None:
-                raise BundleError(_refusal(origin, bundle, name, fault))
+            _check_output(origin, bundle, name, got[output], expected[name], random=runs.random)
     return check_probe({value.name: feeds[0][value.name] for value in bundle.inputs}, bundle.inputs)
+
+
+def check_language_graphs(
+    origin: Origin, bundle: Bundle, outputs: list[str], graph: LanguageGraph, probe: Probe | None
+) -> Probe:
+    """Check that both graphs of a language model's bundle compute what their source computes, as above.
+
+    The graph that generates text, if there is one, has the source's inputs and outputs. The training graph has to give
+    the losses that follow from the source's logits of all tokens.
+
+    Parameters
+    ----------
+    origin : Origin
+    bundle : Bundle
+        With its graphs and weights in place.
+    outputs : list of str
+        The names of the source's outputs.
+    graph : LanguageGraph
+        The training graph.
+    probe : dict of str to ndarray or None
+        As above.
+
+    Returns
+    -------
+    dict of str to ndarray
+        An array for each of the training graph's inputs.
+
+    Raises
+    ------
+    BundleError
+        As above; or the batch is none for a language model, or the source has no logits for each of its tokens.
+    """
+    if bundle.generation is None:
+        outputs = [LOGITS]
+    runs = _checked_runs(origin, bundle, outputs, probe)
+    if bundle.generation is not None:
+        session = open_graph(origin.path, bundle.generate_path)
+        for batch, expected in zip(runs.batches, runs.values, strict=True):
+            got = _run_bundle(origin, bundle, session, outputs, batch)
+            for name in outputs:
+                _check_output(origin, bundle, name, got[name], expected[name], random=runs.random)
+        del session
+    batch, logits = runs.batches[0], runs.values[0][LOGITS]
+    try:
+        check_scores(logits.shape, batch[TOKENS].shape)
+        feed = {**batch, **graph.feed(batch)}
+    except BundleError as error:
+        raise BundleError(f"{origin.path}: {error}") from None
+    losses = graph.expected(logits, feed)
+    got = _run_bundle(origin, bundle, open_graph(origin.path, bundle.model_path), list(losses), feed)
+    for name, value in losses.items():
+        _check_output(origin, bundle, name, got[name], value, random=[name] if LOGITS in runs.random else [])
+    return check_probe({value.name: feed[value.name] for value in bundle.inputs}, bundle.inputs)
+
+
+def _checked_runs(origin: Origin, bundle: Bundle, outputs: list[str], probe: Probe | None) -> _Runs:
+    """Run the source, and check that what it computes can be compared."""
+    runs = _run_source(origin, outputs, probe)
+    if bundle.is_fp16:
+        _check_range(origin, runs.batches)
+    if runs.random:
+        warnings.warn(
+            f"{origin.path}: not compared with the source, as it differs from run to run: {', '.join(runs.random)}",
+            stacklevel=4,
+        )
+    return runs
+
+
+def _check_output(origin: Origin, bundle: Bundle, name: str, got: Array, expected: Array, *, random: list[str]) -> None:
+    """Raise BundleError if an output differs from the source's by more than roundings."""
+    tolerance = _COARSE if origin.coarse or bundle.is_fp16 else _FLOAT32
+    fault = None if name in random else _difference(got, expected, tolerance)
+    if fault is not None:
+        raise BundleError(_refusal(origin, bundle, name, fault))
 
 
 # ---- the source ------------------------------------------------------------------------------------------------------

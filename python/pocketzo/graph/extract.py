@@ -104,7 +104,7 @@ def _freeze(draft: Draft, weight: Weight, folded_by: str | None) -> None:
 
 
 def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, entries: Mapping[str, Entry]) -> None:
-    """Declare the weights in the graph as external data.
+    """Declare the weights in the graph as external data; it may have lost some.
 
     Parameters
     ----------
@@ -117,6 +117,8 @@ def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, 
         Where each is in that file.
     """
     for weight in weights:
+        if weight.name not in model.graph.initializers:
+            continue
         entry = entries[weight.name]
         value = model.graph.initializers.pop(weight.name)  # added again at the end, in the order of the weights
         value.const_value = ir.ExternalTensor(

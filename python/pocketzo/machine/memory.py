@@ -118,3 +118,8 @@ def watch(most: int, stop: Callable[[], None]) -> Iterator[list[int]]:
         finally:
             done.set()
             thread.join()
+
+
+def megabytes(count: int) -> str:
+    """Format a number of bytes in MB, of 10^6 bytes."""
+    return f"{count / 1e6:,.0f} MB"

@@ -20,11 +20,11 @@ from pocketzo.errors import (
     first_line,
 )
 from pocketzo.formats.bundle import Bundle
-from pocketzo.machine.memory import resident_memory
+from pocketzo.machine.memory import megabytes, resident_memory
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
-from pocketzo.runtime.model import SMALL, Model, megabytes
+from pocketzo.runtime.model import SMALL, Model
 from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
 from pocketzo.runtime.prepack import open_session, plan_prepacking
 from pocketzo.runtime.session import open_plain, open_with_constants

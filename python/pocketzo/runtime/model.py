@@ -15,7 +15,8 @@ from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import BundleError, Error, MemoryLimitError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import copy_bundle
-from pocketzo.machine.memory import watch
+from pocketzo.machine.memory import megabytes, watch
+from pocketzo.runtime.generate import Generator, Stream
 from pocketzo.runtime.weights import Weights
 
 Batch = Mapping[str, NDArray[Any]]
@@ -62,6 +63,7 @@ class Model:
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self._session = session
+        self._generator: Generator | None = None
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
@@ -181,6 +183,87 @@ class Model:
             )
         return float(loss.item())
 
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        special_tokens: bool = True,
+    ) -> Stream:
+        """Continue a prompt, piece by piece, with the weights as they are now.
+
+        The first call opens a second session over the same weights. Where they are prepacked, that session has a copy
+        of them in the plain layout, which every call brings up to date: a model that was loaded with ``prepack=False``
+        has one copy only.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            A text, or its tokens.
+        max_tokens : int
+            The most tokens that are generated.
+        temperature : float
+            0 takes the most probable token each time. Greater values divide the scores before a token is drawn.
+        top_p : float
+            In (0, 1]: a token is drawn from the most probable ones only, of at least this probability together.
+        seed : int
+            Of what is drawn: the same settings give the same text.
+        special_tokens : bool
+            Whether the tokenizer adds its special tokens to the prompt: not to that of
+            :func:`pocketzo.chat_text`, which has them.
+
+        Returns
+        -------
+        Stream
+            An iterator of str, which also knows the tokens, and why the text ended. The weights must not change before.
+
+        Raises
+        ------
+        BundleError
+            The bundle has no ``generate.onnx``, or it is no decoder's.
+        DataError
+            The bundle has no tokenizer.
+        MemoryLimitError
+            ``max_memory`` leaves no room for the copy.
+        TypeError, ValueError
+            A setting is out of range, or the prompt has no tokens, or more than the model reads.
+        """
+        if self._generator is None:
+            self._generator = Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
+        return self._generator.stream(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            special_tokens=special_tokens,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        special_tokens: bool = True,
+    ) -> str:
+        """Continue a prompt, and return the text that follows it; see :meth:`stream`."""
+        return "".join(
+            self.stream(
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                special_tokens=special_tokens,
+            )
+        )
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a bundle with the current weights.
 
@@ -198,8 +281,3 @@ class Model:
             ``path`` exists and may not be replaced.
         """
         copy_bundle(self.bundle, path, self.weights.save, overwrite=overwrite)
-
-
-def megabytes(count: int) -> str:
-    """Format a number of bytes in MB, of 10^6 bytes."""
-    return f"{count / 1e6:,.0f} MB"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -19,11 +19,11 @@ _SCHEMA: Final[Mapping[str, str]] = {
     "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
     "Opset": "1 domain string, 2 version int64",
     "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*",
-    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*",
-    "Attribute": "1 name string, 3 i int64, 6 g Graph, 11 graphs Graph*, 20 type int32",
+    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*, 7 domain string",
+    "Attribute": "1 name string, 3 i int64, 5 t Tensor, 6 g Graph, 11 graphs Graph*, 20 type int32",
     "Tensor": (
-        "1 dims int64*, 2 data_type int32, 8 name string, 9 raw_data bytes, 13 external_data Entry*, "
-        "14 data_location int32"
+        "1 dims int64*, 2 data_type int32, 5 int32_data int32*, 7 int64_data int64*, 8 name string, 9 raw_data bytes, "
+        "13 external_data Entry*, 14 data_location int32"
     ),
     "Entry": "1 key string, 2 value string",
     "Value": "1 name string, 2 type Type",
@@ -91,3 +91,12 @@ def read_graph(path: Path) -> Any:
         return messages.Model.FromString(data)
     except DecodeError as error:
         raise BundleError(f"{path}: not an ONNX model: {error}; prepare the model again") from None
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph, and of those inside it, in topological order."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from all_nodes(subgraph)

@@ -42,10 +42,29 @@ _ENTRIES = {
 }
 
 
-def open_plain(bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int) -> ort.InferenceSession:
-    """Create a session over weights in the plain layout, with the optimisations that keep them live."""
+def open_plain(
+    bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int, graph: Path | None = None
+) -> ort.InferenceSession:
+    """Create a session over weights in the plain layout, with the optimisations that keep them live.
+
+    Its graph is the bundle's ``model.onnx``, or another one over the same weights.
+    """
     level = _FP16_LEVEL if bundle.is_fp16 else _LEVEL
-    return create_session(bundle.model_path, values, threads, prepacked=False, level=level)
+    return create_session(graph or bundle.model_path, values, threads, prepacked=False, level=level)
+
+
+def open_constant(graph: Path, threads: int) -> ort.InferenceSession:
+    """Create a session that takes all weights from the file for constants: it may optimise and prepack everything.
+
+    Raises
+    ------
+    BundleError
+        onnxruntime refuses the graph.
+    """
+    try:
+        return _create(utf8_path(graph), _options({}, threads, _LEVEL), [])
+    except NotPrepackableError as error:
+        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error.__cause__}") from error.__cause__
 
 
 def open_with_constants(

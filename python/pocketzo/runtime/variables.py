@@ -7,12 +7,13 @@ mostly vectors; what is prepacked has at least two dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.onnx_proto import read_graph
+from pocketzo.runtime.onnx_proto import all_nodes, read_graph
 from pocketzo.runtime.outputs import is_quantised
 
 
@@ -22,15 +23,17 @@ def has_constants(bundle: Bundle) -> bool:
     return not bundle.is_fp16 and (frozen or is_quantised(bundle))
 
 
-def model_with_variables(bundle: Bundle) -> bytes:
+def model_with_variables(bundle: Bundle, graph: Path | None = None) -> bytes:
     """Return the graph's file, with trainable weights declared as inputs.
+
+    The graph is the bundle's ``model.onnx``, or another one over the same weights.
 
     Raises
     ------
     NotPrepackableError
         The package protobuf is not installed.
     """
-    model = read_graph(bundle.model_path)
+    model = read_graph(graph or bundle.model_path)
     declare_inputs(model.graph, bundle)
     serialized: bytes = model.SerializeToString()
     return serialized
@@ -40,7 +43,7 @@ def declare_inputs(graph: Any, bundle: Bundle, without: Collection[str] = ()) ->
     """Declare trainable weights that may be prepacked as inputs of a graph, in place, except for some."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     inputs = {value.name for value in graph.input}
-    read = {name for node in _nodes(graph) if node.op_type != "Gather" for name in node.input}
+    read = {name for node in all_nodes(graph) if node.op_type != "Gather" for name in node.input}
     for spec in bundle.tensors:
         name = spec.name
         if not spec.trainable or len(spec.shape) < 2 or name in without or name in inputs or name not in read:
@@ -51,11 +54,3 @@ def declare_inputs(graph: Any, bundle: Bundle, without: Collection[str] = ()) ->
         added.type.tensor_type.elem_type = initializers[name].data_type
         for size in spec.shape:
             added.type.tensor_type.shape.dim.add(dim_value=size)
-
-
-def _nodes(graph: Any) -> Iterator[Any]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for subgraph in (attribute.g, *attribute.graphs):
-                yield from _nodes(subgraph)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
 
 from pocketzo.data.columns import Columns, find_column, missing_column
 from pocketzo.formats.bundle import ValueSpec
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.tasks.metrics import METRICS, Found, Metric, Source, metric_named
 
 if TYPE_CHECKING:
@@ -56,10 +58,18 @@ class Task(ABC):
         first role is required, the others are optional. The first name is also the key in records without a header.
     headerless : mapping of int to tuple of str
         The columns of a table without a header, by the number of its columns.
-    labels_per : {"example", "token"}
+    labels_per : {"example", "token", "nothing"}
         What a label belongs to. The loss of a batch is the mean over these: examples, or tokens with a label other
-        than :data:`IGNORED`.
-    predicts : {"classes", "label sets", "numbers"}
+        than :data:`IGNORED`. Without labels the task says what it is taken over.
+    cuts : bool
+        Whether :meth:`encode` cuts long texts; else the tokenizer does.
+    shift : int
+        For graphs with an input ``positions``: how far the position whose logits count is before the token that counts.
+    several_rows : bool
+        Whether an example has several rows of a batch.
+    untrained : str or None
+        What the results of a model are called that has not been trained for the task, if they mean something.
+    predicts : {"classes", "label sets", "numbers", "texts"}
         What predictions are, which decides the metrics.
     label_dtype : str
         The dtype of labels, where the graph has no label input that fixes it.
@@ -77,7 +87,11 @@ class Task(ABC):
     losses: ClassVar[tuple[str, ...]]
     columns: ClassVar[Mapping[str, tuple[str, ...]]]
     headerless: ClassVar[Mapping[int, tuple[str, ...]]]
-    labels_per: ClassVar[Literal["example", "token"]]
+    labels_per: ClassVar[Literal["example", "token", "nothing"]]
+    cuts: ClassVar[bool] = False
+    shift: ClassVar[int] = 0
+    several_rows: ClassVar[bool] = False
+    untrained: ClassVar[str | None] = None
     predicts: ClassVar[Source] = "classes"
     label_dtype: ClassVar[str] = "int64"
     default_metric: ClassVar[str]
@@ -104,8 +118,10 @@ class Task(ABC):
     def label_spec(self) -> ValueSpec | None:
         """The labels of a batch: the label input, or, if the graph has no input ``labels``, what metrics read.
 
-        None if the graph has an input ``labels`` of another kind.
+        None if the graph has an input ``labels`` of another kind, or the task has none.
         """
+        if self.labels_per == "nothing":
+            return None
         if self.label_input is None and all(value.name != "labels" for value in self.bundle.inputs):
             return ValueSpec("labels", self.label_dtype, ("batch",) if self.labels_per == "example" else ("batch", "?"))
         return self.label_input
@@ -130,10 +146,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], limit: int | None) -> list[Encoded]:
         """Return the tokens and the label of each example.
 
-        The tokenizer truncates to the model's maximum length, and does not pad.
+        Parameters
+        ----------
+        tokenizer : Tokenizer
+            It truncates to `limit`, unless the task :attr:`cuts` itself, and does not pad.
+        examples : sequence of Example
+        limit : int or None
+            The maximum number of tokens.
         """
 
     @abstractmethod
@@ -167,9 +189,25 @@ class Task(ABC):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics that the graph's outputs allow, the default one first."""
-        given = {True: self.bundle.loss is not None, False: self._scores is not None}
+        given = self.gives
         names = [name for name, metric in METRICS.items() if self._has(metric) and given[metric.of_loss]]
         return tuple(sorted(names, key=lambda name: (name != self.default_metric, name != "loss")))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """The number of logits of a token of a language model, or an estimate: the longest axis of a weight."""
+        longest = max((size for tensor in self.bundle.tensors for size in tensor.shape[:2]), default=1)
+        return embedding_rows(self.bundle).get("input_ids", longest)
+
+    @property
+    def gives(self) -> Mapping[bool, bool]:
+        """Whether the graph gives what metrics of the loss need (True), and what the others need (False)."""
+        return {True: self.bundle.loss is not None, False: self._scores is not None}
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether there is no loss without labels."""
+        return self.label_input is not None
 
     def _has(self, metric: Metric) -> bool:
         """Return whether a metric is one of the task's, whatever the graph gives."""

@@ -96,6 +96,9 @@ def _length_limit(model: Model, batch: Mapping[str, NDArray[Any]]) -> int | None
             changed[name] = np.repeat(batch[name][..., :1], length, axis=-1)
             if name == "position_ids":
                 changed[name] += np.arange(length, dtype=changed[name].dtype)
+        if "positions" in batch:  # the last one of each row
+            changed["positions"] = np.arange(1, shape[0] + 1) * length - 1
+            changed["targets"] = batch["input_ids"][:, 0].astype(np.int64)
         return _failure(model, changed) is not None
 
     most, too_many = 1, shape[1]

@@ -15,6 +15,7 @@ from pocketzo.errors import TrainingError
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import Found
+from pocketzo.tasks.parts import run
 from pocketzo.tasks.registry import task_of
 
 
@@ -35,7 +36,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Model, data: Data, *, batch_size: int = 32, metrics: Sequence[str] | None = None
+    model: Model,
+    data: Data,
+    *,
+    batch_size: int = 32,
+    metrics: Sequence[str] | None = None,
+    activation_memory: int | None = None,
 ) -> dict[str, float]:
     """Evaluate a model.
 
@@ -49,6 +55,9 @@ def evaluate(
     metrics : sequence of str, optional
         Names from :data:`pocketzo.tasks.metrics.METRICS`. By default the task's default metric and the loss,
         if graph and data allow them.
+    activation_memory : int, optional
+        Bytes that logits and activations may take: a batch is run in parts to that end. By default only the logits of
+        language models are limited, to 32 MB.
 
     Returns
     -------
@@ -67,17 +76,25 @@ def evaluate(
     ValueError
         A metric is unknown, or the graph lacks the output that it needs.
     """
-    return evaluate_in_parts(model, data, batch_size=batch_size, metrics=metrics, parts=0).values
+    return evaluate_in_parts(
+        model, data, batch_size=batch_size, metrics=metrics, parts=0, activation_memory=activation_memory
+    ).values
 
 
 def evaluate_in_parts(
-    model: Model, data: Data, *, batch_size: int, metrics: Sequence[str] | None, parts: int
+    model: Model,
+    data: Data,
+    *,
+    batch_size: int,
+    metrics: Sequence[str] | None,
+    parts: int,
+    activation_memory: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on a dataset, and on the dataset without each of its parts.
 
     Parameters
     ----------
-    model, data, batch_size, metrics
+    model, data, batch_size, metrics, activation_memory
         As for :func:`evaluate`, which lists the errors.
     parts : int
         The dataset is divided into so many parts of consecutive batches, but not more than there are batches.
@@ -94,10 +111,10 @@ def evaluate_in_parts(
     for at in range(0, len(data), batch_size):
         indices = np.arange(at, min(at + batch_size, len(data)))
         batch = data.batch(indices)
-        if task.label_input is not None and "labels" not in batch and model.bundle.loss in outputs:
+        if task.needs_labels and "labels" not in batch and any(metric.of_loss for metric in chosen):
             raise TrainingError("the data has no labels, without which there is no loss to evaluate")
         with naming_culprit(model, data, indices):
-            found = task.found(model.run(batch, outputs), batch)
+            found = task.found(run(model, task, batch, outputs, activation_memory), batch)
         founds.append((found, task.weight(batch, len(indices))))
     whole = _joined(founds)
     result: dict[str, float] = {"count": len(data)}

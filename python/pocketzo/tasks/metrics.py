@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Source: TypeAlias = Literal["loss", "cross-entropy", "classes", "label sets", "numbers"]
+Source: TypeAlias = Literal["loss", "cross-entropy", "classes", "label sets", "numbers", "texts"]
 
 _SHAPES: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
     "classes": ("vectors", (1,)),

@@ -1,19 +1,26 @@
-"""Metrics as objectives: zeroth-order methods can minimise a function that has no gradient."""
+"""What a run minimises: the loss or another metric of a batch, or a function of the caller's.
+
+Zeroth-order methods can minimise a function that has no gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pocketzo.tasks.parts import run
 from pocketzo.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.formats.bundle import Bundle
+    from pocketzo.runtime.model import Batch, Model
     from pocketzo.tasks.base import Task
     from pocketzo.tasks.metrics import Metric
+
+BatchObjective: TypeAlias = Callable[[Mapping[str, "NDArray[Any]"], Mapping[str, "NDArray[Any]"]], float]
 
 
 @dataclass(frozen=True)
@@ -61,3 +68,35 @@ def metric_objective(name: str, bundle: Bundle) -> MetricObjective:
     task = task_of(bundle)
     metric = task.metric(name)
     return MetricObjective(metric, task, task.outputs([metric]))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective as a function of a model and a batch, which is run in parts.
+
+    Attributes
+    ----------
+    function : MetricObjective or callable
+        Of the graph's outputs and inputs.
+    task : Task
+    activation_memory : int or None
+        See :func:`pocketzo.tasks.parts.parts`.
+    """
+
+    function: MetricObjective | BatchObjective
+    task: Task
+    activation_memory: int | None = None
+
+    @property
+    def metric(self) -> Metric | None:
+        """The metric that is minimised; None for a function of the caller's."""
+        return self.function.metric if isinstance(self.function, MetricObjective) else None
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Run the model as a step does."""
+        outputs = self.function.outputs if isinstance(self.function, MetricObjective) else None
+        return run(model, self.task, batch, outputs, self.activation_memory)
+
+    def __call__(self, model: Model, batch: Batch) -> float:
+        """Return the value to minimise."""
+        return float(self.function(self.forward(model, batch), batch))

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Final
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import DESCRIPTION, TaskSpec, ValueSpec
+from pocketzo.tasks.causal_lm import CausalLM
+from pocketzo.tasks.choice import Choice
 from pocketzo.tasks.classification import Classification
 from pocketzo.tasks.multi_label import MultiLabel
+from pocketzo.tasks.prompt import Prompt
 from pocketzo.tasks.regression import Regression
 from pocketzo.tasks.tokens import TokenClassification
 
@@ -23,6 +26,9 @@ TASKS: Final[Mapping[str, type[Task]]] = {
         TokenClassification,
         MultiLabel,
         Regression,
+        Prompt,
+        CausalLM,
+        Choice,
     )
 }
 
@@ -92,7 +98,9 @@ def loss_text(bundle: Bundle) -> str:
     task = task_of(bundle)
     if task.loss is None:
         return f"the graph's own output {bundle.loss!r}"
+    if bundle.logits is None:
+        return f"{task.loss} of the next tokens"
     count = next((value.shape[-1] for value in bundle.outputs if value.name == bundle.logits and value.shape), None)
-    columns = {"classes": "classes", "label sets": "labels", "numbers": "values"}[task.predicts]
+    columns = {"classes": "classes", "label sets": "labels", "numbers": "values", "texts": "tokens"}[task.predicts]
     over = f" over {count} {columns}" if isinstance(count, int) and count > 1 else ""
     return f"{task.loss} of {bundle.logits!r}{over}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from pocketzo.data.columns import LineError
-from pocketzo.data.examples import Encoded, Example, text_of
+from pocketzo.data.examples import Encoded, Example, Row, text_of
 from pocketzo.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class TextTask(Task):
         2: ("text", "label"),
         3: ("text", "text_pair", "label"),
     }
-    labels_per: ClassVar[Literal["example", "token"]] = "example"
+    labels_per: ClassVar[Literal["example", "token", "nothing"]] = "example"
 
     def example(self, record: Mapping[str, Any], columns: Columns) -> Example:
         """Read text, pair and label from a record."""
@@ -41,11 +41,11 @@ class TextTask(Task):
             raise LineError(self.missing(record, columns, "text_pair"))
         return Example(first, second, None if label is None else self.label_value(record[label]))
 
-    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], limit: int | None) -> list[Encoded]:
         """Return the tokens and the label of each example."""
         encodings = tokenizer.encode_batch([e.text if e.pair is None else (e.text, e.pair) for e in examples])
         return [
-            Encoded(got.ids, got.type_ids, example.label, bool(got.overflowing))
+            Encoded([Row(got.ids, got.type_ids)], example.label, bool(got.overflowing))
             for example, got in zip(examples, encodings, strict=True)
         ]
 

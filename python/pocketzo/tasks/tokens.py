@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pocketzo.data.columns import LineError
-from pocketzo.data.examples import Encoded, Example, not_text
+from pocketzo.data.examples import Encoded, Example, Row, not_text
 from pocketzo.tasks.base import IGNORED
 from pocketzo.tasks.classification import Classification
 
@@ -30,7 +30,7 @@ class TokenClassification(Classification):
         "label": ("labels", "tags", "label"),
     }
     headerless: ClassVar[Mapping[int, tuple[str, ...]]] = {1: ("tokens",), 2: ("tokens", "labels")}
-    labels_per: ClassVar[Literal["example", "token"]] = "token"
+    labels_per: ClassVar[Literal["example", "token", "nothing"]] = "token"
     settings: ClassVar[tuple[str, ...]] = ("labels", "loss")
     losses: ClassVar[tuple[str, ...]] = ("cross-entropy",)
 
@@ -61,11 +61,11 @@ class TokenClassification(Classification):
             raise LineError(f"{len(labels)} labels for {len(words)} words")
         return Example(words, None, labels)
 
-    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], limit: int | None) -> list[Encoded]:
         """Return the tokens of each example, and the class of each token."""
         encodings = tokenizer.encode_batch([example.text for example in examples], is_pretokenized=True)
         return [
-            Encoded(got.ids, got.type_ids, _by_token(got.word_ids, example.label), bool(got.overflowing))
+            Encoded([Row(got.ids, got.type_ids)], _by_token(got.word_ids, example.label), bool(got.overflowing))
             for example, got in zip(examples, encodings, strict=True)
         ]
 

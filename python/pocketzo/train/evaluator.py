@@ -29,20 +29,34 @@ class Evaluator:
     batch_size : int
         Most examples per forward pass. There are fewer if the data has fewer than :data:`PARTS` batches.
     metrics : sequence of str or None
+    activation_memory : int or None
         As for :func:`pocketzo.evaluate`.
     """
 
-    def __init__(self, model: Model, data: Data, batch_size: int, metrics: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        data: Data,
+        batch_size: int,
+        metrics: Sequence[str] | None,
+        activation_memory: int | None = None,
+    ) -> None:
         self._model = model
         self._data = data
         self._metrics = metrics
+        self._activation_memory = activation_memory
         parts = max(1, min(batch_size, -(-len(data) // PARTS)))
         self._batch_size = parts if fixed_batch(model.bundle) is None else batch_size
 
     def __call__(self) -> Evaluation:
         """Evaluate the model with its weights as they are."""
         return evaluate_in_parts(
-            self._model, self._data, batch_size=self._batch_size, metrics=self._metrics, parts=PARTS
+            self._model,
+            self._data,
+            batch_size=self._batch_size,
+            metrics=self._metrics,
+            parts=PARTS,
+            activation_memory=self._activation_memory,
         )
 
 

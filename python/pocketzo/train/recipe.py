@@ -36,7 +36,8 @@ class BaseModel:
 class Loop:
     """The settings of the training loop; see :class:`pocketzo.Trainer`.
 
-    ``objective`` is the name of the metric that is minimised, or None if the caller gave a function.
+    ``objective`` is the name of the metric that is minimised, or None if the caller gave a function. The roundings of
+    losses depend on ``activation_memory``.
     """
 
     steps: int
@@ -48,6 +49,7 @@ class Loop:
     group_by_length: bool
     max_skipped: int
     objective: str | None
+    activation_memory: int | None = None
 
     @property
     def minimised(self) -> str:
@@ -55,15 +57,29 @@ class Loop:
         return "objective" if self.objective is None else metric_named(self.objective).cost_name
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_skipped", "eval_every", "patience", "snapshot_every"):
+        required = ("steps", "batch_size", "max_skipped")
+        for name in (*required, "eval_every", "patience", "snapshot_every", "activation_memory"):
             value = getattr(self, name)
-            if value is not None or name in ("steps", "batch_size", "max_skipped"):
+            if value is not None or name in required:
                 check_integer(name, value, 1)
         if not isinstance(self.group_by_length, bool):
             raise TypeError(f"group_by_length must be a bool, got {self.group_by_length!r}")
         metric_named(self.metric)
         if self.objective is not None:
             metric_named(self.objective)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Return whether there is an evaluation after so many steps."""
+        return step in (0, self.steps) or (self.eval_every is not None and step % self.eval_every == 0)
+
+    def out_of_patience(self, evaluations: Mapping[int, Mapping[str, float | None]]) -> bool:
+        """Return whether none of the last ``patience`` evaluations, by their steps, was better than all before."""
+        if self.patience is None or not evaluations:
+            return False
+        steps = sorted(evaluations)
+        metric = metric_named(self.metric)
+        best = max(steps, key=lambda step: metric.score(evaluations[step]))
+        return len(steps) - 1 - steps.index(best) >= self.patience
 
 
 @dataclass(frozen=True)
@@ -139,7 +155,10 @@ class Recipe:
 
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
-        return _with_paths(plain(asdict(self)), portable_path)
+        fields = asdict(self)
+        if self.loop.activation_memory is None:  # the header is then that of journals before there was such a figure
+            del fields["loop"]["activation_memory"]
+        return _with_paths(plain(fields), portable_path)
 
     @classmethod
     def read(cls, header: Mapping[str, Any], path: Path) -> Self:

@@ -171,7 +171,7 @@ class Run:
         """
         base = self.base(bundle)
         check_target(out, overwrite=overwrite, base=base)
-        model = _Unloaded(base)
+        model = Unloaded(base)
         self.replay_onto(model, step=step)
         copy_bundle(base, out, model.weights.save, overwrite=overwrite)
 
@@ -196,8 +196,15 @@ def _is_number(value: object) -> bool:
     return value is None or type(value) in (int, float)
 
 
-class _Unloaded:
-    """A bundle's weights without a session, which is enough to replay."""
+class Unloaded:
+    """A bundle's weights without a session, which is enough to replay.
+
+    Attributes
+    ----------
+    bundle : Bundle
+    weights : Weights
+        In the plain layout.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle

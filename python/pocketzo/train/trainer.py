@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
@@ -21,7 +20,7 @@ from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
-from pocketzo.tasks.objective import MetricObjective, metric_objective
+from pocketzo.tasks.objective import BatchObjective, Objective, metric_objective
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
@@ -32,8 +31,6 @@ from pocketzo.train.ruin import explain
 from pocketzo.train.run import EVAL, SAMPLE, Run
 from pocketzo.train.soundness import base_sha256, check_start
 from pocketzo.train.writer import RunWriter
-
-BatchObjective = Callable[[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]], float]
 
 
 class Trainer:
@@ -74,6 +71,9 @@ class Trainer:
         array of shape [n].
     max_skipped : int
         The run ends with an error after this many consecutive steps whose loss is not finite.
+    activation_memory : int, optional
+        Bytes that logits and activations may take: each batch is run in parts to that end, whose losses are summed. By
+        default only the logits of language models are limited, to 32 MB.
     source : Source, optional
         Location of the data, saved in the header.
     callback : callable, optional
@@ -85,6 +85,8 @@ class Trainer:
         Result of :meth:`rehearse`; None before it.
     evaluations : dict of int to mapping
         The values of each evaluation, by the number of steps before it.
+    samples : dict of int to mapping
+        The same on some training data, which takes the place of evaluation data where there is none.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Trainer:
         snapshot_every: int | None = None,
         group_by_length: bool = False,
         max_skipped: int = 10,
+        activation_memory: int | None = None,
         source: Source | None = None,
         callback: Callable[[Progress], None] | None = None,
     ) -> None:
@@ -122,6 +125,7 @@ class Trainer:
             group_by_length=group_by_length,
             max_skipped=max_skipped,
             objective=minimised,
+            activation_memory=activation_memory,
         )
         if not len(train):
             raise ValueError("train has no examples")
@@ -145,19 +149,20 @@ class Trainer:
         self.train = train
         self.eval = eval
         self.run = None if run is None else Path(run)
-        self.objective = metric_objective(objective, model.bundle) if isinstance(objective, str) else objective
+        function = metric_objective(objective, model.bundle) if isinstance(objective, str) else objective
+        self.objective = Objective(function, task, activation_memory)
         self.loop = loop
         more = {judge.name} if minimised is None else {judge.name, minimised}
         metrics = None if more <= set(task.shown) else (*task.shown, *sorted(more - set(task.shown)))
-        self._evaluator = None if eval is None else Evaluator(model, eval, batch_size, metrics)
+        self._evaluator = None if eval is None else Evaluator(model, eval, batch_size, metrics, activation_memory)
         self._sampler: Evaluator | None = None
-        self._sampled: set[int] = set()
         self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self.forecast: Forecast | None = None
         self.evaluations: dict[int, Mapping[str, float | None]] = {}
+        self.samples: dict[int, Mapping[str, float | None]] = {}
         self._unlogged: list[Mapping[str, Any]] = []
         self._skipped = 0
         self._writer: RunWriter | None = None
@@ -231,7 +236,7 @@ class Trainer:
         self.evaluations = {step: values for step, values in past.evaluations().items() if step <= steps}
         if not steps and not any(EVAL in line for line in past.metrics()):  # killed between header and first line
             self.evaluations.clear()
-        self._sampled = {step for step in past.evaluations(SAMPLE) if step <= steps}
+        self.samples = {step: values for step, values in past.evaluations(SAMPLE).items() if step <= steps}
         for entry in reversed(past.entries[:steps]):
             if entry.lr or any(entry.coefficients.values()):
                 break
@@ -259,7 +264,9 @@ class Trainer:
         step = optimizer.step_number
         if not step:
             check_start(optimizer, loop.steps)
-        rehearsal = Rehearsal(self.model, self.train, loop.batch_size, self._forward)
+        rehearsal = Rehearsal(
+            self.model, self.train, loop.batch_size, lambda batch: self.objective.forward(self.model, batch)
+        )
         due = [at for at in range(step, loop.steps + 1) if self._eval_due(at) and at not in self.evaluations]
         seconds = None
         if 0 in due:
@@ -317,7 +324,7 @@ class Trainer:
             # A killed run may have missed the evaluation after its last step.
             if self._eval_due(step) and step not in self.evaluations:
                 self._evaluate(step)
-            if step >= loop.steps or self.stop_requested or self._out_of_patience():
+            if step >= loop.steps or self.stop_requested or loop.out_of_patience(self.evaluations):
                 if step >= loop.steps:
                     self._sample(step)
                 return
@@ -346,7 +353,7 @@ class Trainer:
         try:
             with naming_culprit(self.model, self.train, examples):
                 return self.optimizer.step(
-                    lambda model: self._loss(model, batch), None if writer is None else writer.append
+                    lambda model: self.objective(model, batch), None if writer is None else writer.append
                 )
         except Exception:
             # The step was undone except for rounding. The journal ends before it, so a resumed run repeats it.
@@ -357,26 +364,19 @@ class Trainer:
     def _batch(self, step: int) -> Batch:
         return self.train.batch(self._order(step))
 
-    def _loss(self, model: Model, batch: Batch) -> float:
-        if self.loop.objective == "loss":
-            return model.loss(batch)
-        return float(self.objective(self._forward(batch), batch))
-
-    def _forward(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Run the model as a step does."""
-        outputs = self.objective.outputs if isinstance(self.objective, MetricObjective) else None
-        return self.model.run(batch, outputs)
-
     def _sample(self, step: int) -> None:
         """Without evaluation data, evaluate the objective on some training data; a function of the caller is not."""
-        if self.eval is not None or step in self._sampled or not isinstance(self.objective, MetricObjective):
+        loop, metric = self.loop, self.objective.metric
+        if self.eval is not None or step in self.samples or metric is None:
             return
-        loop, objective = self.loop, self.objective
         if self._sampler is None:
+            task = self.objective.task
+            metrics = list({metric.name: None, task.metric().name: None} if task.untrained else {metric.name: None})
             sample = Sample.of_run(self.train, self._order, loop.steps, self.optimizer.forwards)
-            self._sampler = Evaluator(self.model, sample, loop.batch_size, [objective.metric.name])
-        self._sampled.add(step)
-        self._log(line_of(SAMPLE, step, self._sampler()))
+            self._sampler = Evaluator(self.model, sample, loop.batch_size, metrics, loop.activation_memory)
+        evaluation = self._sampler()
+        self.samples[step] = evaluation.values
+        self._log(line_of(SAMPLE, step, evaluation))
         updated = step - self._skipped
         if updated and not math.isfinite(self._loss_at(updated)):  # no step measures the last update
             raise self._not_finite(f"the loss is not finite after step {updated}")
@@ -386,7 +386,7 @@ class Trainer:
         return explain(said, updated, self._loss_at, self._go_back, is_fp16=self.model.bundle.is_fp16)
 
     def _loss_at(self, step: int) -> float:
-        return self._loss(self.model, self._batch(step - 1))
+        return self.objective(self.model, self._batch(step - 1))
 
     def _go_back(self, steps: int) -> bool:
         if self._writer is None:
@@ -418,12 +418,7 @@ class Trainer:
         return RunWriter.begin(self.run, recipe)
 
     def _eval_due(self, step: int) -> bool:
-        if self.eval is None:
-            return False
-        if step == 0:
-            return True
-        every = self.loop.eval_every
-        return step == self.loop.steps or (every is not None and step % every == 0)
+        return self.eval is not None and self.loop.evaluates_after(step)
 
     def evaluate(self) -> dict[str, float]:
         """Run :func:`evaluate` on the evaluation data now, with the metric and the objective."""
@@ -437,14 +432,6 @@ class Trainer:
         self.evaluations[step] = evaluation.values
         self._log(line_of(EVAL, step, evaluation))
         return evaluation.values
-
-    def _out_of_patience(self) -> bool:
-        if self.loop.patience is None or not self.evaluations:
-            return False
-        steps = sorted(self.evaluations)
-        metric = metric_named(self.loop.metric)
-        best = max(steps, key=lambda step: metric.score(self.evaluations[step]))
-        return len(steps) - 1 - steps.index(best) >= self.loop.patience
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._writer is not None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pocketzo.arguments import compile_pattern
 from pocketzo.errors import BundleError, DeadWeightError
 from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
 from pocketzo.formats.bundle_writer import staged_bundle
@@ -18,18 +16,13 @@ from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.packages import require
-from pocketzo.tasks.base import is_column
+from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names, name_filter
 from pocketzo.tasks.registry import loss_text, task_for
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import TaskSpec, ValueSpec
-
-__all__ = ["LOSSES", "prepare"]
-
-LOSSES: Final = ("cross-entropy", "bce", "mse", "none")
-"""What :func:`prepare` takes as the loss."""
+    from pocketzo.formats.bundle import TaskSpec
 
 
 def prepare(
@@ -42,11 +35,18 @@ def prepare(
     trainable: str | Callable[[str], bool] | None = None,
     dtype: Literal["float32", "float16"] | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
+    task: Literal["prompt", "causal-lm", "choice"] | None = None,
+    template: str | None = None,
+    label_words: Sequence[str] | None = None,
+    per: Literal["sum", "token"] = "sum",
+    calibrate: str | os.PathLike[str] | None = None,
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
+
+    With a task, the model is a language model, and the graph that is trained is derived from it: see `task`.
 
     The graph computes the same function, from weights in a file of their own, stored as its nodes read them. If it
     has no ``loss``, it gets an input ``labels`` and an output ``loss``, the mean over the batch of a function of the
@@ -87,7 +87,7 @@ def prepare(
     out : path-like
         The folder to write.
     tokenizer : path-like, optional
-        The model's ``tokenizer.json``, copied into the bundle.
+        The model's ``tokenizer.json``, copied into the bundle. With a task, that beside the model is the default.
     labels : sequence of str, optional
         The names of the classes, as many as the logits have.
     max_length : int, optional
@@ -102,6 +102,25 @@ def prepare(
         their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
+    task : {"prompt", "causal-lm", "choice"}, optional
+        Prepare a language model, with an input ``input_ids`` [batch, sequence] and an output ``logits`` [batch,
+        sequence, vocabulary]. The graph that is trained has no caches, and computes logits only at the positions that
+        an int64 input ``positions`` [n] names, as row * sequence + column. For ``"causal-lm"``, continuing texts, and
+        ``"choice"``, choosing between continuations, it has an int64 input ``targets`` [n], the token that each
+        position should predict, and the outputs ``token_losses``, float32 [n], and ``loss``, their mean. For
+        ``"prompt"``, classifying a text in a template by the word that follows or, in a masked model, is masked, it has
+        the output ``logits`` [batch, label words], and input and loss of a classification. The export of a decoder is
+        kept as ``generate.onnx``, over the same weights, with the tokens that end a text and the chat template of the
+        files beside the model.
+    template : str, optional
+        For the task ``"prompt"``: contains ``{text}``, and ``{mask}`` for a masked model.
+    label_words : sequence of str, optional
+        For the task ``"prompt"``: a word for each class, which is one token there. `labels` are these by default.
+    per : {"sum", "token"}
+        For the task ``"choice"``: the log-likelihood of a choice is the sum over its tokens, or their mean.
+    calibrate : path-like, optional
+        For the task ``"prompt"``: a file of examples. The mean logit of each label word over their texts is subtracted
+        from then on.
     probe : path-like or mapping of str to ndarray, optional
         The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
         model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
@@ -131,13 +150,14 @@ def prepare(
         If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
     require("onnx", "onnx-ir")
-    from pocketzo.graph.compare import Origin, check_same_function
+    from pocketzo.graph.compare import Origin, check_language_graphs, check_same_function
     from pocketzo.graph.extract import extract_weights, point_to_weights
     from pocketzo.graph.float16 import needs_conversion, to_float16
     from pocketzo.graph.frozen import choose, count_frozen
     from pocketzo.graph.loss import add_loss
     from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     from pocketzo.graph.transposed import separate_transposes
+    from pocketzo.prepare.language import LanguageTask, check_task
 
     source = Path(model)
     if not source.is_file():
@@ -146,18 +166,39 @@ def prepare(
         raise ValueError(f"dtype must be {' or '.join(map(repr, FLOATS))}, got {dtype!r}")
     if loss not in (None, *LOSSES):
         raise ValueError(f"loss must be {', '.join(map(repr, LOSSES))} or None, got {loss!r}")
-    class_names = _checked_labels(labels)
+    class_names = checked_names("labels", labels)
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
     if tokenizer is not None:
-        _check_tokenizer(Path(tokenizer))
-    wanted = _name_filter(trainable)
+        check_tokenizer(Path(tokenizer))
+    wanted = name_filter(trainable)
+    words = checked_names("label_words", label_words)
+    check_task(task, {"template": template, "label_words": words, "calibrate": calibrate}, loss, per)
+    texts = None if calibrate is None else Path(calibrate)
+    if texts is not None and not texts.is_file():
+        raise BundleError(f"{texts}: no such file")
+    language = None
+    if task is not None:
+        language = LanguageTask.of(
+            task,
+            source,
+            tokenizer=None if tokenizer is None else Path(tokenizer),
+            labels=class_names,
+            template=template,
+            label_words=words,
+            per=per,
+            calibrated=texts is not None,
+            note=note,
+        )
+        tokenizer = language.tokenizer
 
     with staged_bundle(out, overwrite=overwrite) as folder:
         try:
             onnx_model = read_model(source)
             origin = Origin.of(source, onnx_model)
             weights = extract_weights(onnx_model, source.parent)
+            if language is not None:
+                language.mark_unread(onnx_model, weights)
             chosen = choose(onnx_model.graph, weights, wanted)
             frozen = count_frozen(onnx_model.graph, weights, chosen)
             weights = [weight for weight in weights if not weight.inline]
@@ -167,19 +208,28 @@ def prepare(
                 onnx_model = to_float16(onnx_model, weights)
             separate_transposes(onnx_model)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
-            found = add_loss(onnx_model, loss, labels=class_names is not None)
+            generating = onnx_model.clone() if language is not None and language.graph.causal else None
+            if language is None:
+                found = add_loss(onnx_model, loss, labels=class_names is not None)
+            else:
+                found = language.graph.reduce(onnx_model)
             inputs = tuple(map(describe, onnx_model.graph.inputs))
             outputs = tuple(map(describe, onnx_model.graph.outputs))
-            task = task_for(
-                inputs, outputs, found.scores, labels=class_names, loss=found.kind, threshold=found.threshold
-            )
-            if class_names is not None:
-                scores = next((value for value in outputs if value.name == found.scores), None)
-                _check_class_names(class_names, scores, task)
+            if language is not None:
+                spec: TaskSpec | None = language.spec
+            else:
+                spec = task_for(
+                    inputs, outputs, found.scores, labels=class_names, loss=found.kind, threshold=found.threshold
+                )
+                if class_names is not None:
+                    scores = next((value for value in outputs if value.name == found.scores), None)
+                    check_class_names(class_names, scores, spec)
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
         given = None if probe is None else given_probe(probe, origin.inputs, inputs)
 
+        if generating is None and language is not None:
+            weights = [weight for weight in weights if weight.name in onnx_model.graph.initializers]
         write(
             folder / WEIGHTS,
             ((weight.name, weight.array) for weight in weights),
@@ -188,6 +238,10 @@ def prepare(
         entries = read_header(folder / WEIGHTS)
         point_to_weights(onnx_model, weights, WEIGHTS, entries)
         write_file(folder / MODEL, to_bytes(onnx_model))
+        generation = None
+        if language is not None and generating is not None:
+            point_to_weights(generating, weights, WEIGHTS, entries)
+            generation = language.write_generation(folder, to_bytes(generating))
         if tokenizer is not None:
             copy_file(Path(tokenizer), folder / TOKENIZER)
         ids = tensor_ids(entries)
@@ -208,60 +262,25 @@ def prepare(
             outputs=outputs,
             loss=found.output,
             logits=found.scores,
-            task=task,
+            task=spec,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
             graph_sha256=file_sha256(folder / MODEL),
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
+            generation=generation,
         )
-        del onnx_model, weights  # onnxruntime needs their memory
-        names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
-        batch = check_same_function(origin, bundle, names, given)
+        del onnx_model, generating, weights  # onnxruntime needs their memory
+        if language is None:
+            names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
+            batch = check_same_function(origin, bundle, names, given)
+        else:
+            batch = check_language_graphs(origin, bundle, kept, language.graph, given)
         write_probe(folder / PROBE, batch)
-        replace(bundle, probe=batch).write_description()
+        bundle = replace(bundle, probe=batch)
+        bundle.write_description()
+        if language is not None and texts is not None:
+            language.calibrate(folder, texts, note)
     if note is not None:
         note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)
-
-
-def _name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
-    if trainable is None or callable(trainable):
-        return trainable
-    pattern = compile_pattern("trainable", trainable)
-    return lambda name: pattern.search(name) is not None
-
-
-def _checked_labels(labels: Sequence[str] | None) -> tuple[str, ...] | None:
-    if labels is None:
-        return None
-    if isinstance(labels, str) or not all(type(label) is str for label in labels):
-        raise TypeError(f"labels must be a sequence of str, got {labels!r}")
-    if not labels or not all(labels) or len(set(labels)) != len(labels):
-        raise ValueError(f"labels must be different names, none of them empty, got {list(labels)!r}")
-    return tuple(labels)
-
-
-def _check_class_names(names: Sequence[str], scores: ValueSpec | None, task: TaskSpec | None) -> None:
-    """Raise BundleError unless the task has classes, as many as names."""
-    if scores is None:
-        raise BundleError(
-            "labels given, but the graph has no output 'logits' to which they could belong: state the loss, such as "
-            "--loss cross-entropy of its only float output"
-        )
-    if task is None or "labels" not in task.settings:
-        raise BundleError(f"labels given, but {scores.name!r}, the input 'labels' and the loss do not fit to classes")
-    count = 2 if is_column(scores) else scores.shape[-1]
-    if isinstance(count, int) and count != len(names):
-        raise BundleError(f"{len(names)} labels given, but {scores.name!r} has {count} classes")
-
-
-def _check_tokenizer(path: Path) -> None:
-    try:
-        if isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-            return
-    except FileNotFoundError:
-        raise BundleError(f"{path}: no such file") from None
-    except (OSError, ValueError):
-        pass
-    raise BundleError(f"{path}: not a tokenizer.json: expected a JSON object")

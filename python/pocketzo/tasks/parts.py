@@ -1,0 +1,190 @@
+"""Runs a batch in parts, so that logits and activations take little memory however large the batch is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import numpy as np
+
+from pocketzo.data.dataset import TOKEN_INPUTS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pocketzo.formats.bundle import Bundle
+    from pocketzo.runtime.model import Batch, Model
+    from pocketzo.tasks.base import Task
+
+LOGITS_MEMORY: Final = 32_000_000
+"""Bytes that the logits of a language model may take, unless a figure is given for all activations."""
+
+_PLACES: Final = ("positions", "targets")
+
+
+class Part(NamedTuple):
+    """Some rows of a batch.
+
+    Attributes
+    ----------
+    batch : mapping of str to ndarray
+        The graph's inputs.
+    at : ndarray of integers
+        The place of each of its results among those of the whole batch.
+    """
+
+    batch: Batch
+    at: NDArray[np.int64]
+
+
+def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> list[Part]:
+    """Cut a batch into parts of whole rows, each as wide as its longest row.
+
+    A batch is not cut if it fits, if the graph takes batches of one size only, or if it has a single row.
+
+    Parameters
+    ----------
+    task : Task
+    batch : mapping of str to ndarray
+        Inputs [rows, ...]; for a graph that has them, ``positions`` [n] and ``targets`` [n].
+    activation_memory : int, optional
+        Bytes that the logits of a part, and the largest activations, may take. By default only logits are limited, to
+        :data:`LOGITS_MEMORY`, and only where ``positions`` say which of them there are. A part has at least one row.
+    """
+    bundle = task.bundle
+    rows = _rows(bundle, batch)
+    placed = "positions" in batch and "input_ids" in batch
+    results = batch["positions"].size if placed else rows
+    whole = [Part(batch, np.arange(results))]
+    fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in bundle.inputs if spec.name in TOKEN_INPUTS)
+    if rows < 2 or fixed or not (placed or activation_memory):
+        return whole
+    widths, counts = _sizes(bundle, batch, rows, placed)
+    budget = _Budget(task, activation_memory)
+    order = np.lexsort((counts, widths))
+    groups: list[list[int]] = []
+    for row in order.tolist():
+        if groups and budget.holds(counts[[*groups[-1], row]].sum(), len(groups[-1]) + 1, int(widths[row])):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    if len(groups) == 1:
+        return whole
+    return [_part(bundle, batch, np.sort(np.array(group)), rows, int(widths[group].max()), placed) for group in groups]
+
+
+def run(
+    model: Model,
+    task: Task,
+    batch: Batch,
+    outputs: Iterable[str] | None = None,
+    activation_memory: int | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Run a model on a batch in parts; return what it returns for the whole batch, but for roundings.
+
+    Parameters
+    ----------
+    model, batch, outputs
+        As for :meth:`Model.run`.
+    task : Task
+        The model's.
+    activation_memory : int, optional
+        As for :func:`parts`.
+
+    Returns
+    -------
+    dict of str to ndarray
+        The outputs by name. The loss is the mean of the parts' losses, each with the weight of what counts in it,
+        summed in float64.
+    """
+    cut = parts(task, batch, activation_memory)
+    names = None if outputs is None else list(outputs)
+    if len(cut) == 1:
+        return model.run(batch, names)
+    results = [model.run(part.batch, names) for part in cut]
+    loss = model.bundle.loss
+    total = sum(part.at.size for part in cut)
+    joined: dict[str, NDArray[Any]] = {}
+    for name, first in results[0].items():
+        if name == loss:
+            weights = [task.weight(part.batch, part.at.size) for part in cut]
+            losses = [(float(result[name]), weight) for result, weight in zip(results, weights, strict=True) if weight]
+            mean = sum(value * weight for value, weight in losses) / sum(weight for _, weight in losses or [(0, 1)])
+            joined[name] = np.array(mean if losses else math.nan)
+            continue
+        values = np.empty((total, *first.shape[1:]), first.dtype)
+        for part, result in zip(cut, results, strict=True):
+            values[part.at] = result[name]
+        joined[name] = values
+    return joined
+
+
+class _Budget:
+    """What a part may hold."""
+
+    def __init__(self, task: Task, activation_memory: int | None) -> None:
+        self._all = activation_memory
+        self._logits = activation_memory or LOGITS_MEMORY
+        self._vocabulary = task.vocabulary
+        matrices = [tensor.shape for tensor in task.bundle.tensors if len(tensor.shape) == 2]
+        widest = (size for shape in matrices if self._vocabulary not in shape for size in shape)
+        self._widest = max(widest, default=1)  # and the attention's scores, of a head, are as wide as the text
+
+    def holds(self, positions: int, rows: int, width: int) -> bool:
+        """Return whether rows of a width may be a part, with so many positions in all."""
+        fits = 4 * int(positions) * self._vocabulary <= self._logits
+        return fits and (self._all is None or 4 * rows * width * max(self._widest, width) <= self._all)
+
+
+def _rows(bundle: Bundle, batch: Mapping[str, NDArray[Any]]) -> int:
+    by_row = [spec.name for spec in bundle.inputs if spec.shape and spec.name not in _PLACES]
+    return max((len(batch[name]) for name in by_row if name in batch), default=1)
+
+
+def _sizes(
+    bundle: Bundle, batch: Mapping[str, NDArray[Any]], rows: int, placed: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the number of tokens of each row, where rows can be trimmed, and of its positions."""
+    tokens = batch.get("input_ids")
+    if tokens is None or tokens.ndim != 2:
+        return np.ones(rows, np.int64), np.zeros(rows, np.int64)
+    width = tokens.shape[1]
+    widths = np.full(rows, width, np.int64)
+    counts = np.zeros(rows, np.int64)
+    if placed:
+        counts = np.bincount(batch["positions"] // width, minlength=rows)
+    trimmable = placed and all(
+        spec.shape[1:] and not isinstance(spec.shape[1], int) and batch[spec.name].shape == tokens.shape
+        for spec in bundle.inputs
+        if spec.name in batch and spec.name not in (*_PLACES, "labels")
+    )
+    if trimmable and "attention_mask" in batch:
+        real = batch["attention_mask"] != 0
+        widths = np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), width)
+    return widths, counts
+
+
+def _part(
+    bundle: Bundle, batch: Mapping[str, NDArray[Any]], group: NDArray[np.int64], rows: int, width: int, placed: bool
+) -> Part:
+    """Return some rows of a batch, trimmed to a width."""
+    part: dict[str, NDArray[Any]] = {}
+    for spec in bundle.inputs:
+        if spec.name in batch and spec.name not in _PLACES:
+            values = batch[spec.name]
+            part[spec.name] = values[group] if spec.shape and len(values) == rows else values
+    if not placed:
+        return Part(part, group)
+    before = batch["input_ids"].shape[1]
+    for name in TOKEN_INPUTS:
+        if name in part and part[name].shape == (len(group), before):
+            part[name] = np.ascontiguousarray(part[name][:, :width])
+    row, column = np.divmod(batch["positions"], before)
+    place = np.full(rows, -1)
+    place[group] = np.arange(len(group))
+    at = np.flatnonzero(place[row] >= 0)
+    part["positions"] = place[row[at]] * width + column[at]
+    if "targets" in batch:
+        part["targets"] = batch["targets"][at]
+    return Part(part, at)
