@@ -33,10 +33,12 @@ class Builder:
         self.before = before
         self._taken = value_names(graph) if taken is None else taken
 
-    def op(self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: Any) -> ir.Value:
+    def op(
+        self, kind: str, *inputs: ir.Value | None, name: str | None = None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """Add a node with one output of the same name."""
         name = unique(f"{self.prefix}{kind}", self._taken) if name is None else name
-        node = ir.node(kind, inputs, attributes, outputs=[ir.Value(name=name)], name=name)
+        node = ir.node(kind, inputs, attributes, outputs=[ir.Value(name=name)], name=name, domain=domain)
         if self.before is None:
             self.graph.append(node)
         else:
