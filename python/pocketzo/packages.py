@@ -22,7 +22,12 @@ EXTRAS: Final = {
     "demo": ("scikit-learn",),
 }
 """The packages of each extra."""
-_MODULES: Final = {"onnx-ir": "onnx_ir", "scikit-learn": "sklearn", "pocketzo": "pocketzo._core"}
+_MODULES: Final = {
+    "onnx-ir": "onnx_ir",
+    "mobius-onnx": "mobius",
+    "scikit-learn": "sklearn",
+    "pocketzo": "pocketzo._core",
+}
 _broken: dict[str, BrokenPackageError] = {}
 _LONGEST: Final = 300  # characters of a reason
 

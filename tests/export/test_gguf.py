@@ -94,7 +94,6 @@ def difference(model: Any, path: Path, length: int = 12) -> float:
 def export(tmp_path: Path, **options: Any) -> tuple[Path, list[str]]:
     lines: list[str] = []
     out = tmp_path / "out" / "model.onnx"
-    out.parent.mkdir(exist_ok=True)
     export_gguf(tmp_path / "tiny.gguf", out, note=lines.append, **options)
     return out, lines
 
@@ -277,7 +276,7 @@ def test_other_types_are_refused(tmp_path: Path, kind: str) -> None:
     assert f"tensor 'blk.1.attn_k.weight' is of type {kind}, which is not supported; expected one of F32" in str(
         caught.value
     )
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from pocketzo.errors import Error
+from pocketzo.formats.files import make_folder
 from pocketzo.packages import require
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ def export_gguf(
     path : path-like
         The file: tensors of F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q6_K.
     output : path-like
-        The ONNX file to write. The weights are written to a file of this name and ``.data``; ``tokenizer.json``, the
-        chat template and the settings of tokenizer and generation beside it. Existing files are replaced.
+        The ONNX file to write; missing folders are created. The weights are written to a file of this name and
+        ``.data``; ``tokenizer.json``, the chat template and the settings of tokenizer and generation beside it.
+        Existing files are replaced.
     dtype : {"float32", "int8", "int4"}
         Whether blocks are kept, and the bits of the matrices that have none.
     note : callable, optional
@@ -75,7 +77,7 @@ def export_gguf(
     """
     if dtype != "float32" and dtype not in _KINDS:
         raise ValueError(f"dtype: expected 'float32', 'int8' or 'int4', got {dtype!r}")
-    require("onnx", "onnx-ir", "gguf", "torch", "transformers")
+    require("onnx", "onnx-ir", "gguf", "torch", "transformers", "accelerate", "mobius-onnx")
     from pocketzo.export._agreement import difference
     from pocketzo.export._float_graph import write_float_graph
     from pocketzo.export._gguf_file import GgufFile
@@ -84,8 +86,9 @@ def export_gguf(
     say = note or (lambda line: None)
     file = GgufFile(Path(path))
     output = Path(output)
+    make_folder(output.parent)
     model, tokenizer = load_model(file), load_tokenizer(file)
-    with tempfile.TemporaryDirectory(prefix=".pocketzo-", dir=output.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as name:
         checkpoint, floats = Path(name, "checkpoint"), Path(name, "floats", output.name)
         model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
