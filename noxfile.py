@@ -244,6 +244,13 @@ def demo(session: nox.Session) -> None:
     session.run(*shell(readme("demo")))
 
 
+@nox.session(venv_backend="virtualenv", default=False)
+def models(session: nox.Session) -> None:
+    """Test the export of models, with torch and transformers in an environment of its own."""
+    session.install("-q", ".[cli,export]", "--group=test")
+    session.run("pytest", "-q", "tests/export")
+
+
 @nox.session(default=False)
 def summary(session: nox.Session) -> None:
     """Print what the sessions before it ran, and what they skipped."""

@@ -20,9 +20,15 @@ EXTRAS: Final = {
     "prepare": ("onnx", "onnx-ir"),
     "plot": ("matplotlib",),
     "demo": ("scikit-learn",),
+    "export": ("torch", "transformers", "accelerate", "gguf", "mobius-onnx", "onnxscript"),
 }
 """The packages of each extra."""
-_MODULES: Final = {"onnx-ir": "onnx_ir", "scikit-learn": "sklearn", "pocketzo": "pocketzo._core"}
+_MODULES: Final = {
+    "onnx-ir": "onnx_ir",
+    "mobius-onnx": "mobius",
+    "scikit-learn": "sklearn",
+    "pocketzo": "pocketzo._core",
+}
 _broken: dict[str, BrokenPackageError] = {}
 _LONGEST: Final = 300  # characters of a reason
 

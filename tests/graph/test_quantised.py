@@ -184,3 +184,56 @@ def test_a_quantised_embedding(tmp_path: Path) -> None:
     bundle = prepare(path, tmp_path / "out")
     assert trainable_names(bundle) == {"norm.weight", "norm.bias", "fc.weight"}
     check(path, bundle, {"ids": np.array([3, 5])})
+
+
+def test_offsets_of_blocks(tmp_path: Path) -> None:
+    """MatMulNBits has no minimum for each block: graphs add it, by nodes that read weights elsewhere."""
+    rng = np.random.default_rng(0)
+    blocks: dict[str, Any] = {"domain": "com.microsoft", "bits": 4, "block_size": 16}
+    nodes = [
+        helper.make_node(
+            "GatherBlockQuantized", ["table", "ids", "ts3"], ["rows"], gather_axis=0, quantize_axis=2, **blocks
+        ),
+        node("Gather", "table.offsets ids", "minima"),
+        node("Unsqueeze", "minima last", "minima3"),
+        node("Add", "minima3 rows", "blocks"),
+        node("Reshape", "blocks flat", "x"),
+        helper.make_node("MatMulNBits", ["x", "w", "w.scales"], ["q"], K=32, N=16, **blocks),
+        node("Reshape", "x split", "parts"),
+        node("ReduceSum", "parts last", "sums", keepdims=0),
+        node("MatMul", "sums w.offsets", "o"),
+        node("Add", "q o", "y"),
+        # an adapter is added in the same way, and trained
+        node("MatMul", "x lora.a", "a"),
+        node("MatMul", "a lora.b", "b"),
+        node("Add", "y b", "z"),
+        helper.make_node("MatMulNBits", ["x", "w", "w.scales"], ["p"], K=32, N=16, **blocks),
+        node("MatMul", "x side.weight", "side"),
+        node("Add", "p side", "sum"),
+        node("Add", "z sum", "all"),
+        node("MatMul", "all fc.weight", "logits"),
+    ]
+    constants = {"last": [-1], "flat": [-1, 32], "split": [-1, 2, 16]}
+    tensors = [
+        numpy_helper.from_array(rng.integers(0, 255, (8, 2, 8), dtype=np.uint8), "table"),
+        numpy_helper.from_array(rng.integers(0, 255, (16, 2, 8), dtype=np.uint8), "w"),
+        weight("ts3", 8, 2, 1),
+        weight("table.offsets", 8, 2),
+        weight("w.scales", 16, 2),
+        weight("w.offsets", 2, 16),
+        weight("lora.a", 32, 2),
+        weight("lora.b", 2, 16),
+        weight("side.weight", 32, 16),
+        weight("fc.weight", 16, 3),
+        *(numpy_helper.from_array(np.array(value), name) for name, value in constants.items()),
+    ]
+    path = model_of(tmp_path / "m.onnx", nodes, tensors, inputs=[("ids", TensorProto.INT64, ("batch",))], opset=21)
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, path)
+    bundle = prepare(path, tmp_path / "out")
+    assert trainable_names(bundle) == {"lora.a", "lora.b", "side.weight", "fc.weight"}
+    reasons = {tensor.name: tensor.reason for tensor in bundle.frozen}
+    assert reasons["w.offsets"] == "quantised: an offset of MatMulNBits"
+    assert reasons["table.offsets"] == "quantised: an offset of GatherBlockQuantized"
+    check(path, bundle, {"ids": np.array([3, 5])})

@@ -15,6 +15,7 @@ from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
 from pocketzo.cli.doctor import doctor
 from pocketzo.cli.evaluate import evaluate
+from pocketzo.cli.export import export
 from pocketzo.cli.generate import generate
 from pocketzo.cli.info import info
 from pocketzo.cli.prepare import prepare
@@ -69,5 +70,5 @@ def cli() -> None:
     """
 
 
-for command in (prepare, train, evaluate, generate, replay, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, info, doctor, demo):
     cli.add_command(command)

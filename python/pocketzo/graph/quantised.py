@@ -1,15 +1,16 @@
-"""Quantised weights: integers, and the scales and zero points that belong to them."""
+"""Quantised weights: integers, and the scales, zero points and offsets that belong to them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from math import prod
 from typing import Final
 
 import onnx_ir as ir
 
 from pocketzo.graph.roles import roles_of
-from pocketzo.graph.weight import Draft
+from pocketzo.graph.weight import Draft, Use
 
 # QLinearMatMul, QAttention, QMoE; DequantizeLinear, DynamicQuantizeLSTM; MatMulIntegerToFloat; MatMulNBits; ...
 _OPERATOR: Final = re.compile(r"Q[A-Z]|.*([Qq]uantize|Integer|NBits|Bnb4|FpQ4|GemmFloat8)")
@@ -32,6 +33,8 @@ def find_quantised(draft: Draft) -> None:
             for index, value in enumerate(node.inputs):
                 if value in draft.constants and index not in roles_of(node):
                     draft.not_weights[node, index] = f"{REASON}: a scale of {operator}"
+            for use in _offsets(node):
+                draft.not_weights[use] = f"{REASON}: an offset of {operator}"
             if operator == "DynamicQuantizeLinear":
                 unscaled.add(node.outputs[1])
             elif operator in ("MatMulInteger", "ConvInteger"):
@@ -49,11 +52,34 @@ def find_quantised(draft: Draft) -> None:
             draft.not_weights[node, 2] = f"{REASON}: the runtime makes it an integer"
 
 
+def _offsets(node: ir.Node) -> Iterator[Use]:
+    """Yield the uses of numbers that a graph adds to all elements of a block: MatMulNBits has no such input.
+
+    The product of a matrix of them and the sums of each block's activations is added to that of the quantised matrix;
+    rows of a table of them, with a new axis for the elements, to the rows of a quantised table.
+    """
+    for reader in node.outputs[0].consumers():
+        added = [_producer(value) for value in reader.inputs] if reader.op_type == "Add" else []
+        for other in added:
+            if node.op_type == "MatMulNBits" and other is not None and other.op_type == "MatMul":
+                sums = _producer(other.inputs[0])
+                if sums is not None and sums.op_type == "ReduceSum":
+                    yield other, 1
+            elif node.op_type == "GatherBlockQuantized" and other is not None and other.op_type == "Unsqueeze":
+                rows = _producer(other.inputs[0])
+                if rows is not None and rows.op_type == "Gather":
+                    yield rows, 0
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
+
+
 def _is_fused(node: ir.Node) -> bool:
     """Return whether onnxruntime fuses an operator with the conversions around it, and its bias into a copy."""
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return False
-    sources = [None if value is None else value.producer() for value in node.inputs[:2]]
+    sources = [_producer(value) for value in node.inputs[:2]]
     return all(source is not None and source.op_type == "DequantizeLinear" for source in sources) and any(
         reader.op_type == "QuantizeLinear" for reader in node.outputs[0].consumers()
     )
