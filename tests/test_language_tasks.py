@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from decoder_cases import FLOATS, batch_of, plain
 from decoders import VOCABULARY, Array
-from graphs import MODELS
+from graphs import MODELS, model_of, node, weight
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -240,6 +241,54 @@ def test_a_text_file_needs_a_length_and_its_task(tmp_path: Path) -> None:
     other = pz.prepare(tmp_path / "m.onnx", tmp_path / "short", task="causal-lm", max_length=4)
     with pytest.raises(DataError, match=r"d\.txt, line 2: not UTF-8: byte 0xff"):
         load_dataset(path, other)
+
+
+def test_arrays_of_tokens(tmp_path: Path) -> None:
+    bundle = prepared(tmp_path, "causal-lm")
+    ids = np.array([[1, 2, 3, 4], [5, 6, 0, 0]])
+    mask = (ids > 0).astype(np.int64)
+    labels = np.array([[-100, -100, 3, 4], [-100, 6, -100, -100]])
+    for marks, targets in ((None, [2, 3, 4, 6]), (labels, [3, 4, 6])):
+        arrays: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        arrays |= {} if marks is None else {"labels": marks}
+        np.savez(tmp_path / "d.npz", **arrays)
+        batch = load_dataset(tmp_path / "d.npz", bundle).batch(np.array([0, 1]))
+        assert batch["targets"].tolist() == targets
+        assert batch["positions"].tolist() == [0, 1, 2, 4][-len(targets) :]
+    records = ({"prompt": "w1 w2", "completion": " w3 w4"}, {"text": "w5 w6"})
+    same = load_dataset(lines(tmp_path / "d.jsonl", *records), bundle)
+    assert load_dataset(tmp_path / "d.npz", bundle).fingerprint == same.fingerprint
+
+    folder = tmp_path / "prompt"
+    folder.mkdir()
+    prompt = prepared(folder, "prompt", **PROMPT)
+    np.savez(tmp_path / "d.npz", input_ids=ids, attention_mask=mask, labels=np.array([1, 0]))
+    batch = load_dataset(tmp_path / "d.npz", prompt).batch(np.array([1, 0]))
+    assert (batch["positions"].tolist(), batch["labels"].tolist()) == ([1, 7], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "reason"),
+    [
+        (
+            "causal-lm",
+            {"labels": [[-100, 3], [-100, 4]]},
+            "row 0: 'labels' must be the tokens of 'input_ids'",
+        ),
+        ("causal-lm", {"labels": [[1, -100], [-100, 4]]}, "row 0: there is no token that counts"),
+        ("causal-lm", {"labels": [1, 2]}, "array 'labels' must be integers of the shape of 'input_ids'"),
+        ("causal-lm", {"attention_mask": [[1, 1], [0, 1]]}, "row 1: 'attention_mask' begins with padding"),
+        ("causal-lm", {"attention_mask": [[1, 1], [1, 0]]}, "row 1: there is no token that counts"),
+        ("choice", {}, "an example of the task 'choice' has several rows: write the data as .jsonl"),
+    ],
+)
+def test_arrays_that_cannot_be_learnt(task: str, change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    bundle = prepared(tmp_path, task)
+    arrays = {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 1]]} | change
+    given: dict[str, Any] = {name: np.array(values) for name, values in arrays.items()}
+    np.savez(tmp_path / "d.npz", **given)
+    with pytest.raises(DataError, match=re.escape(reason)):
+        load_dataset(tmp_path / "d.npz", bundle)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -472,6 +521,42 @@ def test_classification_is_run_in_parts_if_a_figure_is_given(tmp_path: Path) -> 
     whole = model.run(batch)
     assert len(parts(task, batch)) == 1
     assert len(parts(task, batch, 1)) == 7
+    got = run(model, task, batch, None, 1)
+    np.testing.assert_allclose(got["logits"], whole["logits"], rtol=1e-5, atol=1e-6)
+    assert float(got["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)
+
+
+def test_an_output_that_is_of_no_example_cannot_be_joined(tmp_path: Path) -> None:
+    model = model_of(
+        tmp_path / "m.onnx",
+        [node("MatMul", "x fc.weight", "logits"), node("ReduceMean", "logits", "mean", axes=[0], keepdims=1)],
+        [weight("fc.weight", 4, 3)],
+        outputs=[("logits", ("batch", 3)), ("mean", (1, 3))],
+    )
+    bundle = pz.prepare(model, tmp_path / "base")
+    batch: dict[str, Array] = {"x": np.ones((4, 4), np.float32), "labels": np.zeros(4, np.int64)}
+    loaded, task = pz.load(bundle), task_of(bundle)
+    assert run(loaded, task, batch, ["logits"], 1)["logits"].shape == (4, 3)
+    assert run(loaded, task, batch, ["mean"])["mean"].shape == (1, 3)
+    three = {name: values[:3] for name, values in batch.items()}
+    with pytest.raises(ValueError, match=r"'mean', \[1, 3\] for 2 examples, cannot be joined from parts"):
+        run(loaded, task, three, ["mean"], 8)
+
+
+def test_labels_of_a_prompt_belong_to_positions(tmp_path: Path) -> None:
+    """A caller's own batch may have two prompts in a row of tokens, or none."""
+    bundle = prepared(tmp_path, "prompt", **PROMPT)
+    model, task = pz.load(bundle), task_of(bundle)
+    ids = np.arange(1, 13).reshape(3, 4)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.tile(np.arange(4), (3, 1)),
+        "positions": np.array([11, 1, 3, 9]),
+        "labels": np.array([0, 1, 1, 0]),
+    }
+    whole = model.run(batch)
+    assert len(parts(task, batch, 1)) == 2
     got = run(model, task, batch, None, 1)
     np.testing.assert_allclose(got["logits"], whole["logits"], rtol=1e-5, atol=1e-6)
     assert float(got["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> Dataset:
     """Read the examples of an ``.npz`` file."""
+    if task.several_rows:
+        raise DataError(f"{path}: an example of the task {task.name!r} has several rows: write the data as .jsonl")
     try:
         arrays = read_arrays(path)
     except ValueError as error:
@@ -47,8 +49,10 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     for name, count in rows.items():
         if count != size:
             raise DataError(f"{path}: array {name!r} has {count} rows, {next(iter(rows))!r} has {size}")
-        if name not in specs and name != label_name and not (has_tokens and name in TOKEN_INPUTS):
+        known = name in specs or name == label_name or (name == "labels" and task.labels_per == "nothing")
+        if not known and not (has_tokens and name in TOKEN_INPUTS):
             raise DataError(f"{path}: array {name!r} is no input of the model, which takes {', '.join(specs)}")
+    marks = arrays.pop("labels") if task.labels_per == "nothing" and "labels" in arrays else None
     if label_name not in (None, "labels") and "labels" in arrays:
         raise DataError(f"{path}: arrays {label_name!r} and 'labels' both hold labels: name one by --label-column")
     if label_name is None and require_labels and has_labels and label_names:
@@ -67,7 +71,7 @@ def read_npz(path: Path, task: Task, columns: Columns, require_labels: bool) -> 
     if task.label_spec is not None:
         specs["labels"] = task.label_spec
     sequence = Sequences.of(path, task, specs, arrays) if has_tokens else None
-    tokens = None if sequence is None else _tokens(arrays, task, problems, sequence)
+    tokens = None if sequence is None else _tokens(arrays, task, problems, sequence, marks)
     arrays = {name: _checked(path, specs[name], values, problems, sequence) for name, values in arrays.items()}
     problems.check()
     return Dataset(task, str(path), size, tokens, arrays, labels)
@@ -91,8 +95,17 @@ def _labels_by_token(path: Path, task: Task, labels: NDArray[Any], problems: Pro
     return labels
 
 
-def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, sequence: Sequences) -> Tokens:
-    """Take what is by token out of `arrays`, cut after the last token of each row that the mask keeps."""
+def _tokens(
+    arrays: dict[str, NDArray[Any]],
+    task: Task,
+    problems: Problems,
+    sequence: Sequences,
+    marks: NDArray[Any] | None,
+) -> Tokens:
+    """Take what is by token out of `arrays`, cut after the last token of each row that the mask keeps.
+
+    ``marks`` is -100, or the token, where a token does not count, or does, in the loss of a language model.
+    """
     given = {name: arrays.pop(name) for name in sequence.by_token}
     shape = given["input_ids"].shape
     rows = embedding_rows(task.bundle)
@@ -130,7 +143,16 @@ def _tokens(arrays: dict[str, NDArray[Any]], task: Task, problems: Problems, seq
     columns = {name: values[inside].astype(np.int32) for name, values in given.items()}
     fills = {name: int(values[~inside][0]) for name, values in given.items() if not inside.all()}
     tokens = keep_tokens(task, lengths, columns, fills | {"labels": IGNORED})
-    return replace(tokens, axes=sequence.axes, width=sequence.width)
+    tokens = replace(tokens, axes=sequence.axes, width=sequence.width)
+    if not task.cuts:
+        return tokens
+    if not mask[:, 0].all():
+        problems.add(int(np.argmin(mask[:, 0])), "'attention_mask' begins with padding, which is to be at the end")
+    try:
+        counted = task.counting_tokens(given["input_ids"], inside, marks, problems.add)
+    except LineError as error:
+        raise DataError(f"{problems.source}: {error}") from None
+    return replace(tokens, counted=counted[inside], shift=task.shift)
 
 
 def _is_mask_of_floats(task: Task, name: str, values: NDArray[Any]) -> bool:

@@ -6,7 +6,7 @@ To add a task, write a named class in its own file and add one line to :mod:`poc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
@@ -157,6 +157,27 @@ class Task(ABC):
         limit : int or None
             The maximum number of tokens.
         """
+
+    def counting_tokens(
+        self,
+        ids: NDArray[Any],
+        inside: NDArray[np.bool_],
+        marks: NDArray[Any] | None,
+        problem: Callable[[int, str], None],
+    ) -> NDArray[np.bool_]:
+        """Return which tokens of arrays count, for tasks that know it.
+
+        Parameters
+        ----------
+        ids : ndarray of integers, shape [n, length]
+        inside : ndarray of bool, shape [n, length]
+            Where there are tokens, and no padding.
+        marks : ndarray or None
+            The array ``labels`` of a task without labels.
+        problem : callable
+            ``problem(row, reason)`` is called for rows that cannot be used.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def label_value(self, label: object) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from pocketzo.data.columns import LineError
 from pocketzo.data.examples import Encoded, Example, text_of
 from pocketzo.data.turns import answers
 from pocketzo.errors import DataError
-from pocketzo.tasks.base import Task
+from pocketzo.tasks.base import IGNORED, Task
 from pocketzo.tasks.completion import completed, content, row_of, too_long
 from pocketzo.tasks.metrics import Found
 
@@ -98,6 +98,31 @@ class CausalLM(LanguageTask):
             encoding = tokenizer.encode(str(examples[index].text), add_special_tokens=spans is None)
             found[index] = _text(encoding, limit) if spans is None else _chat(encoding, spans, limit)
         return [found[index] for index in range(len(examples))]
+
+    def counting_tokens(
+        self,
+        ids: NDArray[Any],
+        inside: NDArray[np.bool_],
+        marks: NDArray[Any] | None,
+        problem: Callable[[int, str], None],
+    ) -> NDArray[np.bool_]:
+        """Return which tokens count: those of the array ``labels`` that are not -100, or all but the first."""
+        counted = inside.copy() if marks is None else np.zeros_like(inside)
+        if marks is not None:
+            if marks.shape != ids.shape or marks.dtype.kind not in "iu":
+                raise LineError(
+                    f"array 'labels' must be integers of the shape of 'input_ids', {list(ids.shape)}, found "
+                    f"{marks.dtype} of shape {list(marks.shape)}"
+                )
+            counted = marks != IGNORED
+            for row in np.flatnonzero((counted & (~inside | (marks != ids))).any(axis=1)):
+                problem(
+                    int(row), f"'labels' must be the tokens of 'input_ids' where they count, and {IGNORED} elsewhere"
+                )
+        counted[:, 0] = False
+        for row in np.flatnonzero(~counted.any(axis=1)):
+            problem(int(row), "there is no token that counts and is predicted from one before it")
+        return counted
 
     def label_value(self, label: object) -> Any:
         """Raise :class:`LineError`: texts have no labels."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 LOGITS_MEMORY: Final = 32_000_000
 """Bytes that the logits of a language model may take, unless a figure is given for all activations."""
 
-_PLACES: Final = ("positions", "targets")
+_BY_POSITION: Final = ("positions", "targets", "labels")
+"""The inputs with an element for each position whose logits count, in graphs that have `positions`."""
 
 
 class Part(NamedTuple):
@@ -53,25 +54,25 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> lis
         :data:`LOGITS_MEMORY`, and only where ``positions`` say which of them there are. A part has at least one row.
     """
     bundle = task.bundle
-    rows = _rows(bundle, batch)
-    placed = "positions" in batch and "input_ids" in batch
-    results = batch["positions"].size if placed else rows
-    whole = [Part(batch, np.arange(results))]
+    placed = "positions" in batch
+    by_row = [spec.name for spec in bundle.inputs if spec.shape and not (placed and spec.name in _BY_POSITION)]
+    rows = max((len(batch[name]) for name in by_row if name in batch), default=1)
+    whole = [Part(batch, np.arange(batch["positions"].size if placed else rows))]
     fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in bundle.inputs if spec.name in TOKEN_INPUTS)
-    if rows < 2 or fixed or not (placed or activation_memory):
+    if rows < 2 or fixed or not whole[0].at.size or not (placed or activation_memory):
         return whole
-    widths, counts = _sizes(bundle, batch, rows, placed)
+    widths, counts = _sizes(bundle, batch, rows)
     budget = _Budget(task, activation_memory)
-    order = np.lexsort((counts, widths))
     groups: list[list[int]] = []
-    for row in order.tolist():
+    for row in np.lexsort((counts, widths)).tolist():
         if groups and budget.holds(counts[[*groups[-1], row]].sum(), len(groups[-1]) + 1, int(widths[row])):
             groups[-1].append(row)
         else:
             groups.append([row])
     if len(groups) == 1:
         return whole
-    return [_part(bundle, batch, np.sort(np.array(group)), rows, int(widths[group].max()), placed) for group in groups]
+    groups = [sorted(group) for group in groups if not placed or counts[group].any()]
+    return [_part(bundle, batch, np.array(group), rows, int(widths[group].max())) for group in groups]
 
 
 def run(
@@ -97,6 +98,12 @@ def run(
     dict of str to ndarray
         The outputs by name. The loss is the mean of the parts' losses, each with the weight of what counts in it,
         summed in float64.
+
+    Raises
+    ------
+    ValueError
+        An output that is not the loss does not have an element for each example or position, so that parts of it are
+        no part of the whole.
     """
     cut = parts(task, batch, activation_memory)
     names = None if outputs is None else list(outputs)
@@ -115,6 +122,11 @@ def run(
             continue
         values = np.empty((total, *first.shape[1:]), first.dtype)
         for part, result in zip(cut, results, strict=True):
+            if result[name].shape[:1] != part.at.shape:
+                raise ValueError(
+                    f"the output {name!r}, {list(result[name].shape)} for {part.at.size} examples, cannot be joined "
+                    "from parts of a batch: leave activation_memory out"
+                )
             values[part.at] = result[name]
         joined[name] = values
     return joined
@@ -137,54 +149,43 @@ class _Budget:
         return fits and (self._all is None or 4 * rows * width * max(self._widest, width) <= self._all)
 
 
-def _rows(bundle: Bundle, batch: Mapping[str, NDArray[Any]]) -> int:
-    by_row = [spec.name for spec in bundle.inputs if spec.shape and spec.name not in _PLACES]
-    return max((len(batch[name]) for name in by_row if name in batch), default=1)
-
-
-def _sizes(
-    bundle: Bundle, batch: Mapping[str, NDArray[Any]], rows: int, placed: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the number of tokens of each row, where rows can be trimmed, and of its positions."""
-    tokens = batch.get("input_ids")
-    if tokens is None or tokens.ndim != 2:
-        return np.ones(rows, np.int64), np.zeros(rows, np.int64)
-    width = tokens.shape[1]
-    widths = np.full(rows, width, np.int64)
-    counts = np.zeros(rows, np.int64)
-    if placed:
-        counts = np.bincount(batch["positions"] // width, minlength=rows)
-    trimmable = placed and all(
-        spec.shape[1:] and not isinstance(spec.shape[1], int) and batch[spec.name].shape == tokens.shape
-        for spec in bundle.inputs
-        if spec.name in batch and spec.name not in (*_PLACES, "labels")
-    )
-    if trimmable and "attention_mask" in batch:
-        real = batch["attention_mask"] != 0
-        widths = np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), width)
-    return widths, counts
+    if "positions" not in batch:
+        width = batch["input_ids"].shape[1] if "input_ids" in batch else 1
+        return np.full(rows, width), np.zeros(rows, np.int64)
+    width = batch["input_ids"].shape[1]
+    row, column = np.divmod(batch["positions"], width)
+    counts = np.bincount(row, minlength=rows)
+    by_token = [spec for spec in bundle.inputs if spec.name in batch and spec.name not in _BY_POSITION]
+    fixed = any(len(spec.shape) != 2 or isinstance(spec.shape[1], int) for spec in by_token)
+    if fixed or "attention_mask" not in batch or any(batch[spec.name].shape != (rows, width) for spec in by_token):
+        return np.full(rows, width), counts
+    real = batch["attention_mask"] != 0
+    real[row, column] = True
+    return np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), 1), counts
 
 
-def _part(
-    bundle: Bundle, batch: Mapping[str, NDArray[Any]], group: NDArray[np.int64], rows: int, width: int, placed: bool
-) -> Part:
+def _part(bundle: Bundle, batch: Batch, group: NDArray[np.int64], rows: int, width: int) -> Part:
     """Return some rows of a batch, trimmed to a width."""
+    placed = "positions" in batch
     part: dict[str, NDArray[Any]] = {}
     for spec in bundle.inputs:
-        if spec.name in batch and spec.name not in _PLACES:
+        if spec.name in batch and not (placed and spec.name in _BY_POSITION):
             values = batch[spec.name]
             part[spec.name] = values[group] if spec.shape and len(values) == rows else values
     if not placed:
         return Part(part, group)
     before = batch["input_ids"].shape[1]
     for name in TOKEN_INPUTS:
-        if name in part and part[name].shape == (len(group), before):
+        if name in part and width < before:
             part[name] = np.ascontiguousarray(part[name][:, :width])
     row, column = np.divmod(batch["positions"], before)
     place = np.full(rows, -1)
     place[group] = np.arange(len(group))
     at = np.flatnonzero(place[row] >= 0)
+    part |= {
+        spec.name: batch[spec.name][at] for spec in bundle.inputs if spec.name in batch and spec.name in _BY_POSITION
+    }
     part["positions"] = place[row[at]] * width + column[at]
-    if "targets" in batch:
-        part["targets"] = batch["targets"][at]
     return Part(part, at)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from pocketzo.data.columns import LineError
 from pocketzo.data.examples import Encoded, Row
@@ -14,6 +16,7 @@ from pocketzo.tasks.completion import content
 from pocketzo.tasks.template import Template
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from tokenizers import Encoding, Tokenizer
 
     from pocketzo.data.columns import Columns
@@ -132,6 +135,21 @@ class Prompt(Classification):
             [index == at for index in kept],
         )
         return Encoded([row], example.label, excess > 0)
+
+    def counting_tokens(
+        self,
+        ids: NDArray[Any],
+        inside: NDArray[np.bool_],
+        marks: NDArray[Any] | None,
+        problem: Callable[[int, str], None],
+    ) -> NDArray[np.bool_]:
+        """Return which tokens count: the last one of each prompt, or its mask."""
+        if self.mask_token is None:
+            return inside & ~np.pad(inside[:, 1:], ((0, 0), (0, 1)))
+        counted: NDArray[np.bool_] = inside & (ids == self.mask_token)
+        for row in np.flatnonzero(counted.sum(axis=1) != 1):
+            problem(int(row), f"{counted[row].sum()} mask tokens ({self.mask_token}), expected one")
+        return counted
 
     @staticmethod
     def _cut(kept: list[int], excess: int, filled: Filled, encoding: Encoding) -> list[int]:
