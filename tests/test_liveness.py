@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from graphs import model_of, node, weight
 from onnx import TensorProto, helper, numpy_helper
 
 import pocketzo as pz
+from pocketzo.formats.safetensors import file_sha256
 
 Array = npt.NDArray[Any]
 PLAIN = [node("MatMul", "x w", "product")]
@@ -141,3 +143,51 @@ def test_a_weight_is_seen_though_one_of_the_batches_gives_zeros(tmp_path: Path) 
     # Negative floats end at the ReLU. Zeros agree with any weights, which does not speak against these.
     nodes = [node("Relu", "x", "positive"), node("MatMul", "positive w", "logits")]
     load_all(model_of(tmp_path / "m", nodes, [W], inputs=(X,)), tmp_path / "b", loss="none")
+
+
+def rectified(folder: Path, dtype: Literal["float32", "float16"]) -> pz.Bundle:
+    """Prepare products by a weight and a threshold that they reach if both are by the stored weight, none by noise."""
+    nodes = [
+        node("MatMul", "x w", "a"),
+        node("MatMul", "a w", "b"),
+        node("Sub", "b threshold", "above"),
+        node("Relu", "above", "y"),
+    ]
+    values = 20 * np.abs(numpy_helper.to_array(weight("w", 4, 4)))
+    source = model_of(
+        folder / "m",
+        nodes,
+        [constant("w", values, np.float32), constant("threshold", 1500, np.float32)],
+        inputs=(X,),
+        outputs=[("y", ("batch", 4))],
+    )
+    return pz.prepare(source, folder / "b", loss="none", dtype=dtype, probe={"x": np.ones((2, 4), np.float32)})
+
+
+@pytest.mark.parametrize("verify", ["fast", "full"])
+@pytest.mark.parametrize("prepack", [False, "auto"])
+def test_a_stale_use_of_a_weight_is_found_where_noise_gives_zeros(
+    tmp_path: Path, verify: Literal["fast", "full"], prepack: bool | Literal["auto"]
+) -> None:
+    bundle = rectified(tmp_path, "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "weights are not prepacked")
+        pz.load(bundle, threads=1, prepack=prepack, verify=verify)
+    # The session folds the sum into a constant, which prepare would have refused.
+    model = onnx.load(bundle.model_path, load_external_data=False)
+    second = next(each for each in model.graph.node if each.output[0] == "b")
+    second.input[1] = "double"
+    model.graph.node.insert(0, node("Add", "w w", "double"))
+    onnx.save(model, bundle.model_path)
+    stale = replace(bundle, graph_sha256=file_sha256(bundle.model_path))
+    stale.write_description()
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to w\."):
+        pz.load(stale, threads=1, prepack=prepack, verify=verify)
+
+
+def test_noise_that_gives_zeros_does_not_speak_against_float16_weights(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "this processor does not compute in fp16")
+        pz.load(rectified(tmp_path, "float16"), threads=1, verify="full")
