@@ -142,8 +142,8 @@ def asan(session: nox.Session) -> None:
     run_pytest(session, where, "host", *pytest, **env)
     # The kinds whose bytes decide what the kernels are called with. onnxruntime is not instrumented.
     kinds = ("description", "weights", "journal", "snapshot")
-    session.run("python", "-m", "fuzz", *kinds, "--count", "100", env=env)
-    note(session, f"{where}: 100 cases of each of {', '.join(kinds)}")
+    session.run("python", "-m", "fuzz", *kinds, "--count", "60", env=env)
+    note(session, f"{where}: 60 cases of each of {', '.join(kinds)}")
 
 
 @nox.session
@@ -203,8 +203,9 @@ def aarch64(session: nox.Session) -> None:
     run_pytest(session, "here, of aarch64", "host", here, *pytest, "tests/test_runs.py", **env)
     # What these check is the same on any processor, and they start many processes.
     elsewhere = (
-        *("bundle", "chat", "data", "decoders", "fences", "fuzzed", "generate", "generate_cli", "kills", "locale"),
-        *("losses", "metrics", "packages", "skips", "staging", "tasks", "zoo"),
+        *("arguments", "bundle", "chat", "data", "decoders", "fences", "fuzzed", "generate", "generate_cli", "kills"),
+        *("language_cli", "language_models", "language_tasks", "locale", "losses", "metrics", "packages", "rehearsal"),
+        *("skips", "soundness", "staging", "tasks", "verdict", "zoo"),
     )
     everything = ("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere))
     run_pytest(session, "qemu, neoverse-n1", "qemu", arm, *pytest, *everything, QEMU_CPU="neoverse-n1", **env)
