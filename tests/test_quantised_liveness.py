@@ -19,7 +19,10 @@ import pocketzo as pz
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime import loader, variables
 from pocketzo.runtime.liveness import Verify
+from pocketzo.runtime.noise import read_as_noise
+from pocketzo.runtime.outputs import float_outputs, tolerance_of, unoptimised_outputs
 from pocketzo.runtime.session import open_plain
+from pocketzo.runtime.weights import Weights
 
 WIDTH = 64
 LAYERS = 6
@@ -62,7 +65,7 @@ def product(kind: str, i: int) -> tuple[list[onnx.NodeProto], list[TensorProto]]
     return [bits], [numpy_helper.from_array(packed, f"W{i}"), numpy_helper.from_array(scales, f"S{i}")]
 
 
-def stack(path: Path, kind: str) -> Path:
+def stack(path: Path, kind: str, layers: int = LAYERS) -> Path:
     """Write layers of a quantised product, a bias, a GELU and a norm, as exporters write these."""
     nodes: list[onnx.NodeProto] = []
     weights = [
@@ -76,7 +79,7 @@ def stack(path: Path, kind: str) -> Path:
         number("epsilon", 1e-5),
         weight("head", WIDTH, 3),
     ]
-    for i in range(LAYERS):
+    for i in range(layers):
         multiply, constants = product(kind, i)
         weights += [*constants, weight(f"b{i}", WIDTH), weight(f"scale{i}", WIDTH), weight(f"shift{i}", WIDTH)]
         nodes += [
@@ -97,7 +100,7 @@ def stack(path: Path, kind: str) -> Path:
             node("Mul", f"n{i} scale{i}", f"n{i}s"),
             node("Add", f"n{i}s shift{i}", f"x{i + 1}"),
         ]
-    nodes.append(node("MatMul", f"x{LAYERS} head", "logits"))
+    nodes.append(node("MatMul", f"x{layers} head", "logits"))
     model_of(path, nodes, weights, inputs=(("x0", TensorProto.FLOAT, ("batch", WIDTH)),))
     model = onnx.load(path)
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
@@ -113,6 +116,22 @@ def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     bundle = pz.prepare(stack(folder / "m", request.param), folder / "b", probe=probe)
     assert {f"scale{LAYERS - 1}", "shift0", "b0", "head"} <= {t.name for t in bundle.tensors if t.trainable}
     return bundle
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "qdq"])
+def test_roundings_of_8_bits_stay_within_the_tolerance(tmp_path: Path, kind: str) -> None:
+    # The figures at tolerance_of are of this, with other widths and depths.
+    probe = {"x0": np.random.default_rng(1).normal(size=(500, WIDTH)).astype(np.float32)}
+    bundle = pz.prepare(stack(tmp_path / "m", kind, layers=24), tmp_path / "b", probe=probe)
+    weights = Weights(bundle)
+    differences = []
+    for draw in range(4):
+        read_as_noise(weights, bundle, draw)
+        session = open_plain(bundle, weights.image.values, 1)
+        for batch, expected in zip(*unoptimised_outputs(bundle, weights.image.values), strict=True):
+            difference = np.abs(float_outputs(bundle, session, batch) - expected).max()
+            differences.append(difference / np.abs(expected).max())
+    assert 0 < max(differences) < tolerance_of(bundle)
 
 
 @pytest.mark.parametrize("verify", ["fast", "full"])

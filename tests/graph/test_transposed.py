@@ -95,6 +95,14 @@ RELATED = {
     "reshape": [SWAP, node("Reshape", "t sizes", "r"), PRODUCT],
     "two": [node("Transpose", "x", "s", perm=[0, 2, 1]), node("Transpose", "s", "r", perm=[2, 0, 1]), PRODUCT],
     "two, one reverses": [node("Transpose", "x", "s"), node("Transpose", "s", "r", perm=[1, 2, 0]), PRODUCT],
+    "two, others between": [
+        node("Transpose", "x", "s", perm=[1, 2, 0]),
+        node("Softmax", "s", "soft", axis=-1),
+        node("Unsqueeze", "soft axis", "deeper"),
+        node("Squeeze", "deeper axis", "again"),
+        node("Transpose", "again", "r", perm=[0, 2, 1]),
+        PRODUCT,
+    ],
     "vector": [SWAP, node("MatMul", "t b", "y")],
     "rank 4": [SWAP, node("MatMul", "t v", "y")],
     "computed matrix": [
@@ -112,7 +120,7 @@ def test_what_the_runtime_makes_the_same(tmp_path: Path, kind: str) -> None:
     read = {name for each in RELATED[kind] for name in each.input}
     weights = [weight("w", 4, 4), weight("b", 4), weight("v", 2, 3, 4, 4)]
     scalars = [constant(name, np.float32(value)) for name, value in (("half", 0.5), ("zero", 0))]
-    shapes = [constant("sizes", [3, 2, 4]), constant("ones", [1, 1, 1])]
+    shapes = [constant("sizes", [3, 2, 4]), constant("ones", [1, 1, 1]), constant("axis", [0])]
     rank = {"vector": 2, "rank 4": 4}.get(kind, 3)
     path = model_of(
         tmp_path / "m.onnx",

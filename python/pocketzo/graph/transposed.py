@@ -53,25 +53,34 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _is_merged(value: ir.Value) -> bool:
-    """Whether a Transpose of the merged kind computes a value, or several that onnxruntime may make one."""
-    permutation: list[int] = []
-    while (node := value.producer()) is not None:
-        source = node.inputs[0] if node.inputs else None
-        if node.op_type in _REMOVED_WITH_CONSTANT:
-            computed = [each for each in node.inputs if each is not None and not _is_constant(each)]
-            source = computed[0] if len(computed) == 1 else None
-        elif node.op_type == "Transpose":
+    """Whether a Transpose of the merged kind computes a value, or several that onnxruntime may make one.
+
+    To merge two, it moves the first behind the nodes between, whatever these are, but for products.
+    """
+    pending: list[tuple[ir.Value, tuple[int, ...]]] = [(value, ())]
+    seen = set(pending)
+    while pending:
+        value, permutation = pending.pop()
+        node = value.producer()
+        if node is None:
+            continue
+        sources = [each for each in node.inputs if each is not None and not _is_constant(each)]
+        if node.op_type == "Transpose":
             first = _permutation(node)
             if not first or (permutation and len(permutation) != len(first)):
-                return False
-            permutation = [first[axis] for axis in permutation] or first
-            if len(permutation) > 2 and permutation[:-2] == list(range(1, len(permutation) - 1)):
+                continue
+            permutation = tuple(first[axis] for axis in permutation) or tuple(first)
+            if len(permutation) > 2 and permutation[:-2] == tuple(range(1, len(permutation) - 1)):
                 return True
-        elif node.op_type not in _REMOVED:
-            return False
-        if source is None:
-            return False
-        value = source
+        elif node.op_type in _REMOVED:
+            sources = sources[:1]
+        elif permutation:
+            sources = [] if node.op_type in _PRODUCTS else sources
+        elif node.op_type not in _REMOVED_WITH_CONSTANT or len(sources) != 1:
+            continue
+        found = {(source, permutation) for source in sources} - seen
+        seen |= found
+        pending += found
     return False
 
 
