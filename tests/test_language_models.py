@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from decoder_cases import FLOATS, LLAMA, MATMULS, QUANTISED, Sentences, batch_of, op_types, plain, qdq
 from decoders import HIDDEN, VOCABULARY, Array, write_llama
 from graphs import MODELS, inputs_of
+from test_decoders import FLOATS, LLAMA, MATMULS, batch_of, blocks, dynamic, op_types, plain, qdq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -38,9 +39,37 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+QUANTISED: dict[str, tuple[Callable[[Path, Path], None], str, float]] = {
+    "int4": (lambda source, path: blocks(source, path, 4, "MatMul"), "MatMulNBits", 1e-4),
+    "int4 with its table": (
+        lambda source, path: blocks(source, path, 4, "MatMul", "Gather"),
+        "GatherBlockQuantized",
+        1e-4,
+    ),
+    "int8 in blocks": (lambda source, path: blocks(source, path, 8, "MatMul"), "MatMulNBits", 1e-4),
+    "dynamic int8": (dynamic, "DynamicQuantizeLinear", 5e-2),  # activations are rounded to 256 values
+    "QDQ": (qdq, "DequantizeLinear", 5e-2),
+}
+"""By name: what quantises a file, an operator that it leads to, and by how much losses may differ."""
+
+
 @dataclass
-class Continued(Sentences):
-    """The sentences as a batch of causal-lm: every real token but the first of its sentence is predicted."""
+class Sentences:
+    """Random sentences as batches of causal-lm: every real token but the first of its sentence is predicted."""
+
+    path: Path
+    lengths: Array = field(default_factory=lambda: np.array([7, 5, 6, 7, 3, 7, 4, 6]))
+
+    def __post_init__(self) -> None:
+        self.mask = (np.arange(7) < self.lengths[:, None]).astype(np.int64)
+        self.ids = np.random.default_rng(9).integers(1, VOCABULARY, self.mask.shape) * self.mask
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.ids.tobytes()).hexdigest()
 
     def batch(self, indices: Array) -> pz.Batch:
         ids, mask = self.ids[indices], self.mask[indices]
@@ -84,7 +113,7 @@ def of_every_token(path: Path, batch: dict[str, Array]) -> list[str]:
 
 def accept(path: Path, folder: Path, tolerance: float, **options: Any) -> pz.Bundle:
     """Prepare a decoder for causal-lm, compare both graphs with the export, train 3 steps and replay the journal."""
-    data = Continued(path)
+    data = Sentences(path)
     everything = data.batch(np.arange(len(data)))
     expected = token_losses(plain(path, everything)["logits"], everything)
     bound = tolerance * np.abs(expected).max()

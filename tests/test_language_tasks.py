@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoder_cases import FLOATS, batch_of, plain
 from decoders import VOCABULARY, Array
 from graphs import MODELS, model_of, node, weight
+from test_decoders import FLOATS, batch_of, plain
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from decoders import MICROSOFT, Array, Nodes
+from decoders import MICROSOFT, Array, Nodes, llama_weights, write_llama
 from onnx import TensorProto, helper, numpy_helper
 
 from pocketzo.errors import BundleError
@@ -383,3 +383,10 @@ def test_a_batch_with_past_tokens_is_refused() -> None:
     batch: dict[str, Array] = {"input_ids": IDS, "past_key_values.0.key": np.zeros((BATCH, 2, 3, 4), np.float32)}
     with pytest.raises(BundleError, match=r"past tokens, 'past_key_values.0.key' \[3, 2, 3, 4\].* caches of length 0"):
         LanguageGraph(causal=True).feed(batch)
+
+
+def test_layers_share_an_empty_cache(tmp_path: Path) -> None:
+    path = write_llama(tmp_path / "m.onnx", llama_weights(kv_heads=2), 2)
+    model = read_model(path)
+    remove_cache(model.graph)
+    assert [node.op_type for node in model.graph].count("ConstantOfShape") == 1

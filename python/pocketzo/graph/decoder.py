@@ -59,6 +59,7 @@ def remove_cache(graph: ir.Graph) -> None:
     first = next(iter(graph), None)
     build = Builder(graph, "pocketzo.cache.", before=first)
     batch = None
+    empty: dict[tuple[object, ...], ir.Value] = {}
     cached = has_cache(graph)
     flags = []
     for name, value in inputs.items():
@@ -66,7 +67,10 @@ def remove_cache(graph: ir.Graph) -> None:
             if batch is None:
                 shape = build.op("Shape", inputs[TOKENS])
                 batch = build.op("Slice", shape, build.constant([0]), build.constant([1]))
-            _replace(graph, value, _empty(build, value, batch, str(tokens[0])))
+            kind = (value.dtype, *(shape_of(value) or ()))
+            if kind not in empty:  # one for all layers
+                empty[kind] = _empty(build, value, batch, str(tokens[0]))
+            _replace(graph, value, empty[kind])
         elif name in _FIXED and value.dtype is not None:
             array = np.full([size if isinstance(size, int) else 1 for size in shape_of(value) or ()], _FIXED[name])
             constant = build.op("Constant", value=ir.tensor(array.astype(value.dtype.numpy())))
