@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from decoder_cases import FLOATS, GPT2, MATMULS, batch_of, blocks, plain
 from decoders import POSITIONS, VOCABULARY, Array, write_gpt2
 from onnx import TensorProto, numpy_helper
 from onnxruntime.transformers import float16
+from test_decoders import FLOATS, GPT2, MATMULS, batch_of, blocks, plain
 
 import pocketzo as pz
 from pocketzo.formats.bundle import TOKENIZER

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from decoder_cases import FLOATS, Sentences
 from test_cli import good, pocketzo, refused
+from test_decoders import FLOATS, Sentences
 from test_generate import with_generation
 
 import pocketzo as pz
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     made = Tuned(folder / "base", folder / "run", folder / "replayed", plain.path)
     bundle = with_generation(source, made.base, graph=plain.model_path, loss=None)
     model = pz.load(bundle, threads=1)
-    data = Sentences(source)
+    data = pz.load_dataset(Sentences().save(folder / "data.npz"), bundle)
     pz.Trainer(
         model, pz.MeZO(model, lr=3e-3, seed=4), data, steps=STEPS, batch_size=4, eval=data, eval_every=3, run=made.run
     ).fit()

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from decoder_cases import FLOATS
 from test_cli import good, pocketzo, refused
+from test_decoders import FLOATS
 from test_language_tasks import CHATML, CHOICES, COMPLETIONS, END, PROMPTS, lines, words, write_tokenizer
 
 import pocketzo as pz

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from decoder_cases import FLOATS, batch_of, plain
 from decoders import VOCABULARY, Array
 from graphs import MODELS, model_of, node, weight
+from test_decoders import FLOATS, batch_of, plain
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 import pocketzo as pz
+from pocketzo.data.examples import Example
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import DataError
 from pocketzo.formats.safetensors import file_sha256
@@ -150,8 +151,9 @@ def test_a_completion_that_shares_a_token_with_its_prompt_is_tokenised_by_itself
                        "{% endgeneration %}{% else %}{{ m.content }} w9{% endif %}"),
         # Answers before the last one are written without their first word, as reasoning is left out.
         CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}w8 {% endif %}{{ m.content }}"),
+        CHATML.replace("{{ 'assistant ' }}", "{{ 'assistant w3 ' }}"),  # a prompt that begins to reason
     ],
-    ids=["prefixes", "generation", "left out"],
+    ids=["prefixes", "generation", "left out", "another prompt"],
 )  # fmt: skip
 def test_only_the_assistants_turns_of_a_chat_count(chat: str, tmp_path: Path) -> None:
     bundle = prepared(
@@ -325,6 +327,13 @@ def test_of_a_pair_the_longer_text_is_cut(tmp_path: Path) -> None:
         load_dataset(lines(tmp_path / "d.jsonl", {"text": "w1", "label": 0}), bundle)
 
 
+def test_the_spaces_around_a_text_are_left_out(tmp_path: Path) -> None:
+    bundle = prepared(tmp_path, "prompt", **PROMPT | {"template": "w20 {text}, {pair}: {other}"})
+    tokenizer = bpe()
+    (got,) = task_of(bundle).encode(tokenizer, [Example(" a b\n", "\tc ", 0)], None)
+    assert got.rows[0].ids == tokenizer.encode("w20 a b, c: {other}").ids
+
+
 def test_a_masked_prompt_counts_at_the_templates_own_mask(tmp_path: Path) -> None:
     tokenizer = Tokenizer(WordLevel({f"w{n}": n for n in range(39)} | {"[MASK]": 39}, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -342,6 +351,8 @@ def test_a_masked_prompt_counts_at_the_templates_own_mask(tmp_path: Path) -> Non
         label_words=["w9", "w7"],
         max_length=8,
     )
+    first = with_template(bundle, tokenizer, "{mask} {text}")
+    assert encode_texts(["w10 [MASK]"], first).batch(np.array([0]))["positions"].tolist() == [1]
     data = encode_texts(["w10 [MASK] w12 w13 w14", "w10"], bundle)
     batch = data.batch(np.array([0, 1]))
     assert batch["input_ids"].tolist() == [[1, 10, 39, 12, 6, 39, 4, 2], [1, 10, 6, 39, 4, 2, 0, 0]]

@@ -72,21 +72,23 @@ def _answer(bundle: Bundle, text: str, messages: Sequence[Mapping[str, Any]], nu
     """Return where in the text of a chat one of its messages is."""
     content = messages[number].get("content")
     content = content.strip() if isinstance(content, str) else ""
-    before = chat_text(bundle, messages[:number], add_generation_prompt=True) if number else ""
-    through = chat_text(bundle, messages[: number + 1], add_generation_prompt=False)
-    start = len(before)
-    if not before or not text.startswith(before):
-        start = text.find(content, _shared(before, text))
-    if start >= 0 and text.startswith(through):
+    earlier, message = list(messages[:number]), messages[number]
+    before = chat_text(bundle, earlier, add_generation_prompt=True) if earlier else ""
+    through = chat_text(bundle, [*earlier, message], add_generation_prompt=False)
+    blank = chat_text(bundle, [*earlier, {**message, "content": MARKS[0]}], add_generation_prompt=False)
+    head, _, ending = blank.partition(MARKS[0])
+    # The prompt may begin to reason, which the chat leaves out; or the chat may, which the prompt leaves to the model.
+    starts = [len(one) for one in (before, head) if one and text.startswith(one)]
+    start = min(starts, default=0)
+    if text.startswith(through):
         return start, len(through)
-    at = text.find(content, start) if content and start >= 0 else -1
-    if at < 0 or content not in through:
+    at = text.find(content, start) if content and (starts or not head) else -1
+    if at < 0:
         raise DataError(
             f"the chat template changes message {number}, the assistant's, so that it is not found in the text: use a "
             "template that marks it by {% generation %}"
         )
     end = at + len(content)
-    ending = through[through.rindex(content) + len(content) :]
     return start, end + _shared(ending, text[end:])
 
 
