@@ -294,6 +294,7 @@ def test_tables_of_positions_limit_the_text(bundles: Callable[[str], pz.Bundle])
         "llama": None,
         "llama, a head each": None,
         "qwen2": None,
+        "qwen2-vl": None,
         "qwen3": None,
         "merged gpt2": POSITIONS,
         "genai": POSITIONS,
