@@ -198,8 +198,9 @@ def aarch64(session: nox.Session) -> None:
     run_pytest(session, "here, of aarch64", "host", here, *pytest, "tests/test_runs.py", **env)
     # What these check is the same on any processor, and they start many processes.
     elsewhere = (
-        *("bundle", "chat", "data", "decoders", "fences", "fuzzed", "generate", "generate_cli", "kills", "locale"),
-        *("losses", "metrics", "packages", "skips", "staging", "tasks", "zoo"),
+        *("bundle", "chat", "data", "decoders", "fences", "fuzzed", "generate", "generate_cli", "kills"),
+        *("language_cli", "language_models", "language_tasks", "locale", "losses", "metrics", "packages"),
+        *("skips", "staging", "tasks", "zoo"),
     )
     everything = ("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere))
     run_pytest(session, "qemu, neoverse-n1", "qemu", arm, *pytest, *everything, QEMU_CPU="neoverse-n1", **env)

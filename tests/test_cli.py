@@ -748,7 +748,7 @@ def test_a_second_signal_ends_at_once_and_the_run_can_be_resumed(
 def test_a_signal_after_the_last_step_changes_nothing_more(workspace: Workspace, tmp_path: Path) -> None:
     late = "import os, signal\nfrom pocketzo.cli import train\nsummary = train._print_summary\n"
     late += "again = lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(3)]\n"
-    late += "train._print_summary = lambda past: (again(), summary(past))"
+    late += "train._print_summary = lambda *given: (again(), summary(*given))"
     returned, output, errors = interrupt(workspace, tmp_path / "run", signal.SIGTERM, before=late)
     assert returned == 143, errors
     assert "to go on: pocketzo train --resume" in output
