@@ -114,3 +114,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "tiny.npz"
     write_tiny_data(path)
     return path
+
+
+@pytest.fixture
+def data(tiny_bundle: Path, tiny_data: Path) -> pz.Dataset:
+    return pz.load_dataset(tiny_data, pz.Bundle.read(tiny_bundle))
+
+
+@pytest.fixture
+def model(tiny_bundle: Path) -> pz.Model:
+    return pz.load(tiny_bundle, threads=1)

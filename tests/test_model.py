@@ -23,11 +23,6 @@ BATCH: dict[str, np.ndarray[Any, Any]] = {
 }
 
 
-@pytest.fixture
-def model(tiny_bundle: Path) -> pz.Model:
-    return pz.load(tiny_bundle, threads=1)
-
-
 def test_weights_are_those_of_the_file(model: pz.Model, tiny_bundle: Path) -> None:
     from safetensors.numpy import load_file
 

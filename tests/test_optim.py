@@ -75,11 +75,6 @@ def image(model: pz.Model) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def model(tiny_bundle: Path) -> pz.Model:
-    return pz.load(tiny_bundle, threads=1)
-
-
-@pytest.fixture
 def fresh(tiny_bundle: Path) -> pz.Model:
     return pz.load(tiny_bundle, threads=1)
 

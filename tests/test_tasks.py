@@ -309,11 +309,6 @@ EVERY = ["accuracy", "f1", "matthews", "loss", "perplexity"]
 
 
 @pytest.fixture
-def model(tiny_bundle: Path) -> pz.Model:
-    return pz.load(tiny_bundle, threads=1)
-
-
-@pytest.fixture
 def data(tiny_data: Path, model: pz.Model) -> pz.Dataset:
     return pz.load_dataset(tiny_data, model.bundle)
 

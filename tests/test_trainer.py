@@ -28,16 +28,6 @@ from pocketzo.train.recipe import Recipe
 from pocketzo.train.verdict import verdict, worse_than_before
 
 
-@pytest.fixture
-def data(tiny_bundle: Path, tiny_data: Path) -> pz.Dataset:
-    return pz.load_dataset(tiny_data, pz.Bundle.read(tiny_bundle))
-
-
-@pytest.fixture
-def model(tiny_bundle: Path) -> pz.Model:
-    return pz.load(tiny_bundle, threads=1)
-
-
 def image(weights: Weights) -> bytes:
     return b"".join(weights._bytes())
 

@@ -22,16 +22,6 @@ from pocketzo.train.verdict import (
 )
 
 
-@pytest.fixture
-def data(tiny_bundle: Path, tiny_data: Path) -> pz.Dataset:
-    return pz.load_dataset(tiny_data, pz.Bundle.read(tiny_bundle))
-
-
-@pytest.fixture
-def model(tiny_bundle: Path) -> pz.Model:
-    return pz.load(tiny_bundle, threads=1)
-
-
 def trained(model: pz.Model, data: pz.Dataset, path: Path, optimizer: pz.Optimizer, **options: Any) -> pz.Run:
     pz.Trainer(model, optimizer, data, run=path, **{"steps": 30, "batch_size": 8, **options}).fit()
     return pz.Run(path)

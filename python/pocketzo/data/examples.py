@@ -10,6 +10,8 @@ from pocketzo.data.readers import Record, not_unicode
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
+
     from pocketzo.data.columns import Columns
     from pocketzo.tasks.base import Task
 
@@ -91,6 +93,17 @@ class Encoded(NamedTuple):
     label: Any
     cut: bool = False
     problem: str | None = None
+
+
+def end_of_text(encoding: Encoding) -> int:
+    """Return the number of tokens before those that the tokenizer appends, such as an end token.
+
+    Tokens that it puts before the text, such as a first one, are among them; if there is no text, all are.
+    """
+    stop = len(encoding.ids)
+    while stop and encoding.special_tokens_mask[stop - 1]:
+        stop -= 1
+    return stop or len(encoding.ids)
 
 
 def examples_of(

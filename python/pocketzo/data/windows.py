@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocketzo.data.examples import Encoded, Row
+from pocketzo.data.examples import Encoded, Row, end_of_text
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def windows(path: Path, lines: list[str], tokenizer: Tokenizer, length: int) -> 
     encoding = tokenizer.encode("".join(lines))
     special = encoding.special_tokens_mask
     first = next((at for at, flag in enumerate(special) if not flag), len(special))
-    last = len(special) - next((at for at, flag in enumerate(reversed(special)) if not flag), 0)
+    last = end_of_text(encoding)
     before, size = encoding.ids[:first], length - first
     if size < 1 or length < 2:
         raise DataError(f"{path}: a maximum length of {length} tokens leaves no room for text: allow 2 or more")

@@ -12,18 +12,23 @@ if TYPE_CHECKING:
 
     from pocketzo.formats.bundle import ValueSpec
 
-_FLAGS: Final = ("use_cache_branch", "num_logits_to_keep")
+FLAGS: Final = ("use_cache_branch", "num_logits_to_keep")
 """Inputs that are 0 where a text begins: no cache is used, and the logits of all tokens are kept."""
 
 
+def is_cache_name(name: str) -> bool:
+    """Whether an input of more than two axes is a cache, as exporters name them."""
+    return re.match("past|cache", name, re.IGNORECASE) is not None
+
+
 def is_cache(spec: ValueSpec) -> bool:
-    """Whether an input holds keys, values or states of past tokens, as exporters name them."""
-    return re.match("past|cache", spec.name, re.IGNORECASE) is not None and len(spec.shape) > 2
+    """Whether an input holds keys, values or states of past tokens."""
+    return is_cache_name(spec.name) and len(spec.shape) > 2
 
 
 def is_flag(spec: ValueSpec) -> bool:
     """Whether an input is one number for all examples that is 0 where a text begins."""
-    return spec.name in _FLAGS and all(size == 1 for size in spec.shape)
+    return spec.name in FLAGS and all(size == 1 for size in spec.shape)
 
 
 def at_beginning(spec: ValueSpec, examples: int) -> NDArray[Any] | None:

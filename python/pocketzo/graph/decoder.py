@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from typing import Final
 
@@ -11,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.past import FLAGS, is_cache_name
 from pocketzo.graph.build import Builder
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.read import shape_of
@@ -18,14 +18,8 @@ from pocketzo.graph.read import shape_of
 TOKENS: Final = "input_ids"
 MASK: Final = "attention_mask"
 
-_CACHE: Final = re.compile(r"past|cache", re.IGNORECASE)
-_FIXED: Final = {"use_cache_branch": False, "num_logits_to_keep": 0, "logits_to_keep": 0}
-"""Flags of exporters: whether there is a cache, and of how many last tokens logits are computed (0: of all)."""
-
-
-def is_cache_name(name: str) -> bool:
-    """Return whether an input of more than two axes is a cache of past tokens, by its name."""
-    return _CACHE.match(name) is not None
+_FIXED: Final = (*FLAGS, "logits_to_keep")
+"""Inputs that are 0 for whole sequences."""
 
 
 def is_cache(value: ir.Value) -> bool:
@@ -72,8 +66,8 @@ def remove_cache(graph: ir.Graph) -> None:
                 empty[kind] = _empty(build, value, batch, str(tokens[0]))
             _replace(graph, value, empty[kind])
         elif name in _FIXED and value.dtype is not None:
-            array = np.full([size if isinstance(size, int) else 1 for size in shape_of(value) or ()], _FIXED[name])
-            constant = build.op("Constant", value=ir.tensor(array.astype(value.dtype.numpy())))
+            sizes = [size if isinstance(size, int) else 1 for size in shape_of(value) or ()]
+            constant = build.op("Constant", value=ir.tensor(np.zeros(sizes, value.dtype.numpy())))
             _replace(graph, value, constant)
             flags.append(constant)
     for flag in flags:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.files import write_file
+from pocketzo.formats.past import is_cache_name
 from pocketzo.formats.probe import Probe
 from pocketzo.graph.build import Builder
-from pocketzo.graph.decoder import MASK, TOKENS, is_cache_name, keep_only, remove_cache
+from pocketzo.graph.decoder import MASK, TOKENS, keep_only, remove_cache
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.positions import logits_at

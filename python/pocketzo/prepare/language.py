@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from pocketzo.formats.files import write_file
 from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.graph.language import LanguageGraph, set_calibration
-from pocketzo.packages import require
 from pocketzo.prepare.calibrate import mean_logits
 from pocketzo.prepare.options import PER, TASKS
+from pocketzo.runtime.tokenizer import open_tokenizer
 from pocketzo.tasks.prompt import label_tokens
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class LanguageTask:
             raise BundleError(
                 f"{model}: a prompt needs the model's tokenizer, and there is none beside it: give --tokenizer"
             )
-        opened = _open_tokenizer(tokenizer)
+        opened = open_tokenizer(tokenizer)
         mask = _mask_token(opened, tokenizer, companions) if "{mask}" in template else None
         tokens = label_tokens(opened, template, label_words)
         settings |= {
@@ -156,17 +155,6 @@ def check_task(task: str | None, options: dict[str, object], loss: str | None, p
         raise ValueError(f"per is an option of the task 'choice', and the task is {task!r}")
     if task is not None and loss not in (None, "cross-entropy"):
         raise ValueError(f"the loss of the task {task!r} is cross-entropy, got {loss!r}")
-
-
-def _open_tokenizer(path: Path) -> Tokenizer:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    require("tokenizers")
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises no narrower type
-        raise BundleError(f"{path}: the tokenizers library cannot read it: {error}") from error
 
 
 def _mask_token(tokenizer: Tokenizer, path: Path, companions: Companions) -> int:

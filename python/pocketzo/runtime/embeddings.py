@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pocketzo.errors import NotPrepackableError
-from pocketzo.runtime.onnx_proto import all_nodes, read_graph
+from pocketzo.runtime.onnx_proto import all_nodes, try_read_graph
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
@@ -27,7 +26,7 @@ def embedding_rows(bundle: Bundle, graph: Path | None = None) -> dict[str, int]:
     ``model.onnx``, or another one over the same weights. Nothing is found without the package protobuf, which some
     installations on phones lack.
     """
-    model = _parsed(graph or bundle.model_path)
+    model = try_read_graph(graph or bundle.model_path)
     if model is None:
         return {}
     sizes = _matrices(bundle, model)
@@ -49,7 +48,7 @@ def context_length(bundle: Bundle, graph: Path) -> int | None:
     A table is a stored matrix that is gathered by positions, or that onnxruntime's operators rotate by. Positions are
     an input, or are counted in the graph, with or without an offset: OPT's begin at row 2.
     """
-    model = _parsed(graph)
+    model = try_read_graph(graph)
     if model is None:
         return None
     sizes = _matrices(bundle, model)
@@ -87,13 +86,6 @@ def _integer(tensor: Any) -> int | None:
     if tensor.raw_data:
         return int(np.frombuffer(tensor.raw_data, _INTEGERS[tensor.data_type])[0])
     return next(iter([*tensor.int64_data, *tensor.int32_data]), None)
-
-
-def _parsed(graph: Path) -> Any:
-    try:
-        return read_graph(graph)
-    except (NotPrepackableError, OSError):
-        return None
 
 
 def _matrices(bundle: Bundle, model: Any) -> dict[str, int]:

@@ -93,6 +93,14 @@ def read_graph(path: Path) -> Any:
         raise BundleError(f"{path}: not an ONNX model: {error}; prepare the model again") from None
 
 
+def try_read_graph(path: Path) -> Any:
+    """Return what :func:`read_graph` does; None without the package protobuf, or if the file cannot be read."""
+    try:
+        return read_graph(path)
+    except (NotPrepackableError, OSError):
+        return None
+
+
 def all_nodes(graph: Any) -> Iterator[Any]:
     """Yield the nodes of a graph, and of those inside it, in topological order."""
     for node in graph.node:

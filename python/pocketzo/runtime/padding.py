@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from pocketzo.errors import NotPrepackableError
-from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.runtime.onnx_proto import all_nodes, try_read_graph
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
@@ -19,15 +18,5 @@ def pads_right_only(bundle: Bundle) -> bool:
 
     False without the package protobuf, which some installations on phones lack.
     """
-    try:
-        model = onnx_messages().Model.FromString(bundle.model_path.read_bytes())
-    except (NotPrepackableError, OSError):
-        return False
-    return _has_counting(model.graph)
-
-
-def _has_counting(graph: Any) -> bool:
-    return any(
-        node.op_type == COUNTING or any(_has_counting(body) for one in node.attribute for body in (one.g, *one.graphs))
-        for node in graph.node
-    )
+    model = try_read_graph(bundle.model_path)
+    return model is not None and any(node.op_type == COUNTING for node in all_nodes(model.graph))

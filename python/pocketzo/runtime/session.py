@@ -64,7 +64,7 @@ def open_constant(graph: Path, threads: int) -> ort.InferenceSession:
     try:
         return _create(utf8_path(graph), _options({}, threads, _LEVEL), [])
     except NotPrepackableError as error:
-        raise BundleError(f"{graph}: onnxruntime refuses the graph: {error.__cause__}") from error.__cause__
+        raise _refused(graph, error) from error.__cause__
 
 
 def open_with_constants(
@@ -130,8 +130,11 @@ def create_session(
     except NotPrepackableError as error:
         if prepacked:
             raise
-        reason = joined_lines(error.__cause__ or error)
-        raise BundleError(f"{graph}: onnxruntime refuses the graph: {reason}") from error.__cause__
+        raise _refused(graph, error) from error.__cause__
+
+
+def _refused(graph: Path, error: NotPrepackableError) -> BundleError:
+    return BundleError(f"{graph}: onnxruntime refuses the graph: {joined_lines(error.__cause__ or error)}")
 
 
 def _options(values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import numpy as np
 
 from pocketzo.data.columns import LineError
-from pocketzo.data.examples import Encoded, Example, text_of
+from pocketzo.data.examples import Encoded, Example, end_of_text, text_of
 from pocketzo.data.turns import answers
 from pocketzo.errors import DataError
 from pocketzo.tasks.base import IGNORED, Task
-from pocketzo.tasks.completion import completed, content, row_of, too_long
+from pocketzo.tasks.completion import completed, row_of, too_long
 from pocketzo.tasks.metrics import Found
 
 if TYPE_CHECKING:
@@ -46,6 +46,10 @@ class LanguageTask(Task):
     def outputs(self, metrics: Sequence[Metric]) -> tuple[str, ...]:
         """Return the name of the output that all metrics need."""
         return (TOKEN_LOSSES,)
+
+    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[Any]:
+        """Raise NotImplementedError: the graph has no scores."""
+        raise NotImplementedError
 
 
 class CausalLM(LanguageTask):
@@ -137,15 +141,11 @@ class CausalLM(LanguageTask):
         losses = outputs.get(TOKEN_LOSSES)
         return Found(None if losses is None else float(losses.mean(dtype=np.float64)))
 
-    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[Any]:
-        """Raise NotImplementedError: the graph has no scores."""
-        raise NotImplementedError
-
 
 def _text(encoding: Encoding, limit: int | None) -> Encoded:
     """Return the tokens of a text, of which the last ones are cut off if there are too many."""
     cut = limit is not None and len(encoding.ids) > limit
-    row = row_of(encoding, [True] * (min(limit, content(encoding).stop) if cut and limit else len(encoding.ids)))
+    row = row_of(encoding, [True] * (min(limit, end_of_text(encoding)) if cut and limit else len(encoding.ids)))
     return Encoded([row], None, cut, too_long(row, limit, "the text"))
 
 

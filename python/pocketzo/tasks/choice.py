@@ -152,10 +152,6 @@ class Choice(LanguageTask):
         """Return the number of examples."""
         return examples
 
-    def predictions(self, scores: NDArray[np.floating[Any]]) -> NDArray[Any]:
-        """Raise NotImplementedError: the graph has no scores."""
-        raise NotImplementedError
-
 
 def _kind(value: object) -> str:
     return f"{len(value)}" if isinstance(value, list) else type(value).__name__

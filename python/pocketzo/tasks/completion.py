@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pocketzo.data.examples import Row
+from pocketzo.data.examples import Row, end_of_text
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
-
-
-def content(encoding: Encoding) -> range:
-    """Return which tokens of a text come before those that the tokenizer appends, such as an end token.
-
-    Tokens that it puts before the text, such as a first one, are among them.
-    """
-    stop = len(encoding.ids)
-    while stop and encoding.special_tokens_mask[stop - 1]:
-        stop -= 1
-    return range(stop or len(encoding.ids))
 
 
 def row_of(encoding: Encoding, counted: Sequence[bool]) -> Row:
@@ -52,8 +41,8 @@ def completed(tokenizer: Tokenizer, prompts: Sequence[str], completions: Sequenc
     starts = tokenizer.encode_batch(list(prompts))
     wholes = tokenizer.encode_batch([a + b for a, b in zip(prompts, completions, strict=True)])
     for start, whole, completion in zip(starts, wholes, completions, strict=True):
-        first = start.ids[: content(start).stop]
-        ids = whole.ids[: content(whole).stop]
+        first = start.ids[: end_of_text(start)]
+        ids = whole.ids[: end_of_text(whole)]
         if ids[: len(first)] != first or len(ids) == len(first):
             ids = first + tokenizer.encode(completion, add_special_tokens=False).ids
         if len(ids) > len(first) and end is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from pocketzo.errors import TrainingError
 from pocketzo.runtime.model import Model
 from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import Found
-from pocketzo.tasks.parts import run
+from pocketzo.tasks.parts import mean_loss, run
 from pocketzo.tasks.registry import task_of
 
 
@@ -130,10 +129,10 @@ def evaluate_in_parts(
 
 def _joined(founds: Sequence[tuple[Found, int]]) -> Found:
     """Return the results of several batches as those of one; each comes with the weight of its mean loss."""
-    losses = [(found.loss, weight) for found, weight in founds if found.loss is not None and weight]
+    losses = [(found.loss, weight) for found, weight in founds if found.loss is not None]
     labelled = [found for found, _ in founds if found.predictions is not None and found.labels is not None]
     return Found(
-        sum(loss * weight for loss, weight in losses) / sum(weight for _, weight in losses) if losses else math.nan,
+        mean_loss((loss for loss, _ in losses), (weight for _, weight in losses)),
         np.concatenate([found.predictions for found in labelled]) if labelled else None,
         np.concatenate([found.labels for found in labelled]) if labelled else None,
     )

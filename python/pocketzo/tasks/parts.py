@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from math import nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -116,9 +116,7 @@ def run(
     for name, first in results[0].items():
         if name == loss:
             weights = [task.weight(part.batch, part.at.size) for part in cut]
-            losses = [(float(result[name]), weight) for result, weight in zip(results, weights, strict=True) if weight]
-            mean = sum(value * weight for value, weight in losses) / sum(weight for _, weight in losses or [(0, 1)])
-            joined[name] = np.array(mean if losses else math.nan)
+            joined[name] = np.array(mean_loss((float(result[name]) for result in results), weights))
             continue
         values = np.empty((total, *first.shape[1:]), first.dtype)
         for part, result in zip(cut, results, strict=True):
@@ -130,6 +128,12 @@ def run(
             values[part.at] = result[name]
         joined[name] = values
     return joined
+
+
+def mean_loss(losses: Iterable[float], weights: Iterable[int]) -> float:
+    """Return the mean of losses, each with the weight of what counts in it; NaN if nothing does."""
+    counted = [(loss, weight) for loss, weight in zip(losses, weights, strict=True) if weight]
+    return sum(loss * weight for loss, weight in counted) / sum(weight for _, weight in counted) if counted else nan
 
 
 class _Budget:

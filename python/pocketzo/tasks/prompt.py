@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from pocketzo.data.columns import LineError
-from pocketzo.data.examples import Encoded, Row
+from pocketzo.data.examples import Encoded, Row, end_of_text
 from pocketzo.formats.bundle import TaskSpec
 from pocketzo.tasks.classification import Classification
-from pocketzo.tasks.completion import content
 from pocketzo.tasks.template import Template
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ class Prompt(Classification):
 
     def _encoded(self, example: Example, filled: Filled, encoding: Encoding, limit: int | None) -> Encoded:
         """Return the tokens of a prompt, and which is the one whose logits count."""
-        last = len(encoding.ids) if self.mask_token is not None else content(encoding).stop
+        last = len(encoding.ids) if self.mask_token is not None else end_of_text(encoding)
         kept = list(range(last))
         excess = 0 if limit is None else len(kept) - limit
         if excess > 0:
