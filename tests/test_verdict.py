@@ -46,6 +46,9 @@ def losses_of(model: pz.Model, data: pz.Dataset) -> Any:
         (0.5, 0.521, 0.01, True, "better"),
         (0.5, 0.5, 0.0, True, "unmoved"),
         (0.5, 0.6, None, True, "better"),
+        (1.1, 1.9e6, 8.7e5, False, "worse"),  # a few of eight examples have all of it
+        (1.1, 105.0, 60.0, False, "unmoved"),
+        (1.1, 1.9e6, 1e6, True, "unmoved"),
         (0.5, math.nan, None, True, "worse"),
         (math.nan, 0.5, None, True, "better"),
         (math.nan, math.nan, None, True, "unmoved"),

@@ -14,6 +14,7 @@ from pocketzo.tasks.metrics import METRICS, metric_named
 from pocketzo.train.run import EVAL, SAMPLE, Run
 
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, 97.5 %, 1 to 10 degrees of freedom
+_RUIN = 100.0  # times its value: a loss that rose so far is no noise, though a few examples may have most of it
 _ROUNDING = 1e-6  # relative; a change below it may come from roundings of the forward pass
 _LEAST_STEPS = 8  # below it, the losses of the first and the last steps are not compared
 _WINDOW = 0.2, 100  # share of the steps, and most steps, that are the first or the last ones
@@ -53,6 +54,8 @@ class Change:
             return "worse" if math.isfinite(self.before) else "unmoved"
         if not math.isfinite(self.before):
             return "better"
+        if not self.higher_is_better and self.after > _RUIN * self.before > 0:
+            return "worse"
         difference = self.after - self.before
         if abs(difference) <= _ROUNDING * abs(self.before) or (
             self.error is not None and abs(difference) <= self.significance * self.error
