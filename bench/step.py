@@ -69,10 +69,11 @@ class System(NamedTuple):
     forwards: int = 2  # of a step
 
 
-def start(system: str, shape: str, bundle: Path, batch: str, threads: int) -> System:
-    """Load a system of this script, of memory.py or of methods.py."""
-    count, tokens = map(int, batch.split("x"))
-    inputs = make_batch(shape, count, tokens)
+def start(
+    system: str, shape: str, bundle: Path, batch: str, threads: int, inputs: dict[str, Any] | None = None
+) -> System:
+    """Load a system of this script, of memory.py, methods.py or paper.py; the last one brings its own inputs."""
+    inputs = inputs or make_batch(shape, *map(int, batch.split("x")))
     if system in ("torch", "adamw"):
         import torch
         import torch_peers
@@ -130,7 +131,15 @@ class Sampler:
         return self.largest
 
 
-def worker(system: str, shape: str, bundle: str, batch: str, threads: str) -> None:
+def worker(
+    system: str,
+    shape: str,
+    bundle: str,
+    batch: str,
+    threads: str,
+    *,
+    start: Callable[[str, str, Path, str, int], System] = start,
+) -> None:
     """Take as many steps as each input line says and answer with their seconds; at the end, report the memory."""
     sampler = Sampler()
     began = time.perf_counter()

@@ -326,6 +326,37 @@ def accuracy_table(report: Report) -> list[str]:
 METHOD_TARGETS = {("roberta-large", "1x16", "MeZO, block=0.25"): 1.5}
 
 
+PAPER = {"roberta-large": 4.0, "opt-1.3b": 6.5}  # GB on a phone, arXiv 2407.01031
+
+
+def paper_table(report: Report) -> list[str]:
+    body = []
+    for cell in report["results"]["cells"]:
+        shape = cell["shape"]
+        title = f"{TITLES[shape]}'s shape ({cell['parameters'] / 1e6:,.0f} M)"
+        for row in cell["rows"]:
+            ratio = row.get("ratio")
+            body.append(
+                [
+                    title,
+                    TRAINING.get(row["system"]) or SYSTEM[row["system"]],
+                    f"{seconds(row['median'])} ({seconds(row['low'])} to {seconds(row['high'])})",
+                    f"{ratio['median']:.2f}" if ratio else "",
+                    f"{row['peak'] / 1e9:.2f} GB",
+                ]
+            )
+            title = ""
+        body.append(["", "PocketLLM, on a phone (its paper)", "", "", f"{PAPER[shape]:.1f} GB"])
+    return [
+        caption(report),
+        "",
+        "Exported from checkpoints by `pocketzo export` and prompted; all parameters, 8 x 64 tokens, 2 threads. "
+        "Medians (and quartiles). The peak is that of a fresh process, loading included.",
+        "",
+        *markdown(["", "", "a step", "/ two forwards", "peak memory"], body),
+    ]
+
+
 def methods_table(report: Report) -> list[str]:
     cells = report["results"]["cells"]
     header, body, targets = ["", "forwards"], [], []
@@ -600,6 +631,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "accuracy": (("accuracy",), accuracy_table),
     "cycles": (("cycles",), cycles_table),
     "fp16": (("fp16",), fp16_table),
+    "paper": (("paper",), paper_table),
 }
 
 
