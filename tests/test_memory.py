@@ -226,3 +226,36 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     resumed = pz.Trainer.resume(tmp_path / "run", Growing())
     resumed.fit()
     assert resumed.model.weights.sha256() == expected
+
+
+def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
+    words, count = 60_000, 200
+    rng = np.random.default_rng(2)
+    head = (0.1 * rng.standard_normal((8, words))).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
+            helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
+        ],
+        "lm",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", words])],
+        [
+            numpy_helper.from_array(rng.standard_normal((50, 8)).astype(np.float32), "embedding"),
+            numpy_helper.from_array(head, "head"),
+        ],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    model = pz.load(pz.prepare(tmp_path / "m.onnx", tmp_path / "base", task="causal-lm"))
+
+    def batch(n: int) -> dict[str, NDArray[np.int64]]:
+        return {"input_ids": np.arange(n)[None] % 50, "positions": np.arange(n), "targets": np.arange(n)}
+
+    model.run(batch(2))
+    reset_peak()
+    before = resident_memory()
+    model.run(batch(count))
+    peak = process_memory()[1]
+    assert peak is not None
+    logits = 4 * words * count
+    assert 0.9 * logits < peak - before < 1.3 * logits
