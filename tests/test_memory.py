@@ -228,10 +228,10 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     assert resumed.model.weights.sha256() == expected
 
 
-def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
-    words, count = 60_000, 200
+def language_model(folder: Path, words: int) -> pz.Bundle:
+    """Prepare a decoder whose output projection is its widest matrix."""
     rng = np.random.default_rng(2)
-    head = (0.1 * rng.standard_normal((8, words))).astype(np.float32)
+    shapes = {"embedding": (words, 8), "head": (8, words)}
     graph = helper.make_graph(
         [
             helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
@@ -240,22 +240,33 @@ def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
         "lm",
         [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", words])],
-        [
-            numpy_helper.from_array(rng.standard_normal((50, 8)).astype(np.float32), "embedding"),
-            numpy_helper.from_array(head, "head"),
-        ],
+        [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), name) for name, s in shapes.items()],
     )
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
-    model = pz.load(pz.prepare(tmp_path / "m.onnx", tmp_path / "base", task="causal-lm"))
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "m.onnx")
+    return pz.prepare(folder / "m.onnx", folder / "base", task="causal-lm")
 
-    def batch(n: int) -> dict[str, NDArray[np.int64]]:
-        return {"input_ids": np.arange(n)[None] % 50, "positions": np.arange(n), "targets": np.arange(n)}
 
-    model.run(batch(2))
+def row_of_tokens(length: int, positions: int) -> dict[str, NDArray[np.int64]]:
+    at = np.arange(positions)
+    return {"input_ids": np.arange(length)[None], "positions": at, "targets": at}
+
+
+def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
+    words, count = 60_000, 200
+    model = pz.load(language_model(tmp_path, words))
+    model.run(row_of_tokens(2, 2))
     reset_peak()
     before = resident_memory()
-    model.run(batch(count))
+    model.run(row_of_tokens(count, count))
     peak = process_memory()[1]
     assert peak is not None
     logits = 4 * words * count
     assert 0.9 * logits < peak - before < 1.3 * logits
+
+
+def test_a_limit_counts_the_logits_of_positions_only(tmp_path: Path) -> None:
+    words, count = 20_000, 2000
+    model = pz.load(language_model(tmp_path, words), threads=1, max_memory=resident_memory() + 100 * MB)
+    assert np.isfinite(model.loss(row_of_tokens(count, 10)))  # 160 MB, if all tokens had logits
+    with pytest.raises(pz.MemoryLimitError, match=r"1 x 2000 tokens was stopped: .* may take 337 MB more"):
+        model.loss(row_of_tokens(count, count))

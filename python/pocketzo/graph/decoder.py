@@ -18,9 +18,6 @@ from pocketzo.graph.read import shape_of
 TOKENS: Final = "input_ids"
 MASK: Final = "attention_mask"
 
-_FIXED: Final = (*FLAGS, "logits_to_keep")
-"""Inputs that are 0 for whole sequences."""
-
 
 def is_cache(value: ir.Value) -> bool:
     """Return whether an input of a graph holds keys and values of past tokens."""
@@ -65,7 +62,7 @@ def remove_cache(graph: ir.Graph) -> None:
             if kind not in empty:  # one for all layers
                 empty[kind] = _empty(build, value, batch, str(tokens[0]))
             _replace(graph, value, empty[kind])
-        elif name in _FIXED and value.dtype is not None:
+        elif name in FLAGS and value.dtype is not None:
             sizes = [size if isinstance(size, int) else 1 for size in shape_of(value) or ()]
             constant = build.op("Constant", value=ir.tensor(np.zeros(sizes, value.dtype.numpy())))
             _replace(graph, value, constant)
