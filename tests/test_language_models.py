@@ -178,6 +178,19 @@ def test_a_decoder_in_float16_trains_and_generates(name: str, tmp_path: Path) ->
     accept(FLOATS[name](tmp_path / "m.onnx"), tmp_path, 5e-2, dtype="float16")
 
 
+@pytest.mark.filterwarnings("ignore:this processor does not compute in fp16")
+def test_operators_of_onnxruntime_may_come_without_their_operator_set(tmp_path: Path) -> None:
+    path = FLOATS["genai"](tmp_path / "m.onnx")
+    model = onnx.load(path)
+    del model.opset_import[1:]
+    onnx.save(model, path)
+    for dtype in ("float32", "float16"):
+        bundle = pz.prepare(path, tmp_path / dtype, task="causal-lm", dtype=dtype)
+        for graph in (bundle.model_path, bundle.generate_path):
+            imports = {entry.domain: entry.version for entry in onnx.load(graph, load_external_data=False).opset_import}
+            assert imports["com.microsoft"] == 1
+
+
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
