@@ -218,7 +218,12 @@ def test_a_resume_reads_the_metrics_once(
     train(model, data, tmp_path / "run", steps=4, eval=data, eval_every=2)
     read: list[Path] = []
     read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), read_bytes(path))[1])
+
+    def counted(path: Path) -> bytes:
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
     trainer = pz.Trainer.resume(tmp_path / "run", data, eval=data)
     trainer.fit()
     assert trainer.evaluations.keys() == {0, 2, 4}

@@ -35,6 +35,9 @@ class Dataset:
     lengths : ndarray of int32, shape [n], or None
         The number of tokens of each example, of the longest row if it has several; None for a model that takes no
         tokens.
+    prompted : ndarray of bool, shape [n], or None
+        Whether an example of a language model is a prompt, or a chat, that is followed by what counts; None if that is
+        not known.
     labels : tuple of str or None
         The names of the classes; None if the bundle has none.
     cut : int
@@ -60,6 +63,7 @@ class Dataset:
         self._labels = np.array(labels, task.label_dtype) if labels else None  # [n], or [n, columns]
         self.label_ids = self._labels if task.predicts == "classes" else None
         self.lengths = None if tokens is None else tokens.longest_rows
+        self.prompted = None if tokens is None else tokens.prompted
         self._size = size
         self._tokens = tokens
         self._token_length = _token_length(bundle)
@@ -196,6 +200,7 @@ class Tokens:
     row_starts: NDArray[np.int64] | None = None  # [n + 1], the first row of each example, and the number of rows
     counted: NDArray[np.bool_] | None = None  # [sum of lengths]: whether the token counts; needs padding on the right
     shift: int = 0  # how far the position whose logits count is before the token that counts
+    prompted: NDArray[np.bool_] | None = None  # [n]: whether an example is a prompt, followed by what counts
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -117,6 +117,12 @@ class Generator:
             ids.pop()
         return ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens up to the first one that ends a text."""
+        end = next((at for at, token in enumerate(tokens) if token in self._eos), len(tokens))
+        text: str = self.tokenizer.decode(list(tokens[:end]))
+        return text
+
     def stream(
         self,
         prompt: str | Sequence[int],

@@ -65,7 +65,6 @@ class Model:
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self._session = session
-        self._generator: Generator | None = None
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
@@ -194,6 +193,11 @@ class Model:
             )
         return float(loss.item())
 
+    @cached_property
+    def generator(self) -> Generator:
+        """The second session over the same weights, for generating text; see :meth:`stream`."""
+        return Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
+
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -242,9 +246,7 @@ class Model:
         TypeError, ValueError
             A setting is out of range, or the prompt has no tokens, or more than the model reads.
         """
-        if self._generator is None:
-            self._generator = Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
-        return self._generator.stream(
+        return self.generator.stream(
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
