@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import subprocess
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 import pocketzo as pz
 from pocketzo.machine import cores, memory
-from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, watch
+from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, trim_heap, watch
 from pocketzo.runtime import loader
 from pocketzo.runtime.model import SMALL
 
@@ -67,6 +68,23 @@ def test_readings_agree() -> None:
     assert resident is not None
     assert peak is not None
     assert abs(resident_memory() - resident) < 20 * MB
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, count = 64_000, 1000
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    last = libc.malloc(size)  # what is freed before it stays in the heap
+    for block in blocks:
+        libc.free(block)
+    before = resident_memory()
+    trim_heap()
+    freed = before - resident_memory()
+    libc.free(last)
+    assert freed > 0.5 * size * count or not hasattr(libc, "malloc_trim")
 
 
 def test_a_watch_calls_once_when_the_limit_is_exceeded() -> None:
