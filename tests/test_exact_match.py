@@ -58,7 +58,7 @@ def test_the_share_of_prompts_that_the_model_completes(tmp_path: Path) -> None:
     assert pz.exact_match(model, data) == 3 / 4
     found = list(pz.complete(model, data))
     assert [one.matches for one in found] == [True, False, True, True]
-    assert found[1] == (wrong["prompt"], wrong["completion"].strip(), right[0]["completion"].strip())
+    assert found[1] == (wrong["prompt"], wrong["completion"].strip(), right[0]["completion"].strip(), True)
     assert pz.exact_match(model, data, max_tokens=2) == 0  # of one token too many, or cut
     assert pz.exact_match(pz.load(bundle, threads=1), data) == 3 / 4  # prepacked
     model.weights["model.norm.weight"] = -model.weights["model.norm.weight"]
@@ -79,6 +79,9 @@ def test_a_completion_ends_at_the_end_token(tmp_path: Path) -> None:
     assert [one.got for one in found] == [texts[1]] * 3
     assert [one.matches for one in found] == [False, True, True]  # what follows an end token does not count
     assert [one.matches for one in pz.complete(model_of(bundle), data)] == [False, True, True]
+    unended = list(pz.complete(model_of(bundle), data, max_tokens=2))
+    assert [one.got for one in unended] == [texts[1]] * 3
+    assert not any(one.ended or one.matches for one in unended)  # the text might go on
 
 
 def test_the_prompt_is_that_of_training(tmp_path: Path) -> None:

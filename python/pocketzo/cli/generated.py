@@ -55,7 +55,8 @@ class Generated:
             table.add_column(name, overflow="fold", ratio=1)
         for one in self.examples:
             prompt = one.prompt if len(one.prompt) <= _LONGEST else f"...{one.prompt[-_LONGEST:]}"
-            table.add_row(*(Text(text.replace("\n", "\\n")) for text in (prompt, one.expected, one.got)))
+            got = one.got if one.ended else f"{one.got} ..."
+            table.add_row(*(Text(text.replace("\n", "\\n")) for text in (prompt, one.expected, got)))
         return table
 
 

@@ -29,16 +29,19 @@ class Completion(NamedTuple):
     expected, got : str
         The completion of the data, and the generated one: each up to a token that ends a text, and without spaces and
         line breaks around it.
+    ended : bool
+        Whether the model ended its text, or the data does not say where it ends.
     """
 
     prompt: str
     expected: str
     got: str
+    ended: bool
 
     @property
     def matches(self) -> bool:
-        """Whether the two completions are equal."""
-        return self.expected == self.got
+        """Whether the two completions are equal, and the generated one ended."""
+        return self.ended and self.expected == self.got
 
 
 def exact_match(model: Model, data: Data, *, max_tokens: int | None = None) -> float:
@@ -106,4 +109,5 @@ def _completions(
         expected = batch["targets"][start:].tolist()
         stream = generator.stream(prompt, max_tokens=len(expected) if max_tokens is None else max_tokens)
         got = "".join(stream)
-        yield Completion(generator.decode(prompt), generator.decode(expected).strip(), got.strip())
+        ended = stream.stop == "eos" or expected[-1] not in generator.eos
+        yield Completion(generator.decode(prompt), generator.decode(expected).strip(), got.strip(), ended)
