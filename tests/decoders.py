@@ -414,6 +414,18 @@ def write_genai(path: Path, weights: Weights, kv_heads: int) -> Path:
     return write(path, decoder, kv_heads, tokens("input_ids", "attention_mask"), {"": 18, MICROSOFT: 1})
 
 
+def keep_last(graph: onnx.GraphProto, name: str, shape: tuple[int, ...]) -> None:
+    """Let an input say of how many tokens genai's decoder returns logits, as transformers exports it; 0 means all."""
+    head = graph.node.pop()
+    hidden, matrix = head.input
+    last = Nodes(prefix="/kept")
+    start = last.op("Reshape", last.op("Neg", name), last.constant([1]))
+    hidden = last.op("Slice", hidden, start, last.constant([2**40]), last.constant([1]))
+    last.op("MatMul", hidden, matrix, outputs=["logits"])
+    graph.node.extend(last.nodes)
+    graph.input.append(value(name, TensorProto.INT64, shape))
+
+
 def write_merged(path: Path, weights: Weights, *, gemm: bool = True) -> Path:
     """GPT-2 as optimum merged it from two exports: one branch reads the caches, the other does not."""
     branches = {}

@@ -20,6 +20,7 @@ from decoders import (
     Array,
     Weights,
     gpt2_weights,
+    keep_last,
     llama_weights,
     write_genai,
     write_gpt2,
@@ -214,6 +215,27 @@ def test_all_weights_of_a_decoder_train(name: str, weights: Weights, tmp_path: P
     assert fixed_batch(bundle) is None  # though flags and positions may have a first axis of fixed size
     sizes = [int(np.prod(tensor.shape)) for tensor in bundle.tensors if tensor.trainable]
     assert sum(sizes) == elements(weights)  # a tied table once, in both branches; no frequencies, no rotary tables
+
+
+@pytest.mark.parametrize("name", ["num_logits_to_keep", "logits_to_keep"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_decoder_that_keeps_some_logits_trains_on_all(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    data = Sentences().save(tmp_path / "data.npz")
+    results = []
+    for folder in (tmp_path / "plain", tmp_path / "kept"):
+        folder.mkdir()
+        path = FLOATS["genai"](folder / "m.onnx")
+        if folder.name == "kept":
+            model = onnx.load(path)
+            keep_last(model.graph, name, shape)
+            onnx.save(model, path)
+        bundle = pz.prepare(path, folder / "base")
+        assert (name in [spec.name for spec in bundle.inputs]) == (folder.name == "kept")
+        loaded = pz.load(bundle, threads=1)
+        examples = pz.load_dataset(data, bundle)
+        pz.Trainer(loaded, pz.MeZO(loaded, lr=1e-3, seed=4), examples, steps=2, activation_memory=10_000).fit()
+        results.append(pz.evaluate(loaded, examples)["loss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_positions_by_section_may_be_given_by_token(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_both_read_a_bundle(name: str) -> None:
 
 
 def test_metrics_are_read() -> None:
-    lines = list(pz.Run(MEZO).metrics())
+    lines = pz.Run(MEZO).metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6]
     assert lines[3] == {"step": 4, "loss": None, "lr": 0.0, "seconds": 0.25}
     assert lines[4] == {"step": 4, "eval": {"accuracy": 0.5, "loss": None}}

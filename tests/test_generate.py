@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from decoders import POSITIONS, VOCABULARY, Array, write_gpt2
+from decoders import POSITIONS, VOCABULARY, Array, keep_last, write_gpt2
 from onnx import TensorProto, numpy_helper
 from onnxruntime.transformers import float16
 from test_decoders import FLOATS, GPT2, MATMULS, batch_of, blocks, plain
@@ -128,6 +128,18 @@ def test_greedy_text_is_that_of_plain_onnxruntime_without_a_cache(
     assert continued(Generator(bundle)) == expected
     for prepack in (False, "auto"):
         assert continued(pz.load(bundle, threads=1, prepack=prepack)) == expected
+
+
+@pytest.mark.parametrize(("name", "shape"), [("num_logits_to_keep", ()), ("logits_to_keep", (1,))])
+def test_only_the_last_tokens_logits_are_asked_for(
+    bundles: Callable[[str], pz.Bundle], tmp_path: Path, name: str, shape: tuple[int, ...]
+) -> None:
+    base = bundles("genai")
+    model = onnx.load(base.generate_path, load_external_data=False)
+    keep_last(model.graph, name, shape)
+    generator = Generator(edited(base, tmp_path / "copy", model))
+    assert continued(generator) == continued(Generator(base))
+    assert generator._decoder.chunk == 2**31
 
 
 @pytest.mark.parametrize("name", FLOATS)

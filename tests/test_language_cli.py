@@ -31,6 +31,9 @@ def trained(tmp_path: Path, data: Path, *options: object) -> str:
     run, settings = tmp_path / "run", ("--steps", 4, "--batch-size", 3, "--lr", "1e-3", *options)
     process = pocketzo("train", tmp_path / "base", "--data", data, "-o", run, *settings)
     assert process.returncode == 0, process.stderr
+    achieved, _, _ = process.stdout.partition(f"{run}: 4 steps, journal of ")
+    assert len(achieved) < len(process.stdout)
+    assert good("info", run).endswith(achieved)  # in the same words
     assert "all 4 steps are done" in pocketzo("train", "--resume", run).stderr
     good("replay", run, "-o", tmp_path / "tuned")
     after = good("eval", run, "--data", data, "--json")

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from decoders import HIDDEN, VOCABULARY, Array, write_llama
 from graphs import MODELS, inputs_of
+from onnx import TensorProto, helper, numpy_helper
 from test_decoders import FLOATS, LLAMA, MATMULS, batch_of, blocks, dynamic, op_types, plain, qdq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -101,7 +102,7 @@ def of_every_token(path: Path, batch: dict[str, Array]) -> list[str]:
     proto = onnx.load(path, load_external_data=False)
     values = [value for node in proto.graph.node for value in node.output if value]
     del proto.graph.output[:]
-    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(value) for value in values)
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(value) for value in values)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
@@ -176,6 +177,54 @@ def test_a_quantised_decoder_trains_and_generates(
 @pytest.mark.filterwarnings("ignore:this processor does not compute in fp16")
 def test_a_decoder_in_float16_trains_and_generates(name: str, tmp_path: Path) -> None:
     accept(FLOATS[name](tmp_path / "m.onnx"), tmp_path, 5e-2, dtype="float16")
+
+
+def test_plain_onnxruntime_runs_the_training_graph_of_onnx_attention_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    caches = {
+        name: [
+            helper.make_tensor_value_info(f"{name}.0.{kind}", TensorProto.FLOAT, ["batch", 2, length, 4])
+            for kind in ("key", "value")
+        ]
+        for name, length in (("past_key_values", "past"), ("present", "total"))
+    }
+    past, present = ([value.name for value in values] for values in caches.values())
+    attention: dict[str, Any] = {"q_num_heads": 2, "kv_num_heads": 2, "is_causal": 1}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
+            helper.make_node("Attention", [*["hidden"] * 3, "", *past], ["mixed", *present], **attention),
+            helper.make_node("MatMul", ["mixed", "head"], ["logits"]),
+        ],
+        "attention",
+        [tokens, *caches["past_key_values"]],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 40]), *caches["present"]],
+        [
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in (("embedding", (40, 8)), ("head", (8, 40)))
+        ],
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    bundle = pz.prepare(path, tmp_path / "base", task="causal-lm")
+    session = ort.InferenceSession(bundle.model_path, providers=["CPUExecutionProvider"])
+    batch = {"input_ids": rng.integers(0, 40, (3, 5)), "positions": np.arange(4), "targets": np.arange(4)}
+    losses = [session.run(["loss"], batch)[0] for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.filterwarnings("ignore:this processor does not compute in fp16")
+def test_operators_of_onnxruntime_may_come_without_their_operator_set(tmp_path: Path) -> None:
+    path = FLOATS["genai"](tmp_path / "m.onnx")
+    model = onnx.load(path)
+    del model.opset_import[1:]
+    onnx.save(model, path)
+    for dtype in ("float32", "float16"):
+        bundle = pz.prepare(path, tmp_path / dtype, task="causal-lm", dtype=dtype)
+        for graph in (bundle.model_path, bundle.generate_path):
+            imports = {entry.domain: entry.version for entry in onnx.load(graph, load_external_data=False).opset_import}
+            assert imports["com.microsoft"] == 1
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -405,8 +454,8 @@ def without_head(path: Path) -> None:
     hidden = next(node.input[0] for node in model.graph.node if "logits" in node.output)
     del model.graph.output[0]
     shape = ("batch_size", "sequence_length", HIDDEN)
-    model.graph.output.append(onnx.helper.make_tensor_value_info("last_hidden_state", onnx.TensorProto.FLOAT, shape))
-    model.graph.node.append(onnx.helper.make_node("Identity", [hidden], ["last_hidden_state"]))
+    model.graph.output.append(helper.make_tensor_value_info("last_hidden_state", onnx.TensorProto.FLOAT, shape))
+    model.graph.node.append(helper.make_node("Identity", [hidden], ["last_hidden_state"]))
     onnx.save(model, path)
 
 
@@ -414,9 +463,9 @@ def last_token(path: Path) -> None:
     """As onnxruntime-genai's prune_lm_head; the output is declared as if it had all."""
     model = onnx.load(write_llama(path, LLAMA, 2))
     head = next(node for node in model.graph.node if "logits" in node.output)
-    last = [onnx.numpy_helper.from_array(np.array([n]), f"n{n}") for n in (-1, 1, 2**40)]
+    last = [numpy_helper.from_array(np.array([n]), f"n{n}") for n in (-1, 1, 2**40)]
     model.graph.initializer.extend(last)
-    node = onnx.helper.make_node("Slice", [head.input[0], "n-1", f"n{2**40}", "n1"], ["last"])
+    node = helper.make_node("Slice", [head.input[0], "n-1", f"n{2**40}", "n1"], ["last"])
     model.graph.node.insert(len(model.graph.node) - 1, node)
     head.input[0] = "last"
     onnx.save(model, path)
@@ -453,9 +502,9 @@ def test_weights_that_the_training_graph_does_not_read_are_frozen(tmp_path: Path
     path = write_llama(tmp_path / "m.onnx", LLAMA, 2)
     model = onnx.load(path)
     hidden = next(node.input[0] for node in model.graph.node if "logits" in node.output)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((HIDDEN, 3), np.float32) / 7, "value.weight"))
-    model.graph.node.append(onnx.helper.make_node("MatMul", [hidden, "value.weight"], ["value"]))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, ("b", "s", 3)))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((HIDDEN, 3), np.float32) / 7, "value.weight"))
+    model.graph.node.append(helper.make_node("MatMul", [hidden, "value.weight"], ["value"]))
+    model.graph.output.append(helper.make_tensor_value_info("value", onnx.TensorProto.FLOAT, ("b", "s", 3)))
     onnx.save(model, path)
     bundle = pz.prepare(path, tmp_path / "base", task="causal-lm")
     assert [tensor.reason for tensor in bundle.frozen if tensor.name == "value.weight"] == [

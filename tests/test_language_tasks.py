@@ -477,7 +477,7 @@ def test_a_padding_token_beyond_the_embedding_does_not_matter(tmp_path: Path) ->
     assert batch["input_ids"][0].tolist() == [22, 23, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["llama", "genai", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "genai", "gpt2", "qwen2-vl"])
 @pytest.mark.parametrize("task", DATA)
 def test_parts_give_the_loss_and_metrics_of_the_whole_batch(task: str, name: str, tmp_path: Path) -> None:
     records, options = DATA[task]

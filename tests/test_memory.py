@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import subprocess
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 import pocketzo as pz
 from pocketzo.machine import cores, memory
-from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, watch
+from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, trim_heap, watch
 from pocketzo.runtime import loader
 from pocketzo.runtime.model import SMALL
 
@@ -67,6 +68,23 @@ def test_readings_agree() -> None:
     assert resident is not None
     assert peak is not None
     assert abs(resident_memory() - resident) < 20 * MB
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size, count = 64_000, 1000
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    last = libc.malloc(size)  # what is freed before it stays in the heap
+    for block in blocks:
+        libc.free(block)
+    before = resident_memory()
+    trim_heap()
+    freed = before - resident_memory()
+    libc.free(last)
+    assert freed > 0.5 * size * count or not hasattr(libc, "malloc_trim")
 
 
 def test_a_watch_calls_once_when_the_limit_is_exceeded() -> None:
@@ -226,3 +244,47 @@ def test_the_step_is_undone_and_the_run_goes_on_where_it_stopped(bundle: Path, t
     resumed = pz.Trainer.resume(tmp_path / "run", Growing())
     resumed.fit()
     assert resumed.model.weights.sha256() == expected
+
+
+def language_model(folder: Path, words: int) -> pz.Bundle:
+    """Prepare a decoder whose output projection is its widest matrix."""
+    rng = np.random.default_rng(2)
+    shapes = {"embedding": (words, 8), "head": (8, words)}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
+            helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
+        ],
+        "lm",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", words])],
+        [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), name) for name, s in shapes.items()],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "m.onnx")
+    return pz.prepare(folder / "m.onnx", folder / "base", task="causal-lm")
+
+
+def row_of_tokens(length: int, positions: int) -> dict[str, NDArray[np.int64]]:
+    at = np.arange(positions)
+    return {"input_ids": np.arange(length)[None], "positions": at, "targets": at}
+
+
+def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
+    words, count = 60_000, 200
+    model = pz.load(language_model(tmp_path, words))
+    model.run(row_of_tokens(2, 2))
+    reset_peak()
+    before = resident_memory()
+    model.run(row_of_tokens(count, count))
+    peak = process_memory()[1]
+    assert peak is not None
+    logits = 4 * words * count
+    assert 0.9 * logits < peak - before < 1.3 * logits
+
+
+def test_a_limit_counts_the_logits_of_positions_only(tmp_path: Path) -> None:
+    words, count = 20_000, 2000
+    model = pz.load(language_model(tmp_path, words), threads=1, max_memory=resident_memory() + 100 * MB)
+    assert np.isfinite(model.loss(row_of_tokens(count, 10)))  # 160 MB, if all tokens had logits
+    with pytest.raises(pz.MemoryLimitError, match=r"1 x 2000 tokens was stopped: .* may take 337 MB more"):
+        model.loss(row_of_tokens(count, count))

@@ -121,7 +121,7 @@ def test_a_run_learns_and_is_recorded(model: pz.Model, data: pz.Dataset, tmp_pat
 
     run = pz.Run(tmp_path / "run")
     assert run.steps == 300
-    lines = list(run.metrics())
+    lines = run.metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 301))
     evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
     assert run.evaluations() == evaluations
@@ -210,6 +210,24 @@ def test_other_data_is_refused(model: pz.Model, data: pz.Dataset, tiny_bundle: P
         pz.Trainer.resume(tmp_path / "run", other)
     with pytest.raises(pz.JournalError, match="the eval data is not that of the run"):
         pz.Trainer.resume(tmp_path / "run", data, eval=data)
+
+
+def test_a_resume_reads_the_metrics_once(
+    model: pz.Model, data: pz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, data, tmp_path / "run", steps=4, eval=data, eval_every=2)
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        read.append(path)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    trainer = pz.Trainer.resume(tmp_path / "run", data, eval=data)
+    trainer.fit()
+    assert trainer.evaluations.keys() == {0, 2, 4}
+    assert read.count(tmp_path / "run" / "metrics.jsonl") == 1
 
 
 def test_a_run_is_not_overwritten(tiny_bundle: Path, model: pz.Model, data: pz.Dataset, tmp_path: Path) -> None:
@@ -615,7 +633,7 @@ def test_resume_after_a_stop_gives_the_same_bits(
     assert journals[0] == journals[1]
 
     def told(name: str) -> list[dict[str, Any]]:
-        lines = list(pz.Run(tmp_path / name).metrics())
+        lines = pz.Run(tmp_path / name).metrics()
         for line in lines:
             line.pop("seconds", None)
         return lines
@@ -763,7 +781,7 @@ def test_any_metric_is_an_objective_and_a_resumed_run_knows_it(
     assert (resumed.loop.objective, resumed.loop.metric) == (name, "accuracy" if name == "loss" else name)
     resumed.fit()
     assert image(resumed.model.weights) == image(model.weights)
-    lines = list(pz.Run(tmp_path / "run").metrics())
+    lines = pz.Run(tmp_path / "run").metrics()
     assert all(name in line["eval"] for line in lines if "eval" in line)
 
 

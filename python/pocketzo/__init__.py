@@ -35,6 +35,7 @@ if _problem is None:
     from pocketzo.runtime.load import load
     from pocketzo.runtime.model import Model
     from pocketzo.tasks.evaluate import evaluate
+    from pocketzo.tasks.exact_match import complete, exact_match
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
@@ -74,8 +75,10 @@ __all__ = [
     "TrainingError",
     "__version__",
     "chat_text",
+    "complete",
     "encode_texts",
     "evaluate",
+    "exact_match",
     "kernels",
     "load",
     "load_dataset",

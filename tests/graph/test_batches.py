@@ -60,12 +60,13 @@ def test_a_decoder_gets_empty_caches_and_a_mask_of_the_tokens() -> None:
         past_key_values__0__value=cache,
         use_cache_branch=("bool", (1,)),
         num_logits_to_keep=("int64", ()),
+        logits_to_keep=("int64", (1,)),
     )
     assert batch["past_key_values.0.key"].shape == batch["past_key_values.0.value"].shape == (2, 2, 0, 4)
     assert batch["attention_mask"].shape == (2, 8)
     np.testing.assert_array_equal(batch["position_ids"], [range(8)] * 2)
     assert not batch["use_cache_branch"].any()
-    assert batch["num_logits_to_keep"] == 0
+    assert batch["num_logits_to_keep"] == batch["logits_to_keep"] == 0
     batch = first(
         input_ids=("int64", (1, 1)),
         attention_mask=("int64", ("batch", "past_sequence_length + 1")),

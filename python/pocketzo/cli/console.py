@@ -16,6 +16,7 @@ from rich.table import Table
 from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.rehearsal import Forecast
+from pocketzo.train.run import Run
 from pocketzo.train.trainer import Trainer
 
 
@@ -70,6 +71,22 @@ def evaluation_table(columns: Mapping[str, Mapping[str, float | None]]) -> Table
         if any(result.get(metric) is not None for result in columns.values()):
             table.add_row(metric, *(metric_text(metric, result) for result in columns.values()))
     return table
+
+
+def evaluations_of(run: Run, untrained: str | None = None) -> dict[str, dict[str, float | None]]:
+    """Return the first, the last and the best evaluation of a run, by what they are called.
+
+    Parameters
+    ----------
+    run : Run
+    untrained : str, optional
+        What the first one is called, if the base knows its task.
+    """
+    found, best = run.evaluations(), run.best_step
+    last = max(found, default=0)
+    columns = {untrained or "before": found[0]} if 0 in found else {}
+    columns |= {f"after step {last}": found[last]} if last else {}
+    return columns | ({f"best, step {best}": found[best]} if best else {})
 
 
 def metric_text(name: str, evaluation: Mapping[str, float | None]) -> str:

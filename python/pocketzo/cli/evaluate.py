@@ -13,6 +13,7 @@ from rich.text import Text
 from pocketzo import kernels
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import metric_text, note, out, say
+from pocketzo.cli.generated import generated_shown
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -33,6 +34,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.load import load
 from pocketzo.runtime.tokenizer import load_tokenizer
 from pocketzo.tasks.evaluate import evaluate as evaluate_model
+from pocketzo.tasks.exact_match import complete
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.prompt import with_template
 from pocketzo.tasks.registry import task_of
@@ -61,6 +63,18 @@ from pocketzo.train.evaluator import all_finite
     metavar="FILE",
     help="For the task prompt: evaluate with each line of FILE as the template, in which \\n is a line break.",
 )
+@click.option(
+    "--generate",
+    is_flag=True,
+    help="For the task causal-lm: also continue each prompt of the data, greedily, and print exact-match, the share "
+    "whose text equals the completion.",
+)
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help="With --generate: the most tokens for a prompt.  [default: as many as its completion has]",
+)
 @activation_memory_option
 @threads_option("the number of fast cores")
 @column_options
@@ -74,6 +88,8 @@ def evaluate(
     base: Path | None,
     batch_size: int,
     templates: Path | None,
+    generate: bool,
+    max_tokens: int | None,
     activation_memory: int | None,
     threads: int | None,
     columns: Columns,
@@ -88,9 +104,14 @@ def evaluate(
       {"accuracy": 0.8131, "loss": 0.4302, "count": 872}
       pocketzo eval base --data dev.tsv --metric f1,matthews
       pocketzo eval prompted --data dev.tsv --templates templates.txt
+      pocketzo eval runs/first --data held-out.jsonl --generate
     """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if max_tokens is not None and not generate:
+        raise click.UsageError("--max-tokens needs --generate")
+    if generate and templates is not None:
+        raise click.UsageError("--generate and --templates belong to different tasks")
     run = as_run(model)
     if run is None and (step is not None or best or base is not None):
         raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
@@ -100,9 +121,10 @@ def evaluate(
     sets = {template: load_dataset(data, variant, columns=columns) for template, variant in variants.items()}
     if threads is not None:
         kernels.set_threads(threads)
-    loaded = load(bundle, threads=threads)
+    loaded = load(bundle, threads=threads, prepack=False if generate else "auto")  # one copy for both graphs
     if run is not None:
         run.replay_onto(loaded, step=number)
+    completions = complete(loaded, sets[""], max_tokens=max_tokens) if generate else None
     names = metrics or (task_of(bundle).default_metric, "loss")
     results = {
         template: evaluate_model(
@@ -114,14 +136,21 @@ def evaluate(
         _print_templates(results, names, as_json=as_json)
         return
     result, examples = results[""], sets[""]
+    found = None if completions is None else generated_shown(completions)
     if as_json:
-        say(json.dumps(all_finite({name: result.get(name) for name in (*names, "count")})))
-    else:
-        say(
-            " · ".join(f"{name} {metric_text(name, result)}" for name in names)
-            + f" · {len(examples)} examples"
-            + ("" if run is None else f" · after step {number}")
-        )
+        values = {name: result.get(name) for name in names}
+        if found is not None:
+            values |= {"exact-match": found.share, "prompts": found.count}
+        say(json.dumps(all_finite(values | {"count": result["count"]})))
+        return
+    say(
+        " · ".join(f"{name} {metric_text(name, result)}" for name in names)
+        + ("" if found is None else f" · {found}")
+        + f" · {len(examples)} examples"
+        + ("" if run is None else f" · after step {number}")
+    )
+    if found is not None:
+        out.print(found.table())
 
 
 def _variants(bundle: Bundle, path: Path) -> dict[str, Bundle]:

@@ -12,16 +12,18 @@ from typing import Any
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import fact, print_facts, say
+from pocketzo.cli.console import evaluation_table, evaluations_of, fact, out, print_facts, say
 from pocketzo.cli.frozen import tensor_lines
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
+from pocketzo.errors import Error
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.frozen import elements_by_kind
 from pocketzo.formats.safetensors import file_sha256
-from pocketzo.tasks.registry import loss_text
+from pocketzo.tasks.registry import loss_text, task_of
 from pocketzo.train.run import JOURNAL, Run
+from pocketzo.train.verdict import verdict
 
 
 @click.command(cls=Command)
@@ -52,11 +54,31 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
     if facts.get("task"):
         labels = {name: value for name, value in facts["task"]["settings"].items() if name == "labels"}
         facts["task"] = ", ".join([facts["task"]["name"], fact("", labels)]).removesuffix(", ")
-    if run is None:
-        facts["loss"] = loss_text(bundle)
+    if run is not None:
+        _print_run(run, facts)
+        return
+    facts["loss"] = loss_text(bundle)
     print_facts({name: value for name, value in facts.items() if value is not None})
-    if tensors and run is None:
+    if tensors:
         click.echo("\n".join(tensor_lines(bundle)))
+
+
+def _print_run(run: Run, facts: dict[str, Any]) -> None:
+    """Print the facts of a run, and what it achieved as `pocketzo train` does at its end."""
+    facts["steps"] = f"{facts.pop('steps_done'):,} of {facts['steps']:,}"
+    facts["trained"] = f"{facts['trained']} tensors"
+    for name in ("before", "last_step", "last", "best_step", "best"):
+        del facts[name]
+    print_facts(facts)
+    try:
+        untrained = task_of(Bundle.read(run.recipe.model.bundle)).untrained
+    except Error:  # it was moved
+        untrained = None
+    if columns := evaluations_of(run, untrained):
+        say()
+        out.print(evaluation_table(columns))
+    for line in verdict(run):
+        say(line)
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -102,6 +124,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "base": asdict(recipe.model),
         "data": {"train": source.train, "eval": source.eval},
         "before": evaluations.get(0),
+        "last_step": max(evaluations, default=None),
         "last": evaluations[max(evaluations)] if evaluations else None,
         "best_step": best,
         "best": None if best is None else evaluations[best],

@@ -15,6 +15,7 @@ from pocketzo.cli.command import Command
 from pocketzo.cli.console import (
     err,
     evaluation_table,
+    evaluations_of,
     fact,
     forecast_text,
     metric_text,
@@ -372,12 +373,7 @@ def _note_untrained(trainer: Trainer) -> None:
 
 
 def _print_summary(past: Run, task: Task) -> None:
-    evaluations, best = past.evaluations(), past.best_step
-    if evaluations:
-        last = max(evaluations)
-        columns = {task.untrained or "before": evaluations[0]} if 0 in evaluations else {}
-        columns |= {f"after step {last}": evaluations[last]} if last else {}
-        columns |= {f"best, step {best}": evaluations[best]} if best else {}
+    if columns := evaluations_of(past, task.untrained):
         out.print(evaluation_table(columns))
     for line in verdict(past):
         say(line)

@@ -35,6 +35,9 @@ class Dataset:
     lengths : ndarray of int32, shape [n], or None
         The number of tokens of each example, of the longest row if it has several; None for a model that takes no
         tokens.
+    prompted : ndarray of bool, shape [n], or None
+        Whether an example of a language model is a prompt, or a chat, that is followed by what counts; None if that is
+        not known.
     labels : tuple of str or None
         The names of the classes; None if the bundle has none.
     cut : int
@@ -60,6 +63,7 @@ class Dataset:
         self._labels = np.array(labels, task.label_dtype) if labels else None  # [n], or [n, columns]
         self.label_ids = self._labels if task.predicts == "classes" else None
         self.lengths = None if tokens is None else tokens.longest_rows
+        self.prompted = None if tokens is None else tokens.prompted
         self._size = size
         self._tokens = tokens
         self._token_length = _token_length(bundle)
@@ -133,7 +137,7 @@ class Dataset:
             if empty is not None:
                 batch[spec.name] = empty
         for spec in self._inputs:
-            if isinstance(spec.shape[0], int) and spec.shape[0] != rows.size and _sections(spec) is None:
+            if isinstance(spec.shape[0], int) and spec.shape[0] != rows.size and sections(spec) is None:
                 raise DataError(
                     f"the model's input {spec.name!r} takes batches of exactly {spec.shape[0]}, got {rows.size}"
                 )
@@ -142,8 +146,8 @@ class Dataset:
                 batch[spec.name] = values if self._tokens is None else self._tokens.cut(spec.name, values, width)
             elif spec.name in padded:
                 values = padded[spec.name].astype(spec.dtype)
-                sections = _sections(spec)
-                batch[spec.name] = values if sections is None else np.repeat(values[None], sections, axis=0)
+                repeats = sections(spec)
+                batch[spec.name] = values if repeats is None else np.repeat(values[None], repeats, axis=0)
             elif self._labels is not None:
                 batch[spec.name] = self._labels[indices].astype(spec.dtype)
         if self._tokens is not None and self._tokens.row_starts is not None:
@@ -196,6 +200,7 @@ class Tokens:
     row_starts: NDArray[np.int64] | None = None  # [n + 1], the first row of each example, and the number of rows
     counted: NDArray[np.bool_] | None = None  # [sum of lengths]: whether the token counts; needs padding on the right
     shift: int = 0  # how far the position whose logits count is before the token that counts
+    prompted: NDArray[np.bool_] | None = None  # [n]: whether an example is a prompt, followed by what counts
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -256,10 +261,10 @@ class Tokens:
 
 def is_by_token(spec: ValueSpec) -> bool:
     """Whether an input has the shape of the tokens, [batch, length], or repeats it by sections."""
-    return len(spec.shape) == 2 or _sections(spec) is not None
+    return len(spec.shape) == 2 or sections(spec) is not None
 
 
-def _sections(spec: ValueSpec) -> int | None:
+def sections(spec: ValueSpec) -> int | None:
     """Return 3 for positions in time, height and width, as of Qwen-VL: [sections, batch, length]; else None."""
     first = spec.shape[0] if spec.name == "position_ids" and len(spec.shape) == 3 else None
     return first if isinstance(first, int) else None
@@ -267,7 +272,7 @@ def _sections(spec: ValueSpec) -> int | None:
 
 def fixed_batch(bundle: Bundle) -> int | None:
     """Return the number of examples that a model takes at once; None if it may vary."""
-    inputs = (spec for spec in bundle.inputs if spec.shape and not is_flag(spec) and _sections(spec) is None)
+    inputs = (spec for spec in bundle.inputs if spec.shape and not is_flag(spec) and sections(spec) is None)
     return next((spec.shape[0] for spec in inputs if isinstance(spec.shape[0], int)), None)
 
 

@@ -87,12 +87,15 @@ class Encoded(NamedTuple):
         Whether the text was truncated.
     problem : str or None
         Why the example cannot be used.
+    prompted : bool
+        Whether it is a prompt, or a chat, that is followed by what counts.
     """
 
     rows: list[Row]
     label: Any
     cut: bool = False
     problem: str | None = None
+    prompted: bool = False
 
 
 def end_of_text(encoding: Encoding) -> int:

@@ -108,6 +108,7 @@ class _Rows:
         self._pad_left = padding.get("direction") == "left" and not task.cuts and not pads_right_only(task.bundle)
         self._ids, self._types, self._by_token, self._counted = array("i"), array("i"), array("i"), array("b")
         self._lengths, self._row_starts, self._lines = array("i"), array("q", [0]), array("q")
+        self._prompted = array("b")
         self._labels: list[Any] = []
         self._cut = 0
 
@@ -131,6 +132,7 @@ class _Rows:
         self._row_starts.append(len(self._lengths))
         self._lines.append(number)
         self._cut += example.cut
+        self._prompted.append(example.prompted)
         if example.label is not None and self._task.labels_per == "token":
             self._by_token.extend(example.label)
         elif example.label is not None:
@@ -147,6 +149,7 @@ class _Rows:
         tokens = keep_tokens(self._task, np.asarray(self._lengths), columns, self._fills, pad_left=self._pad_left)
         if self._counted:
             tokens = replace(tokens, counted=np.asarray(self._counted).astype(bool), shift=self._task.shift)
+            tokens = replace(tokens, prompted=np.asarray(self._prompted).astype(bool))
         if self._task.several_rows:
             tokens = replace(tokens, row_starts=np.asarray(self._row_starts))
         return Dataset(

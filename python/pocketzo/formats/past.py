@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from pocketzo.formats.bundle import ValueSpec
 
-FLAGS: Final = ("use_cache_branch", "num_logits_to_keep")
+KEPT: Final = ("num_logits_to_keep", "logits_to_keep")
+"""Inputs that say of how many tokens, the last ones, there are logits; 0 means all. transformers has renamed it."""
+FLAGS: Final = ("use_cache_branch", *KEPT)
 """Inputs that are 0 where a text begins: no cache is used, and the logits of all tokens are kept."""
 
 

@@ -18,9 +18,6 @@ from pocketzo.graph.read import shape_of
 TOKENS: Final = "input_ids"
 MASK: Final = "attention_mask"
 
-_FIXED: Final = (*FLAGS, "logits_to_keep")
-"""Inputs that are 0 for whole sequences."""
-
 
 def is_cache(value: ir.Value) -> bool:
     """Return whether an input of a graph holds keys and values of past tokens."""
@@ -65,13 +62,15 @@ def remove_cache(graph: ir.Graph) -> None:
             if kind not in empty:  # one for all layers
                 empty[kind] = _empty(build, value, batch, str(tokens[0]))
             _replace(graph, value, empty[kind])
-        elif name in _FIXED and value.dtype is not None:
+        elif name in FLAGS and value.dtype is not None:
             sizes = [size if isinstance(size, int) else 1 for size in shape_of(value) or ()]
             constant = build.op("Constant", value=ir.tensor(np.zeros(sizes, value.dtype.numpy())))
             _replace(graph, value, constant)
             flags.append(constant)
     for flag in flags:
         _inline_branches(graph, flag)
+    for value in empty.values():
+        _detach_attention(value)
     mask = shape_of(inputs[MASK]) if MASK in inputs else None
     if cached and mask is not None and len(mask) == 2 and not isinstance(mask[1], int):
         inputs[MASK].shape = ir.Shape([mask[0], tokens[1]])
@@ -127,6 +126,17 @@ def _empty(build: Builder, cache: ir.Value, batch: ir.Value, batch_name: str) ->
     assert cache.dtype is not None, "a cache without an element type"
     zero = ir.tensor(np.zeros(1, cache.dtype.numpy()), cache.dtype)
     return build.op("ConstantOfShape", build.op("Concat", *sizes, axis=0), value=zero)
+
+
+def _detach_attention(cache: ir.Value) -> None:
+    """Leave an empty cache out of the inputs of ONNX's Attention, which may do without.
+
+    onnxruntime 1.32 runs it with a cache but without ``present_*`` once only: where memory is planned for the second
+    run, an empty cache has an address, and then it needs both outputs.
+    """
+    for node, index in tuple(cache.uses()):
+        if node.op_type == "Attention" and not node.domain:
+            node.replace_input_with(index, None)
 
 
 def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

@@ -89,7 +89,7 @@ class LanguageGraph:
             build.output(losses, ir.DataType.FLOAT, ["positions"])
             build.output(loss, ir.DataType.FLOAT, [])
             keep_only(model, [losses, loss], kept)
-            return Loss("cross-entropy", "loss", None, None, "of each token")
+            return Loss("cross-entropy", "loss", None, None, "as the task says")
         scores = build.op("Gather", scores, build.constant(list(self.label_tokens)), axis=1)
         if self.calibration is not None:
             stored = build.parameter(CALIBRATION, np.array(self.calibration, np.float32))

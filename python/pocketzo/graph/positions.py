@@ -73,7 +73,12 @@ def logits_at(build: Builder, logits: ir.Value, positions: ir.Value) -> ir.Value
     BundleError
         The output is not computed by a projection of hidden states, but for operators that work by element.
     """
-    return _rows(build, _Copy(build, positions).at(logits))
+    rows = _rows(build, _Copy(build, positions).at(logits))
+    shape = shape_of(logits)
+    # onnxruntime gives a result the memory of its operand only where both have one shape by name.
+    rows.shape = ir.Shape(["positions", shape[-1] if shape else "vocabulary"])
+    rows.type = logits.type
+    return rows
 
 
 def _rows(build: Builder, value: ir.Value) -> ir.Value:

@@ -24,13 +24,16 @@ from pocketzo.graph.schemas import check_nodes
 CONVERTED = "pocketzo.converted"
 """Key of a model's ``meta``: the operator set that it was converted from."""
 
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
+
 
 def read_model(path: Path) -> ir.Model:
     """Read a graph without its external data, and normalise it.
 
     Local functions are inlined. Constant nodes and the initializers of subgraphs become initializers of the main graph.
-    Initializers are not inputs. A graph of an operator set before 13 is converted, and ``meta[CONVERTED]`` keeps its
-    version.
+    Initializers are not inputs. The operator set of onnxruntime's own operators is named. A graph of an operator set
+    before 13 is converted, and ``meta[CONVERTED]`` keeps its version.
 
     Raises
     ------
@@ -71,6 +74,8 @@ def read_model(path: Path) -> ir.Model:
     except ir.passes.PassError as error:
         raise BundleError(f"the graph's constants cannot be read: {_reason(error)}") from None
     rename_shadowed(model.graph)
+    if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
+        model.opset_imports.setdefault(MICROSOFT, 1)  # which onnxruntime does, and onnx's inference of types does not
     return model
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError, Error, first_line
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.past import KEPT
 from pocketzo.runtime.embeddings import context_length, embedding_rows
 from pocketzo.runtime.image import Image
 
@@ -26,7 +27,7 @@ _DTYPES: Final = {
 Caches = Mapping[str, ort.OrtValue]
 _LOGITS: Final = 32 << 20  # bytes of scores that a run may return: most graphs return those of every token
 _IDS, _MASK, _POSITIONS, _BRANCH = "input_ids", "attention_mask", "position_ids", "use_cache_branch"
-_KEPT, _TYPES = "num_logits_to_keep", "token_type_ids"
+_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Decoder:
         """Return the value of an input that is no cache."""
         declared = self._inputs[name]
         dtype = _DTYPES[declared.type]
-        if name == _KEPT:
+        if name in KEPT:
             return _ort_value(np.ones([1] * len(declared.shape), dtype))
         array = np.zeros_like(row) if name not in values else values[name]
         if len(declared.shape) == 3:  # positions of text, images and videos, equal where there is text alone
@@ -142,7 +143,7 @@ class Decoder:
         return _Cache(value.name, present, _ort_value(np.zeros(shape, _DTYPES[value.type])))
 
     def _check_inputs(self) -> None:
-        known = {_IDS, _MASK, _POSITIONS, _BRANCH, _KEPT, _TYPES, *(cache.past for cache in self._caches)}
+        known = {_IDS, _MASK, _POSITIONS, _BRANCH, *KEPT, _TYPES, *(cache.past for cache in self._caches)}
         for name, value in self._inputs.items():
             if name not in known or value.type not in _DTYPES:
                 raise BundleError(
@@ -161,7 +162,7 @@ class Decoder:
 
     def _most_tokens(self) -> int:
         """Return how many tokens a run may read: fewer where a run returns the scores of each."""
-        if not self.cached or _BRANCH in self._inputs or _KEPT in self._inputs:
+        if not self.cached or _BRANCH in self._inputs or not self._inputs.keys().isdisjoint(KEPT):
             # A merged export's branch with caches may have been traced with one token.
             return 2**31
         output = next(value for value in self._session.get_outputs() if value.name == self._logits)

@@ -56,6 +56,12 @@ class Generator:
     max_memory : int, optional
         Limit on the resident memory of this process, in bytes, which the copy must not exceed.
 
+    Attributes
+    ----------
+    bundle : Bundle
+    eos : frozenset of int
+        The tokens that end a text.
+
     Raises
     ------
     BundleError
@@ -78,7 +84,7 @@ class Generator:
                 "export with 'pocketzo prepare MODEL.onnx --task causal-lm'"
             )
         self.bundle = bundle
-        self._eos = frozenset(bundle.generation.eos)
+        self.eos = frozenset(bundle.generation.eos)
         self._weights = weights
         self._copy = None
         if weights is not None and not set(weights) <= set(weights.image.views):
@@ -113,9 +119,15 @@ class Generator:
         """
         encoding = self.tokenizer.encode(text, add_special_tokens=special_tokens)
         ids, added = list(encoding.ids), list(encoding.special_tokens_mask)
-        while len(ids) > 1 and added[len(ids) - 1] and ids[-1] in self._eos:
+        while len(ids) > 1 and added[len(ids) - 1] and ids[-1] in self.eos:
             ids.pop()
         return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens up to the first one that ends a text."""
+        end = next((at for at, token in enumerate(tokens) if token in self.eos), len(tokens))
+        text: str = self.tokenizer.decode(list(tokens[:end]))
+        return text
 
     def stream(
         self,
@@ -142,7 +154,7 @@ class Generator:
                 "that it generates: shorten the prompt"
             )
         self._refresh()
-        return Stream(self._decoder, self.tokenizer, ids, sampler, self._eos, max_tokens)
+        return Stream(self._decoder, self.tokenizer, ids, sampler, self.eos, max_tokens)
 
     def _refresh(self) -> None:
         """Apply what is pending to the weights, and copy them if there is a copy."""

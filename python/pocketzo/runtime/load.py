@@ -17,6 +17,7 @@ from pocketzo.arguments import check_integer
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe, check_probe
 from pocketzo.machine import cores
+from pocketzo.machine.memory import trim_heap
 from pocketzo.runtime.liveness import Verify
 from pocketzo.runtime.loader import Loader, check_room
 from pocketzo.runtime.model import Batch, Model
@@ -93,6 +94,7 @@ def load(
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
+    trim_heap()
     checked = bundle
     if bundle.probe is None and batch is not None:
         checked = replace(bundle, probe=_fitting(bundle, batch))
@@ -115,6 +117,7 @@ def load(
         forward_seconds=seconds,
     ).load()
     model.bundle = bundle  # as it is on disk
+    trim_heap()
     return model
 
 

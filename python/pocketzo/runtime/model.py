@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pocketzo.errors import BundleError, Error, MemoryLimitError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import megabytes, watch
+from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.generate import Generator, Stream
 from pocketzo.runtime.weights import Weights
 
@@ -63,7 +65,6 @@ class Model:
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self._session = session
-        self._generator: Generator | None = None
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
@@ -128,8 +129,8 @@ class Model:
     def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
         if self.max_memory is None:
             return self._session.run(names, feed)  # type: ignore[no-any-return]
-        shape = max((array.shape for array in feed.values()), key=math.prod)
-        reserve = self._reserve(shape)
+        shape = _largest(feed)
+        reserve = self._reserve(feed)
         options = ort.RunOptions()
         with watch(self.max_memory - reserve, lambda: setattr(options, "terminate", True)) as readings:
             try:
@@ -146,22 +147,31 @@ class Model:
             )
         return values
 
-    def _reserve(self, shape: Sequence[int]) -> int:
-        """Return the bytes that one operator may allocate in a forward pass of ``shape`` examples x tokens.
+    def _reserve(self, feed: Batch) -> int:
+        """Return the bytes that one operator may allocate in a forward pass of a batch.
 
         onnxruntime stops a pass between two operators only. The largest outputs are those of the widest matrix, the
         attention's scores (as wide as that at 256 tokens, with heads of 64 and the usual four times as wide
-        feed-forward), and logits by token. Twice that allows for two operators between two readings of memory, or for
-        one and its buffers. It is an estimate, not a bound.
+        feed-forward), and logits: by token, or of a language model at its positions only. Twice that allows for two
+        operators between two readings of memory, or for one and its buffers. It is an estimate, not a bound.
         """
-        matrices = [tensor.shape[1] for tensor in self.bundle.tensors if len(tensor.shape) == 2]
+        shape = _largest(feed)
+        positions = feed["positions"].size if "positions" in feed else 0
+        words = self._vocabulary if positions else None
+        matrices = [
+            tensor.shape[1] for tensor in self.bundle.tensors if len(tensor.shape) == 2 and words not in tensor.shape
+        ]
         widest = max(matrices, default=1) * max(256, *shape[-1:]) // 256
         logits = [value.shape[-1] for value in self.bundle.outputs if len(value.shape) > 2]
         widest = max(widest, *(size for size in logits if isinstance(size, int)), 1)
         casts = 0
         if self.bundle.is_fp16 and not has_fp16_arithmetic():  # onnxruntime copies a weight to use it
             casts = max(4 * math.prod(tensor.shape) for tensor in self.bundle.tensors)
-        return 2 * 4 * math.prod(shape) * widest + casts + SMALL
+        return 2 * 4 * max(math.prod(shape) * widest, positions * (words or 0)) + casts + SMALL
+
+    @cached_property
+    def _vocabulary(self) -> int | None:
+        return embedding_rows(self.bundle).get("input_ids")
 
     def loss(self, batch: Batch) -> float:
         """Run the graph and return its loss.
@@ -182,6 +192,11 @@ class Model:
                 "one number; give an objective of your own"
             )
         return float(loss.item())
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The second session over the same weights, for generating text; see :meth:`stream`."""
+        return Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
 
     def stream(
         self,
@@ -231,9 +246,7 @@ class Model:
         TypeError, ValueError
             A setting is out of range, or the prompt has no tokens, or more than the model reads.
         """
-        if self._generator is None:
-            self._generator = Generator(self.bundle, self.weights, threads=self.threads, max_memory=self.max_memory)
-        return self._generator.stream(
+        return self.generator.stream(
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -281,3 +294,9 @@ class Model:
             ``path`` exists and may not be replaced.
         """
         copy_bundle(self.bundle, path, self.weights.save, overwrite=overwrite)
+
+
+def _largest(feed: Batch) -> tuple[int, ...]:
+    """Return examples x tokens, or the shape of the largest input of a model that takes no tokens."""
+    tokens = feed.get("input_ids")
+    return max((array.shape for array in feed.values()), key=math.prod) if tokens is None else tokens.shape

@@ -95,7 +95,7 @@ class CausalLM(LanguageTask):
             self.end,
         )
         for index, row in zip(pairs, rows, strict=True):
-            found[index] = Encoded([row], None, problem=too_long(row, limit, "the completion"))
+            found[index] = Encoded([row], None, problem=too_long(row, limit, "the completion"), prompted=True)
         texts = [index for index, one in enumerate(examples) if one.pair is None]
         for index in texts:
             spans = examples[index].spans
@@ -153,4 +153,4 @@ def _chat(encoding: Encoding, spans: Sequence[tuple[int, int]], limit: int | Non
     """Return the tokens of a chat; those count that begin in one of its spans of characters."""
     counted = [any(start <= at < end for start, end in spans) for at, _ in encoding.offsets]
     row = row_of(encoding, counted)
-    return Encoded([row], None, problem=too_long(row, limit, "the assistant's last message"))
+    return Encoded([row], None, problem=too_long(row, limit, "the assistant's last message"), prompted=True)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from pocketzo.data.dataset import TOKEN_INPUTS
+from pocketzo.data.dataset import TOKEN_INPUTS, fixed_batch, is_by_token, sections
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import Bundle
+    from pocketzo.formats.bundle import Bundle, ValueSpec
     from pocketzo.runtime.model import Batch, Model
     from pocketzo.tasks.base import Task
 
@@ -55,11 +55,10 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> lis
     """
     bundle = task.bundle
     placed = "positions" in batch
-    by_row = [spec.name for spec in bundle.inputs if spec.shape and not (placed and spec.name in _BY_POSITION)]
-    rows = max((len(batch[name]) for name in by_row if name in batch), default=1)
+    by_row = [spec for spec in bundle.inputs if spec.shape and not (placed and spec.name in _BY_POSITION)]
+    rows = max((batch[spec.name].shape[_row_axis(spec)] for spec in by_row if spec.name in batch), default=1)
     whole = [Part(batch, np.arange(batch["positions"].size if placed else rows))]
-    fixed = any(spec.shape and isinstance(spec.shape[0], int) for spec in bundle.inputs if spec.name in TOKEN_INPUTS)
-    if rows < 2 or fixed or not whole[0].at.size or not (placed or activation_memory):
+    if rows < 2 or fixed_batch(bundle) is not None or not whole[0].at.size or not (placed or activation_memory):
         return whole
     widths, counts = _sizes(bundle, batch, rows)
     budget = _Budget(task, activation_memory)
@@ -153,6 +152,10 @@ class _Budget:
         return fits and (self._all is None or 4 * rows * width * max(self._widest, width) <= self._all)
 
 
+def _row_axis(spec: ValueSpec) -> int:
+    return 0 if sections(spec) is None else 1
+
+
 def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the number of tokens of each row, where rows can be trimmed, and of its positions."""
     if "positions" not in batch:
@@ -162,8 +165,8 @@ def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], 
     row, column = np.divmod(batch["positions"], width)
     counts = np.bincount(row, minlength=rows)
     by_token = [spec for spec in bundle.inputs if spec.name in batch and spec.name not in _BY_POSITION]
-    fixed = any(len(spec.shape) != 2 or isinstance(spec.shape[1], int) for spec in by_token)
-    if fixed or "attention_mask" not in batch or any(batch[spec.name].shape != (rows, width) for spec in by_token):
+    fixed = any(not is_by_token(spec) or isinstance(spec.shape[-1], int) for spec in by_token)
+    if fixed or "attention_mask" not in batch or any(batch[spec.name].shape[-2:] != (rows, width) for spec in by_token):
         return np.full(rows, width), counts
     real = batch["attention_mask"] != 0
     real[row, column] = True
@@ -176,14 +179,15 @@ def _part(bundle: Bundle, batch: Batch, group: NDArray[np.int64], rows: int, wid
     part: dict[str, NDArray[Any]] = {}
     for spec in bundle.inputs:
         if spec.name in batch and not (placed and spec.name in _BY_POSITION):
-            values = batch[spec.name]
-            part[spec.name] = values[group] if spec.shape and len(values) == rows else values
+            values, axis = batch[spec.name], _row_axis(spec)
+            is_cut = spec.shape and values.shape[axis] == rows
+            part[spec.name] = np.take(values, group, axis) if is_cut else values
     if not placed:
         return Part(part, group)
     before = batch["input_ids"].shape[1]
     for name in TOKEN_INPUTS:
         if name in part and width < before:
-            part[name] = np.ascontiguousarray(part[name][:, :width])
+            part[name] = np.ascontiguousarray(part[name][..., :width])
     row, column = np.divmod(batch["positions"], before)
     place = np.full(rows, -1)
     place[group] = np.arange(len(group))

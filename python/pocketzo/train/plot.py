@@ -56,7 +56,7 @@ def plot_run(run: str | os.PathLike[str]) -> Path:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     past = Run(run)
-    lines = list(past.metrics())
+    lines = past.metrics()
     steps, losses = _series([(line["step"], line["loss"]) for line in lines if "loss" in line])
     evaluations = sorted(past.evaluations().items())
     loop = past.recipe.loop

@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +81,31 @@ class Run:
         best = max(evaluations, key=lambda step: metric.score(evaluations[step]), default=None)
         return None if best is None or metric.score(evaluations[best]) == -math.inf else best
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Read the lines of ``metrics.jsonl``; an incomplete last line is ignored.
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``, which is read once; an incomplete last line is ignored.
 
         Raises
         ------
         JournalError
             Another line is damaged; names it.
         """
+        return self._lines
+
+    @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
         path = self.path / METRICS
         lines = path.read_bytes().split(b"\n") if path.exists() else []
+        found = []
         for number, line in enumerate(lines, 1):
             try:
-                yield _metrics_line(line)
+                found.append(_metrics_line(line))
             except ValueError as error:
                 if number < len(lines):
                     raise JournalError(
                         f"{path}, line {number}: damaged: {error}; without this file the run resumes all the same, but "
                         "its evaluations are lost"
                     ) from None
+        return found
 
     def base(self, bundle: str | os.PathLike[str] | None = None) -> Bundle:
         """Return the base bundle of the run, after checking the SHA-256 of its graph and weights.
