@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -92,7 +91,6 @@ def _trace(model: Any, target: Path) -> None:
     with torch.no_grad():
         cache = model(torch.zeros(2, 3, dtype=torch.int64), use_cache=True).past_key_values
     past = [(layer.keys, layer.values) for layer in cache.layers]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # four warnings that torchvision is not installed
     names = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
     torch.onnx.export(
         _WithCache(model).eval(),
