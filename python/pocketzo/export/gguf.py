@@ -5,22 +5,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from pocketzo.errors import Error
 from pocketzo.formats.files import make_folder
 from pocketzo.packages import require
 
-if TYPE_CHECKING:
-    from pocketzo.export._gguf_file import GgufFile
-    from pocketzo.export._nbits import Summary
-
 __all__ = ["export_gguf"]
 
-_KINDS: Final = {"int4": "Q4_0", "int8": "Q8_0"}
 _FLOATS, _BLOCKS = 1e-4, 1e-3  # of the largest logit: sums in another order, of more roundings where blocks are scaled
 _BESIDE: Final = (
     "tokenizer.json",
@@ -46,8 +40,8 @@ def export_gguf(
 
     Quantised matrices either become float32, or keep their blocks as ``MatMulNBits`` and ``GatherBlockQuantized`` read
     them: with ``"int4"`` and ``"int8"``, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q8_0 and Q6_K stay what they are to the rounding
-    of float32, with 4 or 8 bits. Matrices of F32, F16 and BF16 are quantised, as Q4_0 or as Q8_0. An embedding table of
-    these stays float32.
+    of float32, with 4 or 8 bits. Matrices of F32, F16 and BF16 are quantised, as Q4_0 or as Q8_0, and the embedding
+    table, too.
 
     The graph's logits are compared with those of the dequantised model in transformers: on a padded batch, and with a
     cache. They have to agree to 1e-4 of the largest one, and of a graph in which all blocks were kept to 1e-3.
@@ -75,13 +69,14 @@ def export_gguf(
     ValueError
         If `dtype` is another one.
     """
-    if dtype != "float32" and dtype not in _KINDS:
+    if dtype not in ("float32", "int8", "int4"):
         raise ValueError(f"dtype: expected 'float32', 'int8' or 'int4', got {dtype!r}")
     require("onnx", "onnx-ir", "gguf", "torch", "transformers", "accelerate", "mobius-onnx")
     from pocketzo.export._agreement import difference
     from pocketzo.export._float_graph import write_float_graph
     from pocketzo.export._gguf_file import GgufFile
     from pocketzo.export._gguf_model import load_model, load_tokenizer
+    from pocketzo.export._nbits import quantise
 
     say = note or (lambda line: None)
     file = GgufFile(Path(path))
@@ -95,11 +90,11 @@ def export_gguf(
         floats.parent.mkdir()
         write_float_graph(model, checkpoint, floats)
         graph, tolerance = floats, _FLOATS
-        if dtype in _KINDS:
+        if dtype != "float32":
             graph = Path(name, "blocks", output.name)
             graph.parent.mkdir()
-            summary = _write_blocks(floats, graph, file, _KINDS[dtype])
-            for line in _describe(summary, dtype):
+            summary = quantise(floats, graph, dtype, file)
+            for line in summary.lines():
                 say(line)
             tolerance = math.inf if summary.requantised else _BLOCKS
         found = difference(model, graph)
@@ -111,36 +106,3 @@ def export_gguf(
         say(f"logits differ from those of transformers by {found:.1e} of the largest")
         for part in (*graph.parent.iterdir(), *filter(Path.exists, (checkpoint / each for each in _BESIDE))):
             part.replace(output.parent / part.name)
-
-
-def _write_blocks(source: Path, target: Path, file: GgufFile, kind: str) -> Summary:
-    """Write a float32 graph with the blocks of a file in place of its matrices."""
-    import onnx_ir as ir
-
-    from pocketzo.export._nbits import put_blocks
-    from pocketzo.graph.external import ExternalFiles
-    from pocketzo.graph.read import read_model
-
-    model = read_model(source)
-    files = ExternalFiles(source.parent)
-    summary = put_blocks(model, files, file, kind)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = ir.tensor(files.read(value.const_value), name=value.name)
-    ir.save(model, target, external_data=f"{target.name}.data")
-    return summary
-
-
-def _describe(summary: Summary, dtype: str) -> list[str]:
-    def count(tensors: dict[str, str]) -> str:
-        return ", ".join(f"{number} of {kind}" for kind, number in sorted(Counter(tensors.values()).items()))
-
-    lines = [f"{len(summary.exact)} matrices keep their blocks: {count(summary.exact)}"] if summary.exact else []
-    if summary.requantised:
-        lines.append(
-            f"{len(summary.requantised)} matrices quantised as {_KINDS[dtype]}: {count(summary.requantised)}; "
-            f"error {summary.error:.1e} of their root mean square"
-        )
-    if summary.floats:
-        lines.append(f"embedding tables in float32: {count(summary.floats)}")
-    return lines
