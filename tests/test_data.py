@@ -1049,6 +1049,22 @@ def test_ids_beyond_the_embedding_are_refused_before_a_run(tmp_path: Path) -> No
         load_dataset(path, bundle)
 
 
+@pytest.mark.parametrize("which", ["id", "type"])
+def test_ids_and_types_beyond_31_bits_are_refused(tmp_path: Path, which: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    write_tokenizer(path)
+    settings = json.loads(path.read_text())
+    large = 2**31 + 5
+    if which == "id":
+        settings["model"]["vocab"]["film"] = large
+    else:
+        settings["post_processor"]["single"][1]["Sequence"]["type_id"] = large
+    path.write_text(json.dumps(settings))
+    bundle = pz.prepare(Path(__file__).parent / "models" / "bert-new.onnx", tmp_path / "bundle", tokenizer=path)
+    with pytest.raises(DataError, match=f"line 1: the tokenizer gives token {which} {large}, the model's embedding"):
+        load_dataset(write(tmp_path, "a.tsv", "film\t1\na\t0\n"), bundle)
+
+
 def test_a_padding_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     bundle = embedding_model(tmp_path, PAD)
     with pytest.raises(DataError, match=rf"the id of the padding token is {PAD}, the model's embedding has {PAD} rows"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
-from pocketzo.data.examples import Encoded, Example, Problems
+from pocketzo.data.examples import Encoded, Example, Problems, Row
 from pocketzo.data.readers import read_txt
 from pocketzo.data.windows import windows
 from pocketzo.errors import BundleError, DataError, joined_lines
@@ -96,14 +96,16 @@ class _Rows:
         pads = (tokenizer.token_to_id(token) for token in ("[PAD]", "<pad>", "<PAD>", "<|pad|>"))
         pad_id = padding.get("pad_id", next((pad for pad in pads if pad is not None), 0))
         tokenizer.no_padding()
-        self._embedded = embedding_rows(task.bundle).get("input_ids", 2**31)
-        if pad_id >= self._embedded and task.cuts:
+        rows = embedding_rows(task.bundle)
+        embedded, self._types_embedded = (rows.get(name, 2**31) for name in ("input_ids", "token_type_ids"))
+        if pad_id >= embedded and task.cuts:
             pad_id = 0  # any token will do behind the last one that counts
-        if pad_id >= self._embedded:
+        if pad_id >= embedded:
             raise DataError(
                 f"{task.bundle.tokenizer_path}: the id of the padding token is {pad_id}, the model's embedding has "
-                f"{self._embedded} rows: name another token for the padding in this file"
+                f"{embedded} rows: name another token for the padding in this file"
             )
+        self._embedded = embedded
         self._fills = {"input_ids": pad_id, "token_type_ids": padding.get("pad_type_id", 0), "labels": IGNORED}
         self._pad_left = padding.get("direction") == "left" and not task.cuts and not pads_right_only(task.bundle)
         self._ids, self._types, self._by_token, self._counted = array("i"), array("i"), array("i"), array("b")
@@ -117,14 +119,9 @@ class _Rows:
         if example.problem is not None:
             self._problems.add(number, example.problem)
         for row in example.rows:
-            if not row.ids:
-                self._problems.add(number, "the tokenizer finds no token in the text")
-            elif max(row.ids) >= self._embedded:
-                self._problems.add(
-                    number,
-                    f"the tokenizer gives token id {max(row.ids)}, the model's embedding has {self._embedded} rows: "
-                    "prepare the model with its own tokenizer",
-                )
+            if (problem := self._problem(row)) is not None:
+                self._problems.add(number, problem)
+                continue
             self._ids.extend(row.ids)
             self._types.extend(row.type_ids)
             self._counted.extend(row.counted or ())
@@ -137,6 +134,17 @@ class _Rows:
             self._by_token.extend(example.label)
         elif example.label is not None:
             self._labels.append(example.label)
+
+    def _problem(self, row: Row) -> str | None:
+        if not row.ids:
+            return "the tokenizer finds no token in the text"
+        for what, ids, rows in (("id", row.ids, self._embedded), ("type", row.type_ids, self._types_embedded)):
+            if max(ids, default=0) >= rows:
+                return (
+                    f"the tokenizer gives token {what} {max(ids)}, the model's embedding has {rows} rows: prepare the "
+                    "model with its own tokenizer"
+                )
+        return None
 
     def dataset(self) -> Dataset:
         """Return the examples, unless there was a problem, or there are none."""
