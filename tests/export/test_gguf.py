@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from pocketzo import Error
-from pocketzo.export.gguf import export_gguf
+from pocketzo.export import export as export_model
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")
 FLOATS = ("F32", "F16", "BF16")
@@ -94,7 +94,7 @@ def difference(model: Any, path: Path, length: int = 12) -> float:
 def export(tmp_path: Path, **options: Any) -> tuple[Path, list[str]]:
     lines: list[str] = []
     out = tmp_path / "out" / "model.onnx"
-    export_gguf(tmp_path / "tiny.gguf", out, note=lines.append, **options)
+    export_model(tmp_path / "tiny.gguf", out, note=lines.append, **options)
     return out, lines
 
 
@@ -320,7 +320,7 @@ def test_a_difference_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return blocks
 
     monkeypatch.setattr(_nbits, "to_blocks", wrong)
-    with pytest.raises(Error, match="the graph's logits differ from those of transformers by"):
+    with pytest.raises(Error, match="the graph's outputs differ from those of transformers by"):
         export(tmp_path, dtype="int4")
     assert not list((tmp_path / "out").iterdir())
 
