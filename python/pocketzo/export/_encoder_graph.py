@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -68,19 +67,17 @@ class Encoder(torch.nn.Module):  # type: ignore[misc]  # torch may be missing
 def trace(encoder: Encoder, target: Path) -> None:
     """Write the graph to a file, with external data beside it; its weights have the names of the checkpoint."""
     names = encoder.inputs
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a dozen, about torch itself and the names of axes
-        program = torch.onnx.export(
-            encoder,
-            tuple(map(torch.from_numpy, encoder.batch(*_TRACED).values())),
-            input_names=names,
-            output_names=encoder.outputs,
-            dynamic_shapes=(tuple({0: "batch", 1: "sequence"} for _ in names),),
-            dynamo=True,
-            opset_version=_OPSET,
-            optimize=False,  # it would transpose weights under new names, and merge biases of equal values
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        encoder,
+        tuple(map(torch.from_numpy, encoder.batch(*_TRACED).values())),
+        input_names=names,
+        output_names=encoder.outputs,
+        dynamic_shapes=(tuple({0: "batch", 1: "sequence"} for _ in names),),
+        dynamo=True,
+        opset_version=_OPSET,
+        optimize=False,  # it would transpose weights under new names, and merge biases of equal values
+        verbose=False,
+    )
     model = program.model
     common.InlinePass()(model)
     optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
@@ -89,6 +86,7 @@ def trace(encoder: Encoder, target: Path) -> None:
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)  # where in transformers each node comes from
     for value in tuple(model.graph.initializers.values()):
         value.name = str(value.name).removeprefix(_MODEL).removeprefix(_LAYERS)
     ir.save(model, target, external_data=f"{target.name}.data")

@@ -139,31 +139,24 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected {', '.join(map(repr, DTYPES[:-1]))} or {DTYPES[-1]!r}, got {dtype!r}")
     say = note or (lambda line: None)
-    opened = _open(Path(source), dtype, say)
-    output = Path(output)
-    make_folder(output.parent)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as name:
-        folder, graph = Path(name, "checkpoint"), Path(name, "graph", output.name)
-        for each in (folder, graph.parent):
-            each.mkdir()
-        _save_settings(opened, folder)
-        tolerance = opened.write_graph(folder, graph, dtype, say)
-        found = opened.difference(graph)
-        if not found <= tolerance:
-            raise Error(
-                f"{opened.path}: the graph's outputs differ from those of transformers by {found:.1e} of the largest, "
-                f"more than {tolerance:g}; please report this model"
-            )
-        say(f"outputs differ from those of transformers by {found:.1e} of the largest")
-        for part in (*graph.parent.iterdir(), *filter(Path.exists, (folder / each for each in _BESIDE))):
-            part.replace(output.parent / part.name)
+    path, output = Path(source), Path(output)
+    if not path.exists():
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+    if path.is_dir() and path.resolve() == output.parent.resolve():
+        raise Error(f"{output}: in the checkpoint's folder, whose settings would be replaced; choose another folder")
+    require("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "accelerate", "mobius-onnx", "gguf")
+    from pocketzo.export._quiet import quiet
+
+    with quiet():
+        opened = _open(path, dtype, say)
+        make_folder(output.parent)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as name:
+            for part in _write(opened, Path(name), output.name, dtype, say):
+                part.replace(output.parent / part.name)
     return opened.kind
 
 
 def _open(path: Path, dtype: Dtype, say: Callable[[str], None]) -> Source:
-    if not path.exists():
-        raise FileNotFoundError(2, "No such file or directory", str(path))
-    require("onnx", "onnx-ir", "onnxscript", "torch", "transformers", "accelerate", "mobius-onnx", "gguf")
     if not path.is_dir():
         from pocketzo.export.gguf import GgufSource
 
@@ -175,9 +168,22 @@ def _open(path: Path, dtype: Dtype, say: Callable[[str], None]) -> Source:
     return open_checkpoint(path, say)
 
 
-def _save_settings(source: Source, folder: Path) -> None:
+def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[str], None]) -> list[Path]:
+    """Write an export below a folder, compare it with the model, and return its files."""
+    folder, graph = work / "checkpoint", work / "graph" / name
+    for each in (folder, graph.parent):
+        each.mkdir()
     source.model.config.save_pretrained(folder)
     if source.model.can_generate():
         source.model.generation_config.save_pretrained(folder)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
+    tolerance = source.write_graph(folder, graph, dtype, say)
+    found = source.difference(graph)
+    if not found <= tolerance:
+        raise Error(
+            f"{source.path}: the graph's outputs differ from those of transformers by {found:.1e} of the largest, "
+            f"more than {tolerance:g}; please report this model"
+        )
+    say(f"outputs differ from those of transformers by {found:.1e} of the largest")
+    return [*graph.parent.iterdir(), *filter(Path.exists, (folder / each for each in _BESIDE))]
