@@ -93,13 +93,15 @@ def trace(encoder: Encoder, target: Path) -> None:
 
 
 def difference(encoder: Encoder, path: Path) -> float:
-    """Return the largest difference of a graph's outputs at tokens, relative to the largest element of each output."""
+    """Return the largest difference of a graph's outputs at tokens, relative to the largest element of each output.
+
+    The encoder's parameters have to be without gradients.
+    """
     session = open_source(path, external=True)
     found = []
     for shape in _COMPARED:
         batch = encoder.batch(*shape)
-        with torch.no_grad():
-            expected = [each.numpy() for each in encoder(*map(torch.from_numpy, batch.values()))]
+        expected = [each.numpy() for each in encoder(*map(torch.from_numpy, batch.values()))]
         for one, other in zip(session.run(encoder.outputs, _read(session, batch)), expected, strict=True):
             off = np.abs(one - other)
             found.append(_at_tokens(off, batch["attention_mask"]).max() / np.abs(other).max())

@@ -67,7 +67,7 @@ class _Encoder(Source):
     def __init__(self, path: Path, kind: Kind, model: Any, tokenizer: Any, sentence: Any) -> None:
         self.path, self.kind, self.model, self.tokenizer = path, kind, model, tokenizer
         output = "last_hidden_state" if kind == "encoder" else "logits"
-        self.encoder = _encoder_graph.Encoder(model, output, sentence).eval()
+        self.encoder = _encoder_graph.Encoder(model, output, sentence).eval().requires_grad_(False)
 
     def write_graph(self, folder: Path, target: Path, dtype: Dtype, say: Callable[[str], None]) -> float:
         _encoder_graph.trace(self.encoder, target)
