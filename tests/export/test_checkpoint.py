@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,26 @@ def off(found: Array, wanted: Array, mask: Array) -> float:
     return float(np.abs(found - wanted)[there].max() / np.abs(wanted).max())
 
 
-@pytest.fixture(scope="module", params=[(family, head) for family in FAMILIES for head in HEADS], ids="".join)
-def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("encoder") / "checkpoint"
-    model = tiny.model_of(*request.param)
-    tiny.save(folder, model)
-    return model, export(folder)[0]
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Any, Path]]:
+    """Return a function that exports the model of a family and a head, once."""
+
+    @cache
+    def of(family: str, head: str) -> tuple[Any, Path]:
+        folder = tmp_path_factory.mktemp(family) / "checkpoint"
+        model = tiny.model_of(family, head)
+        tiny.save(folder, model)
+        return model, export(folder)[0]
+
+    return of
 
 
-def test_outputs_are_those_of_transformers(
-    encoder: tuple[Any, Path], record_property: Callable[[str, object], None]
-) -> None:
+@pytest.fixture(params=[(family, head) for family in FAMILIES for head in HEADS], ids="".join)
+def encoder(request: pytest.FixtureRequest, exported: Callable[[str, str], tuple[Any, Path]]) -> tuple[Any, Path]:
+    return exported(*request.param)
+
+
+def test_outputs_are_those_of_transformers(encoder: tuple[Any, Path]) -> None:
     """With other rows and lengths than the graph was traced with, up to the last position."""
     model, path = encoder
     family = model.config.model_type
@@ -94,7 +104,7 @@ def test_outputs_are_those_of_transformers(
         wanted = expected(model, batch)
         assert found[name].shape == wanted.shape
         differences.append(off(found[name], wanted, batch["attention_mask"]))
-    record_property("difference", max(differences))
+    print(f"{type(model).__name__}: {max(differences):.1e}")
     assert max(differences) <= TOLERANCE
 
 
@@ -125,11 +135,9 @@ def read(model: Any) -> list[Any]:
     return [each for name, each in model.named_parameters() if not (bare and name.startswith("pooler."))]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_a_masked_model_is_prompted(tmp_path: Path, family: str) -> None:
-    model = tiny.model_of(family, "ForMaskedLM")
-    tiny.save(tmp_path / "checkpoint", model)
-    path, _ = export(tmp_path / "checkpoint")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_masked_model_is_prompted(tmp_path: Path, family: str, exported: Any) -> None:
+    model, path = exported(family, "ForMaskedLM")
     bundle = pz.prepare(
         path, tmp_path / "base", task="prompt", template="{text} it was {mask} .", label_words=["terrible", "good"]
     )
@@ -149,11 +157,9 @@ def test_a_masked_model_is_prompted(tmp_path: Path, family: str) -> None:
     assert found == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["albert", "distilbert"])
-def test_a_classifier_is_trained(tmp_path: Path, family: str) -> None:
-    model = tiny.model_of(family, "ForSequenceClassification")
-    tiny.save(tmp_path / "checkpoint", model)
-    path, _ = export(tmp_path / "checkpoint")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_is_trained(tmp_path: Path, family: str, exported: Any) -> None:
+    model, path = exported(family, "ForSequenceClassification")
     bundle = pz.prepare(path, tmp_path / "base", tokenizer=path.with_name("tokenizer.json"), labels=["a", "b", "c"])
     data = tmp_path / "data.tsv"
     data.write_text("text\tlabel\nthe film was good\ta\na bad film\tb\nit is\tc\n")
@@ -163,7 +169,7 @@ def test_a_classifier_is_trained(tmp_path: Path, family: str) -> None:
     logits = expected(model, {**batch, "token_type_ids": np.zeros_like(batch["input_ids"])}).astype(float)
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert before == pytest.approx(-np.log(shares[np.arange(3), np.arange(3)]).mean(), rel=1e-4)
-    optimizer = pz.MeZO(loaded, lr=1e-2, eps=1e-3, seed=3)
+    optimizer = pz.MeZO(loaded, lr=1e-4, eps=1e-3, seed=3)
     for _ in range(30):
         optimizer.step(lambda model: pz.evaluate(model, examples)["loss"])
     assert pz.evaluate(loaded, examples)["loss"] < before
@@ -423,15 +429,16 @@ def test_the_command(tmp_path: Path) -> None:
 
     tiny.save(tmp_path / "bert", tiny.model_of("bert", "ForSequenceClassification"))
     out = tmp_path / "out" / "model.onnx"
+    out.parent.mkdir()
+    out.write_bytes(b"")
     command = ["export", str(tmp_path / "bert"), "-o", str(out)]
     found = CliRunner().invoke(cli, command)
+    assert found.exit_code == 1
+    assert "already exists; choose another file, or replace it with --force" in found.stderr
+    found = CliRunner().invoke(cli, [*command, "--force"])
     assert found.exit_code == 0, found.output
     assert found.stdout.splitlines() == [
         f"{out}: written, with tokenizer.json beside it",
         f"next: pocketzo prepare {out} -o base --tokenizer {out.with_name('tokenizer.json')}",
     ]
     assert found.stderr.splitlines()[-1].startswith("outputs differ from those of transformers by ")
-    again = CliRunner().invoke(cli, command)
-    assert again.exit_code == 1
-    assert "already exists; choose another file, or replace it with --force" in again.stderr
-    assert CliRunner().invoke(cli, [*command, "--force"]).exit_code == 0
