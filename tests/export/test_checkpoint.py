@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_encoders import FAMILIES, HEADS, POSITIONS, VOCABULARY
 from tokenizers import Tokenizer
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 import pocketzo as pz
 from pocketzo import Error
@@ -268,40 +268,42 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
     refused(folder, r"modules\.json: damaged: expected a list of modules with type and path")
 
 
-# ---- decoders, of which the other files test the graphs --------------------------------------------------------------
+# ---- types of weights; test_decoders_export.py has the graphs of decoders --------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-        ),
-        GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=POSITIONS),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_decoders(tmp_path: Path, config: PreTrainedConfig) -> None:
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
-    model = gguf_files.model_of(config)
-    tiny.save(tmp_path / "checkpoint", model.half() if config.model_type == "llama" else model)
+def test_a_checkpoint_of_16_bits(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = gguf_files.model_of(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "checkpoint")
     path, lines = export(tmp_path / "checkpoint")
-    model.float()
+    assert lines[-1].startswith("outputs differ from those of transformers by ")
+    stored = {tensor.name: tensor.data_type for tensor in onnx.load(path, load_external_data=False).graph.initializer}
+    assert stored["model.embed_tokens.weight"] == onnx.TensorProto.FLOAT
     bundle = pz.prepare(path, tmp_path / "base", task="causal-lm")
     ids = np.random.default_rng(3).integers(0, VOCABULARY, (2, 9))
-    positions = np.arange(9)[None].repeat(2, 0)
     batch = {
         "input_ids": ids,
         "attention_mask": np.ones_like(ids),
-        "position_ids": positions,
+        "position_ids": np.arange(9)[None].repeat(2, 0),
         "positions": np.array([8, 17]),
         "targets": np.array([1, 2]),
     }
     found = pz.load(bundle).run(batch)["token_losses"]
     with torch.no_grad():
-        wanted = -torch.log_softmax(model(torch.from_numpy(ids)).logits[:, -1], -1)[[0, 1], [1, 2]].numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-4)
-    assert lines[-1].startswith("outputs differ from those of transformers by ")
+        logits = model.float()(torch.from_numpy(ids)).logits[:, -1]
+    np.testing.assert_allclose(found, -torch.log_softmax(logits, -1)[[0, 1], [1, 2]].numpy(), rtol=1e-4)
+
+
+def test_an_encoder_is_quantised(tmp_path: Path) -> None:
+    model = tiny.model_of("bert", "ForMaskedLM")
+    tiny.save(tmp_path / "checkpoint", model)
+    path, lines = export(tmp_path / "checkpoint", dtype="int8")
+    assert lines[0].startswith("14 matrices quantised as Q8_0: 14 of F32; error ")
+    batch = batch_of(model, 3, 11)
+    difference = off(run(path, batch)["logits"], expected(model, batch), batch["attention_mask"])
+    assert 1e-4 < difference < 0.05
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def difference(model: Any, path: Path) -> float:
     """Return the largest difference of the logits of two rows of random tokens, relative to the largest logit.
 
     The second row is padded on the right. Both rows are computed at once and, without padding, in two parts with a
-    cache between them.
+    cache between them. The graph's inputs and outputs are those of :func:`write_float_graph`; it may lack
+    ``position_ids``.
     """
     session = open_source(path, external=True)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, _LENGTH))
@@ -43,8 +44,10 @@ def _run(
     session: ort.InferenceSession, ids: Array, mask: Array, start: int, cache: list[Array] | None
 ) -> tuple[Array, list[Array]]:
     positions = np.broadcast_to(np.arange(start, start + ids.shape[1]), ids.shape)
-    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": np.ascontiguousarray(positions)}
-    pasts = [each for each in session.get_inputs() if each.name not in feed]
+    values = {"input_ids": ids, "attention_mask": mask, "position_ids": np.ascontiguousarray(positions)}
+    inputs = {value.name: value for value in session.get_inputs()}
+    feed = {name: array for name, array in values.items() if name in inputs}
+    pasts = [value for name, value in inputs.items() if name not in feed]
     for index, past in enumerate(pasts):
         empty = np.empty((len(ids), past.shape[1], 0, past.shape[3]), np.float32)
         feed[past.name] = empty if cache is None else cache[index]

@@ -1,7 +1,7 @@
-"""GGUF's blocks as onnxruntime's MatMulNBits reads them.
+"""GGUF's blocks as blocks of onnxruntime's MatMulNBits.
 
-A block of MatMulNBits is ``size`` numbers of one row: ``scale * (q - 2 ** (bits - 1))``, q of 4 or 8 bits, which never
-rounds here. Types with a minimum add an offset to all numbers of a block, with one rounding. So all types are kept:
+A block is ``size`` numbers of one row: ``scale * (q - 2 ** (bits - 1))``, q of 4 or 8 bits, which never rounds here.
+Types with a minimum add an offset to all numbers of a block, with one rounding. So all types are kept:
 
 =====  ====  ====  ========================================================  ===========
 type   bits  size  number                                                    offset
@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix in blocks, as inputs of MatMulNBits.
+    """A matrix in blocks.
 
     Attributes
     ----------
@@ -58,6 +58,12 @@ class Blocks:
     def size(self) -> int:
         """Numbers in a block."""
         return int(self.packed.shape[-1]) * 8 // self.bits
+
+    def planes(self) -> dict[str, Bytes]:
+        """Return numbers of 4 bits as MatMulNBits reads them; of 8 bits their upper halves and their lower ones."""
+        if self.bits == 4:
+            return {"packed": self.packed}
+        return {"upper": _pack(self.packed >> np.uint8(4)), "lower": _pack(self.packed & np.uint8(15))}
 
     def array(self) -> Floats:
         """Return the matrix, ``[rows, columns]``."""

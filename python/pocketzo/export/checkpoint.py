@@ -10,13 +10,10 @@ import torch
 import transformers
 
 from pocketzo.errors import Error, first_line
-from pocketzo.export import _agreement, _encoder_graph
-from pocketzo.export._float_graph import write_float_graph
 from pocketzo.export._sentence import SentenceFolder, read_json
-from pocketzo.export.convert import Dtype, Source
+from pocketzo.export._source import DecoderSource, EncoderSource, Source
 from pocketzo.export.families import FAMILIES, Kind
 
-_TOLERANCE: Final = 1e-4  # of the largest output: sums in another order
 _VOCABULARIES: Final = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.txt", "vocab.json"),
@@ -44,37 +41,8 @@ def open_checkpoint(path: Path, say: Callable[[str], None]) -> Source:
     model = _load(folder, name, kind, say)
     tokenizer = _load_tokenizer(folder, say)
     if kind == "decoder":
-        return _Decoder(path, model, tokenizer)
-    return _Encoder(path, kind, model, tokenizer, None if sentence is None else sentence.build())
-
-
-class _Decoder(Source):
-    kind = "decoder"
-
-    def __init__(self, path: Path, model: Any, tokenizer: Any) -> None:
-        self.path, self.model, self.tokenizer = path, model, tokenizer
-
-    def write_graph(self, folder: Path, target: Path, dtype: Dtype, say: Callable[[str], None]) -> float:
-        self.model.save_pretrained(folder)  # whatever the type of the weights in the folder that was given
-        write_float_graph(self.model, folder, target)
-        return _TOLERANCE
-
-    def difference(self, path: Path) -> float:
-        return _agreement.difference(self.model, path)
-
-
-class _Encoder(Source):
-    def __init__(self, path: Path, kind: Kind, model: Any, tokenizer: Any, sentence: Any) -> None:
-        self.path, self.kind, self.model, self.tokenizer = path, kind, model, tokenizer
-        output = "last_hidden_state" if kind == "encoder" else "logits"
-        self.encoder = _encoder_graph.Encoder(model, output, sentence).eval().requires_grad_(False)
-
-    def write_graph(self, folder: Path, target: Path, dtype: Dtype, say: Callable[[str], None]) -> float:
-        _encoder_graph.trace(self.encoder, target)
-        return _TOLERANCE
-
-    def difference(self, path: Path) -> float:
-        return _encoder_graph.difference(self.encoder, path)
+        return DecoderSource(path, model, tokenizer)
+    return EncoderSource(path, kind, model, tokenizer, None if sentence is None else sentence.build())
 
 
 def _class_of(folder: Path, *, is_sentence: bool) -> tuple[str, Kind]:

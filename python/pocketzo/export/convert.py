@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 from pocketzo.errors import Error
 from pocketzo.export.families import Kind
 from pocketzo.formats.files import make_folder
 from pocketzo.packages import require
 
+if TYPE_CHECKING:
+    from pocketzo.export._source import Source
+
 Dtype: TypeAlias = Literal["float32", "int8", "int4"]
 DTYPES: Final[tuple[str, ...]] = get_args(Dtype)
+_FLOATS, _BLOCKS = 1e-4, 1e-3  # of the largest output: sums in another order, of more roundings where blocks are scaled
 _BESIDE: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,48 +28,6 @@ _BESIDE: Final = (
     "generation_config.json",
     "config.json",
 )
-
-
-class Source(ABC):
-    """A model of transformers that was loaded, with float32 weights, and how its graph is made.
-
-    Attributes
-    ----------
-    path : Path
-        What it was loaded from.
-    kind : {"decoder", "masked", "classifier", "encoder"}
-    model : PreTrainedModel
-        In evaluation mode.
-    tokenizer : PreTrainedTokenizer or None
-    """
-
-    path: Path
-    kind: Kind
-    model: Any
-    tokenizer: Any
-
-    @abstractmethod
-    def write_graph(self, folder: Path, target: Path, dtype: Dtype, say: Callable[[str], None]) -> float:
-        """Write the graph to a file, with external data beside it.
-
-        Parameters
-        ----------
-        folder : Path
-            For other files, such as the model's checkpoint.
-        target : Path
-        dtype : {"float32", "int8", "int4"}
-        say : callable
-            Called with a line for each thing that a user should know.
-
-        Returns
-        -------
-        float
-            The difference that rounding explains, relative to the largest output.
-        """
-
-    @abstractmethod
-    def difference(self, path: Path) -> float:
-        """Return the largest difference of a graph's outputs from the model's, relative to the largest output."""
 
 
 def export(
@@ -96,13 +58,12 @@ def export(
     ``[batch, heads, past, size]`` the caches ``past_key_values.{i}.key`` and ``.value``. The weights of encoders have
     the names of the checkpoint.
 
-    The graph is run on padded batches, a decoder's with a cache too, and its outputs have to agree with those of
-    transformers: to 1e-4 of the largest, and to 1e-3 in a graph in which all blocks of a GGUF file were kept.
+    The float32 graph is run on padded batches, a decoder's with a cache too, and its outputs have to agree with those
+    of transformers to 1e-4 of the largest.
 
-    Quantised matrices of a GGUF file either become float32, or keep their blocks as ``MatMulNBits`` and
-    ``GatherBlockQuantized`` read them: with ``"int4"`` and ``"int8"``, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q8_0 and Q6_K stay
-    what they are to the rounding of float32, with 4 or 8 bits. Matrices of F32, F16 and BF16 are quantised, as Q4_0 or
-    as Q8_0. An embedding table of these stays float32.
+    With ``"int4"`` and ``"int8"``, matrices and the table of tokens are then quantised, as Q4_0 or as Q8_0, and read by ``MatMulNBits`` and ``GatherBlockQuantized``. In a GGUF file, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q8_0 and Q6_K stay
+    what they are to the rounding of float32, with 4 or 8 bits. A graph in which all blocks were kept has to agree with
+    transformers to 1e-3.
 
     Parameters
     ----------
@@ -115,7 +76,7 @@ def export(
         ``.data``; ``tokenizer.json``, the chat template and the settings of model, tokenizer and generation beside it.
         Existing files are replaced.
     dtype : {"float32", "int8", "int4"}
-        Whether blocks are kept, and the bits of the matrices that have none. A folder is exported as float32.
+        Whether blocks are kept, and the bits of the matrices that have none.
     note : callable, optional
         Called with a line of text for what was kept and what was quantised, for weights that are not used, and for the
         agreement.
@@ -148,7 +109,7 @@ def export(
     from pocketzo.export._quiet import quiet
 
     with quiet():
-        opened = _open(path, dtype, say)
+        opened = _open(path, say)
         make_folder(output.parent)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as name:
             for part in _write(opened, Path(name), output.name, dtype, say):
@@ -156,34 +117,41 @@ def export(
     return opened.kind
 
 
-def _open(path: Path, dtype: Dtype, say: Callable[[str], None]) -> Source:
-    if not path.is_dir():
-        from pocketzo.export.gguf import GgufSource
+def _open(path: Path, say: Callable[[str], None]) -> Source:
+    if path.is_dir():
+        from pocketzo.export.checkpoint import open_checkpoint
 
-        return GgufSource(path)
-    if dtype != "float32":
-        raise Error(f"{path}: a checkpoint's folder can be exported as float32, not as {dtype}")
-    from pocketzo.export.checkpoint import open_checkpoint
+        return open_checkpoint(path, say)
+    from pocketzo.export.gguf import open_gguf
 
-    return open_checkpoint(path, say)
+    return open_gguf(path)
 
 
 def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[str], None]) -> list[Path]:
     """Write an export below a folder, compare it with the model, and return its files."""
-    folder, graph = work / "checkpoint", work / "graph" / name
-    for each in (folder, graph.parent):
+    from pocketzo.export._nbits import quantise
+
+    folder, graph, blocks = work / "checkpoint", work / "floats" / name, work / "blocks" / name
+    for each in (folder, graph.parent, blocks.parent):
         each.mkdir()
-    source.model.config.save_pretrained(folder)
-    if source.model.can_generate():
-        source.model.generation_config.save_pretrained(folder)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(folder)
-    tolerance = source.write_graph(folder, graph, dtype, say)
+    source.save_settings(folder)
+    source.write_graph(folder, graph)
+    found = _compare(source, graph, _FLOATS)
+    if dtype != "float32":
+        summary = quantise(graph, blocks, dtype, source.file)
+        for line in summary.lines():
+            say(line)
+        graph, found = blocks, _compare(source, blocks, math.inf if summary.requantised else _BLOCKS)
+    say(f"outputs differ from those of transformers by {found:.1e} of the largest")
+    return [*graph.parent.iterdir(), *filter(Path.exists, (folder / each for each in _BESIDE))]
+
+
+def _compare(source: Source, graph: Path, tolerance: float) -> float:
+    """Return how far a graph's outputs are off; raise Error if that is more than rounding explains."""
     found = source.difference(graph)
     if not found <= tolerance:
         raise Error(
             f"{source.path}: the graph's outputs differ from those of transformers by {found:.1e} of the largest, "
             f"more than {tolerance:g}; please report this model"
         )
-    say(f"outputs differ from those of transformers by {found:.1e} of the largest")
-    return [*graph.parent.iterdir(), *filter(Path.exists, (folder / each for each in _BESIDE))]
+    return found
