@@ -61,9 +61,10 @@ def export(
     The float32 graph is run on padded batches, a decoder's with a cache too, and its outputs have to agree with those
     of transformers to 1e-4 of the largest.
 
-    With ``"int4"`` and ``"int8"``, matrices and the table of tokens are then quantised, as Q4_0 or as Q8_0, and read by ``MatMulNBits`` and ``GatherBlockQuantized``. In a GGUF file, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q8_0 and Q6_K stay
-    what they are to the rounding of float32, with 4 or 8 bits. A graph in which all blocks were kept has to agree with
-    transformers to 1e-3.
+    With ``"int4"`` and ``"int8"``, matrices and the table of tokens are then quantised, as Q4_0 or as Q8_0: in blocks
+    of 32 numbers, read by ``MatMulNBits`` and ``GatherBlockQuantized``. In a GGUF file, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1,
+    Q8_0 and Q6_K stay what they are to the rounding of float32, with 4 or 8 bits. A graph in which all blocks were kept
+    has to agree with transformers to 1e-3.
 
     Parameters
     ----------
