@@ -249,7 +249,7 @@ def demo(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Test the export of models, with torch and transformers in an environment of its own."""
     session.install("-q", ".[cli,export]", "--group=models")
-    run_pytest(session, "exports of torch's models", "host", "pytest", "-q", "-n", "2", "tests/export")
+    run_pytest(session, "exports of torch's models", "host", "pytest", "-q", "-n2", "--dist=loadfile", "tests/export")
 
 
 @nox.session(default=False)
