@@ -194,6 +194,23 @@ def test_a_mask_beyond_float16_masks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pz.load(bundle, threads=1).run({"x": x}, ["logits"])["logits"][:, 2], 0)
 
 
+def test_the_mean_of_a_normalisation_may_be_named_and_unused(tmp_path: Path) -> None:
+    """mobius-onnx names it, and it is float32 also of a float16 input."""
+    scale, bias = np.ones(3, np.float32), np.zeros(3, np.float32)
+    outputs = ["logits", "mean", "deviation"]
+    bundle = prepare_fp16(
+        tmp_path,
+        [PRODUCT, helper.make_node("LayerNormalization", ["y", "scale", "bias"], outputs)],
+        w=WEIGHT,
+        scale=scale,
+        bias=bias,
+    )
+    x = np.eye(4, dtype=np.float32)
+    expected = (WEIGHT - WEIGHT.mean(1, keepdims=True)) / WEIGHT.std(1, keepdims=True)
+    found = pz.load(bundle, threads=1).run({"x": x}, ["logits"])["logits"]
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
 def test_other_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'float16', got 'bfloat16'"):
         pz.prepare(MODELS / "bert-old.onnx", tmp_path / "b", dtype="bfloat16")  # type: ignore[arg-type]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_files as files
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from tiny_decoders import COMMON, CONTEXT, FAMILIES, VOCABULARY, WINDOW, rope
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -24,6 +29,8 @@ from pocketzo import Error
 from pocketzo.export import export as export_model
 from pocketzo.export._agreement import difference
 from pocketzo.export._float_graph import write_float_graph
+from pocketzo.export._nbits import quantise
+from pocketzo.export._stored import store
 from pocketzo.runtime.embeddings import context_length
 
 Array = npt.NDArray[Any]
@@ -185,10 +192,96 @@ def test_the_context_is_known_where_there_is_a_table_of_positions(exported: Expo
     assert found == CONTEXT or (found is None and not learned)
 
 
+def test_a_table_that_is_read_and_multiplied_is_written_once(exported: Exported) -> None:
+    largest = sum(parameter.numel() for parameter in exported.model.parameters()) + 2 * CONTEXT * 32  # sines, cosines
+    assert exported.path.with_name("m.onnx.data").stat().st_size <= 4 * largest + 64 * len(exported.bundle.tensors)
+
+
+def test_a_graph_in_float16(exported: Exported, tmp_path: Path) -> None:
+    """1.7e-3 is the largest difference that was seen."""
+    store(exported.path, tmp_path / "m.onnx", "float16")
+    assert 1e-5 < difference(exported.model, tmp_path / "m.onnx") <= 5e-3
+    bundle = pz.prepare(tmp_path / "m.onnx", tmp_path / "base", task="causal-lm")
+    trainable = [tensor for tensor in bundle.tensors if tensor.sets]
+    assert {tensor.dtype for tensor in trainable} == {"float16"}
+    names = {tensor.name for tensor in exported.bundle.tensors if tensor.sets}
+    assert {tensor.name for tensor in trainable} == names
+
+
+def rounded(model: Any, kind: str) -> Any:
+    """Return a copy with the numbers that a quantised graph has: all matrices but positions, along a row's inputs."""
+    copied, chosen = copy.deepcopy(model), gguf.GGMLQuantizationType[kind]
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if parameter.ndim == 2 and "wpe" not in name and "embed_positions" not in name:
+                inward = copied.config.model_type == "gpt2" and ".c_" in name  # stored as [in, out]
+                rows = (parameter.T if inward else parameter).contiguous().numpy()
+                blocks = gguf.quants.dequantize(gguf.quants.quantize(rows, chosen), chosen)
+                parameter.copy_(torch.from_numpy(blocks.T if inward else blocks))
+    return copied
+
+
+@pytest.mark.parametrize(("dtype", "kind", "planes"), [("int4", "Q4_0", 1), ("int8", "Q8_0", 2)])
+def test_a_quantised_graph(exported: Exported, dtype: Any, kind: str, planes: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    summary = quantise(exported.path, path, dtype)
+    model = rounded(exported.model, kind)
+    assert difference(model, path) <= 5e-5
+    pairs = zip(exported.model.parameters(), model.parameters(), strict=True)
+    changed = [(one.detach(), other.detach()) for one, other in pairs if not torch.equal(one, other)]
+    errors = sum(float((one - other).square().sum()) for one, other in changed)
+    squares = sum(float(one.square().sum()) for one, _ in changed)
+    assert summary.error == pytest.approx((errors / squares) ** 0.5, rel=1e-4)
+    assert (summary.kind, summary.exact, summary.floats) == (kind, {}, {})
+
+    graph = onnx.load(path, load_external_data=False).graph
+    operators = Counter(node.op_type for node in graph.node)
+    tied = exported.model.config.tie_word_embeddings
+    assert operators["GatherBlockQuantized"] == planes
+    assert operators["MatMulNBits"] == planes * (len(summary.requantised) - 1 + tied)
+    bundle = pz.prepare(path, tmp_path / "base", task="causal-lm")
+    trainable = [tensor for tensor in bundle.tensors if tensor.sets]
+    vectors = [parameter for parameter in exported.model.parameters() if parameter.ndim == 1]
+    positions = [each for each in trainable if len(each.shape) == 2]
+    assert sum(int(np.prod(each.shape)) for each in trainable) == sum(each.numel() for each in vectors) + sum(
+        int(np.prod(each.shape)) for each in positions
+    )
+    assert len(positions) == (exported.model.config.model_type in ("opt", "gpt2"))
+    model_alone = pz.load(bundle)
+    texts = [[3, 1, 4, 1, 5, 9], [2, 6, 5]]
+    together = model_alone.run(batch_of(texts, 8))["token_losses"]
+    alone = [model_alone.run(batch_of([text], len(text)))["token_losses"] for text in texts]
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_quantised(tmp_path: Path) -> None:
+    """A head of few classes, and a table whose rows are no whole blocks; a matrix of such rows is."""
+    rng = np.random.default_rng(1)
+    shapes = {"table": (50, 40), "dense": (40, 32), "head": (32, 31)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("MatMul", ["x", "dense"], ["y"]),
+        helper.make_node("MatMul", ["y", "head"], ["logits"]),
+    ]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 31])
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "few", [ids], [logits], stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    summary = quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", "int8")
+    assert (summary.requantised, summary.floats) == ({"dense": "F32"}, {"table": "F32"})
+    assert summary.lines()[1] == "embedding tables in float32: 1 of F32"
+    tokens = rng.integers(0, 50, (2, 5))
+    found = ort.InferenceSession(tmp_path / "q.onnx").run(None, {"input_ids": tokens})[0]
+    wanted = arrays["table"][tokens] @ arrays["dense"] @ arrays["head"]
+    assert 1e-5 < np.abs(found - wanted).max() / np.abs(wanted).max() < 0.02
+
+
 def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     model = files.model_of(LlamaConfig(**COMMON, rope_parameters=rope(10000.0, "dynamic", factor=2.0)))
     model.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(Error, match=r"checkpoint: torch cannot export LlamaForCausalLM: .*data-dependent") as caught:
+    with pytest.raises(Error, match=r"torch cannot export LlamaForCausalLM: .*data-dependent") as caught:
         write_float_graph(model, tmp_path / "checkpoint", tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.onnx").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from mobius import build
 from transformers import DynamicCache
 
 from pocketzo.errors import Error, first_line
+from pocketzo.export._stored import store
 
 _BUILT: Final = {"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 """Types of which mobius 0.1 builds the right graph, in seconds where tracing takes minutes.
@@ -53,17 +55,13 @@ def write_float_graph(model: Any, folder: Path, target: Path) -> None:
     in transformers. Keys in the cache keep the factors that they were computed with, where transformers' ``generate``
     computes them again.
     """
-    if _is_built(model.config):
-        graph = build(str(folder), dtype="f32")["model"]
-        ir.save(graph, target, external_data=f"{target.name}.data")
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a dozen, about torch itself and the names of axes
-        try:
-            _trace(model, target)
-        except torch.onnx.OnnxExporterError as error:
-            reason = first_line(error.__cause__ or error)
-            raise Error(f"{folder}: torch cannot export {type(model).__name__}: {reason}") from error
+    with tempfile.TemporaryDirectory(prefix=".graph-", dir=target.parent) as name:
+        written = Path(name, target.name)
+        if _is_built(model.config):
+            ir.save(build(str(folder), dtype="f32")["model"], written, external_data=f"{written.name}.data")
+        else:
+            _trace(model, written)
+        store(written, target)
 
 
 def _is_built(config: Any) -> bool:
@@ -91,25 +89,32 @@ def _trace(model: Any, target: Path) -> None:
     with torch.no_grad():
         cache = model(torch.zeros(2, 3, dtype=torch.int64), use_cache=True).past_key_values
     past = [(layer.keys, layer.values) for layer in cache.layers]
+    shape = {0: "batch", 2: "past"}
     names = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
-    torch.onnx.export(
-        _WithCache(model).eval(),
-        (
-            torch.ones(2, 4, dtype=torch.int64),
-            torch.ones(2, 7, dtype=torch.int64),
-            torch.arange(3, 7).repeat(2, 1),
-            past,
-        ),
-        target,
-        input_names=[*_INPUTS, *(f"past_key_values.{name}" for name in names)],
-        output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes=(
-            {0: "batch", 1: "sequence"},
-            {0: "batch", 1: "total"},
-            {0: "batch", 1: "sequence"},
-            [({0: "batch", 2: "past"}, {0: "batch", 2: "past"})] * len(past),
-        ),
-        dynamo=True,
-        external_data=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a dozen, about torch itself and the names of axes
+        try:
+            torch.onnx.export(
+                _WithCache(model).eval(),
+                (
+                    torch.ones(2, 4, dtype=torch.int64),
+                    torch.ones(2, 7, dtype=torch.int64),
+                    torch.arange(3, 7).repeat(2, 1),
+                    past,
+                ),
+                target,
+                input_names=[*_INPUTS, *(f"past_key_values.{name}" for name in names)],
+                output_names=["logits", *(f"present.{name}" for name in names)],
+                dynamic_shapes=(
+                    {0: "batch", 1: "sequence"},
+                    {0: "batch", 1: "total"},
+                    {0: "batch", 1: "sequence"},
+                    [(shape, shape)] * len(past),
+                ),
+                dynamo=True,
+                external_data=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = first_line(error.__cause__ or error)
+            raise Error(f"torch cannot export {type(model).__name__}: {reason}") from error

@@ -97,8 +97,11 @@ class Matrices:
             self._known = {_digest(elements): matrix for matrix, elements in _of_file(file)}
 
     def find(self, name: str, rows: Floats) -> Matrix:
-        """Return the matrix of the file that has the contents of a constant of the graph, or the constant itself."""
-        return (self._known.get(_digest(rows)) if self._known else None) or Matrix(name)
+        """Return the matrix of the file that has the contents of a constant, or the first constant that has them.
+
+        Exporters write a table that is read and multiplied as two constants.
+        """
+        return self._known.setdefault(_digest(rows), Matrix(name))
 
     def blocks(self, matrix: Matrix, rows: Floats) -> Blocks:
         """Return the blocks of the file if they can be kept, or new ones."""

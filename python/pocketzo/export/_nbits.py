@@ -26,6 +26,7 @@ from pocketzo.graph.read import read_model
 
 _DOMAIN: Final = "com.microsoft"
 _KINDS: Final = {"int4": "Q4_0", "int8": "Q8_0"}
+_SAME: Final = {"Cast", "Identity", "Reshape"}
 _FEWEST: Final = 32  # rows: a head of fewer classes takes little memory, and stays trainable
 
 
@@ -68,6 +69,14 @@ class _Stored:
     offsets: ir.Value | None
     size: int
     """Numbers in a block."""
+
+
+def _are_tokens(indices: ir.Value) -> bool:
+    """Return whether these are the input ``input_ids``, perhaps in another shape."""
+    node = indices.producer()
+    while node is not None and node.op_type in _SAME and (source := node.inputs[0]) is not None:
+        indices, node = source, source.producer()
+    return indices.name == TOKENS
 
 
 class _Editor:
@@ -144,7 +153,7 @@ class _Editor:
     def gather(self, node: ir.Node) -> None:
         """Replace the rows of a table of tokens."""
         table, indices = node.inputs
-        if table is None or indices is None or indices.name != TOKENS or (rows := self.array(table)) is None:
+        if table is None or indices is None or not _are_tokens(indices) or (rows := self.array(table)) is None:
             return
         matrix = self.matrices.find(str(table.name), rows)
         if rows.shape[1] % 32:

@@ -70,6 +70,9 @@ def to_float16(model: ir.Model, weights: Iterable[Weight]) -> ir.Model:
                 raise BundleError(f"weight {weight.name!r} holds {largest:g}, and float16 ends at {MOST_FLOAT16}")
             if largest > MOST_FLOAT16:  # a mask works as well when clipped
                 weight.array = np.clip(weight.array, -MOST_FLOAT16, MOST_FLOAT16)
+    for node in graph.all_nodes():
+        if node.op_type == "LayerNormalization" and not any(value.uses() for value in node.outputs[1:]):
+            node.resize_outputs(1)  # mean and deviation are float32 whatever the input is, which the converter ignores
     blocked = [*DEFAULT_OP_BLOCK_LIST, "LogSoftmax", "NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"]
     model = from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=ends, op_block_list=blocked))
     for value in tuple(model.graph.inputs):
