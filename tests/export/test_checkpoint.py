@@ -296,6 +296,18 @@ def test_a_checkpoint_of_16_bits(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, -torch.log_softmax(logits, -1)[[0, 1], [1, 2]].numpy(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["mpnet"])
+def test_an_encoder_in_float16(tmp_path: Path, family: str) -> None:
+    model = tiny.model_of(family, "ForSequenceClassification")
+    tiny.save(tmp_path / "checkpoint", model)
+    path, _ = export(tmp_path / "checkpoint", dtype="float16")
+    graph = onnx.load(path, load_external_data=False).graph
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert {stored[name] for name, _ in model.named_parameters()} == {onnx.TensorProto.FLOAT16}
+    batch = batch_of(model, 3, 11)
+    assert off(run(path, batch)["logits"], expected(model, batch), batch["attention_mask"]) < 0.02
+
+
 def test_an_encoder_is_quantised(tmp_path: Path) -> None:
     model = tiny.model_of("bert", "ForMaskedLM")
     tiny.save(tmp_path / "checkpoint", model)

@@ -341,5 +341,5 @@ def test_the_tokenizer_and_its_settings(tmp_path: Path, pre: str, tokens: list[s
 
 
 def test_an_unknown_dtype(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="dtype: expected 'float32', 'int8' or 'int4', got 'int3'"):
+    with pytest.raises(ValueError, match="dtype: expected 'float32', 'float16', 'int8' or 'int4', got 'int3'"):
         export(tmp_path, dtype="int3")

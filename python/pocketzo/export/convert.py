@@ -17,9 +17,10 @@ from pocketzo.packages import require
 if TYPE_CHECKING:
     from pocketzo.export._source import Source
 
-Dtype: TypeAlias = Literal["float32", "int8", "int4"]
+Dtype: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 DTYPES: Final[tuple[str, ...]] = get_args(Dtype)
 _FLOATS, _BLOCKS = 1e-4, 1e-3  # of the largest output: sums in another order, of more roundings where blocks are scaled
+_HALVES: Final = 0.05  # as `prepare` allows
 _BESIDE: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,6 +62,8 @@ def export(
     The float32 graph is run on padded batches, a decoder's with a cache too, and its outputs have to agree with those
     of transformers to 1e-4 of the largest.
 
+    With ``"float16"``, weights and arithmetic are float16, inputs and outputs float32; outputs have to agree to 5 %.
+
     With ``"int4"`` and ``"int8"``, matrices and the table of tokens are then quantised, as Q4_0 or as Q8_0: in blocks
     of 32 numbers, read by ``MatMulNBits`` and ``GatherBlockQuantized``. In a GGUF file, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1,
     Q8_0 and Q6_K stay what they are to the rounding of float32, with 4 or 8 bits. A graph in which all blocks were kept
@@ -76,8 +79,8 @@ def export(
         The ONNX file to write; missing folders are created. The weights are written to a file of this name and
         ``.data``; ``tokenizer.json``, the chat template and the settings of model, tokenizer and generation beside it.
         Existing files are replaced.
-    dtype : {"float32", "int8", "int4"}
-        Whether blocks are kept, and the bits of the matrices that have none.
+    dtype : {"float32", "float16", "int8", "int4"}
+        The type of the weights: dequantised, or in blocks.
     note : callable, optional
         Called with a line of text for what was kept and what was quantised, for weights that are not used, and for the
         agreement.
@@ -131,18 +134,22 @@ def _open(path: Path, say: Callable[[str], None]) -> Source:
 def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[str], None]) -> list[Path]:
     """Write an export below a folder, compare it with the model, and return its files."""
     from pocketzo.export._nbits import quantise
+    from pocketzo.export._stored import store
 
-    folder, graph, blocks = work / "checkpoint", work / "floats" / name, work / "blocks" / name
-    for each in (folder, graph.parent, blocks.parent):
+    folder, graph, other = work / "checkpoint", work / "floats" / name, work / dtype / name
+    for each in (folder, graph.parent, other.parent):
         each.mkdir()
     source.save_settings(folder)
     source.write_graph(folder, graph)
     found = _compare(source, graph, _FLOATS)
-    if dtype != "float32":
-        summary = quantise(graph, blocks, dtype, source.file)
+    if dtype == "float16":
+        store(graph, other, dtype)
+        graph, found = other, _compare(source, other, _HALVES)
+    elif dtype != "float32":
+        summary = quantise(graph, other, dtype, source.file)
         for line in summary.lines():
             say(line)
-        graph, found = blocks, _compare(source, blocks, math.inf if summary.requantised else _BLOCKS)
+        graph, found = other, _compare(source, other, math.inf if summary.requantised else _BLOCKS)
     say(f"outputs differ from those of transformers by {found:.1e} of the largest")
     return [*graph.parent.iterdir(), *filter(Path.exists, (folder / each for each in _BESIDE))]
 
