@@ -35,8 +35,8 @@ _NEXT: Final[dict[Kind, str]] = {
     type=click.Choice(DTYPES),
     default=DTYPES[0],
     show_default=True,
-    help="float32 dequantises; float16 halves the memory, and is slow on x86-64; int8 and int4 keep the blocks of a GGUF "
-    "file, and quantise all other matrices. What is quantised cannot be trained.",
+    help="float32 dequantises; float16 halves the memory, and is slow on x86-64; int8 and int4 keep the blocks of a "
+    "GGUF file, and quantise all other matrices. What is quantised cannot be trained.",
 )
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 def export(source: Path, output: Path, dtype: Dtype, force: bool) -> None:
