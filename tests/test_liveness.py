@@ -182,8 +182,42 @@ def test_a_stale_use_of_a_weight_is_found_where_noise_gives_zeros(
     onnx.save(model, bundle.model_path)
     stale = replace(bundle, graph_sha256=file_sha256(bundle.model_path))
     stale.write_description()
-    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to w\."):
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to w,"):
         pz.load(stale, threads=1, prepack=prepack, verify=verify)
+
+
+def cut_by_a_fixed_shape(folder: Path, *more: TensorProto) -> Path:
+    """Return a model with a table whose rows are chosen by the shape of an input, which only the runtime computes."""
+    nodes = [
+        node("Transpose", "x", "turned", perm=[1, 0]),
+        node("Shape", "turned", "stop", start=0, end=1),
+        node("Slice", "table zero stop zero", "rows"),
+        node("Add", "rows turned", "sum"),
+        node("MatMul", "sum head" if more else "sum turned", "y"),
+    ]
+    table, zero = weight("table", 5, 4), constant("zero", [0], np.int64)
+    sizes = (4, 3) if more else (4, 4)
+    source = ("x", TensorProto.FLOAT, sizes)
+    return model_of(
+        folder / "m", nodes, [table, zero, *more], inputs=(source,), outputs=[("y", (sizes[1], sizes[0] - bool(more)))]
+    )
+
+
+def test_weights_that_the_runtime_computes_with_once_are_frozen_by_the_command_of_the_error(tmp_path: Path) -> None:
+    source = cut_by_a_fixed_shape(tmp_path, weight("head", 4, 3))
+    bundle = pz.prepare(source, tmp_path / "b", loss="none")
+    with pytest.raises(pz.DeadWeightError, match=r"written to table, .* --trainable ") as caught:
+        pz.load(bundle, threads=1, prepack=False)
+    _, pattern, _ = str(caught.value).split("'")
+    bundle = pz.prepare(source, tmp_path / "b", loss="none", trainable=pattern, overwrite=True)
+    assert [tensor.name for tensor in bundle.tensors if tensor.trainable] == ["head"]
+    pz.load(bundle, threads=1, prepack=False, verify="full")
+
+
+def test_a_model_without_any_other_weight_is_not_told_to_freeze_it(tmp_path: Path) -> None:
+    bundle = pz.prepare(cut_by_a_fixed_shape(tmp_path), tmp_path / "b", loss="none")
+    with pytest.raises(pz.DeadWeightError, match=r"written to table, .*No other weight is left"):
+        pz.load(bundle, threads=1)
 
 
 def test_noise_that_gives_zeros_does_not_speak_against_float16_weights(tmp_path: Path) -> None:

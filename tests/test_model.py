@@ -137,7 +137,7 @@ def test_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Path) -> 
         helper.make_node("MatMul", ["normed", "double"], ["dense_0"]),
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
-    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight,"):
         pz.load(bundle, threads=1, prepack=False)
 
 
@@ -150,7 +150,7 @@ def test_partly_folded_weight_is_refused_by_name(tiny_bundle: Path, tmp_path: Pa
         helper.make_node("Add", ["dense_a", "dense_b"], ["dense_0"]),
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
-    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight,"):
         pz.load(bundle, threads=1)
 
 
@@ -174,7 +174,7 @@ def test_each_check_refuses_a_folded_weight(tiny_bundle: Path, tmp_path: Path, v
         helper.make_node("MatMul", ["normed", "negative"], ["dense_0"]),
     ]
     bundle = with_graph(tiny_bundle, tmp_path / "bundle", nodes)
-    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight\."):
+    with pytest.raises(pz.DeadWeightError, match=r"does not see what is written to dense\.weight,"):
         pz.load(bundle, threads=1, prepack=False, verify=verify)
 
 

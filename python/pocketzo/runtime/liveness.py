@@ -6,6 +6,7 @@ weight: if another session had a stale copy of one, the outputs of the two would
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -58,11 +59,7 @@ def check_plain(model: Model, verify: Verify) -> tuple[str, ...]:
     finally:
         weights.read()
     if dead:
-        names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
-        raise DeadWeightError(
-            f"{bundle.path}: the session does not see what is written to {names}. Prepare the model again with "
-            f"`pocketzo prepare`, or leave these out of what is trainable"
-        )
+        raise DeadWeightError(f"{bundle.path}: {_not_seen(dead, len(trainable(bundle)))}")
     if not agree:
         raise DeadWeightError(
             f"{bundle.path}: the session's outputs differ from those of a session without optimisations, though "
@@ -118,6 +115,16 @@ def noise_outputs(bundle: Bundle) -> tuple[list[Probe], Outputs]:
     weights = Weights(bundle)
     read_as_noise(weights, bundle)
     return unoptimised_outputs(bundle, weights.image.values)
+
+
+def _not_seen(dead: tuple[str, ...], trained: int) -> str:
+    """Name the weights that the session does not see, and how to freeze them."""
+    names = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+    text = f"the session does not see what is written to {names}, which onnxruntime reads only once"
+    if len(dead) == trained:
+        return f"{text}. No other weight is left to train; export the model in another form"
+    left = "|".join(map(re.escape, dead)) if len(dead) <= 5 else "..."
+    return f"{text}. Freeze them: prepare the model with --trainable '^(?!({left})$)'"
 
 
 def _compare(model: Model, batches: list[Probe], expected: Outputs) -> tuple[bool, bool]:
