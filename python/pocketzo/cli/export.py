@@ -22,8 +22,8 @@ _NEXT: Final[dict[Kind, str]] = {
     "masked": "next: pocketzo prepare {} -o base --task prompt --template '{{text}} It was {{mask}}.' "
     "--label-words terrible,great",
     "classifier": "next: pocketzo prepare {} -o base --tokenizer {}",
-    "encoder": "next: pocketzo prepare {} -o base; it has no head, so train by a function of your own, "
-    "pz.Trainer(..., objective=function), or export a checkpoint with a head",
+    "encoder": "it has no head, so its bundle has no loss: train by a function of your own, pz.Trainer(..., "
+    "objective=function), or export a checkpoint with a head\nnext: pocketzo prepare {} -o base",
 }
 
 
