@@ -193,7 +193,7 @@ def test_the_context_is_known_where_there_is_a_table_of_positions(exported: Expo
 
 
 def test_a_table_that_is_read_and_multiplied_is_written_once(exported: Exported) -> None:
-    largest = sum(parameter.numel() for parameter in exported.model.parameters()) + 2 * CONTEXT * 32  # sines, cosines
+    largest = sum(parameter.numel() for parameter in exported.model.parameters()) + 2 * CONTEXT * 16  # sines, cosines
     assert exported.path.with_name("m.onnx.data").stat().st_size <= 4 * largest + 64 * len(exported.bundle.tensors)
 
 
