@@ -245,11 +245,11 @@ def demo(session: nox.Session) -> None:
     session.run(*shell(readme("demo")))
 
 
-@nox.session(venv_backend="virtualenv", default=False)
+@nox.session(venv_backend="virtualenv")
 def models(session: nox.Session) -> None:
     """Test the export of models, with torch and transformers in an environment of its own."""
-    session.install("-q", ".[cli,export]", "--group=test")
-    session.run("pytest", "-q", "tests/export")
+    session.install("-q", ".[cli,export]", "--group=models")
+    run_pytest(session, "exports of torch's models", "host", "pytest", "-q", "-n2", "--dist=loadfile", "tests/export")
 
 
 @nox.session(default=False)

@@ -22,10 +22,11 @@ from tiny_decoders import COMMON, CONTEXT, FAMILIES, VOCABULARY, WINDOW, rope
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import pocketzo as pz
 from pocketzo import Error
+from pocketzo.export import export as export_model
 from pocketzo.export._agreement import difference
 from pocketzo.export._float_graph import write_float_graph
 from pocketzo.export._nbits import quantise
@@ -49,10 +50,10 @@ class Exported:
 def export(name: str, folder: Path) -> Exported:
     model = files.model_of(FAMILIES[name]())
     model.save_pretrained(folder / "checkpoint")
-    write_float_graph(model, folder / "checkpoint", folder / "m.onnx")
     tokenizer = Tokenizer(WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "checkpoint")
+    export_model(folder / "checkpoint", folder / "m.onnx")
     return Exported(model, folder / "m.onnx")
 
 
