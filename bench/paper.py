@@ -95,7 +95,7 @@ def make_bundle(shape: str, folder: Path) -> Path:
         pz.prepare(graph, bundle, task="prompt", template=template, label_words=WORDS)
         for file in graph.parent.iterdir():
             file.unlink()
-    (bundle / CHECKPOINT).is_symlink() or (bundle / CHECKPOINT).symlink_to(checkpoint.resolve())
+        (bundle / CHECKPOINT).symlink_to(checkpoint.resolve())
     return bundle
 
 
