@@ -1,6 +1,6 @@
 """The kernels against what numpy would do, on one array beyond the caches; nothing here is asserted.
 
-python -m pytest bench/kernels.py --benchmark-group-by=func --benchmark-columns=min,median,rounds
+python -m pytest bench/passes.py --benchmark-group-by=func --benchmark-columns=min,median,rounds
 """
 
 from __future__ import annotations
