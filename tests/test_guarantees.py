@@ -121,7 +121,7 @@ def test_the_base_can_be_the_best_and_nan_never_is(model: pz.Model, data: pz.Dat
     metrics.write_text(text + '{"step": 8, "eval": {"count": 120, "loss": null, "accuracy": null}}\n')
     assert pz.Run(tmp_path / "run").best_step == 0
     metrics.unlink()
-    assert run.evaluations().keys() == {0}, "the header has that of the base"
+    assert pz.Run(tmp_path / "run").evaluations().keys() == {0}, "the header has that of the base"
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

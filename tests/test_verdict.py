@@ -175,9 +175,10 @@ def test_steps_that_were_undone_are_counted(model: pz.Model, data: pz.Dataset, t
     assert "try: a smaller --lr or --eps: 10 of 30 steps were undone, as losses were not finite" in verdict(run)
 
 
-def write_losses(run: pz.Run, losses: Sequence[float | None]) -> None:
+def with_losses(run: pz.Run, losses: Sequence[float | None]) -> pz.Run:
     lines = [{"step": i + 1, "loss": loss, "lr": 0.1, "seconds": 0.1} for i, loss in enumerate(losses)]
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return pz.Run(run.path)
 
 
 def test_without_any_evaluation_the_first_and_last_losses_are_compared(
@@ -190,11 +191,11 @@ def test_without_any_evaluation_the_first_and_last_losses_are_compared(
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.1, 30)
     for slope, expected in (0.0, "unmoved"), (-0.05, "better"), (0.05, "worse"):
-        write_losses(run, (2 + slope * np.arange(30) + noise).tolist())
+        run = with_losses(run, (2 + slope * np.arange(30) + noise).tolist())
         change = training_change(run)
         assert change is not None
         assert change.verdict == expected
-    write_losses(run, [1.0, None, 2.0, 1.5] + [None] * 26)
+    run = with_losses(run, [1.0, None, 2.0, 1.5] + [None] * 26)
     assert training_change(run) is None
     assert verdict(run)[0] == "too few steps to say whether the loss moved beyond its noise"
 
