@@ -6,6 +6,7 @@ its uses are prepacked. :func:`model_over_base` edits the graph so that little o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -13,10 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import onnxruntime as ort
 
+from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle, TensorSpec
+from pocketzo.runtime.image import Image
 from pocketzo.runtime.onnx_proto import EXTERNAL, INT, all_nodes, onnx_messages, read_graph
+from pocketzo.runtime.session import open_plain, open_with_constants
 from pocketzo.runtime.variables import declare_inputs
+from pocketzo.runtime.weights import Weights
 
 _MOST_TRAINED: Final = 1 / 8  # of the bytes; trained matrices are not prepacked, which makes their products slower
 _PRODUCTS: Final = "MatMul", "Gemm", "MatMulNBits"  # their second input is prepacked
@@ -38,6 +44,30 @@ def frozen_base(bundle: Bundle) -> frozenset[str]:
 
 def _nbytes(tensor: TensorSpec) -> int:
     return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+
+
+def trained_weights(bundle: Bundle) -> Weights:
+    """Allocate memory for the weights that are written: without a frozen base, for all."""
+    return Weights(bundle, Image.allocate(bundle, without=frozen_base(bundle)))
+
+
+def open_over_base(
+    bundle: Bundle, values: Mapping[str, ort.OrtValue], threads: int, graph: Path | None = None
+) -> ort.InferenceSession:
+    """Create a session over a frozen base, prepacked where that is possible.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    values : mapping of str to OrtValue
+        The trained weights; they must outlive the session.
+    threads : int
+    graph : Path, optional
+        The bundle's ``model.onnx`` by default.
+    """
+    with contextlib.suppress(NotPrepackableError):
+        return open_with_constants(bundle, model_over_base(bundle, graph), values, threads)
+    return open_plain(bundle, values, threads, graph)
 
 
 def model_over_base(bundle: Bundle, graph: Path | None = None) -> bytes:
@@ -96,8 +126,8 @@ def _slices(graph: Any, node: Any, stored: Mapping[str, Any]) -> list[Any]:
     """Return the nodes in the place of a MatMulNBits: itself, or products by slices and their concatenation."""
     numbers = {attribute.name: attribute.i for attribute in node.attribute}
     inner, columns = numbers["K"], numbers["N"]
-    constants = [stored.get(name) for name in node.input[1:4] if name]
-    if numbers.get("bits", 4) != 8 or 4 * inner * columns < _WIDE or None in constants or any(node.input[4:]):
+    names = [name for name in node.input[1:] if name]  # integers, scales, perhaps zero points
+    if numbers.get("bits", 4) != 8 or 4 * inner * columns < _WIDE or not stored.keys() >= {*names} or len(names) > 3:
         return [node]
     step = max(1, _SLICE // (4 * inner))
     parts = []
@@ -107,8 +137,8 @@ def _slices(graph: Any, node: Any, stored: Mapping[str, Any]) -> list[Any]:
         part.name = part.output[0] = f"{node.output[0]}/{at}"
         count = min(step, columns - at)
         next(attribute for attribute in part.attribute if attribute.name == "N").i = count
-        for place, tensor in enumerate(constants, 1):
-            part.input[place] = _part(graph, tensor, f"{tensor.name}/{part.output[0]}", at, count, columns)
+        for place, name in enumerate(names, 1):
+            part.input[place] = _part(graph, stored[name], f"{name}/{part.name}", at, count, columns)
         parts.append(part)
     whole = onnx_messages().Node(op_type="Concat", input=[part.output[0] for part in parts], output=node.output)
     whole.attribute.add(name="axis", i=-1, type=INT)

@@ -21,7 +21,7 @@ from pocketzo.errors import (
 )
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes, resident_memory
-from pocketzo.runtime.frozen import frozen_base, model_over_base
+from pocketzo.runtime.frozen import frozen_base, model_over_base, trained_weights
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
@@ -110,7 +110,7 @@ class Loader:
         if self.max_memory is not None:
             check_room(self.bundle, self.max_memory)
         graph = model_over_base(self.bundle)
-        weights = Weights(self.bundle, Image.allocate(self.bundle, without=frozen_base(self.bundle)))
+        weights = trained_weights(self.bundle)
         write_noise(weights, trainable(self.bundle))
         reference = unoptimised_outputs(self.bundle, weights.image.values, graph)  # unmaps the base before it is packed
         write_noise(weights, trainable(self.bundle), draw=4)  # a prepacked copy must not be of the noise of the check

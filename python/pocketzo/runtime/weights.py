@@ -54,7 +54,7 @@ class Weights(Mapping[str, NDArray[Any]]):
             self._file = os.open(self._path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
-        self._sizes = {spec.name: math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in bundle.tensors}
+        self._entries = read_header(self._path)
         self._finish: Callable[[], None] = lambda: None
 
     # ---- passes that are pending ----------------------------------------------------------------------------------
@@ -131,15 +131,16 @@ class Weights(Mapping[str, NDArray[Any]]):
                 location.packing.unpack(location.memory, chunk, at)
                 yield chunk
         else:
-            start = read_header(self._path)[name].start
-            for data in self._stored(start, start + self._sizes[name]):
+            for data in self._stored(name):
                 yield np.frombuffer(data, self._specs[name].dtype)
 
-    def _stored(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield bytes of the bundle's file: of the one that was opened, also if another one has its name by now."""
-        for at in range(start, stop, _CHUNK):
-            data = os.pread(self._file, min(_CHUNK, stop - at), at)
-            if len(data) < min(_CHUNK, stop - at):
+    def _stored(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor of the bundle's file: of the one that was opened, also if another one has its name by now."""
+        entry = self._entries[name]
+        for at in range(entry.start, entry.stop, _CHUNK):
+            size = min(_CHUNK, entry.stop - at)
+            data = os.pread(self._file, size, at)
+            if len(data) < size:
                 raise BundleError(f"{self._path}: shorter than it was a moment ago")
             yield data
 
@@ -174,7 +175,7 @@ class Weights(Mapping[str, NDArray[Any]]):
                     raise BundleError(f"{path}: expected {expected} bytes, the size of the bundle's weights")
                 for part in self.image.parts:
                     if isinstance(part, str) and part not in self.locations:
-                        file.seek(self._sizes[part], os.SEEK_CUR)
+                        file.seek(self._entries[part].stop)
                     elif isinstance(part, str):
                         _read_packed(file, self.locations[part])
                     else:
@@ -188,11 +189,9 @@ class Weights(Mapping[str, NDArray[Any]]):
     def _bytes(self) -> Iterator[memoryview]:
         """Yield the file of the weights as they are now, in chunks; each is overwritten by the next."""
         self.flush()
-        position = 0
         for part in self.image.parts:
-            size = self._sizes[part] if isinstance(part, str) else part.size
             if not isinstance(part, str):
-                for at in range(0, size, 4 * _CHUNK):
+                for at in range(0, part.size, 4 * _CHUNK):
                     yield part[at : at + 4 * _CHUNK].data
             elif part in self.locations:
                 location = self.locations[part]
@@ -200,8 +199,8 @@ class Weights(Mapping[str, NDArray[Any]]):
                     location.packing.unpack(location.memory, chunk, at)
                     yield chunk.view(np.uint8).data
             else:
-                yield from map(memoryview, self._stored(position, position + size))
-            position += size
+                for data in self._stored(part):
+                    yield memoryview(data)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file that :meth:`save` would write now."""

@@ -1,0 +1,283 @@
+"""A frozen base stays in the file of the bundle, and only what is trained is in memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from decoders import HIDDEN, Array, gpt2_weights, llama_weights, write_gpt2, write_llama
+from graphs import node
+from onnx import helper, numpy_helper
+from test_decoders import blocks
+from test_language_models import Sentences
+
+import pocketzo as pz
+from pocketzo.errors import DeadWeightError
+from pocketzo.formats.safetensors import read_header
+from pocketzo.runtime import frozen
+from pocketzo.runtime.frozen import frozen_base
+from pocketzo.runtime.generate import open_decoder
+from pocketzo.runtime.loader import Loader
+from pocketzo.runtime.onnx_proto import onnx_messages
+from pocketzo.train.run import Unloaded
+
+RANK = 2
+
+
+def add_lora(path: Path) -> None:
+    """Add x A B to every product by a square matrix, as LoRA does."""
+    model = onnx.load(path)
+    graph, rng = model.graph, np.random.default_rng(3)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    nodes = []
+    for one in graph.node:
+        nodes.append(one)
+        attributes = {attribute.name: attribute.i for attribute in one.attribute}
+        sizes = (
+            (attributes["K"], attributes["N"]) if one.op_type == "MatMulNBits" else shapes.get([*one.input, "", ""][1])
+        )
+        if one.op_type not in ("MatMul", "MatMulNBits") or sizes != (HIDDEN, HIDDEN):
+            continue
+        name, output = f"lora.{len(nodes)}", one.output[0]
+        for side, shape in (("A", (HIDDEN, RANK)), ("B", (RANK, HIDDEN))):
+            values = (0.1 * rng.standard_normal(shape)).astype(np.float32)
+            graph.initializer.append(numpy_helper.from_array(values, f"{name}.{side}"))
+        one.output[0] = f"{name}/base"
+        nodes += [
+            helper.make_node("MatMul", [one.input[0], f"{name}.A"], [f"{name}/down"], f"{name}/down"),
+            helper.make_node("MatMul", [f"{name}/down", f"{name}.B"], [f"{name}/up"], f"{name}/up"),
+            helper.make_node("Add", [f"{name}/base", f"{name}/up"], [output], f"{name}/sum"),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt2-int4", "llama", "llama-int4", "llama-int8"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with frozen matrices of 32, 4 or 8 bits; LoRA and, of llama, norms are trained."""
+    kind, _, bits = request.param.partition("-int")
+    folder = tmp_path_factory.mktemp(request.param)
+    path = folder / "model.onnx"
+    if kind == "gpt2":
+        write_gpt2(path, gpt2_weights(), gemm=False)
+    else:
+        write_llama(path, llama_weights(kv_heads=2), 2)
+    if bits:
+        logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
+        blocks(path, path, int(bits), "MatMul")
+        logging.disable(logging.NOTSET)
+    add_lora(path)
+    pz.prepare(path, folder / "bundle", task="causal-lm", trainable=r"lora|layers\.1\.input_layernorm")
+    return folder / "bundle"
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the tiny model's output projection cut, and many tensors trained."""
+    monkeypatch.setattr(frozen, "_MOST_TRAINED", 0.5)
+    monkeypatch.setattr(frozen, "_WIDE", 4 * HIDDEN * 40)
+    monkeypatch.setattr(frozen, "_SLICE", 4 * HIDDEN * 7)
+
+
+pytestmark = pytest.mark.usefixtures("_small")
+
+
+def trained(bundle: pz.Bundle) -> set[str]:
+    return {tensor.name for tensor in bundle.tensors if tensor.trainable}
+
+
+def stored(bundle: pz.Bundle, name: str) -> bytes:
+    entry = read_header(bundle.weights_path)[name]
+    return bundle.weights_path.read_bytes()[entry.start : entry.stop]
+
+
+def fit(model: pz.Model, run: Path, steps: int = 6, **settings: Any) -> pz.Trainer:
+    data = Sentences(model.bundle.path.parent / "model.onnx")
+    optimizer = pz.MeZO(model, **{"lr": 1e-2, "eps": 1e-2} | settings)
+    trainer = pz.Trainer(model, optimizer, data, run=run, steps=steps, batch_size=4)
+    trainer.fit()
+    return trainer
+
+
+def loss(model: pz.Model) -> float:
+    return model.loss(Sentences(model.bundle.path.parent / "model.onnx").batch(np.arange(8)))
+
+
+def test_only_what_is_trained_is_in_memory(bundle: Path) -> None:
+    model = pz.load(bundle, threads=1)
+    assert model.prepacked
+    assert set(model.weights.image.views) == trained(model.bundle) != set(model.weights)
+    assert model.weights.nbytes < 0.5 * model.bundle.weights_path.stat().st_size
+    for name in model.weights:
+        assert model.weights[name].tobytes() == stored(model.bundle, name)
+    assert model.weights.sha256() == pz.load(bundle, threads=1, prepack=False).weights.sha256()
+
+
+def test_a_run_is_that_of_the_plain_layout(bundle: Path, tmp_path: Path) -> None:
+    over, plain = pz.load(bundle, threads=1), pz.load(bundle, threads=1, prepack=False)
+    assert loss(over) == pytest.approx(loss(plain), rel=1e-5)
+    for model, name in ((over, "over"), (plain, "plain")):
+        fit(model, tmp_path / name)
+    runs = pz.Run(tmp_path / "over"), pz.Run(tmp_path / "plain")
+    for one, other in zip(*(run.entries for run in runs), strict=True):
+        assert one.coefficients == pytest.approx(other.coefficients, rel=1e-3, abs=1e-7)
+    runs[0].replay_onto(plain)
+    assert plain.weights.sha256() == over.weights.sha256() != pz.Bundle.read(bundle).base_sha256
+    runs[1].replay_onto(over)
+    unloaded = Unloaded(pz.Bundle.read(bundle))
+    runs[1].replay_onto(unloaded)
+    assert set(unloaded.weights.image.views) == trained(unloaded.bundle)
+    assert over.weights.sha256() == unloaded.weights.sha256()
+
+
+def test_a_saved_model_is_what_plain_onnxruntime_computes(bundle: Path, tmp_path: Path) -> None:
+    model = pz.load(bundle, threads=1)
+    fit(model, tmp_path / "run")
+    model.save(tmp_path / "saved")
+    pz.Run(tmp_path / "run").replay(tmp_path / "replayed")
+    saved = pz.Bundle.read(tmp_path / "saved")
+    assert saved.weights_path.read_bytes() == (tmp_path / "replayed/weights.safetensors").read_bytes()
+    changed = {name for name in model.weights if stored(saved, name) != stored(model.bundle, name)}
+    assert changed == trained(model.bundle)
+    session = ort.InferenceSession(saved.model_path, providers=["CPUExecutionProvider"])
+    batch = Sentences(bundle.parent / "model.onnx").batch(np.arange(8))
+    feed = {value.name: batch[value.name] for value in session.get_inputs()}
+    assert session.run([saved.loss], feed)[0] == pytest.approx(loss(model), rel=1e-5)
+
+
+class Stopping(Sentences):
+    """Data whose file is gone after four steps."""
+
+    def batch(self, indices: Array) -> pz.Batch:
+        self.left = getattr(self, "left", 4) - (len(indices) == 4)
+        if self.left < 0:
+            raise OSError("gone")
+        return super().batch(indices)
+
+
+def test_a_run_resumes_from_a_snapshot(bundle: Path, tmp_path: Path) -> None:
+    def trainer(run: str, data: Sentences) -> pz.Trainer:
+        model = pz.load(bundle, threads=1)
+        optimizer = pz.MeZO(model, lr=1e-2, eps=1e-2)
+        return pz.Trainer(model, optimizer, data, run=tmp_path / run, steps=6, batch_size=4, snapshot_every=2)
+
+    path = bundle.parent / "model.onnx"
+    whole = trainer("whole", Sentences(path))
+    whole.fit()
+    with pytest.raises(OSError, match="gone"):
+        trainer("stopped", Stopping(path)).fit()
+    (snapshot,) = (tmp_path / "stopped/snapshots").iterdir()
+    size = (bundle / "weights.safetensors").stat().st_size
+    assert (snapshot / "weights.safetensors").stat().st_size == size
+    resumed = pz.Trainer.resume(tmp_path / "stopped", Sentences(path))
+    assert set(resumed.model.weights.image.views) == trained(resumed.model.bundle)
+    resumed.fit()
+    assert resumed.model.weights.sha256() == whole.model.weights.sha256()
+
+
+def test_texts_are_generated_over_the_base(bundle: Path, tmp_path: Path) -> None:
+    over, plain = pz.load(bundle, threads=1), pz.load(bundle, threads=1, prepack=False)
+    fit(over, tmp_path / "run", lr=0.3)
+    pz.Run(tmp_path / "run").replay_onto(plain)
+
+    def scores(model: pz.Model) -> Array:
+        model.weights.flush()
+        return np.asarray(open_decoder(model.bundle, model.weights.image, 1).begin().logits([3, 1, 4, 1, 5]))
+
+    np.testing.assert_allclose(scores(over), scores(plain), rtol=1e-4, atol=1e-4)
+    assert np.abs(scores(over) - scores(pz.load(bundle, threads=1))).max() > 1e-3
+
+
+def test_where_much_is_trained_all_of_it_is_in_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = pz.Bundle.read(bundle)
+    sizes = {tensor.name: len(stored(read, tensor.name)) for tensor in read.tensors}
+    share = sum(sizes[name] for name in trained(read)) / sum(sizes.values())
+    monkeypatch.setattr(frozen, "_MOST_TRAINED", share)
+    assert frozen_base(read) == sizes.keys() - trained(read)
+    monkeypatch.setattr(frozen, "_MOST_TRAINED", share - 1e-6)
+    assert not frozen_base(read)
+    assert Unloaded(read).weights.image.is_whole
+
+
+def test_the_base_is_read_from_the_file_that_was_opened(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    model = pz.load(tmp_path / "bundle", threads=1)
+    frozen_name = min(set(model.weights) - trained(model.bundle))
+    before = model.weights[frozen_name]
+    (tmp_path / "other").write_bytes(bytes(model.bundle.weights_path.stat().st_size))
+    (tmp_path / "other").replace(model.bundle.weights_path)
+    np.testing.assert_array_equal(model.weights[frozen_name], before)
+    assert model.weights.sha256() == model.bundle.base_sha256
+    with pytest.raises(ValueError, match=f"{frozen_name} is frozen"):
+        model.weights[frozen_name] = before  # type: ignore[index]
+
+
+def test_a_file_that_becomes_shorter_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    weights = Unloaded(pz.Bundle.read(tmp_path / "bundle")).weights
+    os.truncate(tmp_path / "bundle/weights.safetensors", 4096)
+    with pytest.raises(pz.BundleError, match="shorter than it was"):
+        weights.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_dead_weight_is_found_and_another_layout_is_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        frozen, "declare_inputs", lambda graph, bundle: None
+    )  # so that onnxruntime packs copies of LoRA
+    read = pz.Bundle.read(bundle)
+    with pytest.raises(DeadWeightError, match=r"does not see what is written to lora\."):
+        Loader(read, threads=1, prepack="auto", verify="auto", max_memory=None, forward_seconds={})._load_over_base()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of these weights are not prepacked in either of the other layouts
+        model = pz.load(bundle, threads=1)
+    assert model.weights.image.is_whole or model.weights.locations
+    before = loss(model)
+    for name in trained(read):
+        model.weights[name] = 2 * model.weights[name]  # type: ignore[index]
+    assert loss(model) != before
+
+
+def test_a_wide_product_of_8_bits_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, rng = 1000, np.random.default_rng(0)
+    constants = {
+        "integers": rng.integers(0, 256, (columns, HIDDEN // 32, 32)).astype(np.uint8),
+        "scales": rng.standard_normal((columns, HIDDEN // 32)).astype(np.float32),
+        "zeros": rng.integers(0, 256, (columns, HIDDEN // 32)).astype(np.uint8),
+        "norm.weight": rng.standard_normal(HIDDEN).astype(np.float32),
+    }
+    attributes = {"K": HIDDEN, "N": columns, "bits": 8, "block_size": 32, "domain": "com.microsoft"}
+    nodes = [node("Mul", "x norm.weight", "y"), node("MatMulNBits", "y integers scales zeros", "logits", **attributes)]
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    values = [
+        helper.make_tensor_value_info("x", 1, ("batch", HIDDEN)),
+        helper.make_tensor_value_info("logits", 1, ("batch", columns)),
+    ]
+    graph = helper.make_graph(nodes, "wide", values[:1], values[1:], weights)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    read = pz.prepare(path, tmp_path / "bundle")
+
+    def products() -> int:
+        graph = onnx_messages().Model.FromString(frozen.model_over_base(read)).graph
+        return sum(one.op_type == "MatMulNBits" for one in graph.node)
+
+    def logits() -> Array:
+        return pz.load(read, threads=1).run({"x": batch}, ["logits"])["logits"]
+
+    batch = np.random.default_rng(1).standard_normal((3, HIDDEN)).astype(np.float32)
+    assert products() == -(-columns // 7)
+    cut = logits()
+    monkeypatch.setattr(frozen, "_WIDE", 1 << 30)
+    assert products() == 1
+    np.testing.assert_array_equal(cut, logits())
