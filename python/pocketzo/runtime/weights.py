@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from decoders import HIDDEN, Array, gpt2_weights, llama_weights, write_gpt2, write_llama
 from graphs import node
+from independent_reader import read_bundle, read_journal, replay
 from onnx import helper, numpy_helper
 from test_decoders import blocks
 from test_language_models import Sentences
@@ -182,6 +184,49 @@ def test_a_run_resumes_from_a_snapshot(bundle: Path, tmp_path: Path) -> None:
     assert set(resumed.model.weights.image.views) == trained(resumed.model.bundle)
     resumed.fit()
     assert resumed.model.weights.sha256() == whole.model.weights.sha256()
+
+
+def test_without_a_learning_rate_every_bit_stays(bundle: Path, tmp_path: Path) -> None:
+    model = pz.load(bundle, threads=1)
+    optimizer = pz.MeZO(model, lr=0.0, eps=1e-2)
+    values = iter(np.random.default_rng(0).standard_normal(2000))
+    for _ in range(1000):
+        optimizer.step(lambda model: next(values))
+    assert model.weights.sha256() == model.bundle.base_sha256
+    drifted = pz.MeZO(model, lr=0.0, eps=1e-2, exact=False)
+    for value in range(20):
+        drifted.step(lambda model, value=value: value)  # type: ignore[misc]
+    assert model.weights.sha256() != model.bundle.base_sha256
+
+
+@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO])
+def test_steps_return_by_a_copy_and_others_replay_them(bundle: Path, tmp_path: Path, method: type[pz.MeZO]) -> None:
+    model = pz.load(bundle, threads=1)
+    data = Sentences(bundle.parent / "model.onnx")
+    optimizer = method(model, lr=1e-2, eps=1e-2, queries=3, weight_decay=0.1, subset=pz.Block(0.5))
+    pz.Trainer(model, optimizer, data, run=tmp_path / "run", steps=5, batch_size=4).fit()
+    header, _, entries, _ = read_journal(tmp_path / "run/journal.pzj")
+    assert header["method"]["exact"] is True
+    described, weights = read_bundle(bundle)
+    replay(described, weights, header, entries)
+    assert model.weights.sha256() == hashlib.sha256(weights).hexdigest() != model.bundle.base_sha256
+
+
+def test_a_failed_step_leaves_the_weights(bundle: Path) -> None:
+    model = pz.load(bundle, threads=1)
+    optimizer = pz.MeZO(model, lr=1e-2, eps=1e-2)
+    answers = iter([1.0, RuntimeError("stop"), 1.0, float("nan")])
+
+    def objective(model: pz.Model) -> float:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(RuntimeError, match="stop"):
+        optimizer.step(objective)
+    assert optimizer.step(objective).skipped
+    assert model.weights.sha256() == model.bundle.base_sha256
 
 
 def test_texts_are_generated_over_the_base(bundle: Path, tmp_path: Path) -> None:
