@@ -6,7 +6,10 @@ import hashlib
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +218,7 @@ def test_steps_return_by_a_copy_and_others_replay_them(bundle: Path, tmp_path: P
 def test_a_failed_step_leaves_the_weights(bundle: Path) -> None:
     model = pz.load(bundle, threads=1)
     optimizer = pz.MeZO(model, lr=1e-2, eps=1e-2)
-    answers = iter([1.0, RuntimeError("stop"), 1.0, float("nan")])
+    answers: Iterator[float | Exception] = iter([1.0, RuntimeError("stop"), 1.0, float("nan")])
 
     def objective(model: pz.Model) -> float:
         answer = next(answers)
@@ -263,7 +266,7 @@ def test_the_base_is_read_from_the_file_that_was_opened(bundle: Path, tmp_path: 
     np.testing.assert_array_equal(model.weights[frozen_name], before)
     assert model.weights.sha256() == model.bundle.base_sha256
     with pytest.raises(ValueError, match=f"{frozen_name} is frozen"):
-        model.weights[frozen_name] = before  # type: ignore[index]
+        model.weights[frozen_name] = before
 
 
 def test_a_file_that_becomes_shorter_is_an_error(bundle: Path, tmp_path: Path) -> None:
@@ -288,37 +291,63 @@ def test_a_dead_weight_is_found_and_another_layout_is_used(bundle: Path, monkeyp
     assert model.weights.image.is_whole or model.weights.locations
     before = loss(model)
     for name in trained(read):
-        model.weights[name] = 2 * model.weights[name]  # type: ignore[index]
+        model.weights[name] = 2 * model.weights[name]
     assert loss(model) != before
 
 
-def test_a_wide_product_of_8_bits_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns, rng = 1000, np.random.default_rng(0)
-    constants = {
-        "integers": rng.integers(0, 256, (columns, HIDDEN // 32, 32)).astype(np.uint8),
-        "scales": rng.standard_normal((columns, HIDDEN // 32)).astype(np.float32),
-        "zeros": rng.integers(0, 256, (columns, HIDDEN // 32)).astype(np.uint8),
-        "norm.weight": rng.standard_normal(HIDDEN).astype(np.float32),
-    }
-    attributes = {"K": HIDDEN, "N": columns, "bits": 8, "block_size": 32, "domain": "com.microsoft"}
-    nodes = [node("Mul", "x norm.weight", "y"), node("MatMulNBits", "y integers scales zeros", "logits", **attributes)]
-    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+def quantised(path: Path, layers: int, inner: int, columns: int, bits: int) -> None:
+    """Write a model that scales x and multiplies it by integers in blocks of 32, once a layer."""
+    rng, nodes, weights = np.random.default_rng(0), [], []
+    attributes: dict[str, Any] = {"K": inner, "N": columns, "bits": bits, "block_size": 32, "domain": "com.microsoft"}
+    for n in range(layers):
+        constants: dict[str, Array] = {
+            f"integers{n}": rng.integers(0, 256, (columns, inner // 32, 4 * bits)).astype(np.uint8),
+            f"scales{n}": (1e-2 * rng.standard_normal((columns, inner // 32))).astype(np.float32),
+            f"zeros{n}": rng.integers(0, 256, (columns, inner // 32 * bits // 8)).astype(np.uint8),
+            f"norm{n}.weight": rng.standard_normal(inner).astype(np.float32),
+        }
+        weights += [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        output = "logits" if n == layers - 1 else f"x{n + 1}"
+        nodes.append(node("Mul", f"x{n} norm{n}.weight", f"y{n}"))
+        nodes.append(node("MatMulNBits", f"y{n} integers{n} scales{n} zeros{n}", output, **attributes))
     values = [
-        helper.make_tensor_value_info("x", 1, ("batch", HIDDEN)),
-        helper.make_tensor_value_info("logits", 1, ("batch", columns)),
+        helper.make_tensor_value_info(*value) for value in (("x0", 1, ("n", inner)), ("logits", 1, ("n", columns)))
     ]
-    graph = helper.make_graph(nodes, "wide", values[:1], values[1:], weights)
+    graph = helper.make_graph(nodes, "products", values[:1], values[1:], weights)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    path = tmp_path / "model.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    read = pz.prepare(path, tmp_path / "bundle")
+
+
+def test_loading_and_a_step_take_one_copy_of_the_base(tmp_path: Path) -> None:
+    quantised(tmp_path / "model.onnx", 96, 1024, 1024, 4)
+    read = pz.prepare(tmp_path / "model.onnx", tmp_path / "bundle")
+    size = read.weights_path.stat().st_size
+    script = (
+        "import sys, numpy as np, pocketzo as pz\n"
+        "from pocketzo.machine.memory import process_memory\n"
+        "from pocketzo.runtime.layout import detect_layout\n"
+        "detect_layout()\n"
+        "before = process_memory()[1]\n"
+        "model = pz.load(sys.argv[1], threads=1, verify='fast')\n"
+        "batch = {'x0': np.ones((4, 1024), np.float32), 'labels': np.zeros(4, np.int64)}\n"
+        "pz.MeZO(model, lr=1e-3).step(lambda model: model.loss(batch))\n"
+        "print(process_memory()[1] - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, read.path], check=True, capture_output=True, text=True)
+    assert 0.7 * size < int(done.stdout) < 1.5 * size
+
+
+def test_a_wide_product_of_8_bits_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = 1000
+    quantised(tmp_path / "model.onnx", 1, HIDDEN, columns, 8)
+    read = pz.prepare(tmp_path / "model.onnx", tmp_path / "bundle")
 
     def products() -> int:
         graph = onnx_messages().Model.FromString(frozen.model_over_base(read)).graph
         return sum(one.op_type == "MatMulNBits" for one in graph.node)
 
     def logits() -> Array:
-        return pz.load(read, threads=1).run({"x": batch}, ["logits"])["logits"]
+        return pz.load(read, threads=1).run({"x0": batch}, ["logits"])["logits"]
 
     batch = np.random.default_rng(1).standard_normal((3, HIDDEN)).astype(np.float32)
     assert products() == -(-columns // 7)
