@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,9 @@ def training(path: str, examples: int, tokens: int, threads: int, rounds: int) -
     }
 
 
+WORKERS: dict[str, Callable[..., dict[str, float]]] = {"training": training, "inference": inference}
+
+
 def in_a_process(kind: str, *settings: str) -> dict[str, float]:
     """Return what one of the functions does in a fresh process."""
     command = [sys.executable, __file__, "--worker", kind, *settings]
@@ -84,7 +88,7 @@ def in_a_process(kind: str, *settings: str) -> dict[str, float]:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         kind, path, *numbers = sys.argv[2:]
-        print(json.dumps({"training": training, "inference": inference}[kind](path, *map(int, numbers))))
+        print(json.dumps(WORKERS[kind](path, *map(int, numbers))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", metavar="NAME=BUNDLE")
