@@ -71,7 +71,7 @@ def terms(method: dict[str, Any], tensor: dict[str, Any], lr: float, moves: dict
     sides: list[dict[int, int]] = [{draw: side} for draw in draws for side in (1, -1)]
     points = {"mezo": sides, "fzoo": [{}, *sides[::2]]}[method["method"]]
     points.append({draw: side for draw, side in points[-1].items() if draw == draws[0] and not is_16bit})
-    for point in points:
+    for point in [] if method.get("exact") else points:
         for draw in dict.fromkeys([*at, *point]):
             start, end = at.get(draw, 0), point.get(draw, 0)
             for leg in [-start, end] if is_16bit and start and end else [end - start] * (start != end):

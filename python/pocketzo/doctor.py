@@ -20,6 +20,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
 from pocketzo.packages import EXTRAS, broken, version
+from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.layout import detect_layout
 from pocketzo.runtime.prepack import plan_prepacking
 
@@ -173,6 +174,8 @@ def prepacking(bundle: Bundle | None = None) -> str:
         if bundle is None:
             layout = detect_layout()
             return f"can be prepacked, in blocks of {layout.depth} rows and panels of 16 columns"
+        if frozen := frozen_base(bundle):
+            return f"the frozen base of {len(frozen)} tensors is, when it is loaded"
         matrices = plan_prepacking(bundle).matrices
     except NotPrepackableError as error:
         return f"not prepacked: {error}"

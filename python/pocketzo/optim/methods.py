@@ -45,6 +45,7 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
         if subset is not None:
             arguments["subset"] = SUBSETS[subset["name"]](**{k: v for k, v in subset.items() if k != "name"})
         arguments["groups"] = [ParamGroup(**group) for group in arguments["groups"]]
+        arguments.setdefault("exact", False)
         arguments["schedule"] = Schedule(**arguments["schedule"])
         known = {tensor.name for tensor in model.bundle.tensors if tensor.trainable}
         if missing := sorted(trained - known):

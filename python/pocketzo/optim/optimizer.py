@@ -2,8 +2,8 @@
 
 A method (:mod:`pocketzo.optim.mezo`, :mod:`pocketzo.optim.fzoo`) defines the points at which the loss is evaluated and
 the coefficients of the update. Everything else is here: updating the weights in place, undoing a failed step, the entry
-for the journal, replay. No gradient and no copy of a weight is stored. A direction z is regenerated from (seed, tensor,
-draw) whenever it is needed, and a step is saved as one number per direction.
+for the journal, replay. No gradient is stored, and a copy of the weights only where they are few. A direction z is
+regenerated from (seed, tensor, draw) whenever it is needed, and a step is saved as one number per direction.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pocketzo.optim.groups import ParamGroup, Tunable, select
 from pocketzo.optim.pending import flush, uninterrupted
 from pocketzo.optim.program import Part, Point, Program, float32
 from pocketzo.optim.schedule import Schedule
+from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.model import Model
 
 Objective: TypeAlias = Callable[[Model], float]
@@ -101,6 +102,10 @@ class Optimizer(ABC):
         Constant by default.
     subset : Subset, optional
         Chooses the tensors that each step perturbs and updates, such as ``Block(0.25)``; all by default.
+    exact : bool, optional
+        Whether weights return from each point by a copy, and so to the same bits; otherwise they are shifted back,
+        which rounds. A step then holds a copy of the trained weights. By default over a frozen base
+        (:func:`pocketzo.runtime.frozen.frozen_base`), where they are few.
 
     Attributes
     ----------
@@ -133,6 +138,7 @@ class Optimizer(ABC):
         queries: int | None = None,
         schedule: Schedule | None = None,
         subset: Subset | None = None,
+        exact: bool | None = None,
     ) -> None:
         check_number("lr", lr)
         check_number("weight_decay", weight_decay)
@@ -151,6 +157,7 @@ class Optimizer(ABC):
         check_integer(f"queries of {self.method}", self.queries, self.least_queries)
         self.schedule = schedule or Schedule()
         self.subset = subset
+        self.exact = bool(frozen_base(model.bundle)) if exact is None else exact
         self.step_number = 0
         self.next_draw = 0
         self._tensors = select(model, trainable)
@@ -296,7 +303,7 @@ class Optimizer(ABC):
             The steps after those taken so far.
         """
         walks = [
-            (self.step_number + i, entry, list(self._points(list(entry.coefficients))))
+            (self.step_number + i, entry, [] if self.exact else list(self._points(list(entry.coefficients))))
             for i, entry in enumerate(entries)
         ]
         parts, steps = self._parts, None
@@ -339,7 +346,7 @@ class Optimizer(ABC):
                 "trained": list(self.names),
             }
         )
-        return settings
+        return settings | ({"exact": True} if self.exact else {})  # journals before it have no such field
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 
@@ -353,7 +360,7 @@ class Optimizer(ABC):
             key = group.lr, group.eps, decays, tensor.dtype != "float32"
             members.setdefault(key, []).extend(self.model.weights.segments(tensor.name))
         return [
-            Part(Segments(segments), lr, eps, decays, is_16bit)
+            Part(Segments(segments), lr, eps, decays, is_16bit, memory=[segment[0] for segment in segments])
             for (lr, eps, decays, is_16bit), segments in members.items()
         ]
 
@@ -370,11 +377,25 @@ class Optimizer(ABC):
         return Program(part, eps=self.eps, weight_decay=self.weight_decay)
 
     def _move(self, parts: list[Part], before: Point, after: Point) -> None:
+        if self.exact:
+            self._return(parts, before)
+            before = {}
         programs = []
         for part in parts:
             programs.append(self._program(part))
             programs[-1].move(before, after)
         self._apply(parts, programs)
+
+    def _return(self, parts: list[Part], at: Point) -> None:
+        """Return from a point by the copy that was made when the weights left the point ``{}``; there, make it."""
+        if not at:
+            self._apply(parts, [self._program(part) for part in parts])
+        with self._lock:
+            for part in parts:
+                if at:
+                    part.restore()
+                else:
+                    part.keep()
 
     def _pack(self, program: Program) -> bytes:
         return program.pack(self.seed, rademacher=self.distribution == "rademacher")
@@ -395,6 +416,9 @@ class Optimizer(ABC):
 
         A term rounds as in a pass of its own, so the bits do not depend on the pass that applies it.
         """
+        if self.exact and at:
+            self._return(parts, at)
+            at = {}
         # No reference to the model: a cycle would keep it alive until the garbage collector ran.
         self.model.weights.defer(partial(flush, parts, self._lock))
         for part in parts:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import c_float
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketzo._core import TERM as TERM_DTYPE
 from pocketzo._core import Segments
@@ -53,6 +54,8 @@ class Part:
         Whether each scale of a term rounds.
     pending : bytes
         Packed terms that the next pass applies first.
+    memory : sequence of ndarray
+        The arrays of the segments, for :meth:`keep`.
     """
 
     segments: Segments
@@ -61,6 +64,17 @@ class Part:
     decays: bool
     is_16bit: bool
     pending: bytes = b""
+    memory: Sequence[NDArray[Any]] = ()
+    _kept: Sequence[NDArray[Any]] = ()
+
+    def keep(self) -> None:
+        """Copy the weights."""
+        self._kept = [array.copy() for array in self.memory]
+
+    def restore(self) -> None:
+        """Write back what :meth:`keep` copied."""
+        for array, kept in zip(self.memory, self._kept, strict=True):
+            array[...] = kept
 
     def apply(self, terms: bytes = b"") -> None:
         """Apply the pending terms and these in one pass over the weights."""

@@ -16,6 +16,7 @@ from pocketzo.formats.generation import GENERATE
 from pocketzo.machine import cores
 from pocketzo.machine.memory import megabytes, resident_memory
 from pocketzo.runtime.decoder import Decoder
+from pocketzo.runtime.frozen import open_over_base
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.sampling import Sampler
 from pocketzo.runtime.session import open_constant, open_plain, open_with_constants
@@ -34,6 +35,8 @@ def open_decoder(bundle: Bundle, image: Image | None, threads: int) -> Decoder:
     graph = bundle.generate_path
     if image is None:
         return Decoder(bundle, open_constant(graph, threads))
+    if not image.is_whole:
+        return Decoder(bundle, open_over_base(bundle, image.values, threads, graph), image)
     if has_constants(bundle):
         with contextlib.suppress(NotPrepackableError):  # slower, and the same
             model = model_with_variables(bundle, graph)
@@ -48,9 +51,9 @@ class Generator:
     ----------
     bundle : Bundle
     weights : Weights, optional
-        Weights in memory, as they are when a text is begun. The session reads those of the plain layout where they are;
-        of prepacked ones it has a copy in the plain layout. By default the bundle's file is mapped and taken for
-        constant, which is faster: onnxruntime prepacks all of it.
+        Weights in memory, as they are when a text is begun. The session reads those of the plain layout where they are,
+        and a frozen base from the bundle's file; of prepacked ones it has a copy in the plain layout. By default all of
+        the file is mapped and taken for constant, which is faster: onnxruntime prepacks all of it.
     threads : int, optional
         Threads of the session; by default the number of fast cores, but no more than the kernels have.
     max_memory : int, optional
@@ -87,7 +90,7 @@ class Generator:
         self.eos = frozenset(bundle.generation.eos)
         self._weights = weights
         self._copy = None
-        if weights is not None and not set(weights) <= set(weights.image.views):
+        if weights is not None and not set(weights.locations) <= set(weights.image.views):
             self._copy = _room_for_copy(bundle, max_memory)
         threads = min(cores.fast(), kernel_threads()) if threads is None else threads
         self._refresh()  # what a session folds must be there

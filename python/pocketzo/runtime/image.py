@@ -60,6 +60,11 @@ class Image:
         parts.append(memory[begin - skipped :])
         return cls(parts, views)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no weight is kept elsewhere."""
+        return not any(isinstance(part, str) for part in self.parts)
+
     @cached_property
     def values(self) -> Mapping[str, ort.OrtValue]:
         """The views as values for sessions, which use their memory: the image must outlive the sessions."""

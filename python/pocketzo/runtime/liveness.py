@@ -37,8 +37,15 @@ Verify = Literal["auto", "fast", "full"]
 _AFFORDABLE = 2.0  # seconds; if "full" takes longer, "auto" is "fast"
 
 
-def check_plain(model: Model, verify: Verify) -> tuple[str, ...]:
-    """Check a model whose weights are in the plain layout; at the end they are read from the bundle.
+def check_plain(model: Model, batches: list[Probe], expected: Outputs, verify: Verify) -> tuple[str, ...]:
+    """Check a model whose trainable weights are in the plain layout; at the end they are read from the bundle.
+
+    Parameters
+    ----------
+    model : Model
+    batches, expected : list of dict of str to ndarray, list of ndarray of float64
+        The result of :func:`unoptimised_outputs` over the same weights.
+    verify : {"auto", "fast", "full"}
 
     Returns
     -------
@@ -52,7 +59,7 @@ def check_plain(model: Model, verify: Verify) -> tuple[str, ...]:
     """
     bundle, weights = model.bundle, model.weights
     try:
-        agree, telling = _compare(model, *unoptimised_outputs(bundle, weights.image.values))
+        agree, telling = _compare(model, batches, expected)
         unseen = _unseen(model, lambda: weights) if not (agree and telling) or _is_full(verify, model) else Unseen()
         agree = agree and (telling or _agrees_disturbed(model))
         dead = unseen.dead if agree or unseen.dead else _partly_unseen(model)

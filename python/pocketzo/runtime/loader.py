@@ -21,11 +21,13 @@ from pocketzo.errors import (
 )
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes, resident_memory
+from pocketzo.runtime.frozen import frozen_base, model_over_base, trained_weights
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
 from pocketzo.runtime.model import SMALL, Model
 from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
+from pocketzo.runtime.outputs import unoptimised_outputs
 from pocketzo.runtime.prepack import open_session, plan_prepacking
 from pocketzo.runtime.session import open_plain, open_with_constants
 from pocketzo.runtime.variables import has_constants, model_with_variables
@@ -68,6 +70,9 @@ class Loader:
 
     def _load(self) -> tuple[Model, tuple[str, ...]]:
         reason, missed = "as asked for", True
+        if self.prepack and frozen_base(self.bundle):
+            with contextlib.suppress(NotPrepackableError, DeadWeightError, MemoryError):
+                return self._load_over_base()
         if self.prepack:
             try:
                 return self._load_prepacked()
@@ -96,8 +101,23 @@ class Loader:
     def _load_plain(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         weights = Weights(self.bundle)
         read_as_noise(weights, self.bundle)  # constants must be there when the session folds them
+        reference = unoptimised_outputs(self.bundle, weights.image.values)
         model = self._model(weights, open_plain(self.bundle, weights.image.values, self.threads), reason)
-        return model, check_plain(model, self.verify)
+        return model, check_plain(model, *reference, self.verify)
+
+    def _load_over_base(self) -> tuple[Model, tuple[str, ...]]:
+        """Load a model of which only trained weights are in memory that is written."""
+        if self.max_memory is not None:
+            check_room(self.bundle, self.max_memory)
+        graph = model_over_base(self.bundle)
+        weights = trained_weights(self.bundle)
+        write_noise(weights, trainable(self.bundle))
+        reference = unoptimised_outputs(self.bundle, weights.image.values, graph)  # unmaps the base before it is packed
+        write_noise(weights, trainable(self.bundle), draw=4)  # a prepacked copy must not be of the noise of the check
+        session = open_with_constants(self.bundle, graph, weights.image.values, self.threads)
+        write_noise(weights, trainable(self.bundle))
+        model = self._model(weights, session, None)
+        return model, check_plain(model, *reference, self.verify)
 
     def _load_with_constants(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         """Load a model in the plain layout whose constants are prepacked by onnxruntime."""
@@ -105,11 +125,13 @@ class Loader:
             check_room(self.bundle, self.max_memory, copies=self.bundle.weights_path.stat().st_size)
         model = model_with_variables(self.bundle)
         weights = Weights(self.bundle)
-        read_as_noise(weights, self.bundle, draw=4)  # a prepacked copy must not be of the noise of the check
+        read_as_noise(weights, self.bundle)
+        reference = unoptimised_outputs(self.bundle, weights.image.values)
+        write_noise(weights, trainable(self.bundle), draw=4)  # a prepacked copy must not be of the noise of the check
         session = open_with_constants(self.bundle, model, weights.image.values, self.threads)
         write_noise(weights, trainable(self.bundle))
         loaded = self._model(weights, session, f"{reason}; constants are")
-        return loaded, check_plain(loaded, self.verify)
+        return loaded, check_plain(loaded, *reference, self.verify)
 
     def _load_prepacked(self) -> tuple[Model, tuple[str, ...]]:
         plan = plan_prepacking(self.bundle)

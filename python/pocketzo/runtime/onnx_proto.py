@@ -19,7 +19,9 @@ _SCHEMA: Final[Mapping[str, str]] = {
     "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
     "Opset": "1 domain string, 2 version int64",
     "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*",
-    "Node": "1 input string*, 2 output string*, 4 op_type string, 5 attribute Attribute*, 7 domain string",
+    "Node": (
+        "1 input string*, 2 output string*, 3 name string, 4 op_type string, 5 attribute Attribute*, 7 domain string"
+    ),
     "Attribute": "1 name string, 3 i int64, 5 t Tensor, 6 g Graph, 11 graphs Graph*, 20 type int32",
     "Tensor": (
         "1 dims int64*, 2 data_type int32, 5 int32_data int32*, 7 int64_data int64*, 8 name string, 9 raw_data bytes, "

@@ -90,17 +90,19 @@ def float_outputs(bundle: Bundle, session: ort.InferenceSession, batch: Probe) -
     return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
 
 
-def unoptimised_outputs(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> tuple[list[Probe], Outputs]:
+def unoptimised_outputs(
+    bundle: Bundle, values: Mapping[str, ort.OrtValue], model: bytes | None = None
+) -> tuple[list[Probe], Outputs]:
     """Return the batches of :func:`branch_batches` on which a graph runs, and what it computes on them.
 
-    The session is over these weights, and optimises nothing.
+    The session is over these weights, and optimises nothing; see :func:`open_unoptimised`.
 
     Raises
     ------
     BundleError
         The run on the probing batch failed. Not every flag can be turned.
     """
-    session = open_unoptimised(bundle, values)
+    session = open_unoptimised(bundle, values, model)
     batches: list[Probe] = []
     outputs: Outputs = []
     for batch in branch_batches(bundle):

@@ -76,20 +76,30 @@ def open_with_constants(
     ----------
     bundle : Bundle
     model : bytes
-        See :func:`pocketzo.runtime.variables.model_with_variables`.
+        See :func:`pocketzo.runtime.variables.model_with_variables`, or :func:`pocketzo.runtime.frozen.model_over_base`.
     values : mapping of str to OrtValue
-        With the values that constants have; they must outlive the session.
+        With the values that constants have; they must outlive the session. Other weights are mapped from the bundle's
+        file.
     threads : int
     """
-    options = _options(values, threads, _LEVEL)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(bundle.path))
+    level = _FP16_LEVEL if bundle.is_fp16 else _LEVEL
+    options = _options(values, threads, level, folder=bundle.path)
     return _create(model, options, _COPYING_OPTIMIZERS)
 
 
-def open_unoptimised(bundle: Bundle, values: Mapping[str, ort.OrtValue]) -> ort.InferenceSession:
-    """Create a session that folds and packs nothing, and so reads every weight where it is."""
+def open_unoptimised(
+    bundle: Bundle, values: Mapping[str, ort.OrtValue], model: bytes | None = None
+) -> ort.InferenceSession:
+    """Create a session that folds and packs nothing, and so reads every weight where it is.
+
+    Its graph is the bundle's, or ``model``. Weights without a value are mapped from the bundle's file.
+    """
     level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return create_session(bundle.model_path, values, 1, prepacked=False, level=level)
+    if model is None:
+        return create_session(bundle.model_path, values, 1, prepacked=False, level=level)
+    options = _options(values, 1, level, folder=bundle.path)
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return _create(model, options, [])
 
 
 def create_session(
@@ -137,7 +147,9 @@ def _refused(graph: Path, error: NotPrepackableError) -> BundleError:
     return BundleError(f"{graph}: onnxruntime refuses the graph: {joined_lines(error.__cause__ or error)}")
 
 
-def _options(values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel) -> ort.SessionOptions:
+def _options(
+    values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphOptimizationLevel, folder: Path | None = None
+) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.intra_op_num_threads = threads
@@ -146,6 +158,8 @@ def _options(values: Mapping[str, ort.OrtValue], threads: int, level: ort.GraphO
         setattr(options, name, value)
     for key, entry in _ENTRIES.items():
         options.add_session_config_entry(key, entry)
+    if folder is not None:  # of the weights, for a graph that is no file
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(folder))
     for name, value in values.items():
         options.add_initializer(name, value)
     return options

@@ -6,34 +6,35 @@ import time
 from collections.abc import Iterable, Mapping
 
 from pocketzo.formats.bundle import Bundle
+from pocketzo.runtime.frozen import open_over_base, trained_weights
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.runtime.noise import read_as_noise
 from pocketzo.runtime.session import open_plain
-from pocketzo.runtime.weights import Weights
 
 
 def time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memory: int | None) -> dict[int, float]:
     """Time a few forward passes with each number of threads.
 
-    A session has its threads for life, so each number takes a session of its own. These are plain and share the
-    weights, and so are quick to make; each comes when the one before it has gone, with its activations. With prepacked
-    weights the second thread was worth as much: 1.75 times the speed (BERT-base's shape, 1 x 16 and 8 x 64 tokens;
-    bench/session.py).
+    A session has its threads for life, so each number takes a session of its own. These share the weights and, except
+    over a frozen base, are plain, and so are quick to make; each comes when the one before it has gone, with its
+    activations. With prepacked weights the second thread was worth as much: 1.75 times the speed (BERT-base's shape,
+    1 x 16 and 8 x 64 tokens; bench/session.py).
 
     Returns
     -------
     dict of int to float
         By number of threads, the least seconds of a pass.
     """
-    weights = Weights(bundle)
+    weights = trained_weights(bundle)
     read_as_noise(weights, bundle)
+    open_session = open_plain if weights.image.is_whole else open_over_base
     outputs = [bundle.loss] if bundle.loss is not None and "labels" in batch else None
     seconds = {}
     for threads in counts:
         model = Model(
             bundle,
             weights,
-            open_plain(bundle, weights.image.values, threads),
+            open_session(bundle, weights.image.values, threads),
             threads=threads,
             max_memory=max_memory,
             forward_seconds={},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pocketzo._core import Packing
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle
+from pocketzo.formats.safetensors import read_header
 from pocketzo.formats.staging import staged_file
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Location
@@ -36,8 +37,10 @@ class Weights(Mapping[str, NDArray[Any]]):
     image : Image, optional
         Memory of the weights in the plain layout; by default all of them, allocated now.
     locations : mapping of str to Location, optional
-        Prepacked memory: of each weight that is not in the image, and a second copy of some that are. Without it,
-        :meth:`read` reads what is in the image.
+        Prepacked memory: of weights that are not in the image, and a second copy of some that are.
+
+    Weights that are in neither stay in the bundle's file, which is kept open. They are read from there, and are not
+    written.
     """
 
     def __init__(
@@ -46,8 +49,11 @@ class Weights(Mapping[str, NDArray[Any]]):
         self.image = Image.allocate(bundle) if image is None else image
         self.locations = dict(locations or {})
         self._path = bundle.weights_path
+        if any(isinstance(part, str) and part not in self.locations for part in self.image.parts):
+            self._file = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
-        self._sizes = {spec.name: math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in bundle.tensors}
+        self._entries = read_header(self._path)
         self._finish: Callable[[], None] = lambda: None
 
     # ---- passes that are pending ----------------------------------------------------------------------------------
@@ -68,12 +74,14 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         self.flush()
+        spec = self._specs[name]
         if name in self.image.views:
             array = self.image.views[name].copy()
+        elif name in self.locations:
+            array = np.empty(spec.shape, np.float32)
+            self.locations[name].packing.unpack(self.locations[name].memory, array, 0)
         else:
-            location = self.locations[name]
-            array = np.empty(self._specs[name].shape, np.float32)
-            location.packing.unpack(location.memory, array, 0)
+            array = np.concatenate([block.copy() for block in self.blocks(name)]).reshape(spec.shape)
         array.flags.writeable = False
         return array
 
@@ -82,6 +90,8 @@ class Weights(Mapping[str, NDArray[Any]]):
         shape = self._specs[name].shape
         if np.ndim(value) and np.shape(value) != shape:
             raise ValueError(f"{name} has shape {list(shape)}, got {list(np.shape(value))}")
+        if name not in self.image.views and name not in self.locations:
+            raise ValueError(f"{name} is frozen: it stays in {self._path}, and nothing is written there")
         array = np.empty(shape, self._specs[name].dtype)
         np.copyto(array, value, casting="same_kind")
         if name in self.image.views:
@@ -114,11 +124,24 @@ class Weights(Mapping[str, NDArray[Any]]):
             values = self.image.views[name].reshape(-1)
             for at in range(0, values.size, _CHUNK):
                 yield values[at : at + _CHUNK]
-        else:
+        elif name in self.locations:
             location = self.locations[name]
             for at, chunk in _chunks(location):
                 location.packing.unpack(location.memory, chunk, at)
                 yield chunk
+        else:
+            for data in self._stored(name):
+                yield np.frombuffer(data, self._specs[name].dtype)
+
+    def _stored(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor of the bundle's file: of the one that was opened, also if another one has its name by now."""
+        entry = self._entries[name]
+        for at in range(entry.start, entry.stop, _CHUNK):
+            size = min(_CHUNK, entry.stop - at)
+            data = os.pread(self._file, size, at)
+            if len(data) < size:
+                raise BundleError(f"{self._path}: shorter than it was a moment ago")
+            yield data
 
     def fill(self, name: str, value: float) -> None:
         """Write one value to all of a weight, and to the padding of prepacked memory."""
@@ -151,7 +174,7 @@ class Weights(Mapping[str, NDArray[Any]]):
                     raise BundleError(f"{path}: expected {expected} bytes, the size of the bundle's weights")
                 for part in self.image.parts:
                     if isinstance(part, str) and part not in self.locations:
-                        file.seek(self._sizes[part], os.SEEK_CUR)
+                        file.seek(self._entries[part].stop)
                     elif isinstance(part, str):
                         _read_packed(file, self.locations[part])
                     else:
@@ -166,14 +189,17 @@ class Weights(Mapping[str, NDArray[Any]]):
         """Yield the file of the weights as they are now, in chunks; each is overwritten by the next."""
         self.flush()
         for part in self.image.parts:
-            if isinstance(part, str):
+            if not isinstance(part, str):
+                for at in range(0, part.size, 4 * _CHUNK):
+                    yield part[at : at + 4 * _CHUNK].data
+            elif part in self.locations:
                 location = self.locations[part]
                 for at, chunk in _chunks(location):
                     location.packing.unpack(location.memory, chunk, at)
                     yield chunk.view(np.uint8).data
             else:
-                for at in range(0, part.size, 4 * _CHUNK):
-                    yield part[at : at + 4 * _CHUNK].data
+                for data in self._stored(part):
+                    yield memoryview(data)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file that :meth:`save` would write now."""

@@ -20,7 +20,7 @@ from pocketzo.formats.snapshot import check_snapshot, snapshots
 from pocketzo.optim.groups import Tunable
 from pocketzo.optim.methods import from_settings
 from pocketzo.optim.optimizer import Optimizer
-from pocketzo.runtime.weights import Weights
+from pocketzo.runtime.frozen import trained_weights
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.train.recipe import Recipe
 
@@ -214,5 +214,5 @@ class Unloaded:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.weights = Weights(bundle)
+        self.weights = trained_weights(bundle)
         self.weights.read()

@@ -62,7 +62,7 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
         of = f" of group {group.pattern!r}" if group.pattern else ""
         shifts = steps * optimizer.forwards
         drift = eps * rounding * math.sqrt(shifts)
-        if 0 < size * _MOST_DRIFT < drift:
+        if not optimizer.exact and 0 < size * _MOST_DRIFT < drift:
             raise ValueError(
                 f"eps {eps:g} is too large for weights{of} of root mean square {size:.3g}: the roundings of {shifts:,} "
                 f"shifts forth and back would change them by about {drift:.3g}. Try an eps of {size / 10:.1g} or less"
