@@ -438,7 +438,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     assert segments.size == sum(sizes)
     terms = np.zeros(12, _core.TERM)  # more than the kernels keep the subkeys of
     for i in range(len(terms)):
-        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, (0,) * 5)
+        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, 0, (0,) * 4)
     segments.apply(terms)
     for tensor, w in enumerate(expected):
         program = [
@@ -454,7 +454,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
 
 def test_terms_as_the_optimizers_write_them_are_those_of_the_kernels() -> None:
     values: dict[str, Any] = {"seed": 2**64 - 1, "draw": 2**63 + 1, "scale": (1.5, -2.5, 3.5), "decay": 0.125}
-    values |= {"count": 3, "distribution": 1, "rounding": 2}
+    values |= {"count": 3, "distribution": 1, "rounding": 2, "role": 1}
     assert _core.TERM.names == (*values, "unused")
     assert TERM_STRUCT.size == _core.TERM.itemsize
     seed, draw, scales, *rest = values.values()

@@ -42,6 +42,18 @@ METHODS: dict[str, Make] = {
     ),
     "mezo-queries": lambda m: pz.MeZO(m, lr=0.01, seed=5, queries=3),
     "mezo-block": lambda m: pz.MeZO(m, lr=0.02, seed=5, subset=pz.Block(0.4)),
+    "momentum": lambda m: pz.Momentum(m, lr=0.003, seed=5),
+    "momentum-queries": lambda m: pz.Momentum(m, lr=0.005, seed=5, queries=3, momentum=0.5),
+    "momentum-block": lambda m: pz.Momentum(m, lr=0.01, seed=5, subset=pz.Block(0.4), distribution="rademacher"),
+    "momentum-everything": lambda m: pz.Momentum(
+        m,
+        lr=0.003,
+        eps=3e-3,
+        seed=2**64 - 1,
+        weight_decay=0.1,
+        groups=[pz.ParamGroup("classifier", lr=3, eps=3), pz.ParamGroup("norm", lr=0)],
+        schedule=pz.Schedule("cosine", steps=50, warmup=3),
+    ),
     "fzoo": lambda m: pz.FZOO(m, lr=0.01, seed=5),
     "fzoo-block": lambda m: pz.FZOO(m, lr=0.01, seed=5, queries=3, weight_decay=0.01, subset=pz.Block(0.5)),
     "fzoo-everything": lambda m: pz.FZOO(
@@ -305,6 +317,10 @@ PINNED: dict[str, tuple[str, str]] = {
         "656fcdfa93d287aed71b5fb5c73eebeb5f33bedc78382afc50fee18e4efbf59c",
         "f7d1669ad534bda082edc1a91e392d130dee92dff1fa2a9a2de52707a6bbd604",
     ),
+    "momentum": (
+        "0e42ce26e9cdfc89fc457b27248ba06abd261d151c5c6e9abfc2f6452becb94a",
+        "012c7b50ef4b40e39a7427a4f8fe56808a03ef30f0e235ef3214b8479f1b3113",
+    ),
 }
 
 
@@ -357,6 +373,13 @@ def test_mezo_takes_two_passes_a_step(model: pz.Model, passes: list[int]) -> Non
     loss(model)
     loss(model)
     assert passes == [1, 1, 2, 1, 2, 1, 1]
+
+
+def test_momentum_takes_two_passes_a_step(model: pz.Model, passes: list[int]) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    for _ in range(3):
+        opt.step(loss)
+    assert passes == [1, 1, 5, 1, 5, 1]
 
 
 def test_fzoo_takes_as_many_passes_as_forwards(model: pz.Model, passes: list[int]) -> None:
