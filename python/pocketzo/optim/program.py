@@ -132,13 +132,14 @@ class Program:
         lr : float
             With 0, the momentum stays as it is, and the weights only return.
         """
-        last = next(reversed(gains), 0)
-        if lr:
-            self._terms.append(Term(last, (), float32(forget), NEAREST, GATHER))
+        if not lr:
+            self.move(point, {})
+            return
+        *_, last = gains
+        self._terms.append(Term(last, (), float32(forget), NEAREST, GATHER))
         self.move(point, {})
-        if lr:
-            self._terms += [Term(draw, (float32(gain),), 0.0, NEAREST, GATHER) for draw, gain in gains.items()]
-            self._terms.append(Term(last, (float32(-self._lr * lr),), self._decay(lr), STOCHASTIC, FOLLOW))
+        self._terms += [Term(draw, (float32(gain),), 0.0, NEAREST, GATHER) for draw, gain in gains.items()]
+        self._terms.append(Term(last, (float32(-self._lr * lr),), self._decay(lr), STOCHASTIC, FOLLOW))
 
     def _decay(self, lr: float) -> float:
         return float32(lr * self._lr * self._weight_decay) if self._weight_decay else 0.0
