@@ -121,7 +121,7 @@ def replay(
         order = normal(method["seed"], 0xFFFFFFFE, step, 0, len(trained)).argsort(kind="stable")
         share = method["subset"]["share"] if method["subset"] else 1.0
         for tensor, todo in [trained[i] for i in order[: max(1, round(share * len(trained)))]]:
-            todo.extend(terms(method, tensor, *entry, gains))
+            todo.extend(terms(method, tensor, entry[0], entry[1], gains))
     for tensor, todo in trained:
         w, m = arrays[tensor["name"]].reshape(-1), state.get(f"momentum.{tensor['name']}")
         if tensor["dtype"] == "float32":

@@ -304,6 +304,100 @@ def test_steps_in_another_thread(model: pz.Model, fresh: pz.Model) -> None:
     assert image(model) == image(fresh)
 
 
+# ---- momentum --------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_is_its_formula(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01, eps=1e-2, seed=4, momentum=0.75)
+    losses = [2.0, 1.0, 0.5, 1.5, 3.0, -1.0]  # slopes of 50, -50 and 200
+    expected = {name: view.astype(np.float64) for name, view in fresh.weights.items()}
+    mean = dict.fromkeys(expected, np.float64(0))
+    given = iter(losses)
+    for draw, slope in enumerate([50.0, -50.0, 200.0]):
+        squares = [50.0**2 * 0.99**age for age in range(draw, 0, -1)] + [slope**2]
+        rms = math.sqrt(sum(squares) / sum(0.99**age for age in range(draw + 1)))
+        if draw < 2:
+            assert rms == pytest.approx(50)
+        for name, value in expected.items():
+            z = pz.kernels.noise(value.size, seed=4, tensor=tensor_id(fresh, name), draw=draw).reshape(value.shape)
+            mean[name] = 0.75 * mean[name] + 0.25 * slope / rms * z
+            value -= 0.01 * mean[name]
+        opt.step(lambda m: next(given))
+    for name, value in expected.items():
+        np.testing.assert_allclose(model.weights[name], value, atol=1e-6)
+        np.testing.assert_allclose(opt.state()[f"momentum.{name}"], mean[name], atol=1e-6)
+
+
+def test_momentum_moves_as_far_whatever_the_scale_of_the_loss(model: pz.Model, fresh: pz.Model) -> None:
+    for m, scale in (model, 1.0), (fresh, 1024.0):  # a power of 2, with which no rounding changes
+        opt = pz.Momentum(m, lr=0.01, queries=2)
+        for _ in range(5):
+            opt.step(lambda m, scale=scale: scale * pinned.checksum(m.weights))  # type: ignore[misc]
+            m.weights.flush()
+    # The checksum of the shifted weights is the same in both, as long as the weights are.
+    assert image(model) == image(fresh)
+
+
+def test_steps_without_a_slope_move_nothing_but_by_momentum(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(lambda m: 1.0)
+    for name, view in model.weights.items():
+        np.testing.assert_allclose(view, fresh.weights[name], atol=1e-7)
+    values = iter([1.0, 0.5, 1.0, 1.0])
+    opt.step(lambda m: next(values))
+    before = {name: view.copy() for name, view in opt.state().items()}
+    opt.step(lambda m: next(values))
+    for name, m in before.items():
+        if name.startswith("momentum."):
+            np.testing.assert_allclose(opt.state()[name], 0.9 * m, rtol=1e-6)
+
+
+def test_an_undone_step_leaves_the_momentum(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(loss)
+    before = {name: array.tobytes() for name, array in opt.state().items()}
+    assert opt.step(lambda m: math.nan).skipped
+    with pytest.raises(OSError, match="full"):
+        opt.step(loss, lambda entry: (_ for _ in ()).throw(OSError("full")))
+    assert {name: array.tobytes() for name, array in opt.state().items()} == before
+
+
+def test_a_step_leaves_the_momentum_of_the_tensors_that_it_does_not_choose(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01, subset=pz.Block(0.3))
+    for step in range(8):
+        before = {name: array.tobytes() for name, array in opt.state().items()}
+        opt.step(loss)
+        after = {name: array.tobytes() for name, array in opt.state().items()}
+        moved = {name for name in opt.names if before[f"momentum.{name}"] != after[f"momentum.{name}"]}
+        assert moved == {opt.names[i] for i in pz.Block(0.3)(seed=0, step=step, count=len(opt.names))}
+
+
+def test_the_state_of_momentum_is_checked(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(loss)
+    state = opt.state()
+    narrow = pz.Momentum(fresh, lr=0.01, trainable="classifier")
+    with pytest.raises(ValueError, match=r"state 'momentum\..*' of momentum: expected none, got float32"):
+        narrow.set_state(state)
+    with pytest.raises(ValueError, match=r"of momentum: expected .*, got none"):
+        opt.set_state({})
+    with pytest.raises(ValueError, match="mezo keeps no state, got mean_square"):
+        pz.MeZO(fresh, lr=0.01).set_state(state)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1, math.nan])
+def test_momentum_must_be_a_share(model: pz.Model, momentum: float) -> None:
+    with pytest.raises(ValueError, match="momentum must be"):
+        pz.Momentum(model, lr=0.01, momentum=momentum)
+
+
+def test_a_learning_rate_that_overflows_in_a_group_is_undone(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=1e30, groups=[pz.ParamGroup("classifier", lr=1e20)])
+    values = [1e-30, 0.0]
+    assert opt.step(lambda m: values.pop(0)).skipped
+    assert all(np.isfinite(view).all() for view in model.weights.values())
+
+
 # ---- what is owed to the weights between steps -----------------------------------------------------------------------
 
 
