@@ -547,6 +547,7 @@ def as_terms(program: list[reference.Term]) -> NDArray[np.void]:
 def test_terms_of_the_momentum_are_those_of_the_specification(
     dtype: Any, w: NDArray[np.float32], program: list[reference.Term]
 ) -> None:
+    w = np.clip(w, -1000, 1000)  # no result is infinite in fp16
     momentum = np.flip(w).copy()
     expected_momentum = momentum.copy()
     if dtype == "float32":
@@ -710,7 +711,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     memory = packed_by_hand(tensor, transposed, stride, depth)
     program = np.zeros(len(terms), _core.TERM)
     for i, (draw, count, decay) in enumerate(terms):
-        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, (0,) * 5)
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, 0, (0,) * 4)
     pz.kernels.use(isa)
     pz.kernels.set_threads(threads)
     _core.Segments([(tensor, 9)]).apply(program)

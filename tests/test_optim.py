@@ -311,7 +311,7 @@ def test_momentum_is_its_formula(model: pz.Model, fresh: pz.Model) -> None:
     opt = pz.Momentum(model, lr=0.01, eps=1e-2, seed=4, momentum=0.75)
     losses = [2.0, 1.0, 0.5, 1.5, 3.0, -1.0]  # slopes of 50, -50 and 200
     expected = {name: view.astype(np.float64) for name, view in fresh.weights.items()}
-    mean = dict.fromkeys(expected, np.float64(0))
+    mean: dict[str, Any] = dict.fromkeys(expected, 0.0)
     given = iter(losses)
     for draw, slope in enumerate([50.0, -50.0, 200.0]):
         squares = [50.0**2 * 0.99**age for age in range(draw, 0, -1)] + [slope**2]
