@@ -172,6 +172,10 @@ def test_version() -> None:
         (["train", "base", "--max-memory", "9" * 400 + "G"], "is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "0"], "'0' is not a size such as 1.5G"),
         (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
+        (
+            ["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--momentum", "0.5"],
+            "--momentum is of --method momentum, not of mezo",
+        ),
         (["eval", "base"], "Missing option '--data'"),
         (["replay", "run"], "Missing option '-o'"),
         (["prepare", "model.onnx"], "Missing option '-o'"),
