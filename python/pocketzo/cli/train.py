@@ -60,7 +60,7 @@ from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.trainer import Trainer
 from pocketzo.train.verdict import verdict
 
-_LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 1e-2}
+_LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
 
 
 @click.command(cls=Command)
@@ -77,7 +77,7 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 1e-2}
     help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries; momentum: as mezo, with steps of "
     "a size that does not depend on the loss, and 4 bytes of memory for each trained parameter.",
 )
-@click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo, 1e-2 for momentum]")
+@click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo, 3e-3 for momentum]")
 @click.option("--momentum", type=float, metavar="SHARE", help="Share of the mean that a step keeps.  [default: 0.9]")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--batch-size", type=int, default=32, help="Examples per step.")
