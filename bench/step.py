@@ -44,6 +44,7 @@ METHODS: dict[str, Callable[[Any, Any], Any]] = {
     "MeZO": lambda pz, model: pz.MeZO(model, lr=LR),
     "MeZO, queries=4": lambda pz, model: pz.MeZO(model, lr=LR, queries=4),
     "MeZO, block=0.25": lambda pz, model: pz.MeZO(model, lr=LR, subset=pz.Block(0.25)),
+    "momentum": lambda pz, model: pz.Momentum(model, lr=LR),
     "FZOO": lambda pz, model: pz.FZOO(model, lr=LR),
     "FZOO, block=0.25": lambda pz, model: pz.FZOO(model, lr=LR, subset=pz.Block(0.25)),
 }

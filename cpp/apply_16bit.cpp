@@ -21,6 +21,9 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t unit) noexcept 
   alignas(64) float w[kTile16];
   alignas(64) float z[kTile16];
   alignas(64) std::uint32_t words[kTile16];
+  const auto noise = [&](std::size_t t, std::uint64_t first, std::uint64_t blocks) {
+    kernel_of(set, job.terms[t].distribution, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
+  };
   for (std::uint64_t e = begin; e < end;) {
     const std::uint64_t n = std::min(end - e, kTile16 - e % kTile16);
     const std::uint64_t first = e / kBlock, lead = e % kBlock, blocks = (lead + n + kBlock - 1) / kBlock;
@@ -32,14 +35,27 @@ void apply_16bit(const Job& job, const Segment& s, std::uint64_t unit) noexcept 
       std::memset(partial, 0, size * sizeof *partial);
       std::memcpy(partial + lead, data, n * sizeof *partial);
     }
+    float* const m = job.momentum_at(s, e);
+    bool held = false;  // z is that of the term
     format.widen(w, stored, size);
     for (std::size_t t = 0; t < job.term_count; ++t) {
       const Term& term = job.terms[t];
-      if (term.count == 1) kernel_of(set, term)({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale);
-      if (term.count > 1) kernel_of(set, term.distribution, 0)({z, 16, kBlock, first, 1, blocks}, keys[t], nullptr);
-      for (unsigned i = 0; i < term.count && term.count > 1; ++i) {
+      const bool repeats = job.momentum && job.repeats(t);
+      const bool fused = term.count == 1 && term.role == Role::shift && !held && !repeats;
+      if (fused) kernel_of(set, term)({w, 16, kBlock, first, 1, blocks}, keys[t], term.scale);
+      if (!fused && !held && job.uses_noise(term)) noise(t, first, blocks);
+      held = repeats;
+      if (term.role == Role::gather) {
+        for (unsigned i = 0; i < term.count; ++i) set.axpy(m, z + lead, term.scale[i], n);
+        if (term.decay != 0.0f) set.shrink(m, n, term.decay);
+        continue;
+      }
+      for (unsigned i = 0; i < term.count && !fused; ++i) {
         if (i != 0) format.round_nearest(w, size);
-        set.axpy(w, z, term.scale[i], size);
+        if (term.role == Role::follow)
+          set.axpy(w + lead, m, term.scale[i], n);
+        else
+          set.axpy(w, z, term.scale[i], size);
       }
       if (term.decay != 0.0f) set.shrink(w, size, term.decay);
       if (term.rounding == Rounding::stochastic) {

@@ -1,6 +1,6 @@
 // Segments with a packing. Whole blocks are processed where they are if each block is one row of four panels or, in a
-// transposed matrix, after transposing a tile. The other matrices (small ones, and vocabularies of odd size) are
-// gathered.
+// transposed matrix, after transposing a tile. The other matrices (small ones, vocabularies of odd size, and those with
+// momentum, which is in logical order) are gathered.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -72,11 +72,12 @@ void apply_gathered(const Job& job, const Segment& s, std::uint64_t unit) noexce
   const auto [begin, end] = range_of(s, unit);
   const Keys keys(job, s.tensor, begin);
   auto* const data = static_cast<float*>(s.data);
+  const std::uint64_t tile = job.momentum ? kTileMomentum : kTile;
   alignas(64) float gathered[kTile];
   for (std::uint64_t e = begin; e < end;) {
-    const std::uint64_t n = std::min(end - e, kTile - e % kTile);
+    const std::uint64_t n = std::min(end - e, tile - e % tile);
     gather(data, *s.packing, gathered, e, n);
-    apply_terms(job, keys, gathered, e, n);
+    apply_terms(job, keys, gathered, job.momentum_at(s, e), e, n);
     scatter(data, *s.packing, gathered, e, n);
     e += n;
   }
@@ -84,14 +85,16 @@ void apply_gathered(const Job& job, const Segment& s, std::uint64_t unit) noexce
 
 }  // namespace
 
-std::uint64_t packed_units_of(const Segment& s) noexcept {
+std::uint64_t packed_units_of(const Job& job, const Segment& s) noexcept {
   const Packing& p = *s.packing;
+  if (job.momentum) return ranges_of(s);
   if (by_rows(p)) return ((p.rows + p.depth - 1) / p.depth) * ((p.columns + kUnitColumns - 1) / kUnitColumns);
   if (by_transposed_rows(p)) return ((p.columns + kPanel - 1) / kPanel) * ((p.rows + kUnitRows - 1) / kUnitRows);
   return ranges_of(s);
 }
 
 void apply_packed(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  if (job.momentum) return apply_gathered(job, s, unit);
   if (by_rows(*s.packing)) return apply_rows(job, s, unit);
   if (by_transposed_rows(*s.packing)) return apply_transposed_rows(job, s, unit);
   apply_gathered(job, s, unit);

@@ -268,8 +268,10 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
 
 void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   const __m256 s = _mm256_set1_ps(scale);
-  for (std::size_t i = 0; i < n; i += 8)
+  std::size_t i = 0;
+  for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(w + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(z + i), _mm256_loadu_ps(w + i)));
+  axpy_rest(w + i, z + i, scale, n - i);
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------

@@ -267,8 +267,10 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
 
 void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   const __m512 s = _mm512_set1_ps(scale);
-  for (std::size_t i = 0; i < n; i += 16)
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16)
     _mm512_storeu_ps(w + i, _mm512_fmadd_ps(s, _mm512_loadu_ps(z + i), _mm512_loadu_ps(w + i)));
+  axpy_rest(w + i, z + i, scale, n - i);
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------

@@ -74,5 +74,10 @@ inline void shrink_rest(float* w, std::size_t n, float decay) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fmaf(-decay, w[i], w[i]);
 }
 
+// `axpy` likewise.
+inline void axpy_rest(float* w, const float* z, float scale, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) w[i] = std::fmaf(scale, z[i], w[i]);
+}
+
 }  // namespace
 }  // namespace pocketzo

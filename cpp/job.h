@@ -13,6 +13,7 @@ namespace pocketzo {
 
 inline constexpr std::uint64_t kBlock = 64;       // elements
 inline constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 cache of an in-order core, with the stack
+inline constexpr std::uint64_t kTileMomentum = kTile / 2;  // weights, momentum and noise
 inline constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us on a fast core, so a slow one never delays the end
 inline constexpr std::size_t kKeptKeys = 8;  // up to so many terms, subkeys are computed once a unit, not once a tile
 
@@ -22,9 +23,20 @@ struct Job {
   std::size_t segment_count;
   const Term* terms;
   std::size_t term_count;
-  bool write;  // store the single term's z instead of applying it
+  bool write;     // store the single term's z instead of applying it
+  bool momentum;  // a term gathers or follows the momentum
 
-  bool uses_noise(const Term& term) const noexcept { return write || term.count != 0; }
+  bool uses_noise(const Term& term) const noexcept { return write || (term.count != 0 && term.role != Role::follow); }
+  // Whether the term after term t applies the same z.
+  bool repeats(std::size_t t) const noexcept {
+    if (t + 1 >= term_count || !uses_noise(terms[t]) || !uses_noise(terms[t + 1])) return false;
+    const Term &a = terms[t], &b = terms[t + 1];
+    return a.draw == b.draw && a.seed == b.seed && a.distribution == b.distribution;
+  }
+  // The momentum of a segment's element e.
+  float* momentum_at(const Segment& s, std::uint64_t e) const noexcept {
+    return momentum ? s.momentum + (e - s.offset) : nullptr;
+  }
 };
 
 inline KernelSet::Kernel kernel_of(const KernelSet& set, Distribution distribution, unsigned scale_count) noexcept {
@@ -76,11 +88,12 @@ inline Range range_of(const Segment& s, std::uint64_t unit) noexcept {
   return {std::max(s.offset, grid), grid > kMaxElement - kUnit ? last : std::min(last, grid + kUnit)};
 }
 
-// Applies the terms of a job to n contiguous elements, the first of which is logical element e.
-void apply_terms(const Job& job, const Keys& keys, float* w, std::uint64_t e, std::uint64_t n) noexcept;
+// Applies the terms of a job to n contiguous elements, the first of which is logical element e, and to their momentum.
+// Of a job with momentum, the elements are within a multiple of kTileMomentum and the next.
+void apply_terms(const Job& job, const Keys& keys, float* w, float* m, std::uint64_t e, std::uint64_t n) noexcept;
 
 // The number of units of a segment with a packing, and the work on one of them.
-std::uint64_t packed_units_of(const Segment& s) noexcept;
+std::uint64_t packed_units_of(const Job& job, const Segment& s) noexcept;
 void apply_packed(const Job& job, const Segment& s, std::uint64_t unit) noexcept;
 
 // The work on one unit of 16-bit weights.

@@ -50,7 +50,7 @@ struct KernelSet {
   Kernel gaussian[4], rademacher[4];
   // w = fma(-decay, w, w) over n contiguous elements.
   void (*shrink)(float* w, std::size_t n, float decay) noexcept;
-  // w = fma(scale, z, w) over n contiguous elements, a multiple of 64.
+  // w = fma(scale, z, w) over n contiguous elements.
   void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
   Format16 fp16, bf16;
 };

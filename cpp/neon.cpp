@@ -379,7 +379,13 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
 
 void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   const float32x4_t s = vdupq_n_f32(scale);
-  for (std::size_t i = 0; i < n; i += 4) vst1q_f32(w + i, vfmaq_f32(vld1q_f32(w + i), s, vld1q_f32(z + i)));
+  std::size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    float32x4_t v[4];
+    for (unsigned g = 0; g < 4; ++g) v[g] = vfmaq_f32(vld1q_f32(w + i + 4 * g), s, vld1q_f32(z + i + 4 * g));
+    for (unsigned g = 0; g < 4; ++g) vst1q_f32(w + i + 4 * g, v[g]);
+  }
+  axpy_rest(w + i, z + i, scale, n - i);
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ void step(py::handle w, py::handle seed, py::handle tensor,
                      1,
                      distribution_of(distribution),
                      pz::Rounding::nearest,
+                     pz::Role::shift,
                      {}});
   terms.front().decay = finite_float(decay, "decay");
   terms.front().rounding = rounding_of(rounding);

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -21,17 +22,24 @@ class Segments {
   explicit Segments(const py::sequence& tensors) {
     for (const py::handle item : tensors) {
       const auto parts = item.cast<py::tuple>();
-      if (parts.size() != 2 && parts.size() != 3)
-        throw py::value_error("each item must be (array, tensor id) or (array, tensor id, packing), got " +
-                              shown(item));
+      if (parts.size() < 2 || parts.size() > 4)
+        throw py::value_error("each item must be (array, tensor id[, packing[, momentum]]), got " + shown(item));
       auto array = checked(parts[0], "weight", true);
       segments_.push_back(segment_of(array, parts[1], py::int_(0)));
-      if (parts.size() == 3 && !parts[2].is_none()) {
+      if (parts.size() > 2 && !parts[2].is_none()) {
         const auto& packing = parts[2].cast<const pz::Packing&>();
         checked_packed(array, packing);
         segments_.back().size = packing.rows * packing.columns;
         segments_.back().packing = &packing;
         packings_.push_back(py::reinterpret_borrow<py::object>(parts[2]));
+      }
+      if (parts.size() > 3 && !parts[3].is_none()) {
+        auto momentum = checked(parts[3], "momentum");
+        if (static_cast<std::uint64_t>(momentum.size()) != segments_.back().size)
+          throw py::value_error("momentum must have as many elements as the weight, " +
+                                std::to_string(segments_.back().size) + ", got " + std::to_string(momentum.size()));
+        segments_.back().momentum = static_cast<float*>(momentum.mutable_data());
+        arrays_.push_back(std::move(momentum));
       }
       arrays_.push_back(std::move(array));
     }
@@ -41,13 +49,20 @@ class Segments {
     if (terms.ndim() != 1) throw py::value_error("terms must be one-dimensional");
     const pz::Term* data = terms.data();
     const auto count = static_cast<std::size_t>(terms.size());
+    const auto lacks = [](const pz::Segment& s) { return s.momentum == nullptr; };
+    const bool lacking = std::any_of(segments_.begin(), segments_.end(), lacks);
     for (std::size_t t = 0; t < count; ++t) {
+      const auto role = static_cast<std::uint8_t>(data[t].role);
       const auto distribution = static_cast<std::uint8_t>(data[t].distribution);
       const auto rounding = static_cast<std::uint8_t>(data[t].rounding);
-      if (data[t].count > 3 || distribution > 1 || rounding > 2)
+      if (data[t].count > 3 || distribution > 1 || rounding > 2 || role > 2)
         throw py::value_error("term " + std::to_string(t) + " has " + std::to_string(data[t].count) +
-                              " scales, distribution " + std::to_string(distribution) + " and rounding " +
-                              std::to_string(rounding) + "; at most 3, 1 and 2 are known");
+                              " scales, distribution " + std::to_string(distribution) + ", rounding " +
+                              std::to_string(rounding) + " and role " + std::to_string(role) +
+                              "; at most 3, 1, 2 and 2 are known");
+      if (role != 0 && lacking)
+        throw py::value_error("term " + std::to_string(t) + " has role " + std::to_string(role) +
+                              ", which needs the momentum of every tensor; one was given without");
     }
     // Other Python threads run meanwhile. The arrays stay alive; guarding the weights is up to the caller.
     const py::gil_scoped_release release;
@@ -70,7 +85,7 @@ class Segments {
 
 void add_segments(py::module_& m) {
   using pz::Term;
-  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, distribution, rounding, unused);
+  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, distribution, rounding, role, unused);
   m.attr("TERM") = py::dtype::of<Term>();
   py::class_<Segments>(m, "Segments")
       .def(py::init<const py::sequence&>(), py::arg("tensors"))

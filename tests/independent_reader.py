@@ -1,6 +1,7 @@
 """Bundles, journals and snapshots, read and replayed as docs/formats.md says; the noise as cpp/SPEC.md says."""
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator
@@ -62,38 +63,68 @@ def read_snapshot(folder: Path, run: str, crcs: list[int]) -> tuple[int, dict[st
     return about["step"], files
 
 
-def terms(method: dict[str, Any], tensor: dict[str, Any], lr: float, moves: dict[int, float]) -> Iterator[Term]:
+def gains_of(method: dict[str, Any], state: dict[str, Any], lr: float, moves: dict[int, float]) -> dict[int, float]:
+    """Return what the momentum takes of each direction."""
+    slopes, total = {draw: len(moves) * move / lr for draw, move in moves.items()}, 0.0
+    for slope in slopes.values():
+        total += slope * slope
+    state["mean_square"] = 0.99 * float(state["mean_square"]) + 0.01 * (total / len(moves))
+    state["weight"] = 0.99 * float(state["weight"]) + 0.01
+    root = math.sqrt(state["mean_square"] / state["weight"])
+    share = 1 - method["momentum"]
+    return {draw: share * (slope / root) / len(moves) if root else 0.0 for draw, slope in slopes.items()}
+
+
+def terms(
+    method: dict[str, Any], tensor: dict[str, Any], lr: float, moves: dict[int, float], gains: dict[int, float] | None
+) -> Iterator[Term]:
     """Yield what a step does to one tensor."""
     group = next((g for g in method["groups"] if re.search(g["pattern"], tensor["name"])), {"lr": 1.0, "eps": 1.0})
     eps, is_16bit = float(np.float32(method["eps"] * group["eps"])), tensor["dtype"] != "float32"
     decay = float(np.float32(lr * group["lr"] * method["weight_decay"])) if len(tensor["shape"]) > 1 else 0.0
     seed, kind, draws, at = method["seed"], method["distribution"], list(moves), dict[int, int]()
     sides: list[dict[int, int]] = [{draw: side} for draw in draws for side in (1, -1)]
-    points = {"mezo": sides, "fzoo": [{}, *sides[::2]]}[method["method"]]
-    points.append({draw: side for draw, side in points[-1].items() if draw == draws[0] and not is_16bit})
+    points = [{}, *sides[::2]] if method["method"] == "fzoo" else sides
+    merged = method["method"] != "momentum" and not is_16bit  # the return of the first direction and its update
+    points.append({draw: side for draw, side in points[-1].items() if draw == draws[0] and merged})
     for point in [] if method.get("exact") else points:
         for draw in dict.fromkeys([*at, *point]):
             start, end = at.get(draw, 0), point.get(draw, 0)
             for leg in [-start, end] if is_16bit and start and end else [end - start] * (start != end):
                 yield Term(seed, draw, (leg * eps,), 0.0, kind)
         at = point
-    for draw in draws:
+    if gains is not None:
+        yield Term(seed, 0, (), 1 - method["momentum"], kind, role="gather")
+        yield from (Term(seed, draw, (gain,), 0.0, kind, role="gather") for draw, gain in gains.items())
+        yield Term(seed, draws[-1], (-group["lr"] * lr,), decay, kind, "stochastic", "follow")
+    for draw in draws if method["method"] != "momentum" else []:
         scale, last = -group["lr"] * moves[draw] - at.get(draw, 0) * eps, draw == draws[-1]
         yield Term(seed, draw, (scale,), decay if last else 0.0, kind, "stochastic" if last else "later")
 
 
-def replay(bundle: dict[str, Any], data: bytearray, header: dict[str, Any], entries: list[Any], first: int = 0) -> None:
-    """Do to the weights' file what some steps did, the first of which has a number."""
-    method, arrays = header["method"], read_tensors(data)
+def replay(
+    bundle: dict[str, Any],
+    data: bytearray,
+    header: dict[str, Any],
+    entries: list[Any],
+    first: int = 0,
+    state: dict[str, Any] | None = None,
+) -> None:
+    """Do to the weights' file, and to the method's state, what some steps did, the first of which has a number."""
+    method, arrays, state = header["method"], read_tensors(data), {} if state is None else state
     trained = [(tensor, list[Term]()) for tensor in bundle["tensors"] if tensor["name"] in method["trained"]]
+    if method["method"] == "momentum" and not state:
+        state.update(mean_square=0.0, weight=0.0)
+        state.update({f"momentum.{t['name']}": np.zeros(arrays[t["name"]].size, "<f4") for t, _ in trained})
     for step, entry in enumerate(entries, first):
+        gains = gains_of(method, state, *entry) if state and entry[0] else None
         order = normal(method["seed"], 0xFFFFFFFE, step, 0, len(trained)).argsort(kind="stable")
         share = method["subset"]["share"] if method["subset"] else 1.0
         for tensor, todo in [trained[i] for i in order[: max(1, round(share * len(trained)))]]:
-            todo.extend(terms(method, tensor, *entry))
+            todo.extend(terms(method, tensor, entry[0], entry[1], gains))
     for tensor, todo in trained:
-        w = arrays[tensor["name"]].reshape(-1)
+        w, m = arrays[tensor["name"]].reshape(-1), state.get(f"momentum.{tensor['name']}")
         if tensor["dtype"] == "float32":
-            w[...] = apply(w, todo, tensor=tensor["id"])
+            w[...] = apply(w, todo, tensor=tensor["id"], m=m)
         else:
-            w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], tensor=tensor["id"])
+            w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], tensor=tensor["id"], m=m)

@@ -1,8 +1,9 @@
 """The bits of the methods' steps, by another way: cd tests && python -m pinned.
 
-Ten steps of MeZO and FZOO with every pass done by itself, tensor after tensor, as their papers and cpp/SPEC.md have it,
-on numpy arrays and the public kernels alone. test_optim.py compares what the optimizers do; the hashes that it holds
-were first recorded with version 0.1.0, before there were passes that are merged or left to the next step.
+Ten steps of each method with every pass done by itself, tensor after tensor, as the papers, cpp/SPEC.md and
+docs/formats.md have it, on numpy arrays and the public kernels alone. test_optim.py compares what the optimizers do;
+the hashes of MeZO and FZOO that it holds were first recorded with version 0.1.0, before there were passes that are
+merged or left to the next step.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ MODEL = Path(__file__).parent / "models" / "bert-new.onnx"
 SEED, STEPS = 5, 10
 DECAY = 0.1
 GROUP = pz.ParamGroup("classifier", lr=10, eps=3)
-LR = {"mezo": 1e-5, "fzoo": 1e-3}
-QUERIES = {"mezo": 1, "fzoo": 3}
-DISTRIBUTION: Mapping[str, Any] = {"mezo": "gaussian", "fzoo": "rademacher"}
+LR = {"mezo": 1e-5, "fzoo": 1e-3, "momentum": 1e-3}
+QUERIES = {"mezo": 1, "fzoo": 3, "momentum": 2}
+DISTRIBUTION: Mapping[str, Any] = {"mezo": "gaussian", "fzoo": "rademacher", "momentum": "gaussian"}
 EPS = 1e-3
 
 Weights = dict[str, NDArray[np.float32]]
@@ -70,10 +71,16 @@ class Reference:
             for draw, coefficient in coefficients.items():
                 scale = back * eps - group.lr * coefficient if back else -group.lr * coefficient
                 pz.kernels.perturb(w, tensor=tensor, draw=draw, scale=float(np.float32(scale)), **self.noise)
-            if w.ndim > 1:
-                decay = np.float64(np.float32(lr * group.lr * DECAY))
-                # An fma, by way of float64: the product is exact there, and so is the sum but for a second rounding.
-                w[...] = (w.astype(np.float64) - decay * w.astype(np.float64)).astype(np.float32)
+            self.decay(w, group, lr)
+
+    def decay(self, w: NDArray[np.float32], group: pz.ParamGroup, lr: float) -> None:
+        if w.ndim > 1:
+            w[...] = fma(-np.float32(lr * group.lr * DECAY), w, w)
+
+
+def fma(a: np.float32, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By way of float64: the product is exact there, and so is the sum but for a second rounding."""
+    return (np.float64(a) * x.astype(np.float64) + y.astype(np.float64)).astype(np.float32)
 
 
 def mezo(reference: Reference) -> list[float]:
@@ -104,7 +111,33 @@ def fzoo(reference: Reference) -> list[float]:
     return found
 
 
-METHODS: dict[str, Callable[[Reference], list[float]]] = {"mezo": mezo, "fzoo": fzoo}
+def momentum(reference: Reference) -> list[float]:
+    found: list[float] = []
+    lr, n = float(np.float32(LR["momentum"])), QUERIES["momentum"]
+    m = {tensor: np.zeros_like(w) for w, tensor, _ in reference.each()}
+    square = weight = 0.0
+    for step in range(STEPS):
+        coefficients = {}
+        for draw in range(n * step, n * (step + 1)):
+            plus, minus = reference.shift(draw, 1.0), reference.shift(draw, -2.0)
+            coefficients[draw] = float(np.float32(lr * (plus - minus) / (2 * EPS * n)))
+            reference.shift(draw, 1.0)
+        slopes = {draw: n * value / lr for draw, value in coefficients.items()}
+        first, second = slopes.values()
+        square, weight = 0.99 * square + 0.01 * ((first * first + second * second) / n), 0.99 * weight + 0.01
+        rms = math.sqrt(square / weight)
+        for w, tensor, group in reference.each():
+            m[tensor][...] = fma(-np.float32(1 - 0.9), m[tensor], m[tensor])
+            for draw, slope in slopes.items():
+                gain = float(np.float32((1 - 0.9) * (slope / rms) / n))
+                pz.kernels.perturb(m[tensor], tensor=tensor, draw=draw, scale=gain, **reference.noise)
+            w[...] = fma(np.float32(-group.lr * lr), m[tensor], w)
+            reference.decay(w, group, lr)
+        found += coefficients.values()
+    return found
+
+
+METHODS: dict[str, Callable[[Reference], list[float]]] = {"mezo": mezo, "fzoo": fzoo, "momentum": momentum}
 
 
 def hashes(weights: Mapping[str, NDArray[Any]], coefficients: list[float]) -> tuple[str, str]:

@@ -172,6 +172,10 @@ def test_version() -> None:
         (["train", "base", "--max-memory", "9" * 400 + "G"], "is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "0"], "'0' is not a size such as 1.5G"),
         (["train", "b", "--data", "d", "-o", "r", "--patience", "2"], "--patience needs --eval"),
+        (
+            ["train", "b", "--data", "d", "-o", "r", "--method", "mezo", "--momentum", "0.5"],
+            "--momentum is of --method momentum, not of mezo",
+        ),
         (["eval", "base"], "Missing option '--data'"),
         (["replay", "run"], "Missing option '-o'"),
         (["prepare", "model.onnx"], "Missing option '-o'"),
@@ -679,6 +683,7 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
         (["--batch-size", "16"], "batch_size is 32 there and 16 here"),
         (["--seed", "1"], "seed is 0 there and 1 here"),
         (["--method", "mezo"], "method is fzoo there and mezo here"),
+        (["--method", "momentum", "--momentum", "0.5"], "method is fzoo there and momentum here"),
         (["--trainable", "classifier"], "other weights are trained (7 there, 2 here)"),
         (["--threads", "2"], "threads is 1 there and 2 here"),
         (["--steps", "70"], "steps is 60 there and 70 here. Give"),

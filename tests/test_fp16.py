@@ -253,7 +253,7 @@ def prepared(folder: Path, name: str) -> pz.Bundle:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO])
+@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO, pz.Momentum])
 def test_a_run_is_recorded_resumed_and_replayed_to_the_same_bits(
     fp16_bundle: Path, tiny_data: Path, tmp_path: Path, method: Any
 ) -> None:

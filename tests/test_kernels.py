@@ -438,7 +438,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     assert segments.size == sum(sizes)
     terms = np.zeros(12, _core.TERM)  # more than the kernels keep the subkeys of
     for i in range(len(terms)):
-        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, (0,) * 5)
+        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, 0, (0,) * 4)
     segments.apply(terms)
     for tensor, w in enumerate(expected):
         program = [
@@ -454,7 +454,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
 
 def test_terms_as_the_optimizers_write_them_are_those_of_the_kernels() -> None:
     values: dict[str, Any] = {"seed": 2**64 - 1, "draw": 2**63 + 1, "scale": (1.5, -2.5, 3.5), "decay": 0.125}
-    values |= {"count": 3, "distribution": 1, "rounding": 2}
+    values |= {"count": 3, "distribution": 1, "rounding": 2, "role": 1}
     assert _core.TERM.names == (*values, "unused")
     assert TERM_STRUCT.size == _core.TERM.itemsize
     seed, draw, scales, *rest = values.values()
@@ -488,7 +488,20 @@ def test_segments_refuse_what_they_cannot_work_on() -> None:
     before = w.copy()
     with pytest.raises(ValueError, match="term 1 has 4 scales"):
         segments.apply(terms)
+    terms["count"][1], terms["role"][1] = 1, 3
+    with pytest.raises(ValueError, match="role 3; at most 3, 1, 2 and 2 are known"):
+        segments.apply(terms)
+    terms["role"][1] = 2
+    with pytest.raises(ValueError, match="term 1 has role 2, which needs the momentum of every tensor"):
+        segments.apply(terms)
     assert_same_bits(w, before)
+    for momentum, error, message in (
+        (np.zeros(10), TypeError, "momentum must be a writable, C-contiguous float32 array, got dtype 'float64'"),
+        (np.zeros(9, np.float32), ValueError, "momentum must have as many elements as the weight, 10, got 9"),
+        (np.zeros(20, np.float32)[::2], ValueError, "momentum must be .* got one that is not contiguous"),
+    ):
+        with pytest.raises(error, match=message):
+            _core.Segments([(w, 1, None, momentum)])  # type: ignore[list-item]
 
 
 # ---- 16-bit weights --------------------------------------------------------------------------------------------------
@@ -497,6 +510,7 @@ STORAGES: dict[reference.Storage, Any] = {"float16": np.float16, "bfloat16": bfl
 storages = st.sampled_from(list(STORAGES))
 roundings = st.sampled_from(["nearest", "stochastic", "later"])
 ROUNDINGS = ("nearest", "stochastic", "later")
+ROLES = ("shift", "gather", "follow")
 terms16 = st.builds(
     reference.Term,
     st.integers(0, LAST),
@@ -508,13 +522,45 @@ terms16 = st.builds(
 )
 
 
+moving = st.builds(
+    reference.Term,
+    st.integers(0, 1),
+    st.integers(0, 1),  # so that terms often share a direction
+    st.lists(st.floats(-1, 1, width=32), max_size=3).map(tuple),
+    st.sampled_from([0.0, 2.0**-10, -(2.0**-3)]),
+    distributions,
+    roundings,
+    st.sampled_from(["shift", "gather", "follow"]),
+)
+
+
 def as_terms(program: list[reference.Term]) -> NDArray[np.void]:
     terms = np.zeros(len(program), _core.TERM)
     for i, term in enumerate(program):
         scale = (*term.scales, 0.0, 0.0, 0.0)[:3]
-        codes = DISTRIBUTIONS.index(term.distribution), ROUNDINGS.index(term.rounding)
-        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), *codes, (0,) * 5)
+        codes = DISTRIBUTIONS.index(term.distribution), ROUNDINGS.index(term.rounding), ROLES.index(term.role)
+        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), *codes, (0,) * 4)
     return terms
+
+
+@given(st.sampled_from(["float32", *STORAGES]), arrays, st.lists(moving, max_size=6))
+def test_terms_of_the_momentum_are_those_of_the_specification(
+    dtype: Any, w: NDArray[np.float32], program: list[reference.Term]
+) -> None:
+    w = np.clip(w, -1000, 1000)  # no result is infinite in fp16
+    momentum = np.flip(w).copy()
+    expected_momentum = momentum.copy()
+    if dtype == "float32":
+        got: NDArray[Any] = w.copy()
+        expected: NDArray[Any] = reference.apply(w, program, tensor=7, m=expected_momentum)
+    else:
+        got = w.astype(STORAGES[dtype])
+        wide = got.astype(np.float32)
+        patterns = reference.apply16(wide, program, storage=dtype, tensor=7, m=expected_momentum)
+        expected = patterns.view(STORAGES[dtype])
+    _core.Segments([(got, 7, None, momentum)]).apply(as_terms(program))
+    assert_same_bits(momentum, expected_momentum)
+    assert got.tobytes() == expected.tobytes()
 
 
 @given(storages, arrays, st.lists(terms16, max_size=4))
@@ -665,7 +711,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     memory = packed_by_hand(tensor, transposed, stride, depth)
     program = np.zeros(len(terms), _core.TERM)
     for i, (draw, count, decay) in enumerate(terms):
-        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, (0,) * 5)
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, 0, (0,) * 4)
     pz.kernels.use(isa)
     pz.kernels.set_threads(threads)
     _core.Segments([(tensor, 9)]).apply(program)

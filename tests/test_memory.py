@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 import pocketzo as pz
 from pocketzo.machine import cores, memory
 from pocketzo.machine.memory import process_memory, reset_peak, resident_memory, trim_heap, watch
+from pocketzo.optim import momentum
 from pocketzo.runtime import loader
 from pocketzo.runtime.model import SMALL
 
@@ -61,6 +62,19 @@ def limited(bundle: Path) -> pz.Model:
     """Load with a limit that leaves room for a few layers of the large batch."""
     limit = resident_memory() + 2 * 16 * MB + (16 << 20) + 50 * MB
     return pz.load(bundle, threads=1, prepack=False, max_memory=limit)
+
+
+def test_momentum_that_does_not_fit_is_refused_with_figures(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pz.load(bundle, threads=1, prepack=False)
+    model.max_memory = resident_memory() + 64 * MB
+    pz.Momentum(model, lr=0.1)
+    monkeypatch.setattr(momentum, "resident_memory", lambda: model.max_memory - 3000)
+    with pytest.raises(pz.MemoryLimitError, match=r"momentum takes 0 MB for 800 trained parameters, .* the limit is"):
+        pz.Momentum(model, lr=0.1)  # of 3,200 bytes
+    model.max_memory = None
+    monkeypatch.setattr(momentum, "system_memory", lambda: (10**9, 3000))
+    with pytest.raises(pz.MemoryLimitError, match=r"and this machine has 0 MB left\. Train fewer weights"):
+        pz.Momentum(model, lr=0.1)
 
 
 def test_readings_agree() -> None:

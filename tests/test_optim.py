@@ -42,6 +42,18 @@ METHODS: dict[str, Make] = {
     ),
     "mezo-queries": lambda m: pz.MeZO(m, lr=0.01, seed=5, queries=3),
     "mezo-block": lambda m: pz.MeZO(m, lr=0.02, seed=5, subset=pz.Block(0.4)),
+    "momentum": lambda m: pz.Momentum(m, lr=0.003, seed=5),
+    "momentum-queries": lambda m: pz.Momentum(m, lr=0.005, seed=5, queries=3, momentum=0.5),
+    "momentum-block": lambda m: pz.Momentum(m, lr=0.01, seed=5, subset=pz.Block(0.4), distribution="rademacher"),
+    "momentum-everything": lambda m: pz.Momentum(
+        m,
+        lr=0.003,
+        eps=3e-3,
+        seed=2**64 - 1,
+        weight_decay=0.1,
+        groups=[pz.ParamGroup("classifier", lr=3, eps=3), pz.ParamGroup("norm", lr=0)],
+        schedule=pz.Schedule("cosine", steps=50, warmup=3),
+    ),
     "fzoo": lambda m: pz.FZOO(m, lr=0.01, seed=5),
     "fzoo-block": lambda m: pz.FZOO(m, lr=0.01, seed=5, queries=3, weight_decay=0.01, subset=pz.Block(0.5)),
     "fzoo-everything": lambda m: pz.FZOO(
@@ -292,6 +304,100 @@ def test_steps_in_another_thread(model: pz.Model, fresh: pz.Model) -> None:
     assert image(model) == image(fresh)
 
 
+# ---- momentum --------------------------------------------------------------------------------------------------------
+
+
+def test_momentum_is_its_formula(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01, eps=1e-2, seed=4, momentum=0.75)
+    losses = [2.0, 1.0, 0.5, 1.5, 3.0, -1.0]  # slopes of 50, -50 and 200
+    expected = {name: view.astype(np.float64) for name, view in fresh.weights.items()}
+    mean: dict[str, Any] = dict.fromkeys(expected, 0.0)
+    given = iter(losses)
+    for draw, slope in enumerate([50.0, -50.0, 200.0]):
+        squares = [50.0**2 * 0.99**age for age in range(draw, 0, -1)] + [slope**2]
+        rms = math.sqrt(sum(squares) / sum(0.99**age for age in range(draw + 1)))
+        if draw < 2:
+            assert rms == pytest.approx(50)
+        for name, value in expected.items():
+            z = pz.kernels.noise(value.size, seed=4, tensor=tensor_id(fresh, name), draw=draw).reshape(value.shape)
+            mean[name] = 0.75 * mean[name] + 0.25 * slope / rms * z
+            value -= 0.01 * mean[name]
+        opt.step(lambda m: next(given))
+    for name, value in expected.items():
+        np.testing.assert_allclose(model.weights[name], value, atol=1e-6)
+        np.testing.assert_allclose(opt.state()[f"momentum.{name}"], mean[name], atol=1e-6)
+
+
+def test_momentum_moves_as_far_whatever_the_scale_of_the_loss(model: pz.Model, fresh: pz.Model) -> None:
+    for m, scale in (model, 1.0), (fresh, 1024.0):  # a power of 2, with which no rounding changes
+        opt = pz.Momentum(m, lr=0.01, queries=2)
+        for _ in range(5):
+            opt.step(lambda m, scale=scale: scale * pinned.checksum(m.weights))  # type: ignore[misc]
+            m.weights.flush()
+    # The checksum of the shifted weights is the same in both, as long as the weights are.
+    assert image(model) == image(fresh)
+
+
+def test_steps_without_a_slope_move_nothing_but_by_momentum(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(lambda m: 1.0)
+    for name, view in model.weights.items():
+        np.testing.assert_allclose(view, fresh.weights[name], atol=1e-7)
+    values = iter([1.0, 0.5, 1.0, 1.0])
+    opt.step(lambda m: next(values))
+    before = {name: view.copy() for name, view in opt.state().items()}
+    opt.step(lambda m: next(values))
+    for name, m in before.items():
+        if name.startswith("momentum."):
+            np.testing.assert_allclose(opt.state()[name], 0.9 * m, rtol=1e-6)
+
+
+def test_an_undone_step_leaves_the_momentum(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(loss)
+    before = {name: array.tobytes() for name, array in opt.state().items()}
+    assert opt.step(lambda m: math.nan).skipped
+    with pytest.raises(OSError, match="full"):
+        opt.step(loss, lambda entry: (_ for _ in ()).throw(OSError("full")))
+    assert {name: array.tobytes() for name, array in opt.state().items()} == before
+
+
+def test_a_step_leaves_the_momentum_of_the_tensors_that_it_does_not_choose(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01, subset=pz.Block(0.3))
+    for step in range(8):
+        before = {name: array.tobytes() for name, array in opt.state().items()}
+        opt.step(loss)
+        after = {name: array.tobytes() for name, array in opt.state().items()}
+        moved = {name for name in opt.names if before[f"momentum.{name}"] != after[f"momentum.{name}"]}
+        assert moved == {opt.names[i] for i in pz.Block(0.3)(seed=0, step=step, count=len(opt.names))}
+
+
+def test_the_state_of_momentum_is_checked(model: pz.Model, fresh: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    opt.step(loss)
+    state = opt.state()
+    narrow = pz.Momentum(fresh, lr=0.01, trainable="classifier")
+    with pytest.raises(ValueError, match=r"state 'momentum\..*' of momentum: expected none, got float32"):
+        narrow.set_state(state)
+    with pytest.raises(ValueError, match=r"of momentum: expected .*, got none"):
+        opt.set_state({})
+    with pytest.raises(ValueError, match="mezo keeps no state, got mean_square"):
+        pz.MeZO(fresh, lr=0.01).set_state(state)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5, -0.1, math.nan])
+def test_momentum_must_be_a_share(model: pz.Model, momentum: float) -> None:
+    with pytest.raises(ValueError, match="momentum must be"):
+        pz.Momentum(model, lr=0.01, momentum=momentum)
+
+
+def test_a_learning_rate_that_overflows_in_a_group_is_undone(model: pz.Model) -> None:
+    opt = pz.Momentum(model, lr=1e30, groups=[pz.ParamGroup("classifier", lr=1e20)])
+    values = [1e-30, 0.0]
+    assert opt.step(lambda m: values.pop(0)).skipped
+    assert all(np.isfinite(view).all() for view in model.weights.values())
+
+
 # ---- what is owed to the weights between steps -----------------------------------------------------------------------
 
 
@@ -304,6 +410,10 @@ PINNED: dict[str, tuple[str, str]] = {
     "fzoo": (
         "656fcdfa93d287aed71b5fb5c73eebeb5f33bedc78382afc50fee18e4efbf59c",
         "f7d1669ad534bda082edc1a91e392d130dee92dff1fa2a9a2de52707a6bbd604",
+    ),
+    "momentum": (
+        "0e42ce26e9cdfc89fc457b27248ba06abd261d151c5c6e9abfc2f6452becb94a",
+        "012c7b50ef4b40e39a7427a4f8fe56808a03ef30f0e235ef3214b8479f1b3113",
     ),
 }
 
@@ -357,6 +467,13 @@ def test_mezo_takes_two_passes_a_step(model: pz.Model, passes: list[int]) -> Non
     loss(model)
     loss(model)
     assert passes == [1, 1, 2, 1, 2, 1, 1]
+
+
+def test_momentum_takes_two_passes_a_step(model: pz.Model, passes: list[int]) -> None:
+    opt = pz.Momentum(model, lr=0.01)
+    for _ in range(3):
+        opt.step(loss)
+    assert passes == [1, 1, 5, 1, 5, 1]
 
 
 def test_fzoo_takes_as_many_passes_as_forwards(model: pz.Model, passes: list[int]) -> None:

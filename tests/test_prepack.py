@@ -56,7 +56,11 @@ def trained(bundle: pz.Bundle, out: Path, *, threads: int = 1, **settings: Any) 
     """Load, take steps whose losses are given, so that roundings of the forward do not matter, and save."""
     model = pz.load(bundle, threads=threads, **settings)
     losses = itertools.cycle([0.5, 0.3, 0.9, 0.1, 0.2])
-    for optimizer in (pz.MeZO(model, lr=1e-3, weight_decay=0.1, seed=4), pz.FZOO(model, lr=1e-3, seed=5)):
+    for optimizer in (
+        pz.MeZO(model, lr=1e-3, weight_decay=0.1, seed=4),
+        pz.FZOO(model, lr=1e-3, seed=5),
+        pz.Momentum(model, lr=1e-3, weight_decay=0.1, queries=2, seed=6),
+    ):
         for _ in range(4):
             optimizer.step(lambda _: next(losses))
     model.save(out)

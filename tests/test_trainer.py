@@ -600,7 +600,14 @@ def test_no_thread_outlives_a_run_that_is_broken_off(
 # ---- ends that come early --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [lambda m: pz.MeZO(m, lr=0.02), lambda m: pz.FZOO(m, lr=0.02, queries=3)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        lambda m: pz.MeZO(m, lr=0.02),
+        lambda m: pz.FZOO(m, lr=0.02, queries=3),
+        lambda m: pz.Momentum(m, lr=0.005, weight_decay=0.1, schedule=pz.Schedule("linear", 30)),
+    ],
+)
 @pytest.mark.parametrize("stop", [1, 6, 7, 8, 29])
 def test_resume_after_a_stop_gives_the_same_bits(
     tiny_bundle: Path, data: pz.Dataset, tmp_path: Path, method: Callable[[pz.Model], pz.Optimizer], stop: int

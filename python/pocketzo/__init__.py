@@ -29,6 +29,7 @@ if _problem is None:
     from pocketzo.optim.fzoo import FZOO
     from pocketzo.optim.groups import ParamGroup
     from pocketzo.optim.mezo import MeZO
+    from pocketzo.optim.momentum import Momentum
     from pocketzo.optim.optimizer import Optimizer, StepInfo
     from pocketzo.optim.schedule import Schedule
     from pocketzo.prepare import prepare
@@ -65,6 +66,7 @@ __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "Model",
+    "Momentum",
     "Optimizer",
     "ParamGroup",
     "Progress",

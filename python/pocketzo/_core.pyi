@@ -28,7 +28,11 @@ def remap(address: int, size: int, owner: object) -> NDArray[np.float32]: ...
 class Segments:
     def __init__(
         self,
-        tensors: Sequence[tuple[NDArray[Any], int] | tuple[NDArray[Any], int, Packing | None]],
+        tensors: Sequence[
+            tuple[NDArray[Any], int]
+            | tuple[NDArray[Any], int, Packing | None]
+            | tuple[NDArray[Any], int, Packing | None, NDArray[np.float32] | None]
+        ],
     ) -> None: ...
     def apply(self, terms: NDArray[np.void]) -> None: ...
     @property

@@ -85,16 +85,29 @@ inline Term term(Distribution distribution, std::uint64_t seed, std::uint64_t dr
   return t;
 }
 
+inline Term with_role(Role role, Term t) {
+  t.role = role;
+  return t;
+}
+
 // The definition of `apply`, with std::fma and the scalar set's z.
-inline void expect_applied(std::vector<float>& w, std::uint32_t tensor, std::uint64_t offset,
+inline void expect_applied(std::vector<float>& w, std::vector<float>& m, std::uint32_t tensor, std::uint64_t offset,
                            const std::vector<Term>& terms) {
   for (const Term& t : terms) {
-    const auto z = noise_by(scalar(), t.distribution, t.seed, tensor, t.draw, offset, w.size());
-    for (std::size_t i = 0; i < w.size(); ++i) {
-      for (unsigned k = 0; k < t.count; ++k) w[i] = std::fma(t.scale[k], z[i], w[i]);
-      if (t.decay != 0) w[i] = std::fma(-t.decay, w[i], w[i]);
+    const auto z =
+        t.role == Role::follow ? m : noise_by(scalar(), t.distribution, t.seed, tensor, t.draw, offset, w.size());
+    auto& target = t.role == Role::gather ? m : w;
+    for (std::size_t i = 0; i < target.size(); ++i) {
+      for (unsigned k = 0; k < t.count; ++k) target[i] = std::fma(t.scale[k], z[i], target[i]);
+      if (t.decay != 0) target[i] = std::fma(-t.decay, target[i], target[i]);
     }
   }
+}
+
+inline void expect_applied(std::vector<float>& w, std::uint32_t tensor, std::uint64_t offset,
+                           const std::vector<Term>& terms) {
+  std::vector<float> none(w.size());
+  expect_applied(w, none, tensor, offset, terms);
 }
 
 inline void apply_to(float* data, std::size_t n, std::uint32_t tensor, std::uint64_t offset,

@@ -100,16 +100,61 @@ void check_apply(const Answer& a) {
   check_values_and_crcs(a, w);
 }
 
+Storage storage_of(const std::string& name) {
+  return name == "float16" ? Storage::float16 : name == "bfloat16" ? Storage::bfloat16 : Storage::float32;
+}
+
+Rounding rounding_of(const std::string& name) {
+  return name == "stochastic" ? Rounding::stochastic : name == "later" ? Rounding::later : Rounding::nearest;
+}
+
+void check_crcs_of(const Answer& a, std::size_t field, const void* data, std::size_t n, std::size_t size) {
+  for (std::size_t b = 0; b * kCrcBlock < n; ++b) {
+    const auto* block = static_cast<const unsigned char*>(data) + b * kCrcBlock * size;
+    if (crc32(block, std::min(kCrcBlock, n - b * kCrcBlock) * size) != Answer::word(a.answer.at(field + b)))
+      FAIL(say(a.where(), ": the CRC of block ", b, " differs, field ", field));
+  }
+}
+
+// The answer has first values and CRCs of the momentum, then of the weights.
+void check_momentum(const Answer& a) {
+  const Storage storage = storage_of(a.request.at(0));
+  std::vector<Term> terms;
+  std::size_t at = 5;
+  for (std::uint64_t i = 0; i < a.integer(4); ++i) {
+    const std::string& role = a.request.at(at++);
+    terms.push_back(term_at(a, at));
+    terms.back().role = role == "gather" ? Role::gather : role == "follow" ? Role::follow : Role::shift;
+    terms.back().rounding = rounding_of(a.request.at(at++));
+  }
+  CHECK(at == a.request.size());
+  const auto n = static_cast<std::size_t>(a.integer(3));
+  auto m = weights(n), w = m;
+  std::reverse(m.begin(), m.end());
+  auto w16 = weights16(storage == Storage::float32 ? 0 : n, storage);
+  Segment segment{w.data(), n, a.integer(2), a.tensor(1), nullptr, storage, m.data()};
+  if (storage != Storage::float32) segment.data = w16.data();
+  apply(&segment, 1, terms.data(), terms.size());
+  const std::size_t blocks = (n + kCrcBlock - 1) / kCrcBlock, second = kApplyValues + blocks;
+  const auto words = a.floats();
+  CHECK(words.size() == 2 * second);
+  CHECK_SAME(m.data(), words.data(), kApplyValues, a.where());
+  check_crcs_of(a, kApplyValues, m.data(), n, sizeof(float));
+  for (std::size_t i = 0; i < kApplyValues; ++i) {
+    const std::uint32_t got = storage == Storage::float32 ? bits(w[i]) : w16[i];
+    if (got != bits(words[second + i])) FAIL(say(a.where(), ": weight ", i, " is ", hex(got)));
+  }
+  const void* data = segment.data;
+  check_crcs_of(a, second + kApplyValues, data, n, storage == Storage::float32 ? sizeof(float) : 2);
+}
+
 void check_apply16(const Answer& a) {
-  const Storage storage = a.request.at(0) == "float16" ? Storage::float16 : Storage::bfloat16;
+  const Storage storage = storage_of(a.request.at(0));
   std::vector<Term> terms;
   std::size_t at = 5;
   for (std::uint64_t i = 0; i < a.integer(4); ++i) {
     terms.push_back(term_at(a, at));
-    const std::string& rounding = a.request.at(at++);
-    terms.back().rounding = rounding == "stochastic" ? Rounding::stochastic
-                            : rounding == "later"    ? Rounding::later
-                                                     : Rounding::nearest;
+    terms.back().rounding = rounding_of(a.request.at(at++));
   }
   CHECK(at == a.request.size());
   CHECK(a.integer(1) == 9);
@@ -119,11 +164,7 @@ void check_apply16(const Answer& a) {
   for (std::size_t i = 0; i < kApplyValues; ++i)
     if (w[i] != Answer::word(a.answer.at(i)))
       FAIL(say(a.where(), ": element ", i, " is ", hex(w[i]), ", expected ", a.answer.at(i)));
-  for (std::size_t b = 0; b * kCrcBlock < n; ++b) {
-    const std::size_t size = std::min(kCrcBlock, n - b * kCrcBlock);
-    if (crc32(w.data() + b * kCrcBlock, size * 2) != Answer::word(a.answer.at(kApplyValues + b)))
-      FAIL(say(a.where(), ": the CRC of block ", b, " differs"));
-  }
+  check_crcs_of(a, kApplyValues, w.data(), n, sizeof(std::uint16_t));
 }
 
 TEST(answers_of_the_specification) {
@@ -156,6 +197,8 @@ TEST(answers_of_the_specification) {
       check_apply(a);
     } else if (a.kind == "apply16") {
       check_apply16(a);
+    } else if (a.kind == "momentum") {
+      check_momentum(a);
     } else {
       FAIL(a.where() + ": unknown kind");
     }

@@ -88,6 +88,26 @@ TEST(shrink) {
   }
 }
 
+TEST(axpy) {
+  const KernelSet& set = current();
+  Guarded memory(200), noise(200);
+  for (std::size_t n = 0; n <= 200; ++n) {
+    const auto before = weights(n), z = noise_by(scalar(), Distribution::gaussian, 1, 2, 3, 5, n);
+    for (const float scale : {1e-3f, -0.5f, 1e-42f, 0.0f}) {
+      std::vector<float> want = before;
+      for (std::size_t i = 0; i < n; ++i) want[i] = std::fma(scale, z[i], want[i]);
+      for (const bool at_end : {false, true}) {
+        float *got = memory.take(n, at_end), *along = noise.take(n, at_end);
+        std::copy(before.begin(), before.end(), got);
+        std::copy(z.begin(), z.end(), along);
+        set.axpy(got, along, scale, n);
+        CHECK_SAME(got, want.data(), n, say("axpy of ", n));
+        CHECK(memory.intact() && noise.intact());
+      }
+    }
+  }
+}
+
 struct Layout {
   const char* name;
   std::ptrdiff_t run_stride, block_stride;

@@ -61,11 +61,17 @@ CASES = {
     ),
     "block": Case(pz.MeZO, {"subset": Block(0.5), "queries": 2, "distribution": "rademacher"}),
     "fzoo": Case(pz.FZOO, {"lr": 2.0**-10}),
+    "momentum": Case(pz.Momentum, {"lr": 2.0**-7, "schedule": pz.Schedule("cosine", STEPS), "weight_decay": 0.1}),
+    "momentum-block": Case(pz.Momentum, {"lr": 2.0**-7, "momentum": 0.5, "subset": Block(0.5), "queries": 2}),
+    "fp16-momentum": Case(
+        pz.Momentum, {"lr": 2.0**-7, "queries": 3, "distribution": "rademacher", "weight_decay": 0.1}, "bundle-fp16"
+    ),
     "fp16-mezo": Case(pz.MeZO, {"weight_decay": 0.1}, "bundle-fp16"),
     "fp16-fzoo": Case(
         pz.FZOO, {"queries": 3, "distribution": "gaussian", "weight_decay": 0.1, "lr": 2.0**-10}, "bundle-fp16"
     ),
 }
+SNAPSHOTS = ("mezo", "momentum")
 DRAWS = {5: 0.5, 2**64 - 2: -0.25, 1 << 40: 2.0**-7}  # of several clients, in an order of their own
 
 
@@ -144,7 +150,7 @@ def record(case: Case, bundle: Bundle, run: Path) -> dict[str, Any]:
     while (step := optimizer.step_number) < STEPS:
         info = optimizer.step(lambda model: math.nan if step == 3 else checksum(model), keep)
         writer.log({"step": step + 1, "loss": None if info.skipped else info.loss, "lr": info.lr, "seconds": 0.25})
-        if run.name == "mezo" and step + 1 == SNAPSHOT:
+        if run.name in SNAPSHOTS and step + 1 == SNAPSHOT:
             writer.log({"step": step + 1, "eval": {"accuracy": 0.5, "loss": None}})
             writer.snapshot(optimizer)
     writer.close()

@@ -110,7 +110,7 @@ class Bench:
                 Scenario("replay", replay, root, "out"),
                 Scenario("replay, replacing", replay, root, "out", there),
                 Scenario("train", [*train, "--snapshot-every", 10], root, "out"),
-                Scenario("snapshots", [*train, "--snapshot-every", 1, "--method", "mezo"], root, "out"),
+                Scenario("snapshots", [*train, "--snapshot-every", 1, "--method", "momentum"], root, "out"),
             )
         }
         for scenario in self.scenarios.values():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vectors import reference as ref
 
@@ -35,10 +36,12 @@ HEADER = f"""\
 #   apply TENSOR OFFSET COUNT TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES)*TERMS = FP32*{APPLY_VALUES} CRC...
 #   apply16 STORAGE TENSOR OFFSET COUNT TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES ROUNDING)*TERMS =
 #     U16*{APPLY_VALUES} CRC...
+#   momentum STORAGE TENSOR OFFSET COUNT TERMS (ROLE KIND SEED DRAW DECAY SCALES SCALE*SCALES ROUNDING)*TERMS =
+#     the momentum as FP32*{APPLY_VALUES} CRC..., then the weights as apply or apply16 gives them
 # DECAY and SCALE are fp32 bit patterns. The weights before, for i = 0 .. COUNT-1, with h = i * 2654435761 mod 2^32:
 #   i mod 61 = 7: bit pattern h & 807fffff (subnormal); 13: +0; 14: -0; else fp32(h - 2^31) * 2^-33
 # For apply16 they are those times 2^(17 - 2 (i mod 18)), rounded to nearest; words have 4 digits there, and CRCs are of
-# little-endian 16-bit words.
+# little-endian 16-bit words. The momentum before is the fp32 weights in reverse order.
 """
 
 
@@ -85,14 +88,15 @@ def _distribution(name: str) -> ref.Distribution:
     raise ValueError(f"unknown distribution {name!r}")
 
 
-def _terms(fields: list[str], *, rounded: bool = False) -> list[ref.Term]:
+def _terms(fields: list[str], *, rounded: bool = False, roles: bool = False) -> list[ref.Term]:
     terms = []
     while fields:
+        role, fields = (_role(fields[0]), fields[1:]) if roles else ("shift", fields)
         kind, seed, draw, decay, count, *fields = fields
         scales = tuple(_float(scale) for scale in fields[: int(count)])
         rounding, fields = fields[int(count)] if rounded else "nearest", fields[int(count) + rounded :]
         terms.append(
-            ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _distribution(kind), _rounding(rounding))
+            ref.Term(int(seed, 0), int(draw, 0), scales, _float(decay), _distribution(kind), _rounding(rounding), role)
         )
     return terms
 
@@ -101,6 +105,12 @@ def _rounding(name: str) -> ref.Rounding:
     if name in get_args(ref.Rounding):
         return cast(ref.Rounding, name)
     raise ValueError(f"unknown rounding {name!r}")
+
+
+def _role(name: str) -> ref.Role:
+    if name in get_args(ref.Role):
+        return cast(ref.Role, name)
+    raise ValueError(f"unknown role {name!r}")
 
 
 def _storage(name: str) -> ref.Storage:
@@ -118,13 +128,31 @@ def weights16(n: int, storage: ref.Storage) -> ref.F32:
 def _apply16(request: list[str]) -> str:
     storage = _storage(request[0])
     tensor, offset, n, _ = (int(field, 0) for field in request[1:5])
-    w = ref.apply16(
-        weights16(n, storage), _terms(request[5:], rounded=True), storage=storage, tensor=tensor, offset=offset
+    return _words16(
+        ref.apply16(
+            weights16(n, storage), _terms(request[5:], rounded=True), storage=storage, tensor=tensor, offset=offset
+        )
     )
+
+
+def _words16(w: NDArray[np.uint16]) -> str:
     crcs = (
-        f"{zlib.crc32(w[start : start + CRC_BLOCK].astype('<u2').tobytes()):08x}" for start in range(0, n, CRC_BLOCK)
+        f"{zlib.crc32(w[start : start + CRC_BLOCK].astype('<u2').tobytes()):08x}"
+        for start in range(0, len(w), CRC_BLOCK)
     )
     return " ".join([*(f"{word:04x}" for word in w[:APPLY_VALUES].tolist()), *crcs])
+
+
+def _momentum(request: list[str]) -> str:
+    tensor, offset, n, _ = (int(field, 0) for field in request[1:5])
+    terms, m = _terms(request[5:], rounded=True, roles=True), weights(n)[::-1].copy()
+    if request[0] == "float32":
+        after = _values_and_crcs(ref.apply(weights(n), terms, tensor=tensor, offset=offset, m=m))
+    else:
+        storage = _storage(request[0])
+        w = weights16(n, storage)
+        after = _words16(ref.apply16(w, terms, storage=storage, tensor=tensor, offset=offset, m=m))
+    return f"{_values_and_crcs(m)} {after}"
 
 
 def answer(request: str) -> str:
@@ -144,6 +172,8 @@ def answer(request: str) -> str:
         return _values_and_crcs(ref.apply(weights(n), terms, tensor=tensor, offset=offset))
     if kind == "apply16":
         return _apply16(fields)
+    if kind == "momentum":
+        return _momentum(fields)
     seed, tensor, draw, offset, *rest = (int(field, 0) for field in fields)
     if kind == "subkey":
         return _hex(np.stack(ref.subkey(seed, tensor, draw, offset)))
@@ -283,6 +313,24 @@ def lines() -> Iterator[str]:
             (0, small),
         ):
             yield ask(f"apply16 {storage} 9 {offset} {n} {len(terms)} {' '.join(terms)}")
+
+    yield "\n# Momentum"
+    step = [
+        "gather " + _term("normal", 3, 0, 0.1) + " nearest",
+        "shift " + _term("normal", 3, 1, 0, 1e-3) + " nearest",
+        "gather " + _term("normal", 3, 1, 0, -0.03, 2e-4) + " nearest",
+        "gather " + _term("rademacher", 3, 2, 0.5, 0.0625) + " nearest",
+        "follow " + _term("normal", 3, 2, 1e-3, -1e-2) + " stochastic",
+        "shift " + _term("normal", 3, 3, 0, 1e-3) + " nearest",
+    ]
+    parts = [
+        "follow " + _term("normal", 4, 1, 0, 0.5, -0.25, 1e-3) + " later",
+        "shift " + _term("rademacher", 4, 2, 0, 1e-3, -1e-3) + " later",
+        "gather " + _term("rademacher", 4, 2, 0, 2.0**-140) + " stochastic",
+    ]
+    for storage in "float32", "float16", "bfloat16":
+        for offset, terms in (0, step), (37, step), (2**34 - 70_001, step), (5, parts), (2**39 - 70_001, parts):
+            yield ask(f"momentum {storage} 10 {offset} {n} {len(terms)} {' '.join(terms)}")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Distribution = Literal["gaussian", "rademacher"]
 Storage = Literal["float16", "bfloat16"]
 Rounding = Literal["nearest", "stochastic", "later"]
+Role = Literal["shift", "gather", "follow"]
 U32: TypeAlias = NDArray[np.uint32]
 F32: TypeAlias = NDArray[np.float32]
 Words: TypeAlias = int | NDArray[np.uint64]
@@ -193,17 +194,34 @@ class Term:
     decay: float = 0.0
     distribution: Distribution = "gaussian"
     rounding: Rounding = "nearest"
+    role: Role = "shift"
 
 
-def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0) -> F32:
-    """Section 4: a new array, every line of every term rounded to fp32."""
+def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0, m: F32 | None = None) -> F32:
+    """Section 4: a new array, every line of every term rounded to fp32. The momentum ``m`` changes in place."""
     for term in terms:
-        z = noise(term.distribution, term.seed, tensor, term.draw, offset, len(w))
+        z = _along(term, m, tensor, offset, len(w))
+        x = _momentum(m) if term.role == "gather" else w
         for scale in term.scales:
-            w = fma32(np.float32(scale), z, w)
+            x = fma32(np.float32(scale), z, x)
         if term.decay != 0:
-            w = fma32(np.float32(-term.decay), w, w)
+            x = fma32(np.float32(-term.decay), x, x)
+        if term.role == "gather":
+            _momentum(m)[...] = x
+        else:
+            w = x
     return w
+
+
+def _momentum(m: F32 | None) -> F32:
+    assert m is not None, "a term of this role needs the momentum"
+    return m
+
+
+def _along(term: Term, m: F32 | None, tensor: int, offset: int, n: int) -> F32:
+    if term.role == "follow":
+        return _momentum(m)
+    return noise(term.distribution, term.seed, tensor, term.draw, offset, n)
 
 
 # ---- 16-bit weights --------------------------------------------------------------------------------------------------
@@ -252,10 +270,15 @@ def stochastic(w: F32, r: U32, storage: Storage) -> F32:
     return signed
 
 
-def apply16(w: F32, terms: Sequence[Term], *, storage: Storage, tensor: int, offset: int = 0) -> NDArray[np.uint16]:
+def apply16(
+    w: F32, terms: Sequence[Term], *, storage: Storage, tensor: int, offset: int = 0, m: F32 | None = None
+) -> NDArray[np.uint16]:
     """Section 5: the bit patterns of the results; ``w`` holds values of that storage."""
     for term in terms:
-        z = noise(term.distribution, term.seed, tensor, term.draw, offset, len(w))
+        if term.role == "gather":
+            apply(w, [term], tensor=tensor, offset=offset, m=m)
+            continue
+        z = _along(term, m, tensor, offset, len(w))
         for i, scale in enumerate(term.scales):
             w = fma32(np.float32(scale), z, nearest(w, storage) if i else w)
         if term.decay != 0:

@@ -25,9 +25,17 @@ enum class Rounding : std::uint8_t {
   later = 2,       // not at all: the next term takes the fp32 value (the last term rounds to nearest)
 };
 
+// What a term moves, and along what.
+enum class Role : std::uint8_t {
+  shift = 0,   // the weights, along z
+  gather = 1,  // the momentum m, along z
+  follow = 2,  // the weights, along m
+};
+
 // One direction and its use. For every element, each line rounded to fp32:
 //   w = fma(scale[i], z, w)   for i = 0 .. count-1
 //   w = fma(-decay, w, w)     unless decay is 0
+// with m for w if the role is `gather`, and m for z if it is `follow`; m is never rounded to 16 bits.
 // Several scales of one z merge consecutive passes (perturb, perturb back, update) and round as separate passes do.
 // 16-bit weights are rounded to nearest after each scale but the last, and according to `rounding` after the term,
 // decay included.
@@ -39,7 +47,8 @@ struct Term {
   std::uint8_t count;  // 0 .. 3
   Distribution distribution;
   Rounding rounding;
-  std::uint8_t unused[5];
+  Role role;
+  std::uint8_t unused[4];
 };
 static_assert(sizeof(Term) == 40);
 
@@ -56,6 +65,7 @@ struct Packing {
 };
 
 // Part of a tensor: data[i] is logical element offset + i of tensor `tensor`. With a packing: a whole tensor.
+// momentum[i] is m of element offset + i whatever the packing. Terms of role `gather` and `follow` need it.
 struct Segment {
   void* data;
   std::uint64_t size;    // elements
@@ -63,6 +73,7 @@ struct Segment {
   std::uint32_t tensor;
   const Packing* packing = nullptr;    // nullptr: contiguous. Otherwise `offset` is 0, `size` is rows * columns, and
   Storage storage = Storage::float32;  // `storage` is float32
+  float* momentum = nullptr;
 };
 
 // Applies all terms, in order, to every segment, in one pass over the memory. Threaded.

@@ -60,7 +60,7 @@ from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.trainer import Trainer
 from pocketzo.train.verdict import verdict
 
-_LR = {"fzoo": 5e-4, "mezo": 1e-5}
+_LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
 
 
 @click.command(cls=Command)
@@ -74,9 +74,11 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
     "--method",
     type=click.Choice(list(METHODS)),
     default="fzoo",
-    help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries.",
+    help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries; momentum: as mezo, with steps of "
+    "a size that does not depend on the loss, and 4 bytes of memory for each trained parameter.",
 )
-@click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo]")
+@click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo, 3e-3 for momentum]")
+@click.option("--momentum", type=float, metavar="SHARE", help="Share of the mean that a step keeps.  [default: 0.9]")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--batch-size", type=int, default=32, help="Examples per step.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
@@ -99,9 +101,9 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5}
 @click.option(
     "--distribution",
     type=click.Choice(["gaussian", "rademacher"]),
-    help="Distribution of the directions' elements.  [default: rademacher for fzoo, gaussian for mezo]",
+    help="Distribution of the directions' elements.  [default: rademacher for fzoo, gaussian for the others]",
 )
-@click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: 8 for fzoo, 1 for mezo]")
+@click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: 8 for fzoo, else 1]")
 @click.option(
     "--block",
     type=float,
@@ -162,6 +164,7 @@ def train(
     steps: int,
     method: str,
     lr: float | None,
+    momentum: float | None,
     eps: float,
     batch_size: int,
     seed: int,
@@ -214,6 +217,8 @@ def train(
     if bundle is None or data is None or output is None:
         missing = "BUNDLE" if bundle is None else "--data" if data is None else "-o"
         raise click.UsageError(f"{missing} is missing: a new run needs BUNDLE, --data and -o; an old one --resume")
+    if momentum is not None and method != "momentum":
+        raise click.UsageError(f"--momentum is of --method momentum, not of {method}")
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
     past = Run(output) if (output / JOURNAL).exists() else None
@@ -258,6 +263,7 @@ def train(
         queries=queries,
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]
         subset=None if block is None else Block(block),
+        **({} if momentum is None else {"momentum": momentum}),
     )
     trainer = Trainer(
         model,

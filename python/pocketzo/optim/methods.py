@@ -10,12 +10,14 @@ from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup, Tunable
 from pocketzo.optim.mezo import MeZO
+from pocketzo.optim.momentum import Momentum
 from pocketzo.optim.optimizer import Optimizer, Subset
 from pocketzo.optim.schedule import Schedule
 
 METHODS: Mapping[str, type[Optimizer]] = {
     "fzoo": FZOO,
     "mezo": MeZO,
+    "momentum": Momentum,
 }
 SUBSETS: Mapping[str, type[Subset]] = {
     "block": Block,

@@ -1,9 +1,10 @@
 """The step and its replay, shared by all zeroth-order methods.
 
 A method (:mod:`pocketzo.optim.mezo`, :mod:`pocketzo.optim.fzoo`) defines the points at which the loss is evaluated and
-the coefficients of the update. Everything else is here: updating the weights in place, undoing a failed step, the entry
-for the journal, replay. No gradient is stored, and a copy of the weights only where they are few. A direction z is
-regenerated from (seed, tensor, draw) whenever it is needed, and a step is saved as one number per direction.
+the coefficients of the update, and :mod:`pocketzo.optim.momentum` also what the update does with them. Everything else
+is here: updating the weights in place, undoing a failed step, the entry for the journal, replay. No gradient is stored,
+and a copy of the weights only where they are few. A direction z is regenerated from (seed, tensor, draw) whenever it is
+needed, and a step is saved as one number per direction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 from numpy.typing import NDArray
 
-from pocketzo._core import Segments
+from pocketzo._core import Packing, Segments
 from pocketzo.arguments import check_integer, check_number, plain
 from pocketzo.formats.bundle import TensorSpec
 from pocketzo.formats.journal import Entry
@@ -33,6 +34,8 @@ from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.model import Model
 
 Objective: TypeAlias = Callable[[Model], float]
+Update: TypeAlias = Callable[[Program, Point], None]
+"""Adds to a program the return from a point and the update of a step."""
 _DRAWS = 2**64
 
 
@@ -196,6 +199,14 @@ class Optimizer(ABC):
         """Return the best estimate of the loss at the point ``{}``."""
         return sum(losses) / len(losses)
 
+    def update(self, entry: Entry) -> Update:
+        """Return the update of a step. It is called once a step, in order, also in replay."""
+        return lambda program, at: program.update(at, entry.coefficients, entry.lr)
+
+    def segments(self, name: str) -> Sequence[tuple[NDArray[Any], int, Packing | None, NDArray[Any] | None]]:
+        """Return the memory of a trained weight, and its momentum or None, as :class:`_core.Segments` takes them."""
+        return [(*segment, None) for segment in self.model.weights.segments(name)]
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Return the method's state between steps, without the counts, for a snapshot."""
         return {}
@@ -303,7 +314,7 @@ class Optimizer(ABC):
             The steps after those taken so far.
         """
         walks = [
-            (self.step_number + i, entry, [] if self.exact else list(self._points(list(entry.coefficients))))
+            (self.step_number + i, self.update(entry), [] if self.exact else list(self._points([*entry.coefficients])))
             for i, entry in enumerate(entries)
         ]
         parts, steps = self._parts, None
@@ -313,13 +324,13 @@ class Optimizer(ABC):
         programs = []
         for index, part in enumerate(parts):
             program = self._program(part)
-            for i, (_, entry, points) in enumerate(walks):
+            for i, (_, update, points) in enumerate(walks):
                 if steps is None or index in steps[i]:
                     at: Point = {}
                     for point in points:
                         program.move(at, point)
                         at = point
-                    program.update(at, entry.coefficients, entry.lr)
+                    update(program, at)
             programs.append(program)
         self._apply(parts, programs)
         self.skip(entries)
@@ -358,7 +369,7 @@ class Optimizer(ABC):
                 raise ValueError(f"eps must be a positive float32, got {self.eps * group.eps}")
             decays = self.weight_decay > 0 and len(tensor.shape) > 1
             key = group.lr, group.eps, decays, tensor.dtype != "float32"
-            members.setdefault(key, []).extend(self.model.weights.segments(tensor.name))
+            members.setdefault(key, []).extend(self.segments(tensor.name))
         return [
             Part(Segments(segments), lr, eps, decays, is_16bit, memory=[segment[0] for segment in segments])
             for (lr, eps, decays, is_16bit), segments in members.items()
@@ -421,8 +432,9 @@ class Optimizer(ABC):
             at = {}
         # No reference to the model: a cycle would keep it alive until the garbage collector ran.
         self.model.weights.defer(partial(flush, parts, self._lock))
+        update = self.update(entry)
         for part in parts:
             program = self._program(part)
-            program.update(at, entry.coefficients, entry.lr)
+            update(program, at)
             part.pending = self._pack(program)
         self._pending = parts

@@ -18,8 +18,9 @@ Point: TypeAlias = Mapping[int, float]
 """Position of the weights in a step: by draw, the shift along its direction as a multiple of eps."""
 
 NEAREST, STOCHASTIC, LATER = range(3)  # pocketzo::Rounding
+SHIFT, GATHER, FOLLOW = range(3)  # pocketzo::Role
 
-TERM = struct.Struct("=QQ3ffBBB5x")  # TERM_DTYPE; assigning the fields of a structured array takes four times as long
+TERM = struct.Struct("=QQ3ffBBBB4x")  # TERM_DTYPE; assigning the fields of a structured array takes four times as long
 _MOST_SCALES = 3
 _UNUSED = [(0.0,) * (_MOST_SCALES - count) for count in range(_MOST_SCALES + 1)]
 
@@ -30,12 +31,13 @@ def float32(value: float) -> float:
 
 
 class Term(NamedTuple):
-    """One direction: the scales applied in turn, the decay after them, the rounding of 16-bit weights."""
+    """One direction: the scales applied in turn, the decay after them, the rounding of 16-bit weights, the role."""
 
     draw: int
     scales: tuple[float, ...]
     decay: float = 0.0
     rounding: int = NEAREST
+    role: int = SHIFT
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Program:
 
     def update(self, point: Point, coefficients: Mapping[int, float], lr: float) -> None:
         """Return from a point, move by ``-coefficient`` along each direction, then decay; round once, at the end."""
-        decay = float32(lr * self._lr * self._weight_decay) if self._weight_decay else 0.0
+        decay = self._decay(lr)
         first, last = next(iter(coefficients)), next(reversed(coefficients))
         for draw, start in point.items():
             if draw != first:
@@ -131,10 +133,35 @@ class Program:
             end = draw == last
             self._add(draw, amount, decay if end else 0.0, STOCHASTIC if end else LATER)
 
+    def follow(self, point: Point, gains: Mapping[int, float], forget: float, lr: float) -> None:
+        """Return from a point, take the directions into the momentum, move by ``-lr`` along it, then decay.
+
+        Parameters
+        ----------
+        point : Point
+        gains : mapping of int to float
+            By draw, in order: the multiple of the direction to add to the momentum.
+        forget : float
+            The share of the momentum that is subtracted before.
+        lr : float
+            With 0, the momentum stays as it is, and the weights only return.
+        """
+        if not lr:
+            self.move(point, {})
+            return
+        *_, last = gains
+        self._terms.append(Term(last, (), float32(forget), NEAREST, GATHER))
+        self.move(point, {})
+        self._terms += [Term(draw, (float32(gain),), 0.0, NEAREST, GATHER) for draw, gain in gains.items()]
+        self._terms.append(Term(last, (float32(-self._lr * lr),), self._decay(lr), STOCHASTIC, FOLLOW))
+
+    def _decay(self, lr: float) -> float:
+        return float32(lr * self._lr * self._weight_decay) if self._weight_decay else 0.0
+
     def _add(self, draw: int, scale: float, decay: float = 0.0, rounding: int = NEAREST) -> None:
         scales: tuple[float, ...] = (float32(scale),)
-        if self._terms and self._terms[-1].draw == draw:
-            _, earlier, earlier_decay, earlier_rounding = self._terms[-1]
+        if self._terms and (self._terms[-1].draw, self._terms[-1].role) == (draw, SHIFT):
+            _, earlier, earlier_decay, earlier_rounding, _ = self._terms[-1]
             if len(earlier) < _MOST_SCALES and earlier_decay == 0.0 and earlier_rounding == NEAREST:
                 scales = earlier + scales
                 self._terms.pop()
@@ -144,7 +171,7 @@ class Program:
         """Return the terms in the binary format of the kernels."""
         return b"".join(
             [
-                TERM.pack(seed, draw, *scales, *_UNUSED[len(scales)], decay, len(scales), rademacher, rounding)
-                for draw, scales, decay, rounding in self._terms
+                TERM.pack(seed, draw, *scales, *_UNUSED[len(scales)], decay, len(scales), rademacher, rounding, role)
+                for draw, scales, decay, rounding, role in self._terms
             ]
         )

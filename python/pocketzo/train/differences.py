@@ -26,13 +26,13 @@ def differences(past: Run, optimizer: Optimizer, loop: Loop) -> list[str]:
     if there["steps"] != here["steps"]:
         implied |= {"schedule", "eval_every"}
     if there["method"] != here["method"]:
-        implied |= {"distribution", "queries"}
+        implied |= {"distribution", "queries", "momentum"}
     return [
         f"other weights are trained ({len(there[name])} there, {len(here[name])} here)"
         if name == "trained"
         else f"{name} is {there[name]} there and {here[name]} here"
         for name in here
-        if there[name] != here[name] and name not in implied
+        if name not in implied and there[name] != here[name]
     ]
 
 
