@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=folder / "tokenizer.json",
         labels=["a", "b", "c"],
         max_length=32,
-        trainable="layer",
+        train="layer",
     )
     return folder / "bundle"
 
@@ -58,7 +58,7 @@ def test_what_was_prepared_is_read(prepared: Path) -> None:
     assert [(value.name, value.shape) for value in bundle.outputs] == [("logits", ("batch", 3)), ("loss", ())]
     assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
     assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
-    assert bundle.trainable == {"all": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
+    assert bundle.trainable == {"layer": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
     assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"], "loss": "cross-entropy"})
     assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
 

@@ -165,7 +165,7 @@ def test_version() -> None:
         (["train", "base", "--group", "classifier:lr=much"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
         (["train", "base", "--group", "(:lr=1"], "a group's pattern must be a regular expression, got '(': missing )"),
         (["train", "base", "--group", "a:lr=-1"], "group 'a': lr must be finite and at least 0, got -1"),
-        (["prepare", "m.onnx", "-o", "out", "--trainable", "a{99999999999}"], "trainable must be a regular expression"),
+        (["prepare", "m.onnx", "-o", "out", "--train", "a{99999999999}"], "train must be a regular expression"),
         (["train", "--resume", "run", "--steps", "9"], "--steps cannot be changed by --resume"),
         (["train", "base", "--max-memory", "much"], "'much' is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "1.5"], "'1.5' is not a size such as 1.5G"),
