@@ -43,7 +43,7 @@ DECODERS: dict[str, Callable[[Path], Path]] = FLOATS | {
     for name in ("int4", "int8 in blocks", "dynamic int8", "QDQ")
 }
 ENCODERS = ["bert-old", "bert-new", "bert-old-unfolded", "fresh-new"]
-ADDED = ["lora:r=2"]
+ADDED = ["lora:r=2", "ia3", "adapter:4"]
 
 
 def unoptimised(path: Path, feed: Mapping[str, Array]) -> dict[str, Array]:

@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import note, quoted, say, size_text
+from pocketzo.cli.console import fact, note, quoted, say, size_text
 from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
 from pocketzo.cli.options import PATH, bundle_out, escapes, force_option, names
@@ -48,8 +48,9 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     default="all",
     show_default=True,
     help="What is trained; the rest is frozen. Sets are joined by +. Of the weights: all, head (what follows the last "
-    "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added: lora, or as "
-    "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B. A + inside a REGEX needs brackets or a backslash.",
+    "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added, as small float32 tensors: lora, or as "
+    "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B; adapter:R, a bottleneck of R units a layer; ia3, factors. "
+    "A + inside a REGEX needs brackets or a backslash.",
 )
 @click.option(
     "--dtype",
@@ -133,6 +134,7 @@ def prepare(
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm
+      pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora:r=8,layers=20-
       pocketzo prepare smollm2/model.onnx -o base --task prompt \\
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
@@ -157,6 +159,7 @@ def prepare(
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say(f"trained: {fact('', facts['sets'])}")
     say_frozen(bundle)
     metrics = task_of(bundle).metrics
     if metrics:

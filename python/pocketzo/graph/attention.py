@@ -66,6 +66,12 @@ class Attention:
     faults: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, ir.Value] = field(default_factory=dict)
 
+    def stem(self, role: str) -> str:
+        """Return what the names of tensors begin with that are added to the columns of a role."""
+        columns = self.columns[role]
+        stem = columns.projection.stem
+        return stem if columns.count == columns.projection.columns else f"{stem}.{role}"
+
 
 class Scope:
     """One graph, or the graph of a branch, with its projections and attention blocks.
@@ -76,12 +82,15 @@ class Scope:
     constants : set of Value
         The values that are the same for all inputs.
     projections : dict of Node to Projection
+    masking : set of Node
+        The nodes between scores and their Softmax, once the attention blocks were found.
     """
 
     def __init__(self, graph: ir.Graph, outer: Collection[ir.Value] = ()) -> None:
         self.graph = graph
         self.constants = {*outer, *graph.initializers.values()}
         self.projections: dict[ir.Node, Projection] = {}
+        self.masking: set[ir.Node] = set()
         for node in graph:
             if node.op_type == "Constant" or (
                 node.inputs and all(value is None or value in self.constants for value in node.inputs)
@@ -111,7 +120,7 @@ class Scope:
             if node.op_type in _FUSED:
                 found.append(self._fused(node))
             elif self._is_product(node) and (softmax := self._behind(node.inputs[0], "Softmax")) is not None:
-                scores = self._behind(softmax.inputs[0], *_PRODUCTS)
+                scores = self._behind(softmax.inputs[0], *_PRODUCTS, passed=self.masking)
                 if scores is not None:
                     inputs = zip(ROLES, (*scores.inputs[:2], node.inputs[1]), strict=True)
                     found.append(self._attention(node, {role: value for role, value in inputs if value is not None}))
@@ -120,8 +129,8 @@ class Scope:
     def _is_product(self, node: ir.Node) -> bool:
         return node.op_type in _PRODUCTS and len(node.inputs) == 2 and self.computed.issuperset(node.inputs)
 
-    def _behind(self, value: ir.Value | None, *kinds: str) -> ir.Node | None:
-        """Return the nearest operator of a kind before a value, if only operators on scores are between."""
+    def _behind(self, value: ir.Value | None, *kinds: str, passed: set[ir.Node] | None = None) -> ir.Node | None:
+        """Return the nearest operator of a kind before a value, if only operators on scores are between: `passed`."""
         level = [value]
         seen: set[ir.Value | None] = set()
         while level:
@@ -130,8 +139,10 @@ class Scope:
                 if node is not None and node.op_type in kinds and ("Softmax" in kinds or self._is_product(node)):
                     return node
             seen.update(level)
-            passed = (node for node in nodes if node is not None and node.op_type in _TO_SOFTMAX)
-            level = list(dict.fromkeys(one for node in passed for one in node.inputs if one not in seen))
+            between = [node for node in nodes if node is not None and node.op_type in _TO_SOFTMAX]
+            if passed is not None:
+                passed.update(between)
+            level = list(dict.fromkeys(one for node in between for one in node.inputs if one not in seen))
         return None
 
     def _fused(self, node: ir.Node) -> Attention:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from pocketzo.errors import BundleError
 from pocketzo.graph.attention import Scope
+from pocketzo.graph.projections import Projection
 
 _SKIP_NORMS: Final = {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
 _NORMED: Final = {"Div", "LayerNormalization", "Mul", "RMSNormalization", "SimplifiedLayerNormalization"}
@@ -44,6 +45,14 @@ class Layers:
         self.count = len(ends)
         if not ends or any(not self._sums[layer] for layer in range(self.count)):
             raise BundleError("no layers were found in the graph: sums of a residual stream around attention")
+        self._last: list[tuple[ir.Node, int]] = []
+        self._feed_forward: list[list[Projection]] = []
+        for layer in range(self.count):
+            node, _, branch = self._sums[layer][-1]
+            self._last.append((node, tuple(node.inputs).index(branch)))
+            found = (one for one in scope.trace(branch).projections if scope.trace(one.x).stopped not in ends)
+            self._feed_forward.append(sorted(found, key=lambda one: one.weight))
+        self._levels = self._find_levels()
 
     def first(self, layer: int) -> ir.Value:
         """Return the first residual value of a layer; after the last one, what the head reads."""
@@ -52,10 +61,13 @@ class Layers:
         node, _, _ = self._sums[layer - 1][-1]
         return self._after_norm(node) if self._is_post_norm else self._total(node)
 
-    def last_sum(self, layer: int) -> tuple[ir.Node, ir.Value]:
-        """Return the last residual sum of a layer, and what it adds: the output of the feed-forward part."""
-        node, _, branch = self._sums[layer][-1]
-        return node, branch
+    def last_sum(self, layer: int) -> tuple[ir.Node, int]:
+        """Return the last residual sum of a layer, and the index of what it adds, the feed-forward part's output."""
+        return self._last[layer]
+
+    def feed_forward(self, layer: int) -> list[Projection]:
+        """Return the projections whose products the last sum of a layer adds, but for those of attention."""
+        return self._feed_forward[layer]
 
     def of(self, node: ir.Node) -> int:
         """Return the layer of a node: -1 before the first one, their count after the last one."""
@@ -69,7 +81,7 @@ class Layers:
         """By layer, the residual sums: node, what is added to, and what is added."""
         found: dict[int, list[tuple[ir.Node, ir.Value, ir.Value]]] = defaultdict(list)
         for node in self._scope.graph:
-            if node.op_type != "Add" and node.op_type not in _SKIP_NORMS:
+            if node in self._scope.masking or (node.op_type != "Add" and node.op_type not in _SKIP_NORMS):
                 continue
             a, b = node.inputs[:2]
             blocks = max(self._blocks[a], self._blocks[b])
@@ -142,8 +154,7 @@ class Layers:
     def _results(self, value: ir.Value) -> list[ir.Value]:
         return [reader.outputs[0] for reader in value.consumers() if reader.graph is self._scope.graph]
 
-    @cached_property
-    def _levels(self) -> dict[ir.Value | None, int]:
+    def _find_levels(self) -> dict[ir.Value | None, int]:
         starts = {self.first(layer): layer for layer in range(self.count + 1)}
         levels: dict[ir.Value | None, int] = defaultdict(lambda: -1)
         for value, layer in starts.items():

@@ -107,6 +107,8 @@ def prepare(
         - ``lora:r=8,alpha=16,targets=REGEX,layers=20-,train=AB``: matrices A [rows, r] and B [r, columns] beside
           projections, by default those of queries and values in all layers, however they are named. `targets` is
           searched for in the names of the projections' weights. With ``train=B``, A is frozen.
+        - ``adapter:R``: a bottleneck of R units after the feed-forward part of each layer,
+        - ``ia3``: a factor for each key, value and inner activation of a feed-forward part.
     dtype : {"float32", "float16"}, optional
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
         default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep

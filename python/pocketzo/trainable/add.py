@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from pocketzo.trainable.adapter import add_adapter
 from pocketzo.trainable.editor import Added, Editor
+from pocketzo.trainable.ia3 import add_ia3
 from pocketzo.trainable.lora import add_lora
-from pocketzo.trainable.spec import Lora, Part
+from pocketzo.trainable.spec import Adapter, Choice, Ia3, Lora, Part
 
 
 def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
@@ -19,6 +21,7 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
     model : Model
         As the bundle has it, with its caches; changed in place.
     parts : sequence of Part
+        In which order is of no importance: factors are applied to what LoRA has changed.
 
     Returns
     -------
@@ -30,11 +33,16 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
     BundleError
         A part does not fit to the graph.
     """
-    if not any(isinstance(part, Lora) for part in parts):
+    if all(isinstance(part, Choice) for part in parts):
         return []
     editor = Editor(model.graph)
     for part in parts:
         if isinstance(part, Lora):
             add_lora(editor, part)
+    for part in parts:
+        if isinstance(part, Ia3):
+            add_ia3(editor, part)
+        elif isinstance(part, Adapter):
+            add_adapter(editor, part)
     model.graph.sort()
     return list(editor.added.values())

@@ -15,6 +15,7 @@ from pocketzo.formats.frozen import FrozenSpec
 from pocketzo.graph.attention import Columns, Scope, scopes_of
 from pocketzo.graph.build import Builder
 from pocketzo.graph.frozen import UNASKED
+from pocketzo.graph.layers import Layers
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.projections import Projection
 from pocketzo.graph.weight import Array
@@ -74,7 +75,21 @@ class Editor:
         self.graph = graph
         self.scopes = [scope for scope in scopes_of(graph) if scope.projections]
         self.added: dict[str, Added] = {}
+        self._layers = {scope: _layers_of(scope) for scope in self.scopes}  # before nodes are added
         self._taken = value_names(graph)
+
+    def layers(self, scope: Scope) -> Layers:
+        """Return the layers of a graph.
+
+        Raises
+        ------
+        BundleError
+            It has none.
+        """
+        found = self._layers[scope]
+        if isinstance(found, BundleError):
+            raise found
+        return found
 
     def parameter(self, new: Added) -> ir.Value:
         """Add a tensor, or return it if the same part added it in another branch.
@@ -151,6 +166,13 @@ class Editor:
             return build.op("Concat", *pieces, axis=-1)
 
         projection.y = self.rewire(y, compute)
+
+
+def _layers_of(scope: Scope) -> Layers | BundleError:
+    try:
+        return Layers(scope)
+    except BundleError as error:
+        return error
 
 
 def cast(build: Builder, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:

@@ -14,7 +14,6 @@ import onnx_ir as ir
 from pocketzo.errors import BundleError
 from pocketzo.graph.attention import Columns, Scope
 from pocketzo.graph.build import Builder
-from pocketzo.graph.layers import Layers
 from pocketzo.graph.projections import Projection
 from pocketzo.trainable.editor import Added, Editor, cast
 from pocketzo.trainable.spec import Lora
@@ -33,7 +32,7 @@ def add_lora(editor: Editor, part: Lora) -> None:
     count = 0
     for scope in editor.scopes:
         places: defaultdict[Projection, list[tuple[Columns, str]]] = defaultdict(list)
-        for columns, name in _targets(scope, part):
+        for columns, name in _targets(editor, scope, part):
             places[columns.projection].append((columns, name))
         for projection, found in places.items():
             found.sort(key=lambda place: place[0].start)
@@ -52,7 +51,7 @@ def add_lora(editor: Editor, part: Lora) -> None:
         )
 
 
-def _targets(scope: Scope, part: Lora) -> Iterator[tuple[Columns, str]]:
+def _targets(editor: Editor, scope: Scope, part: Lora) -> Iterator[tuple[Columns, str]]:
     """Yield the columns that are changed, and what the names of their matrices begin with."""
     if part.targets is None:
         layers = part.layers.of(len(scope.attentions)) if scope.attentions else set()
@@ -65,13 +64,11 @@ def _targets(scope: Scope, part: Lora) -> Iterator[tuple[Columns, str]]:
                         f"{attention.faults[role]}: name projections by targets=REGEX, or export the model without "
                         "fused attention"
                     )
-                columns = attention.columns[role]
-                whole = columns.count == columns.projection.columns
-                yield columns, columns.projection.stem if whole else f"{columns.projection.stem}.{role}"
+                yield attention.columns[role], attention.stem(role)
         return
     chosen = [projection for projection in scope.projections.values() if part.targets.search(projection.weight)]
     if chosen and part.layers.text != "0-":
-        found = Layers(scope)
+        found = editor.layers(scope)
         numbers = part.layers.of(found.count)
         chosen = [projection for projection in chosen if found.of(projection.node) in numbers]
     for projection in chosen:
