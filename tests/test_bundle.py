@@ -182,11 +182,11 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(trainable=[a_set("all", LAYER)]), "set 'all' of 'trainable': tensor 'layer.weight' does not exist"),
     (
         lambda description: description["trainable"].append(description["trainable"][0]),
-        r"trainable\[1\]: 'name' is 'all'",
+        r"trainable\[1\]: 'name' is 'layer'",
     ),
     (first("tensors", dtype="int64"), "tensors are not those"),
     (lambda description: description["tensors"].pop(0), "tensors are not those"),
-    (lambda description: description["tensors"].pop(), "set 'all' of 'trainable': tensor .* does not exist"),
+    (lambda description: description["tensors"].pop(), "set 'layer' of 'trainable': tensor .* does not exist"),
     (first("tensors", shape=[1]), "tensors are not those"),
     (first("tensors", shape=[1.5]), r"tensors\[0\]: 'shape' is \[1.5\], expected a list of sizes$"),
     (first("tensors", id=5), "ids"),
@@ -211,7 +211,7 @@ def test_a_trainable_set_of_integers_is_refused(bundle: Path) -> None:
     name = description["trainable"][0]["tensors"][0]
     next(tensor for tensor in description["tensors"] if tensor["name"] == name)["dtype"] = "int64"
     (bundle / "bundle.json").write_text(json.dumps(description))
-    with pytest.raises(BundleError, match=f"set 'all' of 'trainable': tensor '{name}' is int64, expected float32 or"):
+    with pytest.raises(BundleError, match=f"set 'layer' of 'trainable': tensor '{name}' is int64, expected float32 or"):
         Bundle.read(bundle)
 
 

@@ -18,7 +18,7 @@ from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header,
 from pocketzo.packages import require
 from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
-from pocketzo.trainable.spec import parse
+from pocketzo.trainable.spec import Prefix, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,13 +102,15 @@ def prepare(
         - ``last:K``: the last K layers; ``head``: what comes after the last layer,
         - any other text: a regular expression that is searched for in the names of weights.
 
-        Those that add small float32 tensors, which change nothing at first, are
+        Those that add small float32 tensors, which change nothing at first unless it says so, are
 
         - ``lora:r=8,alpha=16,targets=REGEX,layers=20-,train=AB``: matrices A [rows, r] and B [r, columns] beside
           projections, by default those of queries and values in all layers, however they are named. `targets` is
           searched for in the names of the projections' weights. With ``train=B``, A is frozen.
         - ``adapter:R``: a bottleneck of R units after the feed-forward part of each layer,
-        - ``ia3``: a factor for each key, value and inner activation of a feed-forward part.
+        - ``ia3``: a factor for each key, value and inner activation of a feed-forward part,
+        - ``prefix:N``: keys and values of each layer before those of a text; they begin as those of N tokens, and so
+          change something, of a decoder with caches that is prepared with a task.
     dtype : {"float32", "float16"}, optional
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
         default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
@@ -163,7 +165,7 @@ def prepare(
         If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
     require("onnx", "onnx-ir")
-    from pocketzo.graph.compare import Origin, check_language_graphs, check_same_function
+    from pocketzo.graph.compare import Origin, begin_as_tokens, check_language_graphs, check_same_function
     from pocketzo.graph.extract import extract_weights, point_to_weights
     from pocketzo.graph.float16 import needs_conversion, to_float16
     from pocketzo.graph.frozen import count_frozen
@@ -173,6 +175,7 @@ def prepare(
     from pocketzo.graph.weight import Weight
     from pocketzo.prepare.language import LanguageTask, check_task
     from pocketzo.trainable.add import add
+    from pocketzo.trainable.prefix import NAME
     from pocketzo.trainable.select import select
 
     source = Path(model)
@@ -188,6 +191,9 @@ def prepare(
     if tokenizer is not None:
         check_tokenizer(Path(tokenizer))
     parts = parse(train)
+    prefix = next((part for part in parts if isinstance(part, Prefix)), None)
+    if prefix is not None and task is None:
+        raise ValueError(f"train={prefix.text!r} is for a decoder that is prepared with a task, such as 'causal-lm'")
     words = checked_names("label_words", label_words)
     check_task(task, {"template": template, "label_words": words, "calibrate": calibrate}, loss, per)
     texts = None if calibrate is None else Path(calibrate)
@@ -245,6 +251,11 @@ def prepare(
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
         given = None if probe is None else given_probe(probe, origin.inputs, inputs)
+        front: tuple[int, ...] = ()
+        if prefix is not None:
+            front, starts = begin_as_tokens(origin, prefix.tokens)
+            for tensor in added:
+                tensor.fill = starts.get(tensor.name.removeprefix(NAME), tensor.fill)
 
         if generating is None and language is not None:
             weights = [weight for weight in weights if weight.name in onnx_model.graph.initializers]
@@ -297,7 +308,7 @@ def prepare(
             names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
             batch = check_same_function(origin, bundle, names, given)
         else:
-            batch = check_language_graphs(origin, bundle, kept, language.graph, given)
+            batch = check_language_graphs(origin, bundle, kept, language.graph, given, front)
         write_probe(folder / PROBE, batch)
         bundle = replace(bundle, probe=batch)
         bundle.write_description()

@@ -10,7 +10,8 @@ from pocketzo.trainable.adapter import add_adapter
 from pocketzo.trainable.editor import Added, Editor
 from pocketzo.trainable.ia3 import add_ia3
 from pocketzo.trainable.lora import add_lora
-from pocketzo.trainable.spec import Adapter, Choice, Ia3, Lora, Part
+from pocketzo.trainable.prefix import add_prefix
+from pocketzo.trainable.spec import Adapter, Choice, Ia3, Lora, Part, Prefix
 
 
 def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
@@ -44,5 +45,7 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
             add_ia3(editor, part)
         elif isinstance(part, Adapter):
             add_adapter(editor, part)
+        elif isinstance(part, Prefix):
+            add_prefix(editor, part)
     model.graph.sort()
     return list(editor.added.values())

@@ -69,6 +69,8 @@ class Editor:
     scopes : list of Scope
         The graphs that have projections.
     added : dict of str to Added
+    taken : set of str
+        The names of the graph's values.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -76,7 +78,7 @@ class Editor:
         self.scopes = [scope for scope in scopes_of(graph) if scope.projections]
         self.added: dict[str, Added] = {}
         self._layers = {scope: _layers_of(scope) for scope in self.scopes}  # before nodes are added
-        self._taken = value_names(graph)
+        self.taken = value_names(graph)
 
     def layers(self, scope: Scope) -> Layers:
         """Return the layers of a graph.
@@ -101,9 +103,9 @@ class Editor:
         """
         old = self.added.get(new.name)
         if old is None:
-            if new.name in self._taken:
+            if new.name in self.taken:
                 raise BundleError(f"train={new.part!r} adds {new.name!r}, and the graph has a value of that name")
-            self._taken.add(new.name)
+            self.taken.add(new.name)
             self.added[new.name] = new
             value = ir.val(new.name, ir.DataType.FLOAT, new.shape)
             self.graph.initializers.add(value)
@@ -114,7 +116,7 @@ class Editor:
 
     def builder(self, scope: Scope, stem: str) -> Builder:
         """Return what adds nodes to a graph."""
-        return Builder(scope.graph, f"{stem}/", taken=self._taken)
+        return Builder(scope.graph, f"{stem}/", taken=self.taken)
 
     def rewire(self, value: ir.Value, compute: Callable[[], ir.Value]) -> ir.Value:
         """Let all that reads a value read another one, which is computed from it."""
@@ -127,7 +129,7 @@ class Editor:
             outputs = new.graph.outputs
             new.type, new.shape = value.type, value.shape
             outputs[outputs.index(value)] = new
-            name, value.name = value.name, unique(f"{value.name}.base", self._taken)
+            name, value.name = value.name, unique(f"{value.name}.base", self.taken)
             new.name = name
         return new
 
