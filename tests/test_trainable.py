@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import safetensors.numpy
+from cut_minilm import cut
 from decoders import HEADS, SIZE, VOCABULARY, Array
 from graphs import MODELS, inputs_of, linear, model_of, node, weight
 from test_decoders import FLOATS, MATMULS, batch_of, plain
@@ -19,6 +20,7 @@ from test_language_models import QUANTISED, Sentences, token_losses, warm
 
 import pocketzo as pz
 from pocketzo.errors import BundleError
+from pocketzo.export.bert import build_onnx
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.kernels import noise
 
@@ -326,4 +328,20 @@ def test_a_projection_of_all_three_takes_one_pair_of_matrices(tmp_path: Path) ->
         interleaved(tmp_path / "m.onnx"), tmp_path / "out", task="causal-lm", train="lora:targets=c_attn"
     )
     assert {tensor.shape for tensor in bundle.tensors if tensor.trainable} == {(64, 8), (8, 192)}
+    pz.load(bundle, threads=1)
+
+
+@pytest.mark.parametrize("train", ["lora+ia3+adapter:4", "head"])
+def test_minilm_takes_sets(train: str, tmp_path: Path) -> None:
+    build_onnx(cut(tmp_path), tmp_path / "m.onnx", 3)
+    bundle = pz.prepare(tmp_path / "m.onnx", tmp_path / "base", train=train)
+    if train == "head":
+        assert all(name.startswith("classifier") for name in bundle.trainable["head"])
+        return
+    base = pz.prepare(tmp_path / "m.onnx", tmp_path / "all")
+    assert base.probe is not None
+    got, expected = (unoptimised(one.model_path, base.probe)["logits"] for one in (bundle, base))
+    np.testing.assert_array_equal(got, expected)
+    assert len(bundle.trainable["lora"]) == len(bundle.trainable["adapter:4"]) == 4
+    assert len(bundle.trainable["ia3"]) == 3
     pz.load(bundle, threads=1)
