@@ -48,6 +48,7 @@ DECODERS: dict[str, Callable[[Path], Path]] = FLOATS | {
     for of in ("llama", "gpt2", "genai")
     for name in ("int4", "int8 in blocks", "dynamic int8", "QDQ")
 }
+SOME_QUANTISED = ["llama, int4", "gpt2, dynamic int8", "genai, QDQ"]
 ADDED = ["lora:r=2", "ia3", "adapter:4"]
 
 
@@ -76,8 +77,10 @@ def check_training(bundle: pz.Bundle, folder: Path, data: Any) -> pz.Model:
     return model
 
 
-@pytest.mark.parametrize("train", ADDED)
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [(name, train) for train in ADDED for name in (DECODERS if train == ADDED[0] else [*FLOATS, *SOME_QUANTISED])],
+)
 def test_a_set_is_added_to_a_decoder(name: str, train: str, tmp_path: Path) -> None:
     path = DECODERS[name](tmp_path / "m.onnx")
     data = Sentences(path)
