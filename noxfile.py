@@ -205,7 +205,7 @@ def aarch64(session: nox.Session) -> None:
     elsewhere = (
         *("arguments", "bundle", "chat", "data", "decoders", "fences", "fuzzed", "generate", "generate_cli", "kills"),
         *("language_cli", "language_models", "language_tasks", "locale", "losses", "metrics", "packages", "rehearsal"),
-        *("skips", "soundness", "staging", "tasks", "verdict", "zoo"),
+        *("skips", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
     everything = ("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere))
     run_pytest(session, "qemu, neoverse-n1", "qemu", arm, *pytest, *everything, QEMU_CPU="neoverse-n1", **env)
