@@ -35,7 +35,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=folder / "tokenizer.json",
         labels=["a", "b", "c"],
         max_length=32,
-        trainable="layer",
+        train="layer",
     )
     return folder / "bundle"
 
@@ -58,7 +58,7 @@ def test_what_was_prepared_is_read(prepared: Path) -> None:
     assert [(value.name, value.shape) for value in bundle.outputs] == [("logits", ("batch", 3)), ("loss", ())]
     assert {tensor.dtype for tensor in bundle.tensors} == {"float32"}
     assert all(tensor.trainable == ("layer" in tensor.name) for tensor in bundle.tensors)
-    assert bundle.trainable == {"all": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
+    assert bundle.trainable == {"layer": tuple(tensor.name for tensor in bundle.tensors if "layer" in tensor.name)}
     assert bundle.task == TaskSpec("classification", {"labels": ["a", "b", "c"], "loss": "cross-entropy"})
     assert bundle.base_sha256 == hashlib.sha256(bundle.weights_path.read_bytes()).hexdigest()
 
@@ -182,11 +182,11 @@ FAULTS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (edited(trainable=[a_set("all", LAYER)]), "set 'all' of 'trainable': tensor 'layer.weight' does not exist"),
     (
         lambda description: description["trainable"].append(description["trainable"][0]),
-        r"trainable\[1\]: 'name' is 'all'",
+        r"trainable\[1\]: 'name' is 'layer'",
     ),
     (first("tensors", dtype="int64"), "tensors are not those"),
     (lambda description: description["tensors"].pop(0), "tensors are not those"),
-    (lambda description: description["tensors"].pop(), "set 'all' of 'trainable': tensor .* does not exist"),
+    (lambda description: description["tensors"].pop(), "set 'layer' of 'trainable': tensor .* does not exist"),
     (first("tensors", shape=[1]), "tensors are not those"),
     (first("tensors", shape=[1.5]), r"tensors\[0\]: 'shape' is \[1.5\], expected a list of sizes$"),
     (first("tensors", id=5), "ids"),
@@ -211,7 +211,7 @@ def test_a_trainable_set_of_integers_is_refused(bundle: Path) -> None:
     name = description["trainable"][0]["tensors"][0]
     next(tensor for tensor in description["tensors"] if tensor["name"] == name)["dtype"] = "int64"
     (bundle / "bundle.json").write_text(json.dumps(description))
-    with pytest.raises(BundleError, match=f"set 'all' of 'trainable': tensor '{name}' is int64, expected float32 or"):
+    with pytest.raises(BundleError, match=f"set 'layer' of 'trainable': tensor '{name}' is int64, expected float32 or"):
         Bundle.read(bundle)
 
 

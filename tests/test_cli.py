@@ -165,7 +165,7 @@ def test_version() -> None:
         (["train", "base", "--group", "classifier:lr=much"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
         (["train", "base", "--group", "(:lr=1"], "a group's pattern must be a regular expression, got '(': missing )"),
         (["train", "base", "--group", "a:lr=-1"], "group 'a': lr must be finite and at least 0, got -1"),
-        (["prepare", "m.onnx", "-o", "out", "--trainable", "a{99999999999}"], "trainable must be a regular expression"),
+        (["prepare", "m.onnx", "-o", "out", "--train", "a{99999999999}"], "train must be a regular expression"),
         (["train", "--resume", "run", "--steps", "9"], "--steps cannot be changed by --resume"),
         (["train", "base", "--max-memory", "much"], "'much' is not a size such as 1.5G"),
         (["train", "base", "--max-memory", "1.5"], "'1.5' is not a size such as 1.5G"),
@@ -500,11 +500,19 @@ def test_what_is_frozen_is_said_and_listed(tmp_path: Path) -> None:
     assert "norm.weight (4 numbers): folded: the runtime computes node 'shift' (Add) only once" in output
     listed = good("info", tmp_path / "base", "--tensors")
     assert re.search(r"^frozen +folded 4, constant 1", listed, re.MULTILINE)
-    assert re.search(r"^fc.weight +float32 +4 x 3 +yes$", listed, re.MULTILINE)
+    assert re.search(r"^fc.weight +float32 +4 x 3 +yes \(all\)$", listed, re.MULTILINE)
     assert re.search(r"^norm.weight +float32 +4 in the graph +no \(folded: .*\)$", listed, re.MULTILINE)
     assert re.search(r"^one +float32 +1 in the graph +no \(constant: a single number\)$", listed, re.MULTILINE)
     facts = json.loads(good("info", tmp_path / "base", "--json"))
     assert facts["frozen"] == {"folded": 4, "constant": 1}
+    assert "trained: all 12" in output
+    output = good("prepare", path, "-o", tmp_path / "added", "--train", "lora:r=2,targets=fc")
+    assert "trained: lora:r=2,targets=fc 14" in output
+    assert "frozen: request 12" in output
+    listed = good("info", tmp_path / "added", "--tensors")
+    assert re.search(r"^fc.lora_A +float32 +4 x 2 +yes \(lora:r=2,targets=fc\)$", listed, re.MULTILINE)
+    assert re.search(r"^sets +lora:r=2,targets=fc 14 *$", listed, re.MULTILINE)
+    facts = json.loads(good("info", tmp_path / "base", "--json"))
     assert {tensor["name"]: tensor["elements"] for tensor in facts["frozen_tensors"]} == {"norm.weight": 4, "one": 1}
 
 

@@ -515,7 +515,7 @@ def test_weights_that_the_training_graph_does_not_read_are_frozen(tmp_path: Path
     for name, value in warm(path, data).items():
         np.testing.assert_array_equal(warm(bundle.generate_path, data)[name], value)
     with pytest.raises(pz.DeadWeightError, match=r"'value\.weight' cannot be trained \(unused"):
-        pz.prepare(path, tmp_path / "other", task="causal-lm", trainable="value")
+        pz.prepare(path, tmp_path / "other", task="causal-lm", train="value")
 
 
 def test_the_command_takes_the_issues_example(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_weights_of_recurrent_operators_are_seen(tmp_path: Path, op_type: str) -
 
 
 def test_frozen_weights_are_read_before_a_session_packs_them(tmp_path: Path) -> None:
-    bundle = pz.prepare(recurrent(tmp_path / "m", "LSTM"), tmp_path / "b", trainable=lambda name: name == "w")
+    bundle = pz.prepare(recurrent(tmp_path / "m", "LSTM"), tmp_path / "b", train="^w$")
     assert [tensor.name for tensor in bundle.tensors if not tensor.trainable] == ["W", "R", "B"]
     batch = {"x": np.ones((2, 1, 4), np.float32)}
     got = pz.load(bundle, threads=1, prepack=True).run(batch)["logits"]
@@ -206,10 +206,10 @@ def cut_by_a_fixed_shape(folder: Path, *more: TensorProto) -> Path:
 def test_weights_that_the_runtime_computes_with_once_are_frozen_by_the_command_of_the_error(tmp_path: Path) -> None:
     source = cut_by_a_fixed_shape(tmp_path, weight("head", 4, 3))
     bundle = pz.prepare(source, tmp_path / "b", loss="none")
-    with pytest.raises(pz.DeadWeightError, match=r"written to table, .* --trainable ") as caught:
+    with pytest.raises(pz.DeadWeightError, match=r"written to table, .* --train ") as caught:
         pz.load(bundle, threads=1, prepack=False)
     _, pattern, _ = str(caught.value).split("'")
-    bundle = pz.prepare(source, tmp_path / "b", loss="none", trainable=pattern, overwrite=True)
+    bundle = pz.prepare(source, tmp_path / "b", loss="none", train=pattern, overwrite=True)
     assert [tensor.name for tensor in bundle.tensors if tensor.trainable] == ["head"]
     pz.load(bundle, threads=1, prepack=False, verify="full")
 

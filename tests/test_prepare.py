@@ -32,19 +32,22 @@ from pocketzo.prepare import prepare
 
 def test_trainable_restricts(tmp_path: Path) -> None:
     path = MODELS / "bert-old.onnx"
-    by_pattern = prepare(path, tmp_path / "a", trainable=r"layer\.1\..*dense|classifier")
-    by_function = prepare(path, tmp_path / "b", trainable=lambda name: "layer.1." in name and "dense" in name)
-    assert trainable_names(by_pattern) - trainable_names(by_function) == {"classifier.weight", "classifier.bias"}
-    assert len(by_pattern.tensors) == len(by_function.tensors) == 41
+    by_pattern = prepare(path, tmp_path / "a", train=r"layer\.1\..*dense|classifier")
+    joined = prepare(path, tmp_path / "b", train=r"layer\.1\..*dense+classifier")
+    assert joined.trainable.keys() == {r"layer\.1\..*dense", "classifier"}
+    assert joined.trainable["classifier"] == ("classifier.weight", "classifier.bias")
+    assert trainable_names(by_pattern) == trainable_names(joined)
+    assert trainable_names(joined) == {name for names in joined.trainable.values() for name in names}
+    assert len(by_pattern.tensors) == len(joined.tensors) == 41
     with pytest.raises(BundleError, match="none of the 41 weights"):
-        prepare(path, tmp_path / "c", trainable="nothing like it")
+        prepare(path, tmp_path / "c", train="nothing like it")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "fault"),
     [
-        ({"trainable": "("}, ValueError, r"trainable must be a regular expression, got '\(': missing \)"),
-        ({"trainable": 5}, TypeError, "trainable must be a str, got 5"),
+        ({"train": "("}, ValueError, r"train must be a regular expression, got '\(': missing \)"),
+        ({"train": 5}, TypeError, "train must be a str, got 5"),
         ({"max_length": 0}, ValueError, "max_length"),
         ({"max_length": True}, ValueError, "max_length"),
         ({"labels": "abc"}, TypeError, "labels"),
@@ -142,7 +145,7 @@ def test_weights_of_other_float_types_are_refused(tmp_path: Path, kind: int) -> 
     with pytest.raises(BundleError, match=f"'fc.weight'.*{name}.*export the model in float32"):
         prepare(path, tmp_path / "out")
     with pytest.raises(BundleError, match=f"'fc.weight'.*{name}.*float32 or float16"):
-        prepare(path, tmp_path / "out", trainable="fc")
+        prepare(path, tmp_path / "out", train="fc")
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])

@@ -162,7 +162,7 @@ def test_a_value_that_the_model_does_not_have_is_named_before_the_first_step(tmp
     ]
     weights = [weight("table", 20, 6), weight("fc.weight", 6, 3), numpy_helper.from_array(np.array(2), "two")]
     graph = model_of(tmp_path / "model.onnx", nodes, weights, inputs=[("codes", TensorProto.INT64, ("batch", 4))])
-    model = pz.load(pz.prepare(graph, tmp_path / "bundle", trainable="fc"), threads=1)
+    model = pz.load(pz.prepare(graph, tmp_path / "bundle", train="fc"), threads=1)
     codes = np.ones((60, 4), np.int64)
     codes[17, 2] = 10
     np.savez(tmp_path / "data.npz", codes=codes, labels=np.arange(60) % 3)

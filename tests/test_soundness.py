@@ -31,7 +31,7 @@ def bundle_of(folder: Path, dtype: Any = "float32") -> pz.Bundle:
     ]
     weights = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     path = model_of(folder / "model.onnx", nodes, weights)
-    return pz.prepare(path, folder / "bundle", trainable="weight", dtype=dtype)
+    return pz.prepare(path, folder / "bundle", train="weight", dtype=dtype)
 
 
 @pytest.mark.parametrize(

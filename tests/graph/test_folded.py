@@ -81,7 +81,7 @@ def test_what_the_runtime_would_fold_is_frozen(
     """And counted, with the node as the reason; it is refused only if it was asked for."""
     path = model_of(tmp_path / "m.onnx", nodes, weights)
     with pytest.raises(DeadWeightError, match=f"{names[1]!r} .*folded.*{names[0]!r}"):
-        prepare(path, tmp_path / "out", trainable=rf"^{names[1]}$")
+        prepare(path, tmp_path / "out", train=rf"^{names[1]}$")
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
     bundle = prepare(path, tmp_path / "out")
     assert names[1] not in trainable_names(bundle)
@@ -199,7 +199,7 @@ def test_a_dead_weight_may_stay_frozen(tmp_path: Path) -> None:
         weight("fc.weight", 4, 3),
     ]
     path = model_of(tmp_path / "m.onnx", POSITIONS, weights)
-    bundle = prepare(path, tmp_path / "out", trainable="^fc")
+    bundle = prepare(path, tmp_path / "out", train="^fc")
     assert trainable_names(bundle) == {"fc.weight"}
     x = np.ones((1, 4), np.float32)
     labels = np.array([0])

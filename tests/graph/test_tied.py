@@ -125,7 +125,7 @@ def test_a_tied_weight_in_forms_that_no_node_can_read(tmp_path: Path) -> None:
         outputs=[("logits", (4, 3))],
     )
     with pytest.raises(DeadWeightError, match=r"'embedding.weight'.*'second'"):
-        prepare(path, tmp_path / "out", trainable="embedding")
+        prepare(path, tmp_path / "out", train="embedding")
     assert not (tmp_path / "out").exists()
     bundle = prepare(path, tmp_path / "out")
     assert trainable_names(bundle) == {"fc.weight"}

@@ -27,7 +27,8 @@ def tensor_lines(bundle: Bundle) -> list[str]:
     rows = [("weight", "type", "shape", "trainable")]
     for stored in bundle.tensors:
         shape = " x ".join(map(str, stored.shape)) or "scalar"
-        why = "yes" if stored.trainable else f"no ({reasons.get(stored.name, 'constant')})"
+        sets = ", ".join(stored.sets)
+        why = f"yes ({sets})" if sets else f"no ({reasons.get(stored.name, 'constant')})"
         rows.append((stored.name, stored.dtype, shape, why))
     listed = {tensor.name for tensor in bundle.tensors}
     for tensor in bundle.frozen:

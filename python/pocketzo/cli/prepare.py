@@ -9,15 +9,25 @@ from typing import Literal
 import click
 
 from pocketzo.cli.command import Command
-from pocketzo.cli.console import note, quoted, say, size_text
+from pocketzo.cli.console import fact, note, quoted, say, size_text
 from pocketzo.cli.frozen import say_frozen
 from pocketzo.cli.info import bundle_facts
-from pocketzo.cli.options import PATH, bundle_out, escapes, force_option, names, regex
+from pocketzo.cli.options import PATH, bundle_out, escapes, force_option, names
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES, PER, TASKS
 from pocketzo.prepare import prepare as prepare_bundle
 from pocketzo.tasks.registry import task_of
+from pocketzo.trainable.spec import parse
+
+
+def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
+    """Check that an option names sets."""
+    try:
+        parse(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    return value
 
 
 @click.command(cls=Command)
@@ -32,7 +42,15 @@ from pocketzo.tasks.registry import task_of
 @click.option("--labels", callback=names, metavar="A,B,...", help="Names of the classes, in the order of the logits.")
 @click.option("--max-length", type=int, metavar="TOKENS", help="Truncate texts to this many tokens.")
 @click.option(
-    "--trainable", callback=regex, metavar="REGEX", help="Allow training only of weights whose names contain a match."
+    "--train",
+    callback=_sets,
+    metavar="SET",
+    default="all",
+    show_default=True,
+    help="What is trained; the rest is frozen. Sets are joined by +. Of the weights: all, head (what follows the last "
+    "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added, as small float32 tensors: lora, or as "
+    "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B; adapter:R, a bottleneck of R units a layer; ia3, factors; "
+    "prefix:N, keys and values before those of a decoder's text. A + inside a REGEX needs brackets or a backslash.",
 )
 @click.option(
     "--dtype",
@@ -95,7 +113,7 @@ def prepare(
     tokenizer: Path | None,
     labels: list[str] | None,
     max_length: int | None,
-    trainable: str | None,
+    train: str,
     dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
     task: Literal["prompt", "causal-lm", "choice"] | None,
@@ -116,6 +134,7 @@ def prepare(
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm
+      pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora:r=8,layers=20-
       pocketzo prepare smollm2/model.onnx -o base --task prompt \\
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
@@ -126,7 +145,7 @@ def prepare(
         tokenizer=tokenizer,
         labels=labels,
         max_length=max_length,
-        trainable=trainable,
+        train=train,
         dtype=dtype,
         overwrite=force,
         loss=loss,
@@ -140,6 +159,7 @@ def prepare(
     )
     facts = bundle_facts(bundle)
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
+    say(f"trained: {fact('', facts['sets'])}")
     say_frozen(bundle)
     metrics = task_of(bundle).metrics
     if metrics:

@@ -251,6 +251,7 @@ def train(
         model = load(
             read, threads=threads, batch=first, prepack="auto" if prepack is None else prepack, max_memory=max_memory
         )
+    own: dict[str, Any] = {} if momentum is None else {"momentum": momentum}
     optimizer = METHODS[method](
         model,
         lr=_LR[method] if lr is None else lr,
@@ -263,7 +264,7 @@ def train(
         queries=queries,
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]
         subset=None if block is None else Block(block),
-        **({} if momentum is None else {"momentum": momentum}),
+        **own,
     )
     trainer = Trainer(
         model,

@@ -230,8 +230,8 @@ class Bundle:
 
     @property
     def is_fp16(self) -> bool:
-        """Whether weights are fp16."""
-        return any(tensor.trainable and tensor.dtype == "float16" for tensor in self.tensors)
+        """Whether weights are fp16, those that are trained or those beside which tensors were added."""
+        return any(tensor.dtype == "float16" for tensor in self.tensors)
 
     @property
     def model_path(self) -> Path:

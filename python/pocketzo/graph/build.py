@@ -39,11 +39,22 @@ class Builder:
         """Add a node with one output of the same name."""
         name = unique(f"{self.prefix}{kind}", self._taken) if name is None else name
         node = ir.node(kind, inputs, attributes, domain=domain, outputs=[ir.Value(name=name)], name=name)
+        self._insert(node)
+        return node.outputs[0]
+
+    def _insert(self, node: ir.Node) -> None:
         if self.before is None:
             self.graph.append(node)
         else:
             self.before.prepend(node)
-        return node.outputs[0]
+
+    def split(self, value: ir.Value, sizes: Sequence[int]) -> list[ir.Value]:
+        """Add a node that cuts a value along its last axis."""
+        names = [unique(f"{self.prefix}Split", self._taken) for _ in sizes]
+        outputs = [ir.Value(name=name) for name in names]
+        node = ir.node("Split", [value, self.constant(list(sizes))], {"axis": -1}, outputs=outputs, name=names[0])
+        self._insert(node)
+        return outputs
 
     def constant(self, value: float | Sequence[int] | Array) -> ir.Value:
         """Add a Constant node: float32 for a float, int64 for integers. Initializers are kept for parameters."""

@@ -23,6 +23,7 @@ from pocketzo.graph.language import LOGITS, LanguageGraph, check_scores
 from pocketzo.graph.opset import too_old
 from pocketzo.graph.probe import index_limits, made_up_batches
 from pocketzo.graph.read import CONVERTED, describe
+from pocketzo.graph.real_tokens import caches_of, cut_front, draw_tokens, put_in_front
 from pocketzo.graph.sessions import open_graph, open_source
 
 Array = NDArray[Any]
@@ -141,7 +142,12 @@ def check_same_function(origin: Origin, bundle: Bundle, outputs: Mapping[str, st
 
 
 def check_language_graphs(
-    origin: Origin, bundle: Bundle, outputs: list[str], graph: LanguageGraph, probe: Probe | None
+    origin: Origin,
+    bundle: Bundle,
+    outputs: list[str],
+    graph: LanguageGraph,
+    probe: Probe | None,
+    front: tuple[int, ...] = (),
 ) -> Probe:
     """Check that both graphs of a language model's bundle compute what their source computes, as above.
 
@@ -159,6 +165,8 @@ def check_language_graphs(
         The training graph.
     probe : dict of str to ndarray or None
         As above.
+    front : tuple of int
+        Tokens that the bundle has in front of each text: the source reads them.
 
     Returns
     -------
@@ -172,7 +180,7 @@ def check_language_graphs(
     """
     if bundle.generation is None:
         outputs = [LOGITS]
-    runs = _checked_runs(origin, bundle, outputs, probe)
+    runs = _checked_runs(origin, bundle, outputs, probe, front)
     if bundle.generation is not None:
         session = open_graph(origin.path, bundle.generate_path)
         for batch, expected in zip(runs.batches, runs.values, strict=True):
@@ -193,9 +201,18 @@ def check_language_graphs(
     return check_probe({value.name: feed[value.name] for value in bundle.inputs}, bundle.inputs)
 
 
-def _checked_runs(origin: Origin, bundle: Bundle, outputs: list[str], probe: Probe | None) -> _Runs:
+def begin_as_tokens(origin: Origin, count: int) -> tuple[tuple[int, ...], dict[str, Array]]:
+    """Return tokens, and their keys and values, float32 [heads, tokens, size], by the names of the source's caches."""
+    session = _open_source(origin)
+    tokens = draw_tokens(session, origin.inputs, count)
+    return tokens, caches_of(session, origin.inputs, tokens)
+
+
+def _checked_runs(
+    origin: Origin, bundle: Bundle, outputs: list[str], probe: Probe | None, front: tuple[int, ...] = ()
+) -> _Runs:
     """Run the source, and check that what it computes can be compared."""
-    runs = _run_source(origin, outputs, probe)
+    runs = _run_source(origin, outputs, probe, front)
     if bundle.is_fp16:
         _check_range(origin, runs.batches)
     if runs.random:
@@ -225,10 +242,12 @@ class _Runs(NamedTuple):
     random: list[str]
 
 
-def _run_source(origin: Origin, outputs: list[str], probe: Probe | None) -> _Runs:
+def _run_source(origin: Origin, outputs: list[str], probe: Probe | None, front: tuple[int, ...]) -> _Runs:
     session = _open_source(origin)
 
     def run(batch: Probe) -> dict[str, Array]:
+        if front:
+            return cut_front(_run(session, outputs, put_in_front(batch, front)), len(front))
         return _run(session, outputs, batch)
 
     if probe is not None:

@@ -90,9 +90,22 @@ def keep_only(model: ir.Model, outputs: Sequence[ir.Value], inputs: Collection[s
     graph = model.graph
     graph.outputs[:] = outputs
     common.RemoveUnusedNodesPass()(model)
+    _return_pasts(graph)
     for value in tuple(graph.inputs):
         if value.name not in inputs and not value.uses():
             graph.inputs.remove(value)
+
+
+def _return_pasts(graph: ir.Graph) -> None:
+    """Name the caches that an Attention returns: onnxruntime 1.32 computes none with a past, unless it returns it."""
+    taken = value_names(graph)
+    for node in graph:
+        past = node.inputs[4] if node.op_type == "Attention" and not node.domain and len(node.inputs) > 4 else None
+        made = None if past is None else past.producer()
+        if made is not None and made.op_type == "Concat":  # and not an empty past
+            node.resize_outputs(max(3, len(node.outputs)))
+            for value in node.outputs[1:3]:
+                value.name = value.name or unique(f"{node.outputs[0].name}.present", taken)
 
 
 def _tokens_of(inputs: Collection[ir.Value]) -> list[int | str]:

@@ -1,8 +1,9 @@
-"""Choose the weights that are trained, and count all others, each with the reason."""
+"""The weights that can be trained, and a count of all others, each with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -14,8 +15,8 @@ from pocketzo.graph.weight import Weight
 UNASKED = "request"
 
 
-def choose(graph: ir.Graph, weights: Sequence[Weight], wanted: Callable[[str], bool] | None) -> set[str]:
-    """Return the names of the trainable weights.
+def able_weights(graph: ir.Graph, weights: Sequence[Weight]) -> list[Weight]:
+    """Return the weights that can be trained.
 
     Parameters
     ----------
@@ -23,15 +24,11 @@ def choose(graph: ir.Graph, weights: Sequence[Weight], wanted: Callable[[str], b
         As :func:`extract_weights` leaves it.
     weights : sequence of Weight
         All that it returned.
-    wanted : callable, optional
-        Selects weights by name. By default all that can be trained are.
 
     Raises
     ------
     BundleError
-        There are none, or `wanted` selects none, or one of a type that cannot be trained.
-    DeadWeightError
-        `wanted` selects a weight of which the runtime would not see changes.
+        There are none.
     """
     parameters = [weight for weight in weights if weight.parameter]
     able = [weight for weight in parameters if weight.frozen is None]
@@ -42,23 +39,33 @@ def choose(graph: ir.Graph, weights: Sequence[Weight], wanted: Callable[[str], b
         for weight in parameters[:1]:
             message += f" ({weight.name!r}: {weight.frozen}); export the model in {_remedy(str(weight.frozen))}"
         raise BundleError(message)
-    if wanted is None:
-        return {weight.name for weight in able}
-    chosen = [weight for weight in parameters if wanted(weight.name)]
+    return able
+
+
+def check_able(pattern: str, chosen: Sequence[Weight], able: Sequence[Weight], weights: Sequence[Weight]) -> None:
+    """Check that a regular expression selects weights, and only those that can be trained.
+
+    Raises
+    ------
+    BundleError
+        It selects none, or one of a type that cannot be trained.
+    DeadWeightError
+        It selects a weight of which the runtime would not see changes.
+    """
     if not chosen:
-        other = next((weight for weight in weights if wanted(weight.name)), None)
+        other = next((weight for weight in weights if re.search(pattern, weight.name)), None)
         frozen = f"; {other.name!r} is frozen ({other.frozen})" if other is not None else ""
         raise BundleError(
-            f"'trainable' matches none of the {len(able)} weights that can be trained, such as {able[0].name!r}{frozen}"
+            f"train={pattern!r} matches none of the {len(able)} weights that can be trained, such as "
+            f"{able[0].name!r}{frozen}"
         )
     for weight in chosen:
         if weight.frozen is not None:
             error = BundleError if weight.frozen.startswith("type") else DeadWeightError
             raise error(
-                f"weight {weight.name!r} cannot be trained ({weight.frozen}); leave it out of 'trainable', or export "
-                f"the model in {_remedy(weight.frozen)}"
+                f"weight {weight.name!r} cannot be trained ({weight.frozen}); leave it out of train={pattern!r}, or "
+                f"export the model in {_remedy(weight.frozen)}"
             )
-    return {weight.name for weight in chosen}
 
 
 def _remedy(reason: str) -> str:

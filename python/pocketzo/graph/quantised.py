@@ -71,6 +71,11 @@ def _offsets(node: ir.Node) -> Iterator[Use]:
                     yield rows, 0
 
 
+def offsets_of(node: ir.Node) -> set[ir.Node]:
+    """Return the nodes that compute what is added to a quantised product for the offsets of its blocks."""
+    return {other for other, _ in _offsets(node)}
+
+
 def _producer(value: ir.Value | None) -> ir.Node | None:
     return None if value is None else value.producer()
 

@@ -16,8 +16,9 @@ from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
 from pocketzo.packages import require
-from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names, name_filter
+from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
+from pocketzo.trainable.spec import Prefix, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +33,7 @@ def prepare(
     tokenizer: str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
-    trainable: str | Callable[[str], bool] | None = None,
+    train: str = "all",
     dtype: Literal["float32", "float16"] | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
     task: Literal["prompt", "causal-lm", "choice"] | None = None,
@@ -92,10 +93,24 @@ def prepare(
         The names of the classes, as many as the logits have.
     max_length : int, optional
         Texts are truncated to this number of tokens.
-    trainable : str or callable, optional
-        Selects the trainable weights: a regular expression that is searched for in their names, or a predicate of the
-        name. By default all tensors that operators use as weights are trainable, if the runtime sees their changes:
-        matrices, embedding tables, biases and scales. All others are counted in :attr:`Bundle.frozen`, with the reason.
+    train : str
+        What is trained: sets, joined by ``+``. The others of the model's tensors are counted in :attr:`Bundle.frozen`,
+        with the reason. Those that choose among its weights are
+
+        - ``all``: matrices, embedding tables, biases and scales, if the runtime sees their changes,
+        - ``bias``, ``norm``: the biases; the scales and biases of norms,
+        - ``last:K``: the last K layers; ``head``: what comes after the last layer,
+        - any other text: a regular expression that is searched for in the names of weights.
+
+        Those that add small float32 tensors, which change nothing at first unless it says so, are
+
+        - ``lora:r=8,alpha=16,targets=REGEX,layers=20-,train=AB``: matrices A [rows, r] and B [r, columns] beside
+          projections, by default those of queries and values in all layers, however they are named. `targets` is
+          searched for in the names of the projections' weights. With ``train=B``, A is frozen.
+        - ``adapter:R``: a bottleneck of R units after the feed-forward part of each layer,
+        - ``ia3``: a factor for each key, value and inner activation of a feed-forward part,
+        - ``prefix:N``: keys and values of each layer before those of a text; they begin as those of N tokens, and so
+          change something, of a decoder with caches that is prepared with a task.
     dtype : {"float32", "float16"}, optional
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
         default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
@@ -143,21 +158,25 @@ def prepare(
         those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
         written in these cases.
     DeadWeightError
-        If the runtime would not see changes of a weight that ``trainable`` selects.
+        If the runtime would not see changes of a weight that ``train`` names.
     MissingExtraError, BrokenPackageError
         If the package onnx or onnx-ir is not installed, or cannot be imported.
     TypeError, ValueError
         If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
     require("onnx", "onnx-ir")
-    from pocketzo.graph.compare import Origin, check_language_graphs, check_same_function
+    from pocketzo.graph.compare import Origin, begin_as_tokens, check_language_graphs, check_same_function
     from pocketzo.graph.extract import extract_weights, point_to_weights
     from pocketzo.graph.float16 import needs_conversion, to_float16
-    from pocketzo.graph.frozen import choose, count_frozen
+    from pocketzo.graph.frozen import count_frozen
     from pocketzo.graph.loss import add_loss
     from pocketzo.graph.read import describe, drop_provenance, read_model, to_bytes
     from pocketzo.graph.transposed import separate_transposes
+    from pocketzo.graph.weight import Weight
     from pocketzo.prepare.language import LanguageTask, check_task
+    from pocketzo.trainable.add import add
+    from pocketzo.trainable.prefix import NAME
+    from pocketzo.trainable.select import select
 
     source = Path(model)
     if not source.is_file():
@@ -171,7 +190,10 @@ def prepare(
         raise ValueError(f"max_length must be a positive integer or None, got {max_length!r}")
     if tokenizer is not None:
         check_tokenizer(Path(tokenizer))
-    wanted = name_filter(trainable)
+    parts = parse(train)
+    prefix = next((part for part in parts if isinstance(part, Prefix)), None)
+    if prefix is not None and task is None:
+        raise ValueError(f"train={prefix.text!r} is for a decoder that is prepared with a task, such as 'causal-lm'")
     words = checked_names("label_words", label_words)
     check_task(task, {"template": template, "label_words": words, "calibrate": calibrate}, loss, per)
     texts = None if calibrate is None else Path(calibrate)
@@ -199,7 +221,8 @@ def prepare(
             weights = extract_weights(onnx_model, source.parent)
             if language is not None:
                 language.mark_unread(onnx_model, weights)
-            chosen = choose(onnx_model.graph, weights, wanted)
+            sets = select(onnx_model.graph, weights, parts)
+            chosen = {name for names in sets.values() for name in names}
             frozen = count_frozen(onnx_model.graph, weights, chosen)
             weights = [weight for weight in weights if not weight.inline]
             drop_provenance(onnx_model)
@@ -207,6 +230,7 @@ def prepare(
             if converted:
                 onnx_model = to_float16(onnx_model, weights)
             separate_transposes(onnx_model)
+            added = add(onnx_model, parts)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             generating = onnx_model.clone() if language is not None and language.graph.causal else None
             if language is None:
@@ -227,9 +251,19 @@ def prepare(
         except (BundleError, DeadWeightError) as error:
             raise type(error)(f"{source}: {error}") from None
         given = None if probe is None else given_probe(probe, origin.inputs, inputs)
+        front: tuple[int, ...] = ()
+        if prefix is not None:
+            front, starts = begin_as_tokens(origin, prefix.tokens)
+            for tensor in added:
+                tensor.fill = starts.get(tensor.name.removeprefix(NAME), tensor.fill)
 
         if generating is None and language is not None:
             weights = [weight for weight in weights if weight.name in onnx_model.graph.initializers]
+        ids = tensor_ids([*(weight.name for weight in weights), *(tensor.name for tensor in added)])
+        weights += [Weight(tensor.name, tensor.initial(ids[tensor.name])) for tensor in added]
+        for tensor in added:
+            if tensor.trained:
+                sets.setdefault(tensor.part, []).append(tensor.name)
         write(
             folder / WEIGHTS,
             ((weight.name, weight.array) for weight in weights),
@@ -244,7 +278,6 @@ def prepare(
             generation = language.write_generation(folder, to_bytes(generating))
         if tokenizer is not None:
             copy_file(Path(tokenizer), folder / TOKENIZER)
-        ids = tensor_ids(entries)
         bundle = Bundle(
             path=folder,
             tensors=tuple(
@@ -253,11 +286,11 @@ def prepare(
                     ids[weight.name],
                     weight.dtype.name,
                     weight.array.shape,
-                    sets=("all",) if weight.name in chosen else (),
+                    sets=tuple(part.text for part in parts if weight.name in sets[part.text]),
                 )
                 for weight in weights
             ),
-            frozen=frozen,
+            frozen=(*frozen, *(tensor.frozen for tensor in added if not tensor.trained)),
             inputs=inputs,
             outputs=outputs,
             loss=found.output,
@@ -275,7 +308,7 @@ def prepare(
             names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
             batch = check_same_function(origin, bundle, names, given)
         else:
-            batch = check_language_graphs(origin, bundle, kept, language.graph, given)
+            batch = check_language_graphs(origin, bundle, kept, language.graph, given, front)
         write_probe(folder / PROBE, batch)
         bundle = replace(bundle, probe=batch)
         bundle.write_description()

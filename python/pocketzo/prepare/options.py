@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pocketzo.arguments import compile_pattern
 from pocketzo.errors import BundleError
 from pocketzo.tasks.base import is_column
 
@@ -20,14 +19,6 @@ TASKS: Final = ("prompt", "causal-lm", "choice")
 """The tasks of language models, for which it derives a training graph."""
 PER: Final = ("sum", "token")
 """What the log-likelihood of a choice is: that of all its tokens, or its mean over them."""
-
-
-def name_filter(trainable: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
-    """Return the predicate that selects trainable weights by name."""
-    if trainable is None or callable(trainable):
-        return trainable
-    pattern = compile_pattern("trainable", trainable)
-    return lambda name: pattern.search(name) is not None
 
 
 def checked_names(option: str, names: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -131,7 +131,7 @@ def _not_seen(dead: tuple[str, ...], trained: int) -> str:
     if len(dead) == trained:
         return f"{text}. No other weight is left to train; export the model in another form"
     left = "|".join(map(re.escape, dead)) if len(dead) <= 5 else "..."
-    return f"{text}. Freeze them: prepare the model with --trainable '^(?!({left})$)'"
+    return f"{text}. Freeze them: prepare the model with --train '^(?!({left})$)'"
 
 
 def _compare(model: Model, batches: list[Probe], expected: Outputs) -> tuple[bool, bool]:
