@@ -81,7 +81,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         blocks(path, path, int(bits), "MatMul")
         logging.disable(logging.NOTSET)
     add_lora(path)
-    pz.prepare(path, folder / "bundle", task="causal-lm", trainable=r"lora|layers\.1\.input_layernorm")
+    pz.prepare(path, folder / "bundle", task="causal-lm", train=r"lora|layers\.1\.input_layernorm")
     return folder / "bundle"
 
 
