@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from machine import machine
+from machine import Run
 
 import pocketzo as pz
 from pocketzo.runtime.decoder import Decoder
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    run = Run()
     bundle = pz.Bundle.read(args.bundle)
 
     programs: dict[str, Continue] = {
@@ -166,9 +167,8 @@ def main() -> None:
             "same tokens as pocketzo": all(tokens == results["pocketzo"][0][2] for _, _, tokens in rounds),
         }
         print(f"{name:30}", ", ".join(f"{key} {value}" for key, value in rows[name].items()))
-    if args.json:
-        facts = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens, "threads": args.threads}
-        args.json.write_text(json.dumps({"machine": machine(), "settings": facts, "rows": rows}, indent=1) + "\n")
+    facts = {"prompt_tokens": args.prompt_tokens, "tokens": args.tokens, "threads": args.threads}
+    run.finish(facts | {"rows": rows}, args.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     versions = {"python": platform.python_version()}
-    for package in ("pocketzo", "numpy", "onnxruntime", "torch", "mkl_random", "mkl"):
+    for package in ("pocketzo", "numpy", "onnxruntime", "torch", "mkl_random", "mkl", "onnxruntime-genai"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

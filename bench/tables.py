@@ -357,6 +357,58 @@ def paper_table(report: Report) -> list[str]:
     ]
 
 
+STEP_TARGET, MEMORY_TARGET = 1.10, 250  # times two forwards; MB above the weights
+GENERATION_TARGET = 0.8  # of the faster peer
+
+
+def language_table(report: Report) -> list[str]:
+    results = report["results"]
+    names = {"forwards": "two forwards, onnxruntime's defaults", "prepacked": "step", "plain": "step, plain layout"}
+    body = []
+    for system, name in names.items():
+        row = results[system]
+        ratio, more = f"{row['seconds_ratio']:.2f}", (row["peak"] - results["weights"]) / 1e6
+        memory = f"weights + {more:.0f} MB"
+        if system == "prepacked":
+            ratio += f" ({verdict(row['seconds_ratio'], STEP_TARGET, at_most=True)})"
+            memory += f" ({verdict(more, MEMORY_TARGET, at_most=True, unit=' MB')})"
+        body.append([name, seconds(row["seconds"]), ratio, f"{row['cpu_ratio']:.2f}", memory])
+    return [
+        caption(report),
+        "",
+        f"SmolLM2-135M, float32, all parameters, {results['batch'].replace('x', ' x ')} tokens, every one of which "
+        f"counts, {results['threads']} thread{'s' if results['threads'] > 1 else ''}; weights "
+        f"{results['weights'] / 1e6:.0f} MB. Medians of rounds.",
+        "",
+        *markdown(["", "seconds", "/ two forwards", "the same in CPU time", "peak memory"], body),
+    ]
+
+
+def generation_table(report: Report) -> list[str]:
+    rows = report["results"]["rows"]
+    speed = {name: row["tokens a second"] for name, row in rows.items()}
+    fastest = max((value for name, value in speed.items() if not name.startswith("pocketzo")), default=None)
+    body = []
+    for name, row in rows.items():
+        ratio = f"{speed[name] / fastest:.2f}" if fastest else ""
+        if fastest and name.startswith("pocketzo"):
+            ratio += f" ({verdict(speed[name] / fastest, GENERATION_TARGET, at_most=False)})"
+        same = "yes" if row["same tokens as pocketzo"] else "no"
+        body.append([name, f"{row['prompt tokens a second']:.0f}", f"{speed[name]:.1f}", ratio, same])
+    about = report["results"]
+    return [
+        caption(report),
+        "",
+        f"SmolLM2-135M, float32, {about['prompt_tokens']} tokens read and {about['tokens']} generated, "
+        f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}. The best of several rounds.",
+        "",
+        *markdown(
+            ["", "tokens read a second", "generated a second", "/ the fastest peer", "the same tokens"],
+            body,
+        ),
+    ]
+
+
 def methods_table(report: Report) -> list[str]:
     cells = report["results"]["cells"]
     header, body, targets = ["", "forwards"], [], []
@@ -632,6 +684,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "cycles": (("cycles",), cycles_table),
     "fp16": (("fp16",), fp16_table),
     "paper": (("paper",), paper_table),
+    "language": (("language",), language_table),
+    "generation": (("generation",), generation_table),
 }
 
 
