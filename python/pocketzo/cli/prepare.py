@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,6 +17,7 @@ from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES, PER, TASKS
 from pocketzo.prepare import prepare as prepare_bundle
+from pocketzo.prepare.head import HEAD_ONLY, prepare_head
 from pocketzo.tasks.registry import task_of
 
 
@@ -49,10 +50,17 @@ from pocketzo.tasks.registry import task_of
 )
 @click.option(
     "--task",
-    type=click.Choice(TASKS),
+    type=click.Choice([*TASKS, *HEAD_ONLY]),
     help="Prepare a language model, as exporters write it. prompt: classify a text in a "
     "template by the word that follows, or of a masked model by the word at {mask}; causal-lm: continue texts; choice: "
-    "choose between continuations. A decoder's export is kept for generating text.  [default: as --loss says]",
+    "choose between continuations. A decoder's export is kept for generating text. With --train head: classification, "
+    "multi-label, regression, or prompt.  [default: as --loss says]",
+)
+@click.option(
+    "--train",
+    type=click.Choice(["head"]),
+    help="head: a small head beside the frozen model, which reads the outputs of its last layers. `pocketzo train` fits "
+    "it in seconds, and the tuned model ends behind the last layer that it reads.",
 )
 @click.option(
     "--template",
@@ -98,7 +106,8 @@ def prepare(
     trainable: str | None,
     dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
-    task: Literal["prompt", "causal-lm", "choice"] | None,
+    task: Any,
+    train: Literal["head"] | None,
     template: str | None,
     label_words: list[str] | None,
     calibrate: Path | None,
@@ -120,6 +129,29 @@ def prepare(
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
     check_output(output, force=force)
+    if train == "head":
+        others = {"--trainable": trainable, "--loss": loss, "--label-words": label_words, "--calibrate": calibrate}
+        if given := next((name for name, value in others.items() if value is not None), None):
+            raise click.UsageError(f"{given} is not for a side head, whose backbone is frozen")
+        bundle = prepare_head(
+            model,
+            output,
+            task=task,
+            template=template,
+            tokenizer=tokenizer,
+            labels=labels,
+            max_length=max_length,
+            dtype=dtype,
+            probe=probe,
+            note=note,
+            overwrite=force,
+        )
+        facts = bundle_facts(bundle)
+        say(f"{output}: {facts['parameters']:,} parameters, {size_text(facts['bytes'])}")
+        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
+        return
+    if task in HEAD_ONLY:
+        raise click.UsageError(f"--task {task} is for a side head: add --train head; or state the --loss")
     bundle = prepare_bundle(
         model,
         output,

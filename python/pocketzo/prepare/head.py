@@ -41,6 +41,8 @@ HEAD_TASKS: Final[Mapping[str, str]] = {
     "prompt": "cross-entropy",
 }
 """The tasks that a side head learns, and the loss of each."""
+HEAD_ONLY: Final = ("classification", "multi-label", "regression")
+"""Those of them that are none of :data:`TASKS`."""
 SET: Final = "head"
 
 

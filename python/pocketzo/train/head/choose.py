@@ -113,7 +113,7 @@ class Chooser:
         Penalties are tried from the middle on, as long as the loss falls.
         """
         x = self._pooled.basis(features).x.astype(np.float32)
-        tried = {number: losses for number, losses in zip(_MIDDLE, self._held_out(x, _MIDDLE), strict=True)}
+        tried = dict(zip(_MIDDLE, self._held_out(x, _MIDDLE), strict=True))
         while True:
             best = min(tried, key=lambda number: float(tried[number].mean()))
             more = [number for number in (best - 1, best + 1) if 0 <= number < len(PENALTIES) and number not in tried]

@@ -14,7 +14,7 @@ from pocketzo.train.head.losses import Floats
 Pooling = Literal["mean", "last"]
 
 LEAST_DEVIATION: Final = 0.02
-"""A standard deviation that is less counts as this: one feature of MiniLM has 8e-33, which no weight should divide by."""
+"""A standard deviation that is less counts as this: that of one feature of MiniLM is 8e-33."""
 _LEAST_VARIANCE: Final = 1e-12
 """Directions with a smaller share of the largest variance are left out."""
 

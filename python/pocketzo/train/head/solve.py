@@ -92,13 +92,12 @@ class _Problem:
         move, change = self._direction(gradient, value.mean, np.minimum(0.1, np.sqrt(size)) * size)
         slope = _dot(gradient, move)
         before = self._objective(value.loss, at)
+        roundings = 4 * np.finfo(before.dtype).eps * np.abs(before)
         share = np.ones_like(before)
         for _ in range(40):
             moved = Linear(at.weight + share[:, None] * move.weight, at.bias + share[:, None] * move.bias)
             loss = self._loss.at(scores + share[:, None] * change, self._targets).loss
-            rising = self._objective(loss, moved) > before + 1e-4 * share * slope + 4 * np.finfo(
-                before.dtype
-            ).eps * np.abs(before)
+            rising = self._objective(loss, moved) > before + 1e-4 * share * slope + roundings
             if not rising.any():
                 break
             share = np.where(rising, share / 2, share)
