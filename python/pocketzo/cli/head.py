@@ -85,10 +85,9 @@ def _say_choice(bundle: Bundle, fit: Fit) -> None:
     say(f"  linear probe ({probe.features.text}, penalty {probe.l2:g}): loss {probe.loss:.4f}")
     if fit.attention is not None:
         error = standard_error(fit.attention, best.losses)
-        verdict = "kept" if fit.pays else "left out"
-        say(
-            f"  attention pooling: loss {fit.attention.mean():.4f}, standard error of the difference {error:.4f}: {verdict}"
-        )
+        kept = "kept" if fit.pays else "left out"
+        loss = fit.attention.mean()
+        say(f"  attention pooling: loss {loss:.4f}, standard error of the difference {error:.4f}: {kept}")
     say(f"the tuned model runs {fit.head.layers[-1]} of {bundle.side.layers} layers")
 
 

@@ -59,8 +59,8 @@ from pocketzo.tasks.registry import task_of
 @click.option(
     "--train",
     type=click.Choice(["head"]),
-    help="head: a small head beside the frozen model, which reads the outputs of its last layers. `pocketzo train` fits "
-    "it in seconds, and the tuned model ends behind the last layer that it reads.",
+    help="head: a small head beside the frozen model, which reads the outputs of its last layers. `pocketzo train` "
+    "fits it in seconds, and the tuned model ends behind the last layer that it reads.",
 )
 @click.option(
     "--template",

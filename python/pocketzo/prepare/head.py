@@ -176,7 +176,9 @@ class _Head:
         rows = len(batch["input_ids"])
         for value in inputs:
             if value.name == "labels":
-                batch["labels"] = np.zeros([rows, *value.shape[1:]], value.dtype)
+                batch["labels"] = np.zeros(
+                    [rows, *(size for size in value.shape[1:] if isinstance(size, int))], value.dtype
+                )
         batch = {value.name: batch[value.name] for value in inputs}
         write_probe(folder / PROBE, batch)
         if self._whole.tokenizer_path is not None:

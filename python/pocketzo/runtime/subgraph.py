@@ -16,7 +16,7 @@ _LOGITS = "logits"
 
 
 def keep_values(graph: Any, names: Collection[str]) -> None:
-    """Make float32 values the outputs of a graph, and remove what they do not need; inputs stay.
+    """Make float32 values the outputs of a graph, and remove what they do not need, inputs too.
 
     Parameters
     ----------
@@ -32,7 +32,10 @@ def keep_values(graph: Any, names: Collection[str]) -> None:
     graph.output.extend(kept)
     for name in added:
         graph.output.add(name=name).type.tensor_type.elem_type = FLOAT
-    _remove_unused(graph)
+    needed = _remove_unused(graph)
+    inputs = [value for value in graph.input if value.name in needed]
+    del graph.input[:]
+    graph.input.extend(inputs)
 
 
 def keep_taps(graph: Any, layers: Sequence[int]) -> None:
@@ -50,7 +53,8 @@ def keep_taps(graph: Any, layers: Sequence[int]) -> None:
     _remove_unused(graph)
 
 
-def _remove_unused(graph: Any) -> None:
+def _remove_unused(graph: Any) -> set[str]:
+    """Remove the nodes and initializers that no output needs, and return the names of the values that are."""
     needed = {value.name for value in graph.output}
     nodes = []
     for node in reversed(graph.node):
@@ -66,6 +70,7 @@ def _remove_unused(graph: Any) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(tensors)
+    return needed
 
 
 def point_to(graph: Any, entries: Mapping[str, Entry]) -> None:

@@ -6,7 +6,7 @@ The weights of the head stay. With queries of zeros the head is that of the mean
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ _DECAY: Final = (0.9, 0.99)
 _EPSILON: Final = 1e-8
 _NEVER: Final = -1e9
 
-Singles = NDArray[np.float32]
+Singles = NDArray[np.floating[Any]]  # float32, but where gradients are checked
 
 
 class Heads(NamedTuple):

@@ -46,7 +46,8 @@ class Softmax:
     def curved(mean: Floats, change: Floats) -> Floats:
         """Return the change of the gradient with a change of the scores."""
         product = mean * change
-        return product - mean * product.sum(axis=-1, keepdims=True)
+        result: Floats = product - mean * product.sum(axis=-1, keepdims=True)
+        return result
 
     @staticmethod
     def curvature(mean: Floats) -> Floats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocketzo.train.head.losses import Floats, Loss
 
@@ -80,7 +81,7 @@ class _Problem:
         self._loss = loss
         self._squares = squares
 
-    def step(self, at: Linear, tolerance: float) -> tuple[Linear, NDArrayBool]:
+    def step(self, at: Linear, tolerance: float) -> tuple[Linear, NDArray[np.bool_]]:
         """Take a step of Newton's method; return the new point, and which problems were not solved before it."""
         scores = at.scores(self._x)
         value = self._loss.at(scores, self._targets)
@@ -107,7 +108,8 @@ class _Problem:
 
     def _objective(self, loss: Floats, at: Linear) -> Floats:
         penalty = np.square(at.weight).sum(axis=(0, 2))
-        return (self._rows[..., 0] * loss).sum(axis=0) + self._l2[:, 0] / 2 * penalty
+        total: Floats = (self._rows[..., 0] * loss).sum(axis=0) + self._l2[:, 0] / 2 * penalty
+        return total
 
     def _pulled(self, by_row: Floats, weight: Floats) -> Linear:
         """Return the gradient of the parameters from that of the scores, with the penalty's."""
@@ -145,15 +147,14 @@ class _Problem:
         return move, change
 
 
-NDArrayBool = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-
-
 def _product(x: Floats, by_problem: Floats) -> Floats:
     """Multiply a matrix by a tensor [., problems, columns]."""
-    return (x @ by_problem.reshape(len(by_problem), -1)).reshape(-1, *by_problem.shape[1:])
+    flat: Floats = x @ by_problem.reshape(len(by_problem), -1)
+    return flat.reshape(-1, *by_problem.shape[1:])
 
 
 def _dot(one: Linear, other: Linear) -> Floats:
     """Return the inner product for each problem."""
     by_weight: Floats = np.einsum("fpc,fpc->p", one.weight, other.weight)
-    return by_weight + np.einsum("pc,pc->p", one.bias, other.bias)
+    by_bias: Floats = np.einsum("pc,pc->p", one.bias, other.bias)
+    return by_weight + by_bias

@@ -86,7 +86,8 @@ class States(NamedTuple):
         states = self.taps[tap]
         if pooling == "last":
             last = self.real.shape[1] - 1 - np.argmax(self.real[:, ::-1], axis=1)
-            return states[np.arange(len(states)), last]
+            ends: NDArray[np.float32] = states[np.arange(len(states)), last]
+            return ends
         share = self.real / self.real.sum(axis=1, keepdims=True)
         mean: NDArray[np.float32] = np.matmul(share[:, None].astype(np.float32), states)[:, 0]
         return mean
