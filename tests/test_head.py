@@ -164,7 +164,7 @@ def random_head(bundle: pz.Bundle, layers: tuple[int, ...], columns: int, *, las
     def array(*shape: int) -> npt.NDArray[np.float32]:
         return random.normal(scale=0.3, size=shape).astype(np.float32)
 
-    weights = [array(size, columns) for _ in layers]
+    weights: list[npt.NDArray[np.float32]] = [array(size, columns) for _ in layers]
     return Head(layers, weights, [array(size, queries) for _ in layers], array(columns), last)
 
 

@@ -64,7 +64,8 @@ def add_side_head(
     hidden = {tap: _normalised(build, tap) for tap in taps}
     offset = _offset(build, inputs, causal=causal)
     width = columns or 2
-    total = build.parameter(BIAS, np.zeros(width, np.float32))
+    # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
+    total = build.parameter(BIAS, np.zeros((1, width), np.float32))
     found = []
     for tap, (value, size) in hidden.items():
         value.name = tap_name(tap.layer)

@@ -56,7 +56,7 @@ class Head:
 
     def tensors(self, *, causal: bool) -> dict[str, Singles]:
         """Return the parameters by the names that they have in a bundle's graph."""
-        found = {BIAS: self.bias}
+        found = {BIAS: self.bias[None]}
         if causal:
             found[LAST] = np.full(1, ONLY_LAST if self.last else 0, np.float32)
         for layer, weight, query in zip(self.layers, self.weights, self.queries, strict=True):
@@ -82,7 +82,7 @@ class Head:
                 tuple(layers),
                 [np.array(found[weight_name(layer)]) for layer in layers],
                 [np.array(found[query_name(layer)]) for layer in layers],
-                np.array(found[BIAS]),
+                np.array(found[BIAS][0]),
                 bool(found[LAST][0]),
             )
         except KeyError as error:
