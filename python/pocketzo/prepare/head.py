@@ -294,6 +294,8 @@ class _Head:
             "template": self._template,
             "label_words": [],
             "label_tokens": [],
+            "mask_token": None,
+            "calibration": None,
             "loss": loss.kind,
         }
         return TaskSpec("prompt", settings if self._labels is None else {"labels": list(self._labels), **settings})
