@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ import pytest
 from click.testing import CliRunner
 from graphs import BERTS, MODELS, TIED, run
 from onnx import TensorProto, helper, numpy_helper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import pocketzo as pz
 from pocketzo.cli.app import cli
@@ -312,6 +314,12 @@ def test_damaged_and_foreign_runs(tmp_path: Path) -> None:
 # ---- names of classes, and the commands ------------------------------------------------------------------------------
 
 
+def command(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
 def test_names_of_classes(tmp_path: Path) -> None:
     base = prepared("bert-old", tmp_path)
     path = tmp_path / "data.tsv"
@@ -326,11 +334,6 @@ def test_names_of_classes(tmp_path: Path) -> None:
 def test_the_commands(tmp_path: Path) -> None:
     data = examples(tmp_path / "data.npz")
     base, folder, out = (str(tmp_path / name) for name in ("base", "run", "tuned"))
-
-    def command(*arguments: str, code: int = 0) -> str:
-        result = CliRunner().invoke(cli, arguments)
-        assert result.exit_code == code, (result.output, result.exception)
-        return result.output
 
     model = str(MODELS / "bert-new.onnx")
     assert "add --train head" in command("prepare", model, "-o", base, "--task", "classification", code=2)
@@ -347,4 +350,35 @@ def test_the_commands(tmp_path: Path) -> None:
     assert results["eval"]["accuracy"] == pytest.approx(shown["accuracy"])
     assert "--step and --best" in command("eval", folder, "--data", str(data), "--best", code=2)
     assert "no empty folder" in command("train", base, "--data", str(data), "-o", folder, code=1)
-    shutil.rmtree(tmp_path / "tuned")
+
+
+def test_a_prompt_from_raw_text(tmp_path: Path) -> None:
+    """Three commands, with the names of the classes from the training data."""
+    names = {f"w{number}": number for number in range(decoders.VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(names, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))  # beside the model, where it is found
+    model = write_decoder("llama", tmp_path / "model.onnx")
+    random = np.random.default_rng(5)
+    lines = []
+    for number in range(60):
+        words = [f"w{one}" for one in random.integers(10, 30, 2 + number % 3)]
+        lines.append(f"{'w8' if number % 2 else 'w9'} {' '.join(words)}\t{'good' if number % 2 else 'bad'}\n")
+    (tmp_path / "train.tsv").write_text("".join(lines[:40]))
+    (tmp_path / "dev.tsv").write_text("".join(lines[40:]))
+    base, folder = str(tmp_path / "base"), str(tmp_path / "run")
+    command("prepare", str(model), "-o", base, "--train", "head", "--template", "w1 {text} w2", "--max-length", "12")
+    printed = command("train", base, "--data", str(tmp_path / "train.tsv"), "-o", folder, "--threads", "1")
+    assert "2 classes" in printed
+    command("replay", folder, "-o", str(tmp_path / "tuned"))
+    tuned = pz.Bundle.read(tmp_path / "tuned")
+    assert tuned.labels == ("bad", "good")
+    assert tuned.task is not None
+    assert tuned.task.name == "prompt"
+    data = pz.load_dataset(tmp_path / "dev.tsv", tuned)
+    assert data.lengths is not None
+    assert data.lengths.max() == 7  # 1 + 1 + 4 + 1 words
+    shown = json.loads(command("eval", str(tmp_path / "tuned"), "--data", str(tmp_path / "dev.tsv"), "--json"))
+    assert shown["accuracy"] > 0.8
+    (tmp_path / "dev.tsv").write_text("w8 w11\tugly\n")
+    assert "unknown label 'ugly'" in command("eval", folder, "--data", str(tmp_path / "dev.tsv"), code=1)

@@ -15,6 +15,7 @@ from pocketzo.data.load import load_dataset
 from pocketzo.data.names import class_names
 from pocketzo.errors import JournalError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.files import make_folder
 from pocketzo.formats.staging import is_staged, scratch_folder
 from pocketzo.machine.cores import fast
 from pocketzo.tasks.classification import Classification
@@ -48,8 +49,8 @@ def train_head(
     bundle = base if labels is None else with_labels(base, labels)
     examples = load_dataset(data, bundle, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, bundle, columns=columns)
-    output.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(output) as scratch, err.status("loading") as status:
+    make_folder(output.resolve().parent)
+    with scratch_folder(output.resolve().parent) as scratch, err.status("loading") as status:
 
         def told(stage: str, done: int, count: int, left: float | None) -> None:
             rest = "" if left is None else f", {duration(left)} left"

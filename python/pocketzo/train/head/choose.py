@@ -27,16 +27,16 @@ _FEW_TAPS: Final = 8
 
 
 def candidates(side: SideHead) -> list[Features]:
-    """Return what a head may read: taps in a row, and for a decoder the last token of one layer too."""
+    """Return what a head may read: taps in a row, and of a decoder their last tokens, too."""
     layers = [tap.layer for tap in side.taps]
     few = len(layers) <= _FEW_TAPS
-    widths = [width for width in (_WIDTHS if few else (1, 4)) if width <= len(layers)]
-    found = [
-        Features(tuple(layers[at : at + width]), "mean")
-        for width in widths
+    poolings: tuple[Pooling, ...] = ("mean", "last") if side.causal else ("mean",)
+    return [
+        Features(tuple(layers[at : at + width]), pooling)
+        for pooling in poolings
+        for width in (_WIDTHS if few else (1, 4))
         for at in range(0, len(layers) - width + 1, 1 if few or width == 1 else 2)
     ]
-    return found + [Features((layer,), "last") for layer in layers if side.causal]
 
 
 def folds_of(labels: NDArray[np.int64] | None, rows: int, seed: int) -> NDArray[np.int64]:

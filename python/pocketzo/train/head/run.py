@@ -15,9 +15,10 @@ from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import MODEL, WEIGHTS, Bundle, TaskSpec, TensorSpec, tensor_ids
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.fields import FieldError, Fields
-from pocketzo.formats.files import copy_file, write_file
+from pocketzo.formats.files import copy_file, make_folder, write_file
 from pocketzo.formats.probe import PROBE
 from pocketzo.formats.safetensors import file_sha256, header_bytes, map_tensors, read_header, write
+from pocketzo.formats.staging import staged_folder
 from pocketzo.machine.paths import local_path, portable_path
 from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.subgraph import keep_taps, point_to, set_columns
@@ -78,11 +79,14 @@ class HeadRun:
         )
 
     def write(self, folder: Path, head: Head) -> None:
-        """Write the files of a run; the record comes last."""
-        folder.mkdir(parents=True, exist_ok=True)
-        head.save(folder / PARAMETERS)
-        fields = {"format": FORMAT, "version": VERSION, "head_sha256": file_sha256(folder / PARAMETERS), **asdict(self)}
-        write_file(folder / RECORD, f"{json.dumps(fields, indent=1, ensure_ascii=False)}\n".encode())
+        """Write the folder of a run, new or in the place of an empty one."""
+        target = folder.resolve()
+        make_folder(target.parent)
+        with staged_folder(target, (RECORD, PARAMETERS), replace=True) as staged:
+            head.save(staged / PARAMETERS)
+            digest = file_sha256(staged / PARAMETERS)
+            fields = {"format": FORMAT, "version": VERSION, "head_sha256": digest, **asdict(self)}
+            write_file(staged / RECORD, f"{json.dumps(fields, indent=1, ensure_ascii=False)}\n".encode())
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Self, Head]:
