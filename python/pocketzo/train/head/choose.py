@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import DataError
 from pocketzo.formats.side import SideHead
 from pocketzo.train.head.losses import Floats
-from pocketzo.train.head.pooled import Basis, Features, Pooled
+from pocketzo.train.head.pooled import Basis, Features, Pooled, Pooling
 from pocketzo.train.head.solve import Linear, solve
 from pocketzo.train.head.targets import Targets
 

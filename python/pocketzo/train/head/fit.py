@@ -37,7 +37,7 @@ class Fit:
     ----------
     head : Head
     probe : Head
-        On the last layer alone, the mean over the tokens: the linear probe.
+        On the last layer alone, without attention pooling: the linear probe. Of a decoder, whichever pooling is better.
     trials : list of Trial
         All choices of taps, the best first.
     probe_trial : Trial
@@ -93,7 +93,7 @@ class Fitter:
         choices = candidates(self._side)
         trials = chooser.best(choices, lambda done: self._told("cross-validation", done, len(choices), None))
         best = trials[0]
-        probe = next(one for one in trials if one.features == Features((self._layers[-1],), "mean"))
+        probe = next(one for one in trials if one.features.layers == (self._layers[-1],))
         heads = self._heads(pooled, chooser, best)
         losses = None
         pays = False
