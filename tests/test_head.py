@@ -339,6 +339,9 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "add --train head" in command("prepare", model, "-o", base, "--task", "classification", code=2)
     assert "frozen" in command("prepare", model, "-o", base, "--train", "head", "--loss", "bce", code=2)
     command("prepare", model, "-o", base, "--train", "head", "--task", "classification")
+    assert "--lr is for training in steps" in command(
+        "train", base, "--data", str(data), "-o", folder, "--lr", "1", code=2
+    )
     printed = command("train", base, "--data", str(data), "--eval", str(data), "-o", folder, "--threads", "1")
     assert "linear probe" in printed
     assert "side head" in printed

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
+from click.core import ParameterSource
+
 from pocketzo._core import threads as kernel_threads
 from pocketzo.cli.console import duration, err, evaluation_table, note, out, quoted, say, size_text
-from pocketzo.data.columns import Columns
+from pocketzo.data.columns import COLUMN_ROLES, Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.names import class_names
 from pocketzo.errors import JournalError
@@ -26,6 +29,19 @@ from pocketzo.train.head.fit import Fit, Fitter
 from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun, with_labels
 
 _SHOWN = 3
+_OPTIONS = {"bundle", "data", "eval_data", "output", "seed", "threads"}
+
+
+def refuse_options_of_steps(context: click.Context) -> None:
+    """Raise an error for an option of `pocketzo train` that a head has no use for."""
+    columns = {"delimiter", *(f"{role}_column" for role in COLUMN_ROLES)}
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
+        if given and option.name not in _OPTIONS | columns:
+            raise click.UsageError(
+                f"{option.opts[-1]} is for training in steps, and a side head is fitted at once: leave it out, or name "
+                "a --method"
+            )
 
 
 def train_head(

@@ -25,7 +25,7 @@ from pocketzo.cli.console import (
     say,
     size_text,
 )
-from pocketzo.cli.head import train_head
+from pocketzo.cli.head import refuse_options_of_steps, train_head
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -227,6 +227,7 @@ def train(
             f"train by --objective, or by a function of your own in Python"
         )
     if read.side is not None and context.get_parameter_source("method") == ParameterSource.DEFAULT:
+        refuse_options_of_steps(context)
         train_head(read, data, eval_data, output, seed=seed, threads=threads, columns=columns)
         return
     check_integer("batch_size", batch_size, 1)
