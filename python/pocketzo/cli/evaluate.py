@@ -14,6 +14,7 @@ from pocketzo import kernels
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import metric_text, note, out, say
 from pocketzo.cli.generated import generated_shown
+from pocketzo.cli.head import is_head_run, tuned
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -78,7 +79,9 @@ from pocketzo.train.evaluator import all_finite
 @activation_memory_option
 @threads_option("the number of fast cores")
 @column_options
+@click.pass_context
 def evaluate(
+    context: click.Context,
     model: Path,
     data: Path,
     metrics: tuple[str, ...],
@@ -112,6 +115,12 @@ def evaluate(
         raise click.UsageError("--max-tokens needs --generate")
     if generate and templates is not None:
         raise click.UsageError("--generate and --templates belong to different tasks")
+    if is_head_run(model):
+        if step is not None or best:
+            raise click.UsageError(f"--step and --best belong to a run of steps; {model} is a head")
+        with tuned(model, base) as folder:
+            context.invoke(evaluate, **{**context.params, "model": folder, "base": None})
+        return
     run = as_run(model)
     if run is None and (step is not None or best or base is not None):
         raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")

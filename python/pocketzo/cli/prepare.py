@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -17,6 +17,7 @@ from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES, PER, TASKS
 from pocketzo.prepare import prepare as prepare_bundle
+from pocketzo.prepare.head import HEAD_ONLY, SIDE_HEAD, prepare_head
 from pocketzo.tasks.registry import task_of
 from pocketzo.trainable.spec import parse
 
@@ -50,7 +51,9 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     help="What is trained; the rest is frozen. Sets are joined by +. Of the weights: all, head (what follows the last "
     "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added, as small float32 tensors: lora, or as "
     "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B; adapter:R, a bottleneck of R units a layer; ia3, factors; "
-    "prefix:N, keys and values before those of a decoder's text. A + inside a REGEX needs brackets or a backslash.",
+    "prefix:N, keys and values before those of a decoder's text. A + inside a REGEX needs brackets or a backslash. "
+    "Alone: side-head, which reads the outputs of the last layers. `pocketzo train` fits it in seconds, and the tuned "
+    "model ends behind the last layer that it reads.",
 )
 @click.option(
     "--dtype",
@@ -67,10 +70,11 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
 )
 @click.option(
     "--task",
-    type=click.Choice(TASKS),
+    type=click.Choice([*TASKS, *HEAD_ONLY]),
     help="Prepare a language model, as exporters write it. prompt: classify a text in a "
     "template by the word that follows, or of a masked model by the word at {mask}; causal-lm: continue texts; choice: "
-    "choose between continuations. A decoder's export is kept for generating text.  [default: as --loss says]",
+    "choose between continuations. A decoder's export is kept for generating text. With --train side-head: "
+    "classification, multi-label, regression, or prompt.  [default: as --loss says]",
 )
 @click.option(
     "--template",
@@ -116,7 +120,7 @@ def prepare(
     train: str,
     dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
-    task: Literal["prompt", "causal-lm", "choice"] | None,
+    task: Any,
     template: str | None,
     label_words: list[str] | None,
     calibrate: Path | None,
@@ -133,12 +137,36 @@ def prepare(
     Examples:
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
+      pocketzo prepare minilm/model.onnx -o base --train side-head
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora:r=8,layers=20-
       pocketzo prepare smollm2/model.onnx -o base --task prompt \\
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
     check_output(output, force=force)
+    if train == SIDE_HEAD:
+        others = {"--loss": loss, "--label-words": label_words, "--calibrate": calibrate}
+        if given := next((name for name, value in others.items() if value is not None), None):
+            raise click.UsageError(f"{given} is not for a side head, whose backbone is frozen")
+        bundle = prepare_head(
+            model,
+            output,
+            task=task,
+            template=template,
+            tokenizer=tokenizer,
+            labels=labels,
+            max_length=max_length,
+            dtype=dtype,
+            probe=probe,
+            note=note,
+            overwrite=force,
+        )
+        facts = bundle_facts(bundle)
+        say(f"{output}: {facts['parameters']:,} parameters, {size_text(facts['bytes'])}")
+        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
+        return
+    if task in HEAD_ONLY:
+        raise click.UsageError(f"--task {task} is for a side head: add --train side-head; or state the --loss")
     bundle = prepare_bundle(
         model,
         output,

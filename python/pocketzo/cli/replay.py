@@ -8,6 +8,7 @@ import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, say
+from pocketzo.cli.head import is_head_run, write_tuned
 from pocketzo.cli.options import PATH, base_option, best_option, bundle_out, force_option, step_option
 from pocketzo.cli.prepare import check_output
 from pocketzo.cli.runs import chosen_step
@@ -29,8 +30,14 @@ def replay(run: Path, output: Path, step: int | None, best: bool, base: Path | N
     Example:
       pocketzo replay runs/first -o tuned --best
     """
-    past = Run(run)
     check_output(output, force=force)
+    if is_head_run(run):
+        if step is not None or best:
+            raise click.UsageError(f"--step and --best belong to a run of steps; {run} is a head")
+        write_tuned(run, output, bundle=base, overwrite=force)
+        say(f"{output}: the bundle with the head of {run}")
+        return
+    past = Run(run)
     if past.notice:
         note(f"note: {past.notice}")
     number = chosen_step(past, step, best)

@@ -26,6 +26,7 @@ from pocketzo.cli.console import (
     say,
     size_text,
 )
+from pocketzo.cli.head import refuse_options_of_steps, train_head
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -231,6 +232,10 @@ def train(
             f"{bundle}: the bundle has no loss to train by: prepare the model with --loss cross-entropy, bce or mse, "
             f"train by --objective, or by a function of your own in Python"
         )
+    if read.side is not None and context.get_parameter_source("method") == ParameterSource.DEFAULT:
+        refuse_options_of_steps(context)
+        train_head(read, data, eval_data, output, seed=seed, threads=threads, columns=columns)
+        return
     check_integer("batch_size", batch_size, 1)
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)

@@ -168,6 +168,11 @@ class Dataset:
             found.append(int(self.label_ids.argmax()))
         return found
 
+    @property
+    def label_values(self) -> NDArray[Any] | None:
+        """The labels of examples, of any kind: shape [n], or [n, columns]; None if there are none."""
+        return self._labels
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of tokens, padding, other inputs and labels; independent of the file and its format."""

@@ -43,14 +43,15 @@ labels must be names.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pocketzo.errors import DataError
 
 if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle
+    from pocketzo.tasks.base import Task
 from pocketzo.data.columns import Columns
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.examples import Problems, examples_of
@@ -111,25 +112,35 @@ def load_dataset(
         match path.suffix.lower():
             case ".npz":
                 return read_npz(path, task, columns, require_labels)
-            case ".jsonl":
-                records = read_jsonl(path)
-            case ".tsv":
-                rows = read_tsv(path, columns.delimiter or "\t")
-                records = with_columns(rows, columns, task, require_labels)
-            case ".csv":
-                rows = read_csv(path, columns.delimiter or ",")
-                records = with_columns(rows, columns, task, require_labels)
             case ".txt" if isinstance(task, CausalLM):
                 return tokenise_windows(path, task, Problems(str(path), "line"))
-            case suffix:
-                more = ", .txt" if isinstance(task, CausalLM) else ""
-                raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv{more} or .npz")
+        records = records_of(path, task, columns, require_labels)
         problems = Problems(str(path), "line")
         return tokenise(examples_of(records, task, columns, require_labels, problems), task, problems)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: damaged {error.encoding.upper()}: {error.reason}") from None
+
+
+def records_of(path: Path, task: Task, columns: Columns, require_labels: bool) -> Iterator[tuple[int, Any]]:
+    """Yield the number of each line of a text file and its values by column, or the reason why it has none.
+
+    Raises
+    ------
+    DataError
+        The file is of an unknown kind.
+    """
+    match path.suffix.lower():
+        case ".jsonl":
+            return read_jsonl(path)
+        case ".tsv":
+            return with_columns(read_tsv(path, columns.delimiter or "\t"), columns, task, require_labels)
+        case ".csv":
+            return with_columns(read_csv(path, columns.delimiter or ","), columns, task, require_labels)
+        case suffix:
+            more = ", .txt" if isinstance(task, CausalLM) else ""
+            raise DataError(f"{path}: unknown kind of file {suffix!r}: expected .jsonl, .tsv, .csv{more} or .npz")
 
 
 def encode_texts(texts: Iterable[str], bundle: Bundle) -> Dataset:

@@ -32,6 +32,7 @@ from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import sweep
 
 FORMAT: Final = "pocketzo-bundle"
@@ -144,6 +145,8 @@ class Bundle:
         The probing batch, with an array for each input; None if the bundle has none.
     generation : Generation or None
         What generating text needs; None if the model generates none.
+    side : SideHead or None
+        The layers that a side head reads; None if the graph has no side head.
     """
 
     path: Path
@@ -161,6 +164,7 @@ class Bundle:
     header_sha256: str
     probe: Probe | None = field(default=None, compare=False, repr=False)
     generation: Generation | None = None
+    side: SideHead | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -267,6 +271,7 @@ class Bundle:
             "tokenizer": self.tokenizer,
             "probe": None if self.probe is None else PROBE,
             "generation": None if self.generation is None else self.generation.described(),
+            **({} if self.side is None else {"side": self.side.described()}),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -295,6 +300,7 @@ class Bundle:
             inputs = _values(fields, "inputs", _NUMPY)
             outputs = _values(fields, "outputs")
             generation = fields.optional_object("generation")
+            side = fields.object("side") if "side" in values else None
             return cls(
                 path=path,
                 tensors=_tensors(fields),
@@ -311,6 +317,7 @@ class Bundle:
                 header_sha256=fields.sha256("header_sha256"),
                 probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
                 generation=None if generation is None else Generation.parse(generation),
+                side=None if side is None else SideHead.parse(side),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None

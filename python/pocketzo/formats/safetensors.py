@@ -122,6 +122,17 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
     return {name: entry for name, entry in entries.items() if not name.startswith(PADDING)}
 
 
+def map_tensors(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
+    """Return the tensors of a file as read-only views of it, in the order of the bytes; see :func:`read_header`."""
+    path = Path(path)
+    entries = read_header(path)
+    data = np.memmap(path, np.uint8, "r")
+    return {
+        name: data[entry.start : entry.stop].view(np.dtype(DTYPES[entry.dtype]).newbyteorder("<")).reshape(entry.shape)
+        for name, entry in entries.items()
+    }
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Iterable[tuple[str, npt.NDArray[Any]]],

@@ -67,6 +67,22 @@ def open_constant(graph: Path, threads: int) -> ort.InferenceSession:
         raise _refused(graph, error) from error.__cause__
 
 
+def open_bytes(model: bytes, folder: Path, threads: int) -> ort.InferenceSession:
+    """Create a session as :func:`open_constant` does, of a graph in memory over the weights in a folder.
+
+    Raises
+    ------
+    BundleError
+        onnxruntime refuses the graph.
+    """
+    options = _options({}, threads, _LEVEL)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(folder))
+    try:
+        return _create(model, options, [])
+    except NotPrepackableError as error:
+        raise _refused(folder, error) from error.__cause__
+
+
 def open_with_constants(
     bundle: Bundle, model: bytes, values: Mapping[str, ort.OrtValue], threads: int
 ) -> ort.InferenceSession:

@@ -1,0 +1,122 @@
+"""Add a side head to a graph: scores from the outputs of several layers, each pooled over the tokens.
+
+For each tap, hidden states h [batch, sequence, hidden] are weighted by a = softmax over the tokens of
+h @ query / sqrt(hidden), and add the sum over the tokens of a * (h @ weight) to the scores. With a query of zeros a is
+the mean over the tokens. The scores are summed tap by tap, so that a graph that ends earlier is a part of this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from pocketzo.errors import BundleError
+from pocketzo.formats.side import BIAS, LAST, SideTap, queries_of, query_name, sum_name, tap_name, weight_name
+from pocketzo.graph.build import Builder
+from pocketzo.graph.decoder import MASK, TOKENS, keep_only
+from pocketzo.graph.loss import RESERVED, Loss, add_loss
+from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.read import shape_of
+from pocketzo.graph.taps import Tap
+
+LOGITS: Final = "logits"
+_FAR: Final = 1e9
+_EPSILON: Final = 1e-6
+
+
+def add_side_head(
+    model: ir.Model, taps: Sequence[Tap], columns: int | None, kind: str, *, causal: bool
+) -> tuple[Loss, tuple[SideTap, ...]]:
+    """Replace what a graph computes by the scores of a side head, and their loss.
+
+    Parameters
+    ----------
+    model : Model
+        Changed in place. Its outputs become ``logits``, float32 [batch, columns], and ``loss``; its inputs are those
+        that it had, and ``labels``. The head's parameters are initializers, all zero.
+    taps : sequence of Tap
+        From the first layer to the last.
+    columns : int or None
+        Scores of an example; None if the training data says how many classes there are: then there is room for two.
+    kind : str
+        The loss, as :func:`add_loss` takes it.
+    causal : bool
+        Whether the last token has seen all others: then there is the parameter :data:`LAST`, which is added to its
+        attention before the Softmax.
+
+    Returns
+    -------
+    Loss
+    tuple of SideTap
+
+    Raises
+    ------
+    BundleError
+        The graph has no mask.
+    """
+    graph = model.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    _free_names(graph)
+    build = Builder(graph, "pocketzo.side.")
+    hidden = {tap: _normalised(build, tap) for tap in taps}
+    offset = _offset(build, inputs, causal=causal)
+    width = columns or 2
+    # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
+    total = build.parameter(BIAS, np.zeros((1, width), np.float32))
+    found = []
+    for tap, (value, size) in hidden.items():
+        value.name = tap_name(tap.layer)
+        query = build.parameter(query_name(tap.layer), np.zeros((size, queries_of(width)), np.float32))
+        weight = build.parameter(weight_name(tap.layer), np.zeros((size, width), np.float32))
+        scores = build.op("Mul", build.op("MatMul", value, query), build.constant(size**-0.5))
+        attention = build.op("Softmax", build.op("Add", scores, offset), axis=1)
+        by_token = build.op("Mul", attention, build.op("MatMul", value, weight))
+        pooled = build.op("ReduceSum", by_token, build.constant([1]), keepdims=0)
+        total = build.op("Add", total, pooled, name=sum_name(tap.layer))
+        found.append(SideTap(tap.layer, size))
+    logits = build.op("Identity", total, name=LOGITS)
+    rows = shape_of(inputs[TOKENS]) or ["batch"]
+    build.output(logits, ir.DataType.FLOAT, [rows[0], columns or "classes"])
+    keep_only(model, [logits], inputs.keys() - {"positions", "targets", *RESERVED})
+    return add_loss(model, kind), tuple(found)
+
+
+def _normalised(build: Builder, tap: Tap) -> tuple[ir.Value, int]:
+    """Return a tap in float32, divided by its root mean square unless the graph normalises it, and its size."""
+    value = build.op("Cast", tap.value, to=ir.DataType.FLOAT)
+    size = tap.size
+    if not tap.normalised:
+        squares = build.op("ReduceSum", build.op("Mul", value, value), build.constant([-1]), keepdims=1)
+        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / size)), build.constant(_EPSILON))
+        value = build.op("Div", value, build.op("Sqrt", mean))
+    return value, size
+
+
+def _offset(build: Builder, inputs: dict[str, ir.Value], *, causal: bool) -> ir.Value:
+    """Return what is added to the attention of each token, [batch, sequence, 1]: padding gets none."""
+    if MASK not in inputs or len(shape_of(inputs[MASK]) or ()) != 2:
+        raise BundleError(
+            f"a side head needs an input {MASK!r} [batch, sequence], as it pools over the tokens that are no padding: "
+            "export the model with it"
+        )
+    real = build.op("Cast", inputs[MASK], to=ir.DataType.FLOAT)
+    offset = build.op("Mul", build.op("Sub", real, build.constant(1.0)), build.constant(_FAR))
+    if causal:
+        one = build.constant([1])
+        padded = build.op("Pad", real, build.constant([0, 0, 0, 1]))
+        following = build.op("Slice", padded, one, build.constant([1 << 31]), one)
+        last = build.op("Mul", real, build.op("Sub", build.constant(1.0), following))
+        offset = build.op("Add", offset, build.op("Mul", last, build.parameter(LAST, np.zeros(1, np.float32))))
+    return build.op("Unsqueeze", offset, build.constant([-1]))
+
+
+def _free_names(graph: ir.Graph) -> None:
+    """Rename the values that have the names of inputs and outputs to come."""
+    reserved = {LOGITS, *RESERVED}
+    taken = value_names(graph) | reserved
+    for value in (value for node in graph.all_nodes() for value in node.outputs):
+        if value.name in reserved:
+            value.name = unique(f"{value.name}_in_graph", taken)

@@ -1,0 +1,302 @@
+"""Prepare a model with a side head: a frozen backbone, and a small head that reads the outputs of its last layers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from pocketzo.errors import BundleError
+from pocketzo.formats.bundle import MODEL, TOKENIZER, WEIGHTS, Bundle, TaskSpec, TensorSpec, tensor_ids
+from pocketzo.formats.bundle_writer import staged_bundle
+from pocketzo.formats.companions import Companions
+from pocketzo.formats.files import copy_file, write_file
+from pocketzo.formats.frozen import FrozenSpec
+from pocketzo.formats.probe import PROBE, Probe, write_probe
+from pocketzo.formats.safetensors import file_sha256, header_bytes, map_tensors, read_header, write
+from pocketzo.formats.side import LAST, SideHead
+from pocketzo.formats.staging import scratch_folder
+from pocketzo.packages import require
+from pocketzo.prepare.convert import prepare
+from pocketzo.prepare.options import checked_names
+from pocketzo.tasks.registry import loss_text, task_for
+from pocketzo.tasks.template import Template
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from pocketzo.graph.loss import Loss
+    from pocketzo.graph.taps import Tap
+
+HEAD_TASKS: Final[Mapping[str, str]] = {
+    "classification": "cross-entropy",
+    "multi-label": "bce",
+    "regression": "mse",
+    "prompt": "cross-entropy",
+}
+"""The tasks that a side head learns, and the loss of each."""
+HEAD_ONLY: Final = ("classification", "multi-label", "regression")
+"""Those of them that are none of :data:`TASKS`."""
+SIDE_HEAD: Final = "side-head"
+"""The name of its trainable set."""
+
+
+def prepare_head(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    template: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    labels: Sequence[str] | None = None,
+    max_length: int | None = None,
+    dtype: Literal["float32", "float16"] | None = None,
+    probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
+    note: Callable[[str], None] | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Turn a transformer into a bundle whose side head is trained.
+
+    The graph computes scores from the outputs of the layers of its last half, which are found by its structure. What it
+    computed from the last layer is removed. All its weights are frozen; the head's are zero, and are the trainable set
+    ``side-head``.
+
+    Parameters
+    ----------
+    model : path-like
+        The export of an encoder, with or without a head, or of a decoder with its cache; see :func:`prepare`.
+    out : path-like
+        The folder to write.
+    task : {"classification", "multi-label", "regression", "prompt"}, optional
+        ``"prompt"`` puts a text into a template before it is classified. By default that if there is a template, else
+        classification.
+    template : str, optional
+        For the task ``"prompt"``: contains ``{text}``.
+    tokenizer : path-like, optional
+        The model's ``tokenizer.json``; by default that beside the model.
+    labels : sequence of str, optional
+        The names of the classes. By default they are those of the training data; ``"multi-label"`` needs them.
+    max_length, dtype, probe, note, overwrite
+        See :func:`prepare`.
+
+    Raises
+    ------
+    BundleError
+        As for :func:`prepare`, or no residual stream is found in the graph.
+    ValueError
+        An option does not belong to the task, or is missing.
+    """
+    require("onnx", "onnx-ir")
+    source = Path(model)
+    if not source.is_file():
+        raise BundleError(f"{source}: no such file")
+    names = checked_names("labels", labels)
+    task = _checked(task, template, names)
+    if tokenizer is None:
+        tokenizer = Companions.of(source).tokenizer
+    out = Path(out)
+    with staged_bundle(out, overwrite=overwrite) as folder, scratch_folder(folder.parent) as scratch:
+        decoder = _is_decoder(source)
+        whole = prepare(
+            source,
+            scratch / "whole",
+            tokenizer=tokenizer,
+            max_length=max_length,
+            dtype=dtype,
+            probe=probe,
+            **({"task": "causal-lm"} if decoder else {"loss": "none"}),  # type: ignore[arg-type]
+        )
+        try:
+            _Head(whole, task, template, names).write(folder, note)
+        except BundleError as error:
+            raise BundleError(f"{source}: {error}") from None
+    return Bundle.read(out)
+
+
+def _checked(task: str | None, template: str | None, labels: Sequence[str] | None) -> str:
+    if task is None:
+        task = "classification" if template is None else "prompt"
+    if task not in HEAD_TASKS:
+        raise ValueError(f"a side head learns one of the tasks {', '.join(HEAD_TASKS)}, got {task!r}")
+    if (template is not None) != (task == "prompt"):
+        raise ValueError(f"a template belongs to the task 'prompt', which needs one; the task is {task!r}")
+    if template is not None and "mask" in Template(template).places:
+        raise ValueError("a side head reads all tokens of a prompt: leave {mask} out of the template")
+    if task == "regression" and labels is not None:
+        raise ValueError("labels are for classes, and the task 'regression' has none")
+    if labels is not None and len(labels) < 2:
+        raise ValueError(f"labels must be two or more, got {list(labels)!r}")
+    if task == "multi-label" and labels is None:
+        raise ValueError("the task 'multi-label' needs labels: their names, in the order of the scores")
+    return task
+
+
+def _is_decoder(source: Path) -> bool:
+    from pocketzo.graph.decoder import has_cache
+    from pocketzo.graph.read import read_model
+
+    try:
+        return has_cache(read_model(source).graph)
+    except BundleError as error:
+        raise BundleError(f"{source}: {error}") from None
+
+
+class _Head:
+    """Puts a side head into a bundle."""
+
+    def __init__(self, whole: Bundle, task: str, template: str | None, labels: tuple[str, ...] | None) -> None:
+        self._whole = whole
+        self._task = task
+        self._template = template
+        self._labels = labels
+
+    def write(self, folder: Path, note: Callable[[str], None] | None) -> None:
+        """Write the bundle with the head."""
+        import onnx_ir as ir
+
+        from pocketzo.graph.read import describe, to_bytes
+        from pocketzo.graph.side import add_side_head
+        from pocketzo.graph.taps import find_taps
+
+        model = ir.load(self._whole.model_path)
+        layers = find_taps(model.graph, self._probe["input_ids"].shape, lambda values: self._shapes(model, values))
+        taps = layers[max(len(layers) // 2, 1) - 1 :]
+        causal = self._is_causal(model, taps)
+        columns = 1 if self._task == "regression" else None if self._labels is None else len(self._labels)
+        loss, described = add_side_head(model, taps, columns, HEAD_TASKS[self._task], causal=causal)
+        tensors = self._move_weights(model, folder)
+        write_file(folder / MODEL, to_bytes(model))
+        inputs, outputs = (tuple(map(describe, values)) for values in (model.graph.inputs, model.graph.outputs))
+        batch = self._probe | {"labels": np.zeros(1, np.int64)}
+        rows = len(batch["input_ids"])
+        for value in inputs:
+            if value.name == "labels":
+                batch["labels"] = np.zeros(
+                    [rows, *(size for size in value.shape[1:] if isinstance(size, int))], value.dtype
+                )
+        batch = {value.name: batch[value.name] for value in inputs}
+        write_probe(folder / PROBE, batch)
+        if self._whole.tokenizer_path is not None:
+            copy_file(self._whole.tokenizer_path, folder / TOKENIZER)
+        bundle = replace(
+            self._whole,
+            path=folder,
+            tensors=tensors,
+            frozen=self._frozen(model, tensors),
+            inputs=inputs,
+            outputs=outputs,
+            loss=loss.output,
+            logits=loss.scores,
+            task=self._spec(loss, inputs, outputs),
+            graph_sha256=file_sha256(folder / MODEL),
+            base_sha256=file_sha256(folder / WEIGHTS),
+            header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
+            probe=batch,
+            generation=None,
+            side=SideHead(described, len(layers), causal),
+        )
+        bundle.write_description()
+        if note is not None:
+            note(f"side head: it reads the layers {taps[0].layer} to {taps[-1].layer} of {len(layers)}")
+            note(f"loss: {loss_text(bundle)}")
+
+    @property
+    def _probe(self) -> Probe:
+        assert self._whole.probe is not None, "prepare always keeps the batch"
+        if "input_ids" not in self._whole.probe:
+            raise BundleError("a side head needs a model that reads token ids, with an input 'input_ids'")
+        return dict(self._whole.probe)
+
+    def _run(self, model: ir.Model, values: Sequence[ir.Value], feed: Probe) -> list[NDArray[Any]]:
+        """Run the graph up to some values on a batch."""
+        from pocketzo.graph.read import to_bytes
+        from pocketzo.graph.sessions import open_graph
+
+        graph = model.graph
+        kept = list(graph.outputs)
+        path = self._whole.path / "values.onnx"
+        try:
+            graph.outputs[:] = dict.fromkeys(values)
+            write_file(path, to_bytes(model))
+            session = open_graph(path, path)
+            names = [str(value.name) for value in values]
+            taken = {value.name for value in session.get_inputs()}
+            found: list[NDArray[Any]] = session.run(names, {key: feed[key] for key in feed if key in taken})
+            return found
+        finally:
+            graph.outputs[:] = kept
+            path.unlink(missing_ok=True)
+
+    def _shapes(self, model: ir.Model, values: Sequence[ir.Value]) -> list[tuple[int, ...]]:
+        found = self._run(model, values, self._probe)
+        return [array.shape if array.dtype.kind == "f" else () for array in found]
+
+    def _is_causal(self, model: ir.Model, taps: Sequence[Tap]) -> bool:
+        """Return whether no token depends on those after it: whether another last one changes the states before it."""
+        feed = self._probe
+        if "attention_mask" in feed:  # a token behind the mask changes nothing
+            feed["attention_mask"] = np.ones_like(feed["attention_mask"])
+        ids = feed["input_ids"].copy()
+        ids[:, -1] = np.where(ids[:, -1] == ids[:, 0], ids[:, -1] + (1 if ids.max() == 0 else -1), ids[:, 0])
+        values = [taps[-1].value]
+        before, after = (self._run(model, values, given)[0] for given in (feed, feed | {"input_ids": ids}))
+        if not np.isfinite(before).all():
+            raise BundleError(f"the output of layer {taps[-1].layer} is not finite on a probing batch")
+        far = np.abs(before[:, :-1] - after[:, :-1]).max()
+        return bool(far <= 1e-4 * np.abs(before).max())
+
+    def _move_weights(self, model: ir.Model, folder: Path) -> tuple[TensorSpec, ...]:
+        """Write the weights that the graph still reads, and those of the head, and point the graph to them."""
+        import onnx_ir as ir
+
+        arrays = map_tensors(self._whole.weights_path)
+        initializers = model.graph.initializers
+        kept = {name: array for name, array in arrays.items() if name in initializers}
+        added = {name: value for name, value in initializers.items() if name.startswith("side.")}
+        new = {name: value.const_value.numpy() for name, value in added.items() if value.const_value is not None}
+        write(folder / WEIGHTS, [*kept.items(), *new.items()])
+        entries = read_header(folder / WEIGHTS)
+        for name, entry in entries.items():
+            value = initializers[name]
+            array = {**kept, **new}[name]
+            dtype = ir.DataType.from_numpy(array.dtype)
+            value.const_value = ir.ExternalTensor(
+                WEIGHTS, entry.start, entry.stop - entry.start, dtype, shape=ir.Shape(array.shape), name=name
+            )
+        ids = tensor_ids(entries)
+        learnt = new.keys() - {LAST}
+        return tuple(
+            TensorSpec(name, ids[name], array.dtype.name, array.shape, (SIDE_HEAD,) if name in learnt else ())
+            for name, array in {**kept, **new}.items()
+        )
+
+    def _frozen(self, model: ir.Model, tensors: Sequence[TensorSpec]) -> tuple[FrozenSpec, ...]:
+        """Return what is not trained: what was not, and the weights that could be."""
+        names = {*model.graph.initializers}
+        known = [spec for spec in self._whole.frozen if spec.name in names]
+        could = {spec.name for spec in self._whole.tensors if spec.trainable}
+        reason = "request: the head alone is trained"
+        return *known, *(
+            FrozenSpec(spec.name, spec.dtype, int(np.prod(spec.shape)), reason)
+            for spec in tensors
+            if spec.name in could or (not spec.trainable and spec.name.startswith("side."))
+        )
+
+    def _spec(self, loss: Loss, inputs: Sequence[Any], outputs: Sequence[Any]) -> TaskSpec | None:
+        if self._template is None:
+            return task_for(inputs, outputs, loss.scores, labels=self._labels, loss=loss.kind, threshold=loss.threshold)
+        settings: dict[str, Any] = {
+            "template": self._template,
+            "label_words": [],
+            "label_tokens": [],
+            "mask_token": None,
+            "calibration": None,
+            "loss": loss.kind,
+        }
+        return TaskSpec("prompt", settings if self._labels is None else {"labels": list(self._labels), **settings})

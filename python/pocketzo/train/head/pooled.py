@@ -1,0 +1,117 @@
+"""Pooled features of the training data: standardised, and turned so that products with them are few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketzo.train.head.losses import Floats
+
+Pooling = Literal["mean", "last"]
+
+LEAST_DEVIATION: Final = 0.02
+"""A standard deviation that is less counts as this: that of one feature of MiniLM is 8e-33."""
+_LEAST_VARIANCE: Final = 1e-12
+"""Directions with a smaller share of the largest variance are left out."""
+
+
+class Features(NamedTuple):
+    """The features of some taps, and their place among the states.
+
+    Attributes
+    ----------
+    layers : tuple of int
+    pooling : {"mean", "last"}
+    """
+
+    layers: tuple[int, ...]
+    pooling: Pooling
+
+    @property
+    def text(self) -> str:
+        """For people, such as ``layers 3 to 5, mean over tokens``."""
+        first, last = self.layers[0], self.layers[-1]
+        name = f"layer {last}" if first == last else f"layers {first} to {last}"
+        return f"{name}, {'mean over tokens' if self.pooling == 'mean' else 'last token'}"
+
+
+@dataclass(frozen=True)
+class Standard:
+    """The mean of features, and the standard deviation that they are divided by, both of shape [size]."""
+
+    mean: Floats
+    deviation: Floats
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32]) -> Self:
+        """Return those of features [rows, size]."""
+        wide = features.astype(np.float64)
+        return cls(wide.mean(axis=0), np.maximum(wide.std(axis=0), LEAST_DEVIATION))
+
+    def __call__(self, features: NDArray[np.float32]) -> Floats:
+        """Return standardised features."""
+        result: Floats = (features - self.mean) / self.deviation
+        return result
+
+
+class Basis(NamedTuple):
+    """Features [rows, directions] along principal directions of standardised ones, and the way back.
+
+    A penalty on the squares of weights is the same in both, so that a model of one is a model of the other.
+    """
+
+    x: Floats
+    back: list[Floats]  # by tap, [size, directions]
+
+    @classmethod
+    def joined(cls, bases: Sequence[Basis]) -> Basis:
+        """Return the features of several taps."""
+        return cls(np.concatenate([one.x for one in bases], axis=1), [back for one in bases for back in one.back])
+
+    def by_tap(self, weight: Floats) -> list[Floats]:
+        """Return the weights of standardised features, by tap, for weights [directions, ...]."""
+        edges = np.cumsum([back.shape[1] for back in self.back])[:-1]
+        return [np.tensordot(one, part, axes=1) for one, part in zip(self.back, np.split(weight, edges), strict=True)]
+
+
+class Pooled:
+    """The pooled states of the training data, by layer and pooling.
+
+    Parameters
+    ----------
+    states : mapping of (int, str) to ndarray of float32, shape [rows, size]
+        By layer and pooling.
+    """
+
+    def __init__(self, states: Mapping[tuple[int, Pooling], NDArray[np.float32]]) -> None:
+        self._states = states
+        self._standard = {key: Standard.of(array) for key, array in states.items()}
+        self._bases: dict[tuple[int, Pooling], Basis] = {}
+        self.rows = len(next(iter(states.values())))
+
+    def standard(self, features: Features) -> list[Standard]:
+        """Return what each tap's features were standardised by."""
+        return [self._standard[layer, features.pooling] for layer in features.layers]
+
+    def basis(self, features: Features) -> Basis:
+        """Return the features of some taps, each tap's along its own principal directions."""
+        return Basis.joined([self._basis_of(layer, features.pooling) for layer in features.layers])
+
+    def _basis_of(self, layer: int, pooling: Pooling) -> Basis:
+        key = layer, pooling
+        if key not in self._bases:
+            wide = self._standard[key](self._states[key])
+            if wide.shape[1] <= self.rows:
+                values, vectors = np.linalg.eigh(wide.T @ wide)
+                kept = values > _LEAST_VARIANCE * values[-1]
+                self._bases[key] = Basis(wide @ vectors[:, kept], [vectors[:, kept]])
+            else:
+                values, vectors = np.linalg.eigh(wide @ wide.T)
+                kept = values > _LEAST_VARIANCE * values[-1]
+                roots = np.sqrt(values[kept])
+                self._bases[key] = Basis(vectors[:, kept] * roots, [wide.T @ (vectors[:, kept] / roots)])
+        return self._bases[key]

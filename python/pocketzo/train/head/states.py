@@ -1,0 +1,134 @@
+"""Run the backbone once over the data, and keep what the layers say about each token."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pocketzo.data.dataset import Dataset, fixed_batch
+from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.side import tap_name
+from pocketzo.runtime.onnx_proto import read_graph
+from pocketzo.runtime.session import open_bytes
+from pocketzo.runtime.subgraph import keep_values
+from pocketzo.train.head.pooled import Pooling
+
+BATCH: Final = 32
+
+Told = Callable[[int, int, float], None]
+"""Called with how many examples are done, how many there are, and how many seconds the rest may take."""
+
+
+class Backbone:
+    """A session of the layers up to the last tap that is wanted.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        With a side head.
+    layers : sequence of int
+        The taps.
+    threads : int
+    """
+
+    def __init__(self, bundle: Bundle, layers: Sequence[int], threads: int) -> None:
+        model = read_graph(bundle.model_path)
+        self.layers = tuple(layers)
+        self._names = [tap_name(layer) for layer in layers]
+        keep_values(model.graph, self._names)
+        self._session: ort.InferenceSession = open_bytes(model.SerializeToString(), bundle.path, threads)
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._batch = fixed_batch(bundle) or BATCH
+
+    def run(self, data: Dataset, told: Told | None = None) -> Iterator[States]:
+        """Yield the states of all examples in batches of similar length, the longest first."""
+        lengths = np.ones(len(data), np.int64) if data.lengths is None else data.lengths
+        order = np.argsort(-lengths, kind="stable")
+        total, done = int(lengths.sum()), 0
+        began = time.perf_counter()
+        for start in range(0, len(order), self._batch):
+            chosen = order[start : start + self._batch]
+            batch = data.batch(chosen)
+            feed = {name: array for name, array in batch.items() if name in self._inputs}
+            found = self._session.run(self._names, feed)
+            yield States(chosen, batch["attention_mask"] != 0, found)
+            done += int(lengths[chosen].sum())
+            if told is not None:
+                spent = time.perf_counter() - began
+                told(min(start + self._batch, len(order)), len(order), spent * (total - done) / done)
+
+
+class States(NamedTuple):
+    """The states of some examples.
+
+    Attributes
+    ----------
+    examples : ndarray of int64, shape [rows]
+        Their numbers.
+    real : ndarray of bool, shape [rows, tokens]
+        Which tokens are no padding.
+    taps : list of ndarray of float32, shape [rows, tokens, size]
+    """
+
+    examples: NDArray[np.int64]
+    real: NDArray[np.bool_]
+    taps: list[NDArray[np.float32]]
+
+    def pooled(self, tap: int, pooling: Pooling) -> NDArray[np.float32]:
+        """Return the mean over the tokens of each example, or the last token."""
+        states = self.taps[tap]
+        if pooling == "last":
+            last = self.real.shape[1] - 1 - np.argmax(self.real[:, ::-1], axis=1)
+            ends: NDArray[np.float32] = states[np.arange(len(states)), last]
+            return ends
+        share = self.real / self.real.sum(axis=1, keepdims=True)
+        mean: NDArray[np.float32] = np.matmul(share[:, None].astype(np.float32), states)[:, 0]
+        return mean
+
+
+class TokenStates:
+    """The states of all tokens, float16 in temporary files that are mapped into memory.
+
+    Parameters
+    ----------
+    layers : sequence of int
+    sizes : sequence of int
+        Of a token's state, by tap.
+    lengths : ndarray of integers, shape [examples]
+    folder : Path
+        Where the files are; they have no name, and end with the process.
+
+    Attributes
+    ----------
+    starts : ndarray of int64, shape [examples + 1]
+    """
+
+    def __init__(self, layers: Sequence[int], sizes: Sequence[int], lengths: NDArray[np.integer], folder: Path) -> None:
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._maps: dict[int, NDArray[np.float16]] = {}
+        for layer, size in zip(layers, sizes, strict=True):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._maps[layer] = np.memmap(file, np.float16, "w+", shape=(int(self.starts[-1]), size))
+
+    def put(self, states: States) -> None:
+        """Keep the states of some examples."""
+        rows = np.concatenate([np.arange(self.starts[one], self.starts[one + 1]) for one in states.examples])
+        for kept, tap in zip(self._maps.values(), states.taps, strict=True):
+            kept[rows] = tap[states.real]
+
+    def rows_of(self, examples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers of the tokens of some examples, and where each example begins among them."""
+        rows = [np.arange(self.starts[one], self.starts[one + 1]) for one in examples]
+        counts = np.array([len(one) for one in rows])
+        return np.concatenate(rows), np.cumsum(counts) - counts
+
+    def at(self, layer: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the states of some tokens, [tokens, size]."""
+        return self._maps[layer][rows].astype(np.float32)
