@@ -204,8 +204,17 @@ def aarch64(session: nox.Session) -> None:
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
         *("arguments", "bert", "bundle", "chat", "cli", "data", "decoders", "demo_data", "exact_match", "fences"),
-        *("frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "kills", "language_cli"),
-        *("language_models", "language_tasks", "locale", "losses", "metrics", "noise_statistics", "packages"),
+        *("frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head", "head_solver", "kills"),
+        *(
+            "language_cli",
+            "language_models",
+            "language_tasks",
+            "locale",
+            "losses",
+            "metrics",
+            "noise_statistics",
+            "packages",
+        ),
         *("prepare", "probe", "rehearsal", "skips", "soundness", "staging", "tasks", "train_spec", "trainable"),
         *("verdict", "zoo"),
     )
