@@ -169,10 +169,11 @@ class Stopping(Sentences):
         return super().batch(indices)
 
 
-def test_a_run_resumes_from_a_snapshot(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [pz.MeZO, pz.Momentum])
+def test_a_run_resumes_from_a_snapshot(bundle: Path, tmp_path: Path, method: type[pz.MeZO]) -> None:
     def trainer(run: str, data: Sentences) -> pz.Trainer:
         model = pz.load(bundle, threads=1)
-        optimizer = pz.MeZO(model, lr=1e-2, eps=1e-2)
+        optimizer = method(model, lr=1e-2, eps=1e-2)
         return pz.Trainer(model, optimizer, data, run=tmp_path / run, steps=6, batch_size=4, snapshot_every=2)
 
     path = bundle.parent / "model.onnx"
@@ -202,7 +203,7 @@ def test_without_a_learning_rate_every_bit_stays(bundle: Path, tmp_path: Path) -
     assert model.weights.sha256() != model.bundle.base_sha256
 
 
-@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO])
+@pytest.mark.parametrize("method", [pz.MeZO, pz.FZOO, pz.Momentum])
 def test_steps_return_by_a_copy_and_others_replay_them(bundle: Path, tmp_path: Path, method: type[pz.MeZO]) -> None:
     model = pz.load(bundle, threads=1)
     data = Sentences(bundle.parent / "model.onnx")
