@@ -167,11 +167,12 @@ def random_head(bundle: pz.Bundle, layers: tuple[int, ...], columns: int, *, las
         return random.normal(scale=0.3, size=shape).astype(np.float32)
 
     weights: list[npt.NDArray[np.float32]] = [array(size, columns) for _ in layers]
-    return Head(layers, weights, [array(size, queries) for _ in layers], array(columns), last)
+    alone = [array(size, columns) * np.float32(last) for _ in layers]
+    return Head(layers, weights, [array(size, queries) for _ in layers], array(columns), alone)
 
 
 @pytest.mark.parametrize(
-    ("layers", "columns", "last"), [((1, 2), 3, False), ((1,), 2, False), ((2,), 3, False), ((1,), 3, True)]
+    ("layers", "columns", "last"), [((1, 2), 3, True), ((1,), 2, True), ((2,), 3, False), ((1,), 3, True)]
 )
 def test_the_bundle_computes_what_the_head_does(
     layers: tuple[int, ...], columns: int, last: bool, tmp_path: Path

@@ -8,10 +8,6 @@ from typing import Any, Final, Self
 from pocketzo.formats.fields import Fields
 
 BIAS: Final = "side.bias"
-LAST: Final = "side.last"
-"""What is added to the attention of the last token; large for a head that reads the last token alone."""
-ONLY_LAST: Final = 1e4
-"""A value of :data:`LAST` from which the softmax over the tokens is 1 at the last one and 0 elsewhere."""
 
 
 def queries_of(columns: int) -> int:
@@ -27,6 +23,11 @@ def weight_name(layer: int) -> str:
 def query_name(layer: int) -> str:
     """Return the name of a tap's queries, [hidden, queries]."""
     return f"side.{layer}.query"
+
+
+def last_name(layer: int) -> str:
+    """Return the name of a tap's weight of the last token alone, [hidden, columns]; of causal models."""
+    return f"side.{layer}.last"
 
 
 def tap_name(layer: int) -> str:

@@ -2,7 +2,8 @@
 
 For each tap, hidden states h [batch, sequence, hidden] are weighted by a = softmax over the tokens of
 h @ query / sqrt(hidden), and add the sum over the tokens of a * (h @ weight) to the scores. With a query of zeros a is
-the mean over the tokens. The scores are summed tap by tap, so that a graph that ends earlier is a part of this one.
+the mean over the tokens. In a causal model the last token adds h @ last, too.
+The scores are summed tap by tap, so that a graph that ends earlier is a part of this one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.side import BIAS, LAST, SideTap, queries_of, query_name, sum_name, tap_name, weight_name
+from pocketzo.formats.side import BIAS, SideTap, last_name, queries_of, query_name, sum_name, tap_name, weight_name
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, keep_only
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
@@ -44,8 +45,7 @@ def add_side_head(
     kind : str
         The loss, as :func:`add_loss` takes it.
     causal : bool
-        Whether the last token has seen all others: then there is the parameter :data:`LAST`, which is added to its
-        attention before the Softmax.
+        Whether the last token has seen all others: then each tap has a weight for it alone.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def add_side_head(
     _free_names(graph)
     build = Builder(graph, "pocketzo.side.")
     hidden = {tap: _normalised(build, tap) for tap in taps}
-    offset = _offset(build, inputs, causal=causal)
+    offset, last = _masks(build, inputs)
     width = columns or 2
     # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
     total = build.parameter(BIAS, np.zeros((1, width), np.float32))
@@ -74,6 +74,9 @@ def add_side_head(
         scores = build.op("Mul", build.op("MatMul", value, query), build.constant(size**-0.5))
         attention = build.op("Softmax", build.op("Add", scores, offset), axis=1)
         by_token = build.op("Mul", attention, build.op("MatMul", value, weight))
+        if causal:
+            alone = build.parameter(last_name(tap.layer), np.zeros((size, width), np.float32))
+            by_token = build.op("Add", by_token, build.op("Mul", last, build.op("MatMul", value, alone)))
         pooled = build.op("ReduceSum", by_token, build.constant([1]), keepdims=0)
         total = build.op("Add", total, pooled, name=sum_name(tap.layer))
         found.append(SideTap(tap.layer, size))
@@ -95,8 +98,11 @@ def _normalised(build: Builder, tap: Tap) -> tuple[ir.Value, int]:
     return value, size
 
 
-def _offset(build: Builder, inputs: dict[str, ir.Value], *, causal: bool) -> ir.Value:
-    """Return what is added to the attention of each token, [batch, sequence, 1]: padding gets none."""
+def _masks(build: Builder, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """Return what is added to the attention of each token, which padding gets none of, and 1 for the last token.
+
+    Both are [batch, sequence, 1].
+    """
     if MASK not in inputs or len(shape_of(inputs[MASK]) or ()) != 2:
         raise BundleError(
             f"a side head needs an input {MASK!r} [batch, sequence], as it pools over the tokens that are no padding: "
@@ -104,13 +110,12 @@ def _offset(build: Builder, inputs: dict[str, ir.Value], *, causal: bool) -> ir.
         )
     real = build.op("Cast", inputs[MASK], to=ir.DataType.FLOAT)
     offset = build.op("Mul", build.op("Sub", real, build.constant(1.0)), build.constant(_FAR))
-    if causal:
-        one = build.constant([1])
-        padded = build.op("Pad", real, build.constant([0, 0, 0, 1]))
-        following = build.op("Slice", padded, one, build.constant([1 << 31]), one)
-        last = build.op("Mul", real, build.op("Sub", build.constant(1.0), following))
-        offset = build.op("Add", offset, build.op("Mul", last, build.parameter(LAST, np.zeros(1, np.float32))))
-    return build.op("Unsqueeze", offset, build.constant([-1]))
+    one = build.constant([1])
+    padded = build.op("Pad", real, build.constant([0, 0, 0, 1]))
+    following = build.op("Slice", padded, one, build.constant([1 << 31]), one)
+    last = build.op("Mul", real, build.op("Sub", build.constant(1.0), following))
+    axis = build.constant([-1])
+    return build.op("Unsqueeze", offset, axis), build.op("Unsqueeze", last, axis)
 
 
 def _free_names(graph: ir.Graph) -> None:

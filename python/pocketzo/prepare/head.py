@@ -19,7 +19,7 @@ from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.frozen import FrozenSpec
 from pocketzo.formats.probe import PROBE, Probe, write_probe
 from pocketzo.formats.safetensors import file_sha256, header_bytes, map_tensors, read_header, write
-from pocketzo.formats.side import LAST, SideHead
+from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.packages import require
 from pocketzo.prepare.convert import prepare
@@ -270,9 +270,8 @@ class _Head:
                 WEIGHTS, entry.start, entry.stop - entry.start, dtype, shape=ir.Shape(array.shape), name=name
             )
         ids = tensor_ids(entries)
-        learnt = new.keys() - {LAST}
         return tuple(
-            TensorSpec(name, ids[name], array.dtype.name, array.shape, (SIDE_HEAD,) if name in learnt else ())
+            TensorSpec(name, ids[name], array.dtype.name, array.shape, (SIDE_HEAD,) if name in new else ())
             for name, array in {**kept, **new}.items()
         )
 
@@ -285,7 +284,7 @@ class _Head:
         return *known, *(
             FrozenSpec(spec.name, spec.dtype, int(np.prod(spec.shape)), reason)
             for spec in tensors
-            if spec.name in could or (not spec.trainable and spec.name.startswith("side."))
+            if spec.name in could
         )
 
     def _spec(self, loss: Loss, inputs: Sequence[Any], outputs: Sequence[Any]) -> TaskSpec | None:

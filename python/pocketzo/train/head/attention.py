@@ -110,6 +110,7 @@ def learn(
     layers: tuple[int, ...],
     targets: Floats,
     rows: Floats,
+    others: Singles,
     loss: Loss,
     seed: int,
     told: Callable[[int, int], None],
@@ -126,6 +127,8 @@ def learn(
     targets : ndarray, shape [examples, columns]
     rows : ndarray, shape [examples, heads]
         Positive where a head may learn from an example.
+    others : ndarray, shape [examples, heads, columns]
+        What else is added to the scores.
     loss : type
         One of :data:`LOSSES`.
     seed : int
@@ -148,7 +151,8 @@ def learn(
             kept = random.random(len(numbers)) >= DROPPED
             kept[starts] = True
             found = forward(heads, tokens, kept)
-            by_score = loss.at(found.scores.astype(np.float64), targets[chosen, None]).gradient
+            scores = (found.scores + others[chosen]).astype(np.float64)
+            by_score = loss.at(scores, targets[chosen, None]).gradient
             share = (rows[chosen] > 0).astype(np.float64)
             by_score *= (share / np.maximum(share.sum(axis=0), 1))[..., None]
             step += 1

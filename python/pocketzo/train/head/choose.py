@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import DataError
 from pocketzo.formats.side import SideHead
 from pocketzo.train.head.losses import Floats
-from pocketzo.train.head.pooled import Basis, Features, Pooled, Pooling
+from pocketzo.train.head.pooled import POOLINGS, Basis, Features, Pooled
 from pocketzo.train.head.solve import Linear, solve
 from pocketzo.train.head.targets import Targets
 
@@ -27,15 +27,14 @@ _FEW_TAPS: Final = 8
 
 
 def candidates(side: SideHead) -> list[Features]:
-    """Return what a head may read: taps in a row, and of a decoder their last tokens, too."""
+    """Return what a head may read: taps in a row, and of a decoder their last tokens, alone and too."""
     layers = [tap.layer for tap in side.taps]
     few = len(layers) <= _FEW_TAPS
-    poolings: tuple[Pooling, ...] = ("mean", "last") if side.causal else ("mean",)
     return [
         Features(tuple(layers[at : at + width]), pooling)
-        for pooling in poolings
+        for pooling in (POOLINGS if side.causal else ("mean",))
         for width in (_WIDTHS if few else (1, 4))
-        for at in range(0, len(layers) - width + 1, 1 if few or width == 1 else 2)
+        for at in range(len(layers) % width if not few else 0, len(layers) - width + 1, 1 if few else width)
     ]
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocketzo.data.dataset import Dataset
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.side import queries_of
 from pocketzo.tasks.registry import task_of
-from pocketzo.train.head.attention import Heads, Tokens, forward, learn
+from pocketzo.train.head.attention import Heads, Singles, Tokens, forward, learn
 from pocketzo.train.head.choose import FOLDS, Chooser, Trial, candidates, folds_of
 from pocketzo.train.head.head import Head
 from pocketzo.train.head.losses import Floats
@@ -56,6 +55,34 @@ class Fit:
     pays: bool
 
 
+class Parts(NamedTuple):
+    """The models of the folds and of all rows.
+
+    Attributes
+    ----------
+    weights : dict
+        By layer and pooling, [size, heads, columns].
+    bias : ndarray, shape [heads, columns]
+    """
+
+    weights: dict[tuple[int, Pooling], Singles]
+    bias: Singles
+
+    def heads(self, features: Features) -> Heads:
+        """Return the heads over all tokens, with queries of zeros."""
+        sizes = {layer: len(weight) for (layer, _), weight in self.weights.items()}
+        none = {layer: np.zeros((sizes[layer], *self.bias.shape), np.float32) for layer in features.layers}
+        return Heads.with_means([self.weights.get((one, "mean"), none[one]) for one in features.layers], self.bias)
+
+    def of_last(self, pooled: Pooled) -> Singles:
+        """Return what the last tokens add to the scores, [rows, heads, columns]."""
+        total = np.zeros((pooled.rows, *self.bias.shape), np.float32)
+        for (layer, pooling), weight in self.weights.items():
+            if pooling == "last":
+                total += np.tensordot(pooled.states(layer, pooling), weight, axes=1)
+        return total
+
+
 class Fitter:
     """Fits a head to a dataset.
 
@@ -94,27 +121,31 @@ class Fitter:
         trials = chooser.best(choices, lambda done: self._told("cross-validation", done, len(choices), None))
         best = trials[0]
         probe = next(one for one in trials if one.features.layers == (self._layers[-1],))
-        heads = self._heads(pooled, chooser, best)
+        parts = self._parts(pooled, chooser, best)
+        heads = parts.heads(best.features)
         losses = None
         pays = False
-        if tokens is not None and best.features.pooling == "mean":
+        if tokens is not None and best.features.pooling != "last":
             layers = best.features.layers
+            others = parts.of_last(pooled)
             learnt = learn(
-                Heads.with_means(heads.weights, heads.bias),
+                parts.heads(best.features),
                 tokens,
                 layers,
                 self._targets.values,
                 chooser.rows,
+                others,
                 self._targets.loss,
                 self._seed,
                 lambda done, count: self._told("attention pooling", done, count, None),
             )
-            losses = self._held_out(learnt, tokens, layers)
+            losses = self._held_out(learnt, others, tokens, layers)
             pays = bool(losses.mean() < best.loss)
             heads = learnt if pays else heads
+        of_probe = self._parts(pooled, chooser, probe)
         return Fit(
-            self._head(heads, best.features),
-            self._head(self._heads(pooled, chooser, probe), probe.features),
+            self._head(heads, parts, best.features),
+            self._head(of_probe.heads(probe.features), of_probe, probe.features),
             trials,
             probe,
             losses,
@@ -141,40 +172,46 @@ class Fitter:
                 tokens.put(found)
         return Pooled(states), tokens
 
-    def _heads(self, pooled: Pooled, chooser: Chooser, trial: Trial) -> Heads:
-        """Return the heads of the folds and of all rows, on states as they are: not standardised."""
+    def _parts(self, pooled: Pooled, chooser: Chooser, trial: Trial) -> Parts:
+        """Return the models of the folds and of all rows, of states as they are: not standardised."""
         basis, models = chooser.models(trial)
         bias = models.bias.copy()
-        weights = []
-        for standard, by_tap in zip(pooled.standard(trial.features), basis.by_tap(models.weight), strict=True):
-            weight = by_tap / standard.deviation[:, None, None]
+        weights = {}
+        keys = trial.features.keys
+        for key, standard, part in zip(keys, pooled.standard(trial.features), basis.by_tap(models.weight), strict=True):
+            weight = part / standard.deviation[:, None, None]
             bias -= np.tensordot(standard.mean, weight, axes=1)
-            weights.append(weight.astype(np.float32))
-        return Heads.with_means(weights, bias.astype(np.float32))
+            weights[key] = weight.astype(np.float32)
+        return Parts(weights, bias.astype(np.float32))
 
-    def _held_out(self, heads: Heads, tokens: TokenStates, layers: tuple[int, ...]) -> Floats:
+    def _held_out(self, heads: Heads, others: Singles, tokens: TokenStates, layers: tuple[int, ...]) -> Floats:
         """Return the loss of each example by the head of the other folds."""
         losses = np.empty(len(self._folds))
         for chosen in np.array_split(np.arange(len(losses)), -(-len(losses) // 128)):
             numbers, starts = tokens.rows_of(chosen)
             found = forward(heads, Tokens([tokens.at(layer, numbers) for layer in layers], starts))
-            value = self._targets.loss.at(found.scores.astype(np.float64), self._targets.values[chosen, None])
+            scores = (found.scores + others[chosen]).astype(np.float64)
+            value = self._targets.loss.at(scores, self._targets.values[chosen, None])
             losses[chosen] = value.loss[np.arange(len(chosen)), self._folds[chosen]]
         return losses
 
-    def _head(self, heads: Heads, features: Features) -> Head:
+    def _head(self, heads: Heads, parts: Parts, features: Features) -> Head:
         """Return the head of all rows, with the bundle's scores."""
         columns = self._targets.columns
-        queries = [np.ascontiguousarray(_spread(query[:, FOLDS], columns)) for query in heads.queries]
+        queries = queries_of(columns)
+        last = None
+        if self._side.causal:
+            sizes = [len(weight) for weight in heads.weights]
+            shape = heads.bias.shape
+            found = (
+                parts.weights.get((layer, "last"), np.zeros((size, *shape), np.float32))
+                for layer, size in zip(features.layers, sizes, strict=True)
+            )
+            last = [self._targets.weight(weight[:, FOLDS].astype(np.float64)) for weight in found]
         return Head(
             features.layers,
             [self._targets.weight(weight[:, FOLDS].astype(np.float64)) for weight in heads.weights],
-            queries,
+            [np.array(np.broadcast_to(query[:, FOLDS], (len(query), queries))) for query in heads.queries],
             self._targets.bias(heads.bias[FOLDS].astype(np.float64)),
-            features.pooling == "last",
+            last,
         )
-
-
-def _spread(query: NDArray[np.float32], columns: int) -> NDArray[np.float32]:
-    """Return as many queries as scores need."""
-    return np.broadcast_to(query, (len(query), queries_of(columns)))

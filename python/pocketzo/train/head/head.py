@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import JournalError
 from pocketzo.formats.safetensors import map_tensors, write
-from pocketzo.formats.side import BIAS, LAST, ONLY_LAST, query_name, weight_name
+from pocketzo.formats.side import BIAS, last_name, query_name, weight_name
 from pocketzo.train.head.attention import Heads, Tokens, forward
 from pocketzo.train.head.states import States
 
@@ -32,40 +32,37 @@ class Head:
     queries : list of ndarray of float32, shape [size, queries]
         By tap.
     bias : ndarray of float32, shape [columns]
-    last : bool
-        Whether it reads the last token of each text alone.
+    last : list of ndarray of float32, shape [size, columns], or None
+        By tap, the weights of the last token alone; None for models that are not causal.
     """
 
     layers: tuple[int, ...]
     weights: list[Singles]
     queries: list[Singles]
     bias: Singles
-    last: bool
+    last: list[Singles] | None
 
     def scores(self, states: States, layers: Sequence[int]) -> Singles:
         """Return the scores, [rows, columns], of states of some layers."""
         taps = [states.taps[layers.index(layer)] for layer in self.layers]
-        if self.last:
-            pooled = [states.pooled(layers.index(layer), "last") for layer in self.layers]
-            total: Singles = self.bias + sum(one @ weight for one, weight in zip(pooled, self.weights, strict=True))
-            return total
         counts = states.real.sum(axis=1)
         tokens = Tokens([tap[states.real] for tap in taps], np.cumsum(counts) - counts)
         heads = Heads([one[:, None] for one in self.weights], [one[:, None] for one in self.queries], self.bias[None])
-        return forward(heads, tokens).scores[:, 0]
+        scores: Singles = forward(heads, tokens).scores[:, 0]
+        for layer, weight in zip(self.layers, self.last or [], strict=False):
+            scores = scores + states.pooled(layers.index(layer), "last") @ weight
+        return scores
 
-    def tensors(self, *, causal: bool) -> dict[str, Singles]:
+    def tensors(self) -> dict[str, Singles]:
         """Return the parameters by the names that they have in a bundle's graph."""
         found = {BIAS: self.bias[None]}
-        if causal:
-            found[LAST] = np.full(1, ONLY_LAST if self.last else 0, np.float32)
         for layer, weight, query in zip(self.layers, self.weights, self.queries, strict=True):
             found |= {query_name(layer): query, weight_name(layer): weight}
-        return found
+        return found | {last_name(layer): last for layer, last in zip(self.layers, self.last or [], strict=False)}
 
     def save(self, path: Path) -> None:
         """Write the parameters to a safetensors file."""
-        write(path, list(self.tensors(causal=True).items()))
+        write(path, list(self.tensors().items()))
 
     @classmethod
     def read(cls, path: Path, layers: Sequence[int]) -> Self:
@@ -77,13 +74,14 @@ class Head:
             A parameter is missing.
         """
         found: Mapping[str, NDArray[Any]] = map_tensors(path)
+        last = [np.array(found[last_name(layer)]) for layer in layers if last_name(layer) in found]
         try:
             return cls(
                 tuple(layers),
                 [np.array(found[weight_name(layer)]) for layer in layers],
                 [np.array(found[query_name(layer)]) for layer in layers],
                 np.array(found[BIAS][0]),
-                bool(found[LAST][0]),
+                last or None,
             )
         except KeyError as error:
             raise JournalError(f"{path}: no tensor {error} of the head in it") from None

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from pocketzo.train.head.losses import Floats
 
 Pooling = Literal["mean", "last"]
+POOLINGS: Final[Mapping[str, tuple[Pooling, ...]]] = {"mean": ("mean",), "last": ("last",), "both": ("mean", "last")}
+"""What a head reads of each tap: the mean over the tokens, the last token, or both."""
 
 LEAST_DEVIATION: Final = 0.02
 """A standard deviation that is less counts as this: that of one feature of MiniLM is 8e-33."""
@@ -25,18 +27,24 @@ class Features(NamedTuple):
     Attributes
     ----------
     layers : tuple of int
-    pooling : {"mean", "last"}
+    pooling : {"mean", "last", "both"}
     """
 
     layers: tuple[int, ...]
-    pooling: Pooling
+    pooling: str
+
+    @property
+    def keys(self) -> list[tuple[int, Pooling]]:
+        """The layer and the pooling of each of the features."""
+        return [(layer, pooling) for layer in self.layers for pooling in POOLINGS[self.pooling]]
 
     @property
     def text(self) -> str:
         """For people, such as ``layers 3 to 5, mean over tokens``."""
         first, last = self.layers[0], self.layers[-1]
         name = f"layer {last}" if first == last else f"layers {first} to {last}"
-        return f"{name}, {'mean over tokens' if self.pooling == 'mean' else 'last token'}"
+        parts = {"mean": "mean over tokens", "last": "last token", "both": "mean over tokens and last token"}
+        return f"{name}, {parts[self.pooling]}"
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,17 @@ class Pooled:
         self._bases: dict[tuple[int, Pooling], Basis] = {}
         self.rows = len(next(iter(states.values())))
 
+    def states(self, layer: int, pooling: Pooling) -> NDArray[np.float32]:
+        """Return the pooled states of a layer, [rows, size]."""
+        return self._states[layer, pooling]
+
     def standard(self, features: Features) -> list[Standard]:
-        """Return what each tap's features were standardised by."""
-        return [self._standard[layer, features.pooling] for layer in features.layers]
+        """Return what each part of the features was standardised by."""
+        return [self._standard[key] for key in features.keys]
 
     def basis(self, features: Features) -> Basis:
         """Return the features of some taps, each tap's along its own principal directions."""
-        return Basis.joined([self._basis_of(layer, features.pooling) for layer in features.layers])
+        return Basis.joined([self._basis_of(*key) for key in features.keys])
 
     def _basis_of(self, layer: int, pooling: Pooling) -> Basis:
         key = layer, pooling

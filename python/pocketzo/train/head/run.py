@@ -145,7 +145,7 @@ class HeadRun:
             set_columns(model.graph, len(head.bias))
             kept = {tensor.name for tensor in model.graph.initializer}
             arrays = {name: array for name, array in map_tensors(base.weights_path).items() if name in kept}
-            arrays |= {name: array for name, array in head.tensors(causal=side.causal).items() if name in arrays}
+            arrays |= {name: array for name, array in head.tensors().items() if name in arrays}
             write(folder / WEIGHTS, list(arrays.items()))
             entries = read_header(folder / WEIGHTS)
             point_to(model.graph, entries)
