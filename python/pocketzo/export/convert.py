@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Dtype: TypeAlias = Literal["float32", "float16", "int8", "int4"]
 DTYPES: Final[tuple[str, ...]] = get_args(Dtype)
 _FLOATS, _BLOCKS = 1e-4, 1e-3  # of the largest output: sums in another order, of more roundings where blocks are scaled
-_HALVES: Final = 0.02  # tiny models were seen to differ by up to 2e-3, SmolLM2 by 3e-3
+_HALVES: Final = 0.05  # a tiny BERT was seen to differ by 3e-2, SmolLM2 by 3e-3
 _BESIDE: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -62,7 +62,7 @@ def export(
     The float32 graph is run on padded batches, a decoder's with a cache too, and its outputs have to agree with those
     of transformers to 1e-4 of the largest.
 
-    With ``"float16"``, weights and arithmetic are float16, inputs and outputs float32; outputs have to agree to 2 %.
+    With ``"float16"``, weights and arithmetic are float16, inputs and outputs float32; outputs have to agree to 5 %.
 
     With ``"int4"`` and ``"int8"``, matrices and the table of tokens are then quantised, as Q4_0 or as Q8_0: in blocks
     of 32 numbers, read by ``MatMulNBits`` and ``GatherBlockQuantized``. In a GGUF file, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1,
