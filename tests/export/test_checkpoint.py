@@ -423,13 +423,13 @@ def test_a_difference_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from pocketzo.export import _encoder_graph
 
     tiny.save(tmp_path / "bert", tiny.model_of("bert", "Model"))
-    trace = _encoder_graph.trace
+    write = _encoder_graph.write_encoder_graph
 
     def wrong(encoder: Any, target: Path) -> None:
-        trace(encoder, target)
+        write(encoder, target)
         encoder.model.embeddings.LayerNorm.bias += 1e-3
 
-    monkeypatch.setattr(_encoder_graph, "trace", wrong)
+    monkeypatch.setattr(_encoder_graph, "write_encoder_graph", wrong)
     with pytest.raises(Error, match="the graph's outputs differ from those of transformers by"):
         export(tmp_path / "bert")
     assert not list((tmp_path / "out").iterdir())

@@ -13,7 +13,7 @@ import torch
 from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 
-from pocketzo.errors import Error, first_line
+from pocketzo.export._trace import trace
 from pocketzo.graph.sessions import open_source
 
 Array = npt.NDArray[Any]
@@ -65,9 +65,24 @@ class Encoder(torch.nn.Module):  # type: ignore[misc]  # torch may be missing
         return dict(zip(self.inputs, (ids, mask, kinds), strict=False))
 
 
-def trace(encoder: Encoder, target: Path) -> None:
-    """Write the graph to a file, with external data beside it; its weights have the names of the checkpoint."""
-    model = _traced(encoder).model
+def write_encoder_graph(encoder: Encoder, target: Path) -> None:
+    """Write the graph to a file, with external data beside it; its weights have the names of the checkpoint.
+
+    Raises
+    ------
+    Error
+        If torch cannot trace the model.
+    """
+    model = trace(
+        encoder,
+        type(encoder.model).__name__,
+        [torch.from_numpy(array) for array in encoder.batch(*_TRACED).values()],
+        input_names=encoder.inputs,
+        output_names=encoder.outputs,
+        dynamic_shapes=(tuple({0: "batch", 1: "sequence"} for _ in encoder.inputs),),
+        opset_version=_OPSET,
+        optimize=False,  # it would transpose weights under new names, and merge biases of equal values
+    ).model
     common.InlinePass()(model)
     optimizer.fold_constants(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     rewriter.rewrite(model)
@@ -79,24 +94,6 @@ def trace(encoder: Encoder, target: Path) -> None:
     for value in tuple(model.graph.initializers.values()):
         value.name = str(value.name).removeprefix(_MODEL).removeprefix(_LAYERS)
     ir.save(model, target, external_data=f"{target.name}.data")
-
-
-def _traced(encoder: Encoder) -> Any:
-    try:
-        return torch.onnx.export(
-            encoder,
-            tuple(map(torch.from_numpy, encoder.batch(*_TRACED).values())),
-            input_names=encoder.inputs,
-            output_names=encoder.outputs,
-            dynamic_shapes=(tuple({0: "batch", 1: "sequence"} for _ in encoder.inputs),),
-            dynamo=True,
-            opset_version=_OPSET,
-            optimize=False,  # it would transpose weights under new names, and merge biases of equal values
-            verbose=False,
-        )
-    except torch.onnx.OnnxExporterError as error:
-        reason = first_line(error.__cause__ or error)
-        raise Error(f"torch cannot export {type(encoder.model).__name__}: {reason}") from error
 
 
 def difference(encoder: Encoder, path: Path) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,8 +11,8 @@ import torch
 from mobius import build
 from transformers import DynamicCache
 
-from pocketzo.errors import Error, first_line
 from pocketzo.export._stored import store
+from pocketzo.export._trace import trace
 
 _BUILT: Final = {"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 """Types of which mobius 0.1 builds the right graph, in seconds where tracing takes minutes.
@@ -28,7 +27,7 @@ _ROPES: Final = {
 _INPUTS: Final = ("input_ids", "attention_mask", "position_ids")
 
 
-def write_float_graph(model: Any, folder: Path, target: Path) -> None:
+def write_float_graph(model: Any, target: Path) -> None:
     """Write the graph of a decoder.
 
     Inputs, int64: ``input_ids`` and ``position_ids`` ``[batch, sequence]``, ``attention_mask``
@@ -39,8 +38,6 @@ def write_float_graph(model: Any, folder: Path, target: Path) -> None:
     ----------
     model : PreTrainedModel
         A model for causal language modelling with float32 weights, in evaluation mode.
-    folder : Path
-        Its checkpoint.
     target : Path
         The file to write; the weights are written to a file of this name and ``.data``.
 
@@ -58,9 +55,11 @@ def write_float_graph(model: Any, folder: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".graph-", dir=target.parent) as name:
         written = Path(name, target.name)
         if _is_built(model.config):
-            ir.save(build(str(folder), dtype="f32")["model"], written, external_data=f"{written.name}.data")
+            model.save_pretrained(name)
+            graph = build(name, dtype="f32")["model"]
         else:
-            _trace(model, written)
+            graph = _traced(model)
+        ir.save(graph, written, external_data=f"{written.name}.data")
         store(written, target)
 
 
@@ -85,36 +84,24 @@ class _WithCache(torch.nn.Module):  # type: ignore[misc]  # torch may be missing
         return (found.logits, *(part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)))
 
 
-def _trace(model: Any, target: Path) -> None:
+def _traced(model: Any) -> ir.Model:
     with torch.no_grad():
         cache = model(torch.zeros(2, 3, dtype=torch.int64), use_cache=True).past_key_values
     past = [(layer.keys, layer.values) for layer in cache.layers]
     shape = {0: "batch", 2: "past"}
     names = [f"{layer}.{part}" for layer in range(len(past)) for part in ("key", "value")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a dozen, about torch itself and the names of axes
-        try:
-            torch.onnx.export(
-                _WithCache(model).eval(),
-                (
-                    torch.ones(2, 4, dtype=torch.int64),
-                    torch.ones(2, 7, dtype=torch.int64),
-                    torch.arange(3, 7).repeat(2, 1),
-                    past,
-                ),
-                target,
-                input_names=[*_INPUTS, *(f"past_key_values.{name}" for name in names)],
-                output_names=["logits", *(f"present.{name}" for name in names)],
-                dynamic_shapes=(
-                    {0: "batch", 1: "sequence"},
-                    {0: "batch", 1: "total"},
-                    {0: "batch", 1: "sequence"},
-                    [(shape, shape)] * len(past),
-                ),
-                dynamo=True,
-                external_data=True,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            reason = first_line(error.__cause__ or error)
-            raise Error(f"torch cannot export {type(model).__name__}: {reason}") from error
+    ids, mask = torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)
+    graph: ir.Model = trace(
+        _WithCache(model).eval(),
+        type(model).__name__,
+        [ids, mask, torch.arange(3, 7).repeat(2, 1), past],
+        input_names=[*_INPUTS, *(f"past_key_values.{name}" for name in names)],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        dynamic_shapes=(
+            {0: "batch", 1: "sequence"},
+            {0: "batch", 1: "total"},
+            {0: "batch", 1: "sequence"},
+            [(shape, shape)] * len(past),
+        ),
+    ).model
+    return graph

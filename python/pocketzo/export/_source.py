@@ -31,8 +31,8 @@ class Source(ABC):
         self.path, self.kind, self.model, self.tokenizer, self.file = path, kind, model, tokenizer, file
 
     @abstractmethod
-    def write_graph(self, folder: Path, target: Path) -> None:
-        """Write the float32 graph, with external data beside it; `folder` may take a checkpoint."""
+    def write_graph(self, target: Path) -> None:
+        """Write the float32 graph, with external data beside it."""
 
     @abstractmethod
     def difference(self, path: Path) -> float:
@@ -53,10 +53,9 @@ class DecoderSource(Source):
     def __init__(self, path: Path, model: Any, tokenizer: Any, file: GgufFile | None = None) -> None:
         super().__init__(path, "decoder", model, tokenizer, file)
 
-    def write_graph(self, folder: Path, target: Path) -> None:
+    def write_graph(self, target: Path) -> None:
         """Write the graph; see :meth:`Source.write_graph`."""
-        self.model.save_pretrained(folder)
-        write_float_graph(self.model, folder, target)
+        write_float_graph(self.model, target)
 
     def difference(self, path: Path) -> float:
         """Compare a graph; see :meth:`Source.difference`."""
@@ -71,9 +70,9 @@ class EncoderSource(Source):
         output = "last_hidden_state" if kind == "encoder" else "logits"
         self.encoder = _encoder_graph.Encoder(model, output, sentence).eval().requires_grad_(False)
 
-    def write_graph(self, folder: Path, target: Path) -> None:
+    def write_graph(self, target: Path) -> None:
         """Write the graph; see :meth:`Source.write_graph`."""
-        _encoder_graph.trace(self.encoder, target)
+        _encoder_graph.write_encoder_graph(self.encoder, target)
 
     def difference(self, path: Path) -> float:
         """Compare a graph; see :meth:`Source.difference`."""

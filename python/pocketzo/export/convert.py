@@ -136,11 +136,11 @@ def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[s
     from pocketzo.export._nbits import quantise
     from pocketzo.export._stored import store
 
-    folder, graph, other = work / "checkpoint", work / "floats" / name, work / dtype / name
+    folder, graph, other = work / "settings", work / "floats" / name, work / dtype / name
     for each in (folder, graph.parent, other.parent):
         each.mkdir()
     source.save_settings(folder)
-    source.write_graph(folder, graph)
+    source.write_graph(graph)
     found = _compare(source, graph, _FLOATS)
     if dtype == "float16":
         store(graph, other, dtype)
