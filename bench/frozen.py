@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from machine import machine, peak_rss
+from machine import peak_rss, write
 
 import pocketzo as pz
 
@@ -111,8 +111,7 @@ def main() -> None:
                 f"| {row['ratio']:.3f} | {row['peak'] / 1e6:.0f} MB | {row['inference'] / 1e6:.0f} MB |",
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(f"{json.dumps({'machine': machine(), 'rows': rows}, indent=1)}\n")
+    write(arguments.json, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def worker(
     *,
     start: Callable[[str, str, Path, str, int], System] = start,
 ) -> None:
-    """Take as many steps as each input line says and answer with their seconds; at the end, report the memory."""
+    """Take as many steps as each input line says and answer with their times; at the end, report the memory."""
     sampler = Sampler()
     began = time.perf_counter()
     try:
@@ -159,12 +159,13 @@ def worker(
     sample = sampler.stop()
     print(json.dumps({"loading": loading, "loss": loss, "forwards": forwards, "warm": warm}), flush=True)
     for line in sys.stdin:
-        seconds = []
+        seconds, cpu = [], []
         for _ in range(int(line)):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             step()
             seconds.append(time.perf_counter() - began)
-        print(json.dumps(seconds), flush=True)
+            cpu.append(time.process_time() - used)
+        print(json.dumps({"seconds": seconds, "cpu": cpu}), flush=True)
     peak = status()["VmHWM"]
     print(json.dumps({"peak": peak, "at_peak": {key: sample[key] for key in ("RssAnon", "RssFile", "RssShmem")}}))
 
@@ -173,7 +174,7 @@ def worker(
 
 
 class Worker:
-    """A system in a child process."""
+    """A system in a child process; the seconds and the CPU time of each step, by round."""
 
     def __init__(self, system: str, shape: str, bundle: Path, batch: str, threads: int, script: str) -> None:
         command = [sys.executable, script, "--worker", system, shape, str(bundle), batch, str(threads)]
@@ -181,10 +182,13 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.started: dict[str, Any] = self._answer()
         self.rounds: list[list[float]] = []
+        self.cpu: list[list[float]] = []
 
     def measure(self, steps: int, warm: int) -> None:
         self._ask(f"{steps + warm}\n")
-        self.rounds.append(self._answer()[warm:])
+        answer = self._answer()
+        self.rounds.append(answer["seconds"][warm:])
+        self.cpu.append(answer["cpu"][warm:])
 
     def finish(self) -> Any:
         assert self.process.stdin is not None

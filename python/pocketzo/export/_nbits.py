@@ -22,9 +22,8 @@ from pocketzo.export._matrices import Matrices, Matrix, Summary
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import TOKENS
 from pocketzo.graph.external import ExternalFiles
-from pocketzo.graph.read import read_model
+from pocketzo.graph.read import MICROSOFT, read_model
 
-_DOMAIN: Final = "com.microsoft"
 _KINDS: Final = {"int4": "Q4_0", "int8": "Q8_0"}
 _SAME: Final = {"Cast", "Identity", "Reshape"}
 _FEWEST: Final = 32  # rows: a head of fewer classes takes little memory, and stays trainable
@@ -51,7 +50,7 @@ def quantise(source: Path, target: Path, dtype: Literal["int4", "int8"], file: G
     editor = _Editor(model.graph, files, Matrices(_KINDS[dtype], file))
     for node in tuple(model.graph):
         editor.visit(node)
-    model.opset_imports.setdefault(_DOMAIN, 1)
+    model.opset_imports.setdefault(MICROSOFT, 1)
     common.RemoveUnusedNodesPass()(model)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
@@ -130,7 +129,7 @@ class _Editor:
         def plane(x: ir.Value | None, packed: ir.Value, *zeros: ir.Value) -> ir.Value:
             inputs = x, packed, stored.scales, *zeros
             rows, columns = shape
-            return build.op("MatMulNBits", *inputs, domain=_DOMAIN, N=rows, K=columns, bits=4, block_size=stored.size)
+            return build.op("MatMulNBits", *inputs, domain=MICROSOFT, N=rows, K=columns, bits=4, block_size=stored.size)
 
         if len(stored.planes) == 1:
             return plane(x, stored.planes[0])
@@ -179,7 +178,7 @@ class _Editor:
                 indices,
                 scales,
                 *zeros,
-                domain=_DOMAIN,
+                domain=MICROSOFT,
                 gather_axis=0,
                 quantize_axis=2,
                 bits=4,

@@ -94,7 +94,7 @@ def _modes(path: Path) -> list[str]:
     named = config.get("pooling_mode")
     if named is None:
         flags = [key.removeprefix(_FLAG) for key, value in config.items() if key.startswith(_FLAG) and value]
-        modes = [_MODES.get(flag, flag) for flag in _MODES if flag in flags]
+        modes = [mode for flag, mode in _MODES.items() if flag in flags]
         modes += [flag for flag in flags if flag not in _MODES]
     else:
         modes = [named] if isinstance(named, str) else list(named)

@@ -18,6 +18,7 @@ from pocketzo.graph.names import title_of
 from pocketzo.graph.packed import packed_ranges
 from pocketzo.graph.projections import Projection, projection_of
 from pocketzo.graph.quantised import offsets_of
+from pocketzo.graph.read import MICROSOFT
 
 ROLES: Final = ("query", "key", "value")
 _FUSED: Final = {"Attention", "GroupQueryAttention", "MultiHeadAttention", "QAttention"}
@@ -146,16 +147,15 @@ class Scope:
         return None
 
     def _fused(self, node: ir.Node) -> Attention:
-        inputs = [*node.inputs, None, None][:3] if len(node.inputs) < 3 else list(node.inputs[:3])
-        if node.op_type == "QAttention" or (node.op_type == "Attention" and node.domain == "com.microsoft"):
+        if node.op_type == "QAttention" or (node.op_type == "Attention" and node.domain == MICROSOFT):
             fault = f"node {title_of(node)} multiplies by its weights itself"
             return Attention(node, faults=dict.fromkeys(ROLES, fault))
-        query, key, value = inputs
-        if key is not None and value is not None and query is not None:
-            found = self._attention(node, {"query": query, "key": key, "value": value})
+        inputs = {role: value for role, value in zip(ROLES, node.inputs, strict=False) if value is not None}
+        if len(inputs) == len(ROLES):
+            found = self._attention(node, inputs)
             found.inputs = {}
             return found
-        projections = self.trace(query).projections
+        projections = self.trace(node.inputs[0]).projections
         if node.op_type != "GroupQueryAttention" or len(projections) != 1:
             fault = f"node {title_of(node)} reads queries, keys and values of each head in one input"
             return Attention(node, faults=dict.fromkeys(ROLES, fault))

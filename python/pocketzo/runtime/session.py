@@ -75,10 +75,8 @@ def open_bytes(model: bytes, folder: Path, threads: int) -> ort.InferenceSession
     BundleError
         onnxruntime refuses the graph.
     """
-    options = _options({}, threads, _LEVEL)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(folder))
     try:
-        return _create(model, options, [])
+        return _create(model, _options({}, threads, _LEVEL, folder=folder), [])
     except NotPrepackableError as error:
         raise _refused(folder, error) from error.__cause__
 

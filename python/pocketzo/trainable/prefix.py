@@ -6,6 +6,7 @@ positions begin after it, and the caches that the graph returns are without it. 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, is_cache
 from pocketzo.graph.names import unique
 from pocketzo.graph.read import shape_of
-from pocketzo.trainable.editor import Added, Editor
+from pocketzo.trainable.editor import Added, Editor, cast
 from pocketzo.trainable.spec import Prefix
 
 NAME: Final = "prefix."
@@ -44,17 +45,18 @@ def add_prefix(editor: Editor, part: Prefix) -> None:
         assert cache.dtype is not None, "a cache without an element type"
         own = editor.parameter(Added(f"{NAME}{cache.name}", part.text, True, (heads, part.tokens, size)))
         wide = build.op("Concat", batch, build.constant([heads, part.tokens, size]), axis=0)
-        typed = own if cache.dtype == ir.DataType.FLOAT else build.op("Cast", own, to=cache.dtype)
-        _replace(cache, build.op("Concat", build.op("Expand", typed, wide), cache, axis=_TIME))
+        rows = build.op("Expand", cast(build, own, ir.DataType.FLOAT, cache.dtype), wide)
+        editor.rewire(cache, partial(build.op, "Concat", rows, cache, axis=_TIME))
     if MASK in inputs:
         mask = inputs[MASK]
         assert mask.dtype is not None, "a mask without an element type"
         ones = build.op("Expand", build.op("Cast", build.constant([1]), to=mask.dtype), _sizes(build, batch, count))
-        _replace(mask, build.op("Concat", ones, mask, axis=1))
+        editor.rewire(mask, partial(build.op, "Concat", ones, mask, axis=1))
     if _POSITIONS in inputs:
         positions = inputs[_POSITIONS]
         assert positions.dtype is not None, "positions without an element type"
-        _replace(positions, build.op("Add", positions, build.op("Cast", count, to=positions.dtype)))
+        after = build.op("Cast", count, to=positions.dtype)
+        editor.rewire(positions, partial(build.op, "Add", positions, after))
     for index, value in enumerate(graph.outputs):
         if str(value.name).startswith("present"):
             name, value.name = str(value.name), unique(f"{value.name}.whole", editor.taken)
@@ -81,11 +83,3 @@ def _check(graph: ir.Graph, part: Prefix, caches: list[ir.Value]) -> None:
 
 def _sizes(build: Builder, batch: ir.Value, count: ir.Value) -> ir.Value:
     return build.op("Concat", batch, count, axis=0)
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Let all nodes read another value than an input, but for the one that computes it."""
-    made = new.producer()
-    for node, index in tuple(old.uses()):
-        if node is not made:
-            node.replace_input_with(index, new)
