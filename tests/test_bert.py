@@ -128,7 +128,7 @@ def test_build_writes_the_whole_file_or_nothing(tiny: Checkpoint, tmp_path: Path
     with pytest.raises(pz.Error, match=r"model.safetensors: no tensor 'embeddings.token_type_embeddings.weight'"):
         build_onnx(broken, tmp_path / "model.onnx", num_labels=2)
     safetensors.write(weights, [("embeddings.word_embeddings.weight", np.zeros((4, 16), np.float16))])
-    with pytest.raises(pz.Error, match=r"embeddings.word_embeddings.weight': expected F32, got F16"):
+    with pytest.raises(pz.Error, match=r"embeddings.word_embeddings.weight': expected float32, got float16"):
         build_onnx(broken, tmp_path / "model.onnx", num_labels=2)
     with pytest.raises(ValueError, match="num_labels: expected at least 2, got 1"):
         build_onnx(tiny, tmp_path / "model.onnx", num_labels=1)

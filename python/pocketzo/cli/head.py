@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +12,13 @@ from click.core import ParameterSource
 
 from pocketzo._core import threads as kernel_threads
 from pocketzo.cli.console import duration, err, evaluation_table, note, out, quoted, say, size_text
+from pocketzo.cli.runs import check_new
 from pocketzo.data.columns import COLUMN_ROLES, Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.names import class_names
-from pocketzo.errors import JournalError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.files import make_folder
-from pocketzo.formats.staging import is_staged, scratch_folder
+from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.cores import fast
 from pocketzo.tasks.classification import Classification
 from pocketzo.tasks.registry import task_of
@@ -55,8 +54,7 @@ def train_head(
     columns: Columns,
 ) -> None:
     """Fit the side head of a bundle to examples, print what was chosen and what it achieves, and write the run."""
-    if os.path.lexists(output) and not (output.is_dir() and all(is_staged(entry.name) for entry in output.iterdir())):
-        raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
+    check_new(output)
     threads = threads or min(fast(), kernel_threads())
     labels = base.labels
     if labels is None and isinstance(task_of(base), Classification):

@@ -37,12 +37,12 @@ from pocketzo.cli.options import (
     threads_option,
 )
 from pocketzo.cli.progress import fit_shown
+from pocketzo.cli.runs import check_new
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
 from pocketzo.errors import BrokenPackageError, BundleError, JournalError, MemoryLimitError, MissingExtraError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.formats.staging import is_staged
 from pocketzo.machine.cores import thread_counts
 from pocketzo.optim.block import Block
 from pocketzo.optim.groups import ParamGroup
@@ -224,8 +224,8 @@ def train(
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
     past = Run(output) if (output / JOURNAL).exists() else None
-    if past is None and os.path.lexists(output) and not _is_empty_folder(output):
-        raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
+    if past is None:
+        check_new(output)
     read = Bundle.read(bundle)
     if objective == "loss" and read.loss is None:
         raise BundleError(
@@ -312,11 +312,6 @@ def train(
         f"{model.threads} thread{'s' if model.threads > 1 else ''}" + (f" ({timed} a forward)" if timed else "")
     )
     _train(trainer, output)
-
-
-def _is_empty_folder(path: Path) -> bool:
-    """Whether a folder holds nothing but what a killed process has not finished."""
-    return path.is_dir() and all(is_staged(entry.name) for entry in path.iterdir())
 
 
 def _noted(trainer: Trainer) -> Trainer:

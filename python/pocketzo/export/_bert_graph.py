@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from pocketzo.errors import Error
-from pocketzo.formats.safetensors import read_header
+from pocketzo.formats.safetensors import map_tensors
 from pocketzo.graph.build import Builder
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ class BertGraph(Builder):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(ir.Graph([], [], nodes=[], name="all-MiniLM-L6-v2", opset_imports={"": 17}))
         self.checkpoint = checkpoint
-        self.entries = read_header(checkpoint.weights)
-        self.bytes = np.memmap(checkpoint.weights, np.uint8, mode="r")
+        self.tensors = map_tensors(checkpoint.weights)
         self.parameters: dict[str, Floats] = {}
         self.ids, self.mask, self.kinds = (
             self.input(name, ir.DataType.INT64, ["batch", "sequence"])
@@ -41,12 +40,11 @@ class BertGraph(Builder):
 
     def stored(self, name: str, *, transpose: bool = False) -> ir.Value:
         path = self.checkpoint.weights
-        if name not in self.entries:
+        if name not in self.tensors:
             raise Error(f"{path}: no tensor {name!r}; expected the weights of a BERT encoder")
-        entry = self.entries[name]
-        if entry.dtype != "F32":
-            raise Error(f"{path}: tensor {name!r}: expected F32, got {entry.dtype}")
-        array = self.bytes[entry.start : entry.stop].view(np.float32).reshape(entry.shape)
+        array = self.tensors[name]
+        if array.dtype != np.float32:
+            raise Error(f"{path}: tensor {name!r}: expected float32, got {array.dtype}")
         return self.new(name, array.T if transpose else array)
 
     def dense(self, x: ir.Value, name: str) -> ir.Value:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
@@ -344,6 +344,38 @@ def tensor_ids(names: Iterable[str]) -> dict[str, int]:
         used.add(number)
         ids[name] = number
     return ids
+
+
+class Files(TypedDict):
+    """What a :class:`Bundle` says of its graph and its weights, under the same names."""
+
+    tensors: tuple[TensorSpec, ...]
+    graph_sha256: str
+    base_sha256: str
+    header_sha256: str
+
+
+def files_of(folder: Path, sets: Mapping[str, Iterable[str]]) -> Files:
+    """Describe the graph and the weights that were written to a folder.
+
+    Parameters
+    ----------
+    folder : Path
+    sets : mapping of str to iterable of str
+        By tensor, the names of the trainable sets that contain it; others are not trainable.
+    """
+    weights = folder / WEIGHTS
+    entries = read_header(weights)
+    ids = tensor_ids(entries)
+    return {
+        "tensors": tuple(
+            TensorSpec(name, ids[name], DTYPES[entry.dtype], entry.shape, tuple(sets.get(name, ())))
+            for name, entry in entries.items()
+        ),
+        "graph_sha256": file_sha256(folder / MODEL),
+        "base_sha256": file_sha256(weights),
+        "header_sha256": hashlib.sha256(header_bytes(weights)).hexdigest(),
+    }
 
 
 def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:

@@ -13,9 +13,10 @@ the indirections that exporters add:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from pocketzo.formats.safetensors import DTYPES, Entry
@@ -103,31 +104,29 @@ def _freeze(draft: Draft, weight: Weight, folded_by: str | None) -> None:
         weight.frozen = min(reasons, key=lambda reason: reason.startswith("constant"))
 
 
-def point_to_weights(model: ir.Model, weights: Iterable[Weight], location: str, entries: Mapping[str, Entry]) -> None:
+def point_to_weights(model: ir.Model, location: str, entries: Mapping[str, Entry]) -> None:
     """Declare the weights in the graph as external data; it may have lost some.
 
     Parameters
     ----------
     model : Model
         As :func:`extract_weights` left it; changed in place.
-    weights : iterable of Weight
     location : str
         Name of the weights' file, relative to the graph's.
     entries : mapping of str to Entry
         Where each is in that file.
     """
-    for weight in weights:
-        if weight.name not in model.graph.initializers:
+    for name, entry in entries.items():
+        if name not in model.graph.initializers:
             continue
-        entry = entries[weight.name]
-        value = model.graph.initializers.pop(weight.name)  # added again at the end, in the order of the weights
+        value = model.graph.initializers.pop(name)  # added again at the end, in the order of the file
         value.const_value = ir.ExternalTensor(
             location,
             entry.start,
             entry.stop - entry.start,
-            ir.DataType.from_numpy(weight.dtype),
-            shape=ir.Shape(weight.array.shape),
-            name=weight.name,
+            ir.DataType.from_numpy(np.dtype(DTYPES[entry.dtype])),
+            shape=ir.Shape(entry.shape),
+            name=name,
         )
         model.graph.initializers.add(value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, TensorSpec, tensor_ids
+from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, files_of, tensor_ids
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
-from pocketzo.formats.safetensors import file_sha256, header_bytes, read_header, write
+from pocketzo.formats.safetensors import read_header, write
 from pocketzo.packages import require
 from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
@@ -264,32 +263,24 @@ def prepare(
         for tensor in added:
             if tensor.trained:
                 sets.setdefault(tensor.part, []).append(tensor.name)
+        members = {weight.name: [part.text for part in parts if weight.name in sets[part.text]] for weight in weights}
         write(
             folder / WEIGHTS,
             ((weight.name, weight.array) for weight in weights),
             {weight.name: weight.dtype for weight in weights},
         )
         entries = read_header(folder / WEIGHTS)
-        point_to_weights(onnx_model, weights, WEIGHTS, entries)
+        point_to_weights(onnx_model, WEIGHTS, entries)
         write_file(folder / MODEL, to_bytes(onnx_model))
         generation = None
         if language is not None and generating is not None:
-            point_to_weights(generating, weights, WEIGHTS, entries)
+            point_to_weights(generating, WEIGHTS, entries)
             generation = language.write_generation(folder, to_bytes(generating))
         if tokenizer is not None:
             copy_file(Path(tokenizer), folder / TOKENIZER)
         bundle = Bundle(
             path=folder,
-            tensors=tuple(
-                TensorSpec(
-                    weight.name,
-                    ids[weight.name],
-                    weight.dtype.name,
-                    weight.array.shape,
-                    sets=tuple(part.text for part in parts if weight.name in sets[part.text]),
-                )
-                for weight in weights
-            ),
+            **files_of(folder, members),
             frozen=(*frozen, *(tensor.frozen for tensor in added if not tensor.trained)),
             inputs=inputs,
             outputs=outputs,
@@ -298,9 +289,6 @@ def prepare(
             task=spec,
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
-            graph_sha256=file_sha256(folder / MODEL),
-            base_sha256=file_sha256(folder / WEIGHTS),
-            header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
             generation=generation,
         )
         del onnx_model, generating, weights  # onnxruntime needs their memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.bundle import MODEL, TOKENIZER, WEIGHTS, Bundle, TaskSpec, TensorSpec, tensor_ids
+from pocketzo.formats.bundle import MODEL, TOKENIZER, WEIGHTS, Bundle, Files, TaskSpec, TensorSpec, files_of
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.companions import Companions
 from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.frozen import FrozenSpec
 from pocketzo.formats.probe import PROBE, Probe, write_probe
-from pocketzo.formats.safetensors import file_sha256, header_bytes, map_tensors, read_header, write
+from pocketzo.formats.safetensors import map_tensors, read_header, write
 from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.packages import require
@@ -160,7 +159,7 @@ class _Head:
         """Write the bundle with the head."""
         import onnx_ir as ir
 
-        from pocketzo.graph.read import describe, to_bytes
+        from pocketzo.graph.read import describe
         from pocketzo.graph.side import add_side_head
         from pocketzo.graph.taps import find_taps
 
@@ -170,8 +169,7 @@ class _Head:
         causal = self._is_causal(model, taps)
         columns = 1 if self._task == "regression" else None if self._labels is None else len(self._labels)
         loss, described = add_side_head(model, taps, columns, HEAD_TASKS[self._task], causal=causal)
-        tensors = self._move_weights(model, folder)
-        write_file(folder / MODEL, to_bytes(model))
+        files = self._write_files(model, folder)
         inputs, outputs = (tuple(map(describe, values)) for values in (model.graph.inputs, model.graph.outputs))
         batch = self._probe | {"labels": np.zeros(1, np.int64)}
         rows = len(batch["input_ids"])
@@ -187,16 +185,13 @@ class _Head:
         bundle = replace(
             self._whole,
             path=folder,
-            tensors=tensors,
-            frozen=self._frozen(model, tensors),
+            **files,
+            frozen=self._frozen(model, files["tensors"]),
             inputs=inputs,
             outputs=outputs,
             loss=loss.output,
             logits=loss.scores,
             task=self._spec(loss, inputs, outputs),
-            graph_sha256=file_sha256(folder / MODEL),
-            base_sha256=file_sha256(folder / WEIGHTS),
-            header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
             probe=batch,
             generation=None,
             side=SideHead(described, len(layers), causal),
@@ -251,29 +246,19 @@ class _Head:
         far = np.abs(before[:, :-1] - after[:, :-1]).max()
         return bool(far <= 1e-4 * np.abs(before).max())
 
-    def _move_weights(self, model: ir.Model, folder: Path) -> tuple[TensorSpec, ...]:
-        """Write the weights that the graph still reads, and those of the head, and point the graph to them."""
-        import onnx_ir as ir
+    def _write_files(self, model: ir.Model, folder: Path) -> Files:
+        """Write the weights that the graph still reads, those of the head, and the graph that points to them."""
+        from pocketzo.graph.extract import point_to_weights
+        from pocketzo.graph.read import to_bytes
 
-        arrays = map_tensors(self._whole.weights_path)
         initializers = model.graph.initializers
-        kept = {name: array for name, array in arrays.items() if name in initializers}
-        added = {name: value for name, value in initializers.items() if name.startswith("side.")}
-        new = {name: value.const_value.numpy() for name, value in added.items() if value.const_value is not None}
-        write(folder / WEIGHTS, [*kept.items(), *new.items()])
-        entries = read_header(folder / WEIGHTS)
-        for name, entry in entries.items():
-            value = initializers[name]
-            array = {**kept, **new}[name]
-            dtype = ir.DataType.from_numpy(array.dtype)
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS, entry.start, entry.stop - entry.start, dtype, shape=ir.Shape(array.shape), name=name
-            )
-        ids = tensor_ids(entries)
-        return tuple(
-            TensorSpec(name, ids[name], array.dtype.name, array.shape, (SIDE_HEAD,) if name in new else ())
-            for name, array in {**kept, **new}.items()
-        )
+        arrays = {name: array for name, array in map_tensors(self._whole.weights_path).items() if name in initializers}
+        added = {name: value.const_value for name, value in initializers.items() if name.startswith("side.")}
+        new = {name: tensor.numpy() for name, tensor in added.items() if tensor is not None}
+        write(folder / WEIGHTS, [*arrays.items(), *new.items()])
+        point_to_weights(model, WEIGHTS, read_header(folder / WEIGHTS))
+        write_file(folder / MODEL, to_bytes(model))
+        return files_of(folder, dict.fromkeys(new, (SIDE_HEAD,)))
 
     def _frozen(self, model: ir.Model, tensors: Sequence[TensorSpec]) -> tuple[FrozenSpec, ...]:
         """Return what is not trained: what was not, and the weights that could be."""

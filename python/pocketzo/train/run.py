@@ -121,12 +121,7 @@ class Run:
             ("graph", base.model_path, recorded.graph_sha256),
             ("weights", base.weights_path, recorded.weights_sha256),
         ):
-            got = file_sha256(path)
-            if got != expected:
-                raise JournalError(
-                    f"{path}: not the {what} that the run {self.path} started from: SHA-256 is {got}, expected "
-                    f"{expected}"
-                )
+            check_file(path, expected, f"{what} that the run {self.path} started from")
         return base
 
     def replay_onto(self, model: Tunable, *, step: int | None = None) -> Optimizer:
@@ -180,6 +175,27 @@ class Run:
         model = Unloaded(base)
         self.replay_onto(model, step=step)
         copy_bundle(base, out, model.weights.save, overwrite=overwrite)
+
+
+def check_file(path: Path, expected: str, what: str) -> None:
+    """Check the SHA-256 of a file of a run's base.
+
+    Parameters
+    ----------
+    path : Path
+    expected : str
+        In hexadecimal, as the run recorded it.
+    what : str
+        What the file should be, as errors call it.
+
+    Raises
+    ------
+    JournalError
+        It is another file.
+    """
+    got = file_sha256(path)
+    if got != expected:
+        raise JournalError(f"{path}: not the {what}: SHA-256 is {got}, expected {expected}")
 
 
 def _metrics_line(text: bytes) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,30 @@ from pocketzo.tasks.metrics import Found
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.head.head import Head
 from pocketzo.train.head.states import Backbone, Told
+
+Floats = NDArray[np.float64]
+
+
+def _cross_entropy(scores: Floats, labels: NDArray[Any]) -> float:
+    top = scores.max(axis=1, keepdims=True)
+    total = np.log(np.exp(scores - top).sum(axis=1)) + top[:, 0]
+    return float((total - scores[np.arange(len(scores)), labels.astype(np.int64)]).mean())
+
+
+def _bce(scores: Floats, labels: NDArray[Any]) -> float:
+    return float((np.logaddexp(0, scores) - scores * labels.reshape(scores.shape)).mean())
+
+
+def _mse(scores: Floats, labels: NDArray[Any]) -> float:
+    return float(np.square(scores - labels.reshape(scores.shape)).mean())
+
+
+LOSSES: Final[Mapping[str, Callable[[Floats, NDArray[Any]], float]]] = {
+    "cross-entropy": _cross_entropy,
+    "bce": _bce,
+    "mse": _mse,
+}
+"""Mean losses of scores and labels, as bundles' graphs compute them."""
 
 
 def evaluate_heads(
@@ -38,22 +63,10 @@ def evaluate_heads(
     task = task_of(bundle)
     labels = data.label_values
     assert labels is not None, "loaded with labels"
-    results = []
+    assert task.loss is not None, "prepare gives a side head's task a loss"
+    results, loss = [], LOSSES[task.loss]
     for array in scores:
-        found = Found(_loss(task.loss, array, labels), task.predictions(array), task.targets(labels))
+        found = Found(loss(array.astype(np.float64), labels), task.predictions(array), task.targets(labels))
         values = {metric.name: float(metric(found)) for metric in map(task.metric, task.shown)}
         results.append({"count": len(data), **values})
     return results
-
-
-def _loss(kind: str | None, scores: NDArray[np.float32], labels: NDArray[np.generic]) -> float:
-    """Return the mean loss, as a bundle's graph computes it."""
-    wide = scores.astype(np.float64)
-    if kind == "cross-entropy":
-        top = wide.max(axis=1, keepdims=True)
-        total = np.log(np.exp(wide - top).sum(axis=1)) + top[:, 0]
-        return float((total - wide[np.arange(len(wide)), labels.astype(np.int64)]).mean())
-    targets = labels.reshape(wide.shape).astype(np.float64)
-    if kind == "bce":
-        return float((np.logaddexp(0, wide) - wide * targets).mean())
-    return float(np.square(wide - targets).mean())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,17 +11,18 @@ from typing import Any, Final, Self
 
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats import strict_json
-from pocketzo.formats.bundle import MODEL, WEIGHTS, Bundle, TaskSpec, TensorSpec, tensor_ids
+from pocketzo.formats.bundle import MODEL, WEIGHTS, Bundle, TaskSpec, files_of
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.files import copy_file, make_folder, write_file
 from pocketzo.formats.probe import PROBE
-from pocketzo.formats.safetensors import file_sha256, header_bytes, map_tensors, read_header, write
+from pocketzo.formats.safetensors import file_sha256, map_tensors, read_header, write
 from pocketzo.formats.staging import staged_folder
 from pocketzo.machine.paths import local_path, portable_path
 from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.subgraph import keep_taps, point_to, set_columns
 from pocketzo.train.head.head import Head
+from pocketzo.train.run import check_file
 
 RECORD: Final = "head.json"
 PARAMETERS: Final = "head.safetensors"
@@ -123,10 +123,7 @@ class HeadRun:
         """Return the base bundle, after checking its graph and weights; `bundle` is its path, if it was moved."""
         base = Bundle.read(Path(local_path(self.bundle)) if bundle is None else bundle)
         for path, expected in ((base.model_path, self.graph_sha256), (base.weights_path, self.weights_sha256)):
-            if (got := file_sha256(path)) != expected:
-                raise JournalError(
-                    f"{path}: not the file that the head was fitted to: SHA-256 is {got}, expected {expected}"
-                )
+            check_file(path, expected, "file that the head was fitted to")
         return base
 
     def write_bundle(self, head: Head, out: Path, *, bundle: Path | None = None, overwrite: bool = False) -> None:
@@ -147,25 +144,16 @@ class HeadRun:
             arrays = {name: array for name, array in map_tensors(base.weights_path).items() if name in kept}
             arrays |= {name: array for name, array in head.tensors().items() if name in arrays}
             write(folder / WEIGHTS, list(arrays.items()))
-            entries = read_header(folder / WEIGHTS)
-            point_to(model.graph, entries)
+            point_to(model.graph, read_header(folder / WEIGHTS))
             write_file(folder / MODEL, model.SerializeToString(deterministic=True))
             for name in (base.tokenizer, None if base.probe is None else PROBE):
                 if name is not None:
                     copy_file(base.path / name, folder / name)
-            sets = {spec.name: spec.sets for spec in base.tensors}
-            ids = tensor_ids(entries)
             replace(
                 described,
                 path=folder,
-                tensors=tuple(
-                    TensorSpec(name, ids[name], array.dtype.name, array.shape, sets[name])
-                    for name, array in arrays.items()
-                ),
+                **files_of(folder, {spec.name: spec.sets for spec in base.tensors}),
                 frozen=tuple(spec for spec in base.frozen if spec.name in kept),
-                graph_sha256=file_sha256(folder / MODEL),
-                base_sha256=file_sha256(folder / WEIGHTS),
-                header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
                 side=replace(side, taps=tuple(tap for tap in side.taps if tap.layer in self.layers)),
             ).write_description()
             Bundle.read(folder)
