@@ -352,6 +352,13 @@ def test_the_commands(tmp_path: Path) -> None:
     assert json.loads(command("eval", folder, "--data", str(data), "--json")) == shown
     results = json.loads((tmp_path / "run" / RECORD).read_text())["results"]
     assert results["eval"]["accuracy"] == pytest.approx(shown["accuracy"])
+    about = command("info", folder)
+    assert "linear probe" in about
+    assert f"{Path(base)}" in about.replace("\n", "")
+    described = json.loads(command("info", folder, "--json"))
+    assert (described["kind"], described["eval"]) == ("side head", results["eval"])
+    assert described["parameters"] == sum(array.size for array in HeadRun.read(tmp_path / "run")[1].tensors().values())
+    assert "it generates no text" in command("generate", folder, "--prompt", "a", code=1)
     assert "--step and --best" in command("eval", folder, "--data", str(data), "--best", code=2)
     assert "no empty folder" in command("train", base, "--data", str(data), "-o", folder, code=1)
 

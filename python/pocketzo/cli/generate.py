@@ -12,6 +12,7 @@ from rich.table import Table
 from pocketzo import kernels
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, out, write
+from pocketzo.cli.head import is_head_run
 from pocketzo.cli.options import PATH, best_option, step_option, threads_option
 from pocketzo.cli.runs import as_run, chosen_step
 from pocketzo.data.chat import chat_text
@@ -59,6 +60,8 @@ def generate(
       pocketzo generate base --prompt "The capital of France is" --max-tokens 20
       pocketzo generate runs/first --prompt "Write a haiku." --chat --temperature 0.7 --compare
     """
+    if is_head_run(model):
+        raise BundleError(f"{model}: the run of a side head, which computes scores: it generates no text")
     run = as_run(model)
     if run is None and (step is not None or best):
         raise click.UsageError(f"--step and --best belong to a run; {model} is a bundle")

@@ -14,6 +14,7 @@ import click
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import evaluation_table, evaluations_of, fact, out, print_facts, say
 from pocketzo.cli.frozen import tensor_lines
+from pocketzo.cli.head import is_head_run
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
@@ -22,6 +23,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.frozen import elements_by_kind
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.tasks.registry import loss_text, task_of
+from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun
 from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.verdict import verdict
 
@@ -31,12 +33,15 @@ from pocketzo.train.verdict import verdict
 @json_option
 @click.option("--tensors", is_flag=True, help="List a bundle's weights, whose names --trainable and --group match.")
 def info(path: Path, as_json: bool, tensors: bool) -> None:
-    """Show what a bundle or a run holds.
+    """Show what a bundle or a run, of steps or of a side head, holds.
 
     \b
     Example:
       pocketzo info base --tensors
     """
+    if is_head_run(path):
+        _print_head(_head_facts(path), as_json=as_json)
+        return
     run = as_run(path)
     if run is not None:
         facts = _run_facts(run)
@@ -61,6 +66,18 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
     print_facts({name: value for name, value in facts.items() if value is not None})
     if tensors:
         click.echo("\n".join(tensor_lines(bundle)))
+
+
+def _print_head(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Print the facts of a head's run, and its evaluations as `pocketzo train` does at its end."""
+    if as_json:
+        say(json.dumps(facts))
+        return
+    evaluations = {"linear probe": facts.pop("probe_eval"), "side head": facts.pop("eval")}
+    print_facts({name: value for name, value in facts.items() if value is not None})
+    if columns := {name: found for name, found in evaluations.items() if found is not None}:
+        say()
+        out.print(evaluation_table(columns))
 
 
 def _print_run(run: Run, facts: dict[str, Any]) -> None:
@@ -103,6 +120,23 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "max_length": bundle.max_length,
         "tokenizer": bundle.tokenizer,
         "base_sha256": bundle.base_sha256,
+    }
+
+
+def _head_facts(path: Path) -> dict[str, Any]:
+    run, head = HeadRun.read(path)
+    trials = run.results.get("trials")
+    return {
+        "kind": "side head",
+        "path": os.fspath(path),
+        "bytes": sum((path / name).stat().st_size for name in (RECORD, PARAMETERS)),
+        "parameters": sum(array.size for array in head.tensors().values()),
+        "layers": run.layers,
+        "labels": run.labels,
+        "held_out_loss": trials[0]["loss"] if trials else None,
+        "base": {"bundle": run.bundle, "graph_sha256": run.graph_sha256, "weights_sha256": run.weights_sha256},
+        "probe_eval": run.results.get("probe_eval"),
+        "eval": run.results.get("eval"),
     }
 
 
