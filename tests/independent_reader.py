@@ -27,12 +27,13 @@ def read_tensors(data: bytearray) -> dict[str, Any]:
 
 
 def read_bundle(folder: Path) -> tuple[dict[str, Any], bytearray]:
-    """Return what bundle.json says, and the weights' file."""
+    """Return what bundle.json says, and the file that training changes."""
     bundle = json.loads((folder / "bundle.json").read_bytes())
-    data = bytearray((folder / "weights.safetensors").read_bytes())
-    assert (bundle["format"], bundle["version"]) == ("pocketzo-bundle", 2), folder
+    data = bytearray((folder / f"{'adapter' if 'adapter' in bundle else 'weights'}.safetensors").read_bytes())
+    assert (bundle["format"], bundle["version"]) == ("pocketzo-bundle", 3 if "adapter" in bundle else 2), folder
     assert bundle["graph_sha256"] == sha256((folder / "model.onnx").read_bytes()).hexdigest(), folder
-    assert bundle["header_sha256"] == sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest(), folder
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert bundle.get("adapter", bundle)["header_sha256"] == sha256(header).hexdigest(), folder
     for tensor in bundle["tensors"]:  # of which no two meet
         assert tensor["id"] == int.from_bytes(sha256(tensor["name"].encode()).digest()[:4], "little"), tensor
     return bundle, data

@@ -55,7 +55,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def weights(folder: Path) -> Path:
-    return folder / "weights.safetensors"
+    """Return the file that training changes."""
+    adapter = folder / "adapter.safetensors"
+    return adapter if adapter.exists() else folder / "weights.safetensors"
 
 
 # ---- what is written today -------------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def test_the_writer_of_today_writes_the_golden_bundles(name: str, tmp_path: Path
     bundle = Bundle.read(tmp_path / name)
     tensors = independent_reader.read_tensors(bytearray(weights(GOLDEN / name).read_bytes()))
     bundle.write_description()
-    write(bundle.weights_path, tensors.items())
+    write(bundle.trained_path, tensors.items())
     assert files(tmp_path / name) == files(GOLDEN / name)
 
 
@@ -86,7 +88,8 @@ def test_prepare_makes_the_golden_bundles_but_for_the_bytes_of_the_graph(tmp_pat
     for name in BUNDLES:
         written, golden = files(tmp_path / name), files(GOLDEN / name)
         assert sorted(written) == sorted(golden)
-        assert written["weights.safetensors"] == golden["weights.safetensors"]
+        for file in {"weights.safetensors", weights(GOLDEN / name).name}:
+            assert written[file] == golden[file]
         described, expected = json.loads(written["bundle.json"]), json.loads(golden["bundle.json"])
         assert list(described) == list(expected)
         assert described.pop("graph_sha256") == sha256(written["model.onnx"]).hexdigest()
@@ -107,7 +110,9 @@ def test_a_journal_is_read_as_it_was_written_by_both_readers(name: str) -> None:
     assert [ours.position(step) for step in range(len(crcs))] == [(run, step, crc) for step, crc in enumerate(crcs)]
     assert ours.notice is None
     recipe = Recipe.read(ours.header, journal(name))
-    assert recipe.model.weights_sha256 == file_sha256(weights(GOLDEN / EXPECTED[name]["bundle"]))
+    base, model = GOLDEN / EXPECTED[name]["bundle"], recipe.model
+    assert model.weights_sha256 == file_sha256(base / "weights.safetensors")
+    assert (model.adapter_sha256 or model.weights_sha256) == file_sha256(weights(base))
 
 
 @each_run
@@ -183,7 +188,8 @@ def test_a_snapshot_of_another_journal_is_refused() -> None:
 def test_both_read_a_bundle(name: str) -> None:
     ours = Bundle.read(GOLDEN / name)
     theirs, data = independent_reader.read_bundle(GOLDEN / name)
-    arrays = independent_reader.read_tensors(data)
+    base = bytearray((GOLDEN / name / "weights.safetensors").read_bytes())
+    arrays = independent_reader.read_tensors(base) | independent_reader.read_tensors(data)
     assert [(t.name, t.id, t.dtype, list(t.shape)) for t in ours.tensors] == [
         (t["name"], t["id"], t["dtype"], t["shape"]) for t in theirs["tensors"]
     ]
@@ -191,9 +197,12 @@ def test_both_read_a_bundle(name: str) -> None:
         tensor.name: (tensor.dtype, tensor.shape) for tensor in ours.tensors
     }
     assert ours.labels == ("rouge", "bleu", "vert très pâle")
-    assert [tensor.name for tensor in ours.tensors if tensor.trainable] == [
-        "embedding.weight", "norm.weight", "norm.bias", "tête.weight", "tête.bias",
-    ]  # fmt: skip
+    trained = ["embedding.weight", "norm.weight", "norm.bias", "tête.weight", "tête.bias"]
+    if ours.adapter is not None:
+        trained = ["norm.weight", "norm.bias", "tête.lora_B"]
+        assert list(independent_reader.read_tensors(data)) == [*trained[:2], "tête.lora_A", "tête.lora_B"]
+        assert base == bytearray((GOLDEN / "bundle" / "weights.safetensors").read_bytes())
+    assert [tensor.name for tensor in ours.tensors if tensor.trainable] == trained
 
 
 def test_metrics_are_read() -> None:
@@ -205,7 +214,7 @@ def test_metrics_are_read() -> None:
 
 def test_the_independent_reader_is_short_and_independent() -> None:
     path = Path(independent_reader.__file__)
-    assert len(path.read_text().splitlines()) <= 130
+    assert len(path.read_text().splitlines()) <= 131
     for file in path, path.parent / "vectors" / "reference.py":
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -310,8 +319,10 @@ def test_a_flipped_bit_in_a_journal_is_noticed(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", BUNDLES)
 def test_a_flipped_bit_in_a_bundle_but_in_its_weights_is_noticed(name: str, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / name, tmp_path / name)
-    size = 8 + int.from_bytes(weights(GOLDEN / name).read_bytes()[:8], "little")
-    for file, stop in ("weights.safetensors", size), ("model.onnx", None):
+    stops: dict[str, int | None] = {"model.onnx": None}
+    for file in {"weights.safetensors", weights(GOLDEN / name).name}:
+        stops[file] = 8 + int.from_bytes((GOLDEN / name / file).read_bytes()[:8], "little")
+    for file, stop in stops.items():
         data = (tmp_path / name / file).read_bytes()
         for at in range(0, len(data[:stop]), full_or_small(5, 29)):
             flipped = bytearray(data)
@@ -406,11 +417,14 @@ def test_the_document_has_the_versions_and_the_fields_of_the_code() -> None:
         "journal": str(journal_format._FORMAT),
         "snapshot": str(snapshot_format.VERSION),
     }
-    recipe = Recipe.read(Journal.open(journal("mezo"), write=False).header, journal("mezo"))
+    recipe = Recipe.read(Journal.open(journal("adapter"), write=False).header, journal("adapter"))
     fields = {"format", "spec"} | set(recipe.method)
     for part in (recipe, *vars(recipe).values()):
         fields |= {field.name for field in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
-    for path in GOLDEN / "bundle" / "bundle.json", MEZO / "snapshots" / f"step-{SNAPSHOT:08d}" / "snapshot.json":
+    for path in (
+        GOLDEN / "bundle-adapter" / "bundle.json",
+        MEZO / "snapshots" / f"step-{SNAPSHOT:08d}" / "snapshot.json",
+    ):
         fields |= set(json.loads(path.read_text()))
     named = set(re.findall(r"`(?:loop|session|data)?\.?(\w+)`", DOCUMENT))
     assert fields - named == set()

@@ -12,7 +12,7 @@ import math
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,11 @@ from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, So
 from pocketzo.train.writer import RunWriter
 
 GOLDEN = Path(__file__).parent
-BUNDLES = {"bundle": "float32", "bundle-fp16": "float16"}
+BUNDLES: Mapping[str, Mapping[str, Any]] = {
+    "bundle": {"dtype": "float32"},
+    "bundle-fp16": {"dtype": "float16"},
+    "bundle-adapter": {"train": "lora:r=2,targets=tête,train=B+norm"},
+}
 STEPS = 6
 SNAPSHOT = 4
 STATE = {"momentum": np.arange(6, dtype=np.float32).reshape(2, 3) / 8, "count": np.array(4)}
@@ -70,6 +74,7 @@ CASES = {
     "fp16-fzoo": Case(
         pz.FZOO, {"queries": 3, "distribution": "gaussian", "weight_decay": 0.1, "lr": 2.0**-10}, "bundle-fp16"
     ),
+    "adapter": Case(pz.MeZO, {"queries": 2, "weight_decay": 0.25}, "bundle-adapter"),
 }
 SNAPSHOTS = ("mezo", "momentum")
 DRAWS = {5: 0.5, 2**64 - 2: -0.25, 1 << 40: 2.0**-7}  # of several clients, in an order of their own
@@ -118,7 +123,12 @@ def checksum(model: Unloaded | pz.Model) -> float:
 
 def recipe(bundle: Bundle, optimizer: pz.Optimizer) -> Recipe:
     return Recipe(
-        model=BaseModel(f"/golden/{bundle.path.name}", bundle.graph_sha256, bundle.base_sha256),
+        model=BaseModel(
+            f"/golden/{bundle.path.name}",
+            bundle.graph_sha256,
+            bundle.base_sha256,
+            None if bundle.adapter is None else bundle.adapter.sha256,
+        ),
         method=optimizer.settings(),
         loop=Loop(
             steps=STEPS,
@@ -181,20 +191,14 @@ def expected(bundle: Bundle, model: Unloaded, entries: list[Entry]) -> dict[str,
     }
 
 
-def write_bundles(out: Path) -> None:
+def write_bundles(out: Path, names: Collection[str] = BUNDLES.keys()) -> None:
     """Write the bundles. Their graphs differ with the version of onnx, so that those of another day are other files."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model.onnx")
-        for name, dtype in BUNDLES.items():
+        for name in names:
             labels = ["rouge", "bleu", "vert très pâle"]
-            pz.prepare(
-                Path(folder) / "model.onnx",
-                out / name,
-                labels=labels,
-                max_length=16,
-                dtype=dtype,  # type: ignore[arg-type]
-                overwrite=True,
-            )
+            options = BUNDLES[name]
+            pz.prepare(Path(folder) / "model.onnx", out / name, labels=labels, max_length=16, overwrite=True, **options)
 
 
 def write_runs(bundles: Path, out: Path) -> None:
@@ -212,6 +216,5 @@ def write_runs(bundles: Path, out: Path) -> None:
 if __name__ == "__main__":
     for name in "runs", "state":
         shutil.rmtree(GOLDEN / name, ignore_errors=True)
-    if not all((GOLDEN / name).exists() for name in BUNDLES):
-        write_bundles(GOLDEN)
+    write_bundles(GOLDEN, [name for name in BUNDLES if not (GOLDEN / name).exists()])
     write_runs(GOLDEN, GOLDEN)

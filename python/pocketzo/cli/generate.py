@@ -104,9 +104,11 @@ def _compare(
     loaded = Unloaded(bundle)
     if run is None and base is not None:
         start = Bundle.read(base)
-        if (start.base_sha256, start.header_sha256) != (bundle.base_sha256, bundle.header_sha256):
+        if [start.base_sha256, start.header_sha256, start.adapter] != [
+            *(bundle.base_sha256, bundle.header_sha256, bundle.adapter)
+        ]:
             raise BundleError(f"{base}: not the base of {bundle.path}, whose weights were prepared from another model")
-        loaded.weights.read(start.weights_path)
+        loaded.weights.read(start.trained_path)
     generator = Generator(bundle, loaded.weights, threads=threads)
     before = "".join(generator.stream(text, **settings))
     _tuned(loaded, run, step)

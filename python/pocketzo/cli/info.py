@@ -48,7 +48,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
     else:
         bundle = Bundle.read(path)
         facts = bundle_facts(bundle)
-        facts["tuned"] = file_sha256(bundle.weights_path) != bundle.base_sha256
+        facts["tuned"] = file_sha256(bundle.trained_path) != bundle.prepared_sha256
         facts["prepacking"] = prepacking(bundle)
         if as_json:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]

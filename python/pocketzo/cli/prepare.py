@@ -56,6 +56,13 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     "model ends behind the last layer that it reads.",
 )
 @click.option(
+    "--share-base",
+    type=PATH,
+    metavar="BUNDLE",
+    help="For a set that is added: take the weights of another bundle of MODEL, by a hard link, so that both take the "
+    "storage of one.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16"]),
     help="Type of the weights, by default that of MODEL. float16 halves the memory. Use it on phones and boards; it is "
@@ -118,6 +125,7 @@ def prepare(
     labels: list[str] | None,
     max_length: int | None,
     train: str,
+    share_base: Path | None,
     dtype: Literal["float32", "float16"] | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
     task: Any,
@@ -145,7 +153,7 @@ def prepare(
     """
     check_output(output, force=force)
     if train == SIDE_HEAD:
-        others = {"--loss": loss, "--label-words": label_words, "--calibrate": calibrate}
+        others = {"--share-base": share_base, "--loss": loss, "--label-words": label_words, "--calibrate": calibrate}
         if given := next((name for name, value in others.items() if value is not None), None):
             raise click.UsageError(f"{given} is not for a side head, whose backbone is frozen")
         bundle = prepare_head(
@@ -174,6 +182,7 @@ def prepare(
         labels=labels,
         max_length=max_length,
         train=train,
+        share_base=share_base,
         dtype=dtype,
         overwrite=force,
         loss=loss,

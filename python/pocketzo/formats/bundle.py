@@ -2,7 +2,8 @@
 
 ====================  ==================================================================================================
 ``model.onnx``        the graph; its weights are external data that point into the next file
-``weights.safetensors``  all weights; tuning changes this file only
+``weights.safetensors``  all weights of the model; where there is no adapter, tuning changes this file only
+``adapter.safetensors``  optional: what was added to the model, and what is trained; tuning changes this file only
 ``bundle.json``       the description: task, tensors and their ids, inputs, outputs, checksums
 ``probe.npz``         optional: inputs on which the model is checked
 ``tokenizer.json``    optional
@@ -20,7 +21,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict
 
@@ -31,17 +32,20 @@ from pocketzo.formats.files import write_file
 from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
-from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, file_sha256, header_bytes, read_header
+from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, Entry, file_sha256, header_bytes, read_header
 from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import sweep
 
 FORMAT: Final = "pocketzo-bundle"
-VERSION: Final = 2
+VERSION: Final = 3
+_WITHOUT_ADAPTER: Final = 2
+"""The version of a bundle that has no adapter."""
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
+ADAPTER: Final = "adapter.safetensors"
 DESCRIPTION: Final = "bundle.json"
 TOKENIZER: Final = "tokenizer.json"
-FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, TOKENIZER, PROBE, GENERATE, CHAT_TEMPLATE)
+FILES: Final = (DESCRIPTION, MODEL, WEIGHTS, ADAPTER, TOKENIZER, PROBE, GENERATE, CHAT_TEMPLATE)
 """All files that a bundle may consist of."""
 _NUMPY: Final = r"bool|object|complex(64|128)|float(16|32|64)|u?int(8|16|32|64)"
 _ANY: Final = rf"{_NUMPY}|bfloat16|float[468]_\w+|u?int[24]"
@@ -112,6 +116,22 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """The file ``adapter.safetensors``.
+
+    Attributes
+    ----------
+    sha256 : str
+        SHA-256 of the file as prepared. A tuned copy keeps this value.
+    header_sha256 : str
+        SHA-256 of the part before the data, which never changes.
+    """
+
+    sha256: str
+    header_sha256: str
+
+
+@dataclass(frozen=True)
 class Bundle:
     """The contents of ``bundle.json``, checked against the other files.
 
@@ -120,7 +140,8 @@ class Bundle:
     path : Path
         The folder.
     tensors : tuple of TensorSpec
-        In the byte order of the weights file.
+        In the byte order of the weights file, and then of the adapter. A tensor of the weights file of which the
+        adapter has one of the same name is not among them: nothing reads it.
     frozen : tuple of FrozenSpec
         Every floating-point or quantised tensor of the model that is not trainable.
     inputs, outputs : tuple of ValueSpec
@@ -137,7 +158,8 @@ class Bundle:
     graph_sha256 : str
         SHA-256 of ``model.onnx``.
     base_sha256 : str
-        SHA-256 of ``weights.safetensors`` as prepared. A tuned copy keeps this value, which identifies its base.
+        SHA-256 of ``weights.safetensors`` as prepared. A tuned copy keeps this value, which identifies its base; if
+        there is an adapter, it is that of the file in every copy.
     header_sha256 : str
         SHA-256 of the part of ``weights.safetensors`` before the data. This part never changes, because the graph
         refers to offsets behind it.
@@ -147,6 +169,8 @@ class Bundle:
         What generating text needs; None if the model generates none.
     side : SideHead or None
         The layers that a side head reads; None if the graph has no side head.
+    adapter : Adapter or None
+        The file of what is trained; None if that is the weights file.
     """
 
     path: Path
@@ -165,6 +189,7 @@ class Bundle:
     probe: Probe | None = field(default=None, compare=False, repr=False)
     generation: Generation | None = None
     side: SideHead | None = None
+    adapter: Adapter | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -191,25 +216,34 @@ class Bundle:
             raise BundleError(
                 f"{bundle.model_path}: not the graph that {DESCRIPTION} describes; prepare the model again"
             )
-        if hashlib.sha256(header_bytes(bundle.weights_path)).hexdigest() != bundle.header_sha256:
-            raise BundleError(
-                f"{bundle.weights_path}: its header is not the one that {MODEL} points into; "
-                "the file was changed by other means than PocketZO"
-            )
-        entries = read_header(bundle.weights_path)
-        described = [(spec.name, spec.dtype, spec.shape) for spec in bundle.tensors]
-        if described != [(name, DTYPES[entry.dtype], entry.shape) for name, entry in entries.items()]:
-            raise BundleError(f"{bundle.weights_path}: its tensors are not those that {DESCRIPTION} describes")
-        for name, entry in entries.items():
-            if entry.start % ALIGNMENT:
-                raise BundleError(f"{bundle.weights_path}: {name!r} does not start at a multiple of {ALIGNMENT} bytes")
-        if {spec.name: spec.id for spec in bundle.tensors} != tensor_ids(entries):
-            raise BundleError(f"{path / DESCRIPTION}: tensor ids are not those of the tensors' names")
+        bundle._check_weights()
         if bundle.tokenizer_path is not None and not bundle.tokenizer_path.is_file():
             raise BundleError(f"{bundle.tokenizer_path}: the bundle's tokenizer is missing")
         if bundle.generation is not None:
             bundle._check_generation(bundle.generation)
         return bundle
+
+    def _check_weights(self) -> None:
+        headers = {self.weights_path: self.header_sha256}
+        if self.adapter is not None:
+            headers[self.trained_path] = self.adapter.header_sha256
+        for file, sha256 in headers.items():
+            if not file.is_file():
+                raise BundleError(f"{file}: a file of the bundle is missing")
+            if _header_sha256(file) != sha256:
+                raise BundleError(
+                    f"{file}: its header is not the one that {MODEL} points into; "
+                    "the file was changed by other means than PocketZO"
+                )
+            for name, entry in read_header(file).items():
+                if entry.start % ALIGNMENT:
+                    raise BundleError(f"{file}: {name!r} does not start at a multiple of {ALIGNMENT} bytes")
+        stored = self.places
+        described = [(spec.name, spec.dtype, spec.shape) for spec in self.tensors]
+        if described != [(name, DTYPES[entry.dtype], entry.shape) for name, (_, entry) in stored.items()]:
+            raise BundleError(f"{self.trained_path}: its tensors are not those that {DESCRIPTION} describes")
+        if {spec.name: spec.id for spec in self.tensors} != tensor_ids(stored):
+            raise BundleError(f"{self.path / DESCRIPTION}: tensor ids are not those of the tensors' names")
 
     def _check_generation(self, generation: Generation) -> None:
         for name in (GENERATE, generation.chat_template):
@@ -253,6 +287,26 @@ class Bundle:
         return self.path / WEIGHTS
 
     @property
+    def trained_path(self) -> Path:
+        """The path of the file that tuning changes: the adapter, or the weights file."""
+        return self.weights_path if self.adapter is None else self.path / ADAPTER
+
+    @property
+    def prepared_sha256(self) -> str:
+        """SHA-256 of :attr:`trained_path` as prepared."""
+        return self.base_sha256 if self.adapter is None else self.adapter.sha256
+
+    @property
+    def places(self) -> dict[str, tuple[Path, Entry]]:
+        """The file of each tensor, and its place there, in the order of `tensors`."""
+        return _places(self.weights_path, None if self.adapter is None else self.trained_path)
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Size of the files of weights, in bytes."""
+        return sum(path.stat().st_size for path in {self.weights_path, self.trained_path})
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The path of the tokenizer file; None if the bundle has none."""
         return None if self.tokenizer is None else self.path / self.tokenizer
@@ -261,7 +315,7 @@ class Bundle:
         """Write ``bundle.json`` into the folder."""
         fields = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": _WITHOUT_ADAPTER if self.adapter is None else VERSION,
             "graph_sha256": self.graph_sha256,
             "base_sha256": self.base_sha256,
             "header_sha256": self.header_sha256,
@@ -272,6 +326,7 @@ class Bundle:
             "probe": None if self.probe is None else PROBE,
             "generation": None if self.generation is None else self.generation.described(),
             **({} if self.side is None else {"side": self.side.described()}),
+            **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -293,10 +348,14 @@ class Bundle:
             raise BundleError(f"{file}: not JSON: {error}") from None
         if values.get("format") != FORMAT:
             raise BundleError(f"{file}: not the description of a bundle")
-        if values.get("version") != VERSION:
-            raise BundleError(f"{file}: version {values.get('version')!r} of the format; this PocketZO reads {VERSION}")
+        version = values.get("version")
+        if version not in (_WITHOUT_ADAPTER, VERSION):
+            raise BundleError(
+                f"{file}: version {version!r} of the format; this PocketZO reads {_WITHOUT_ADAPTER} and {VERSION}"
+            )
         try:
             fields = Fields(values)
+            adapter = fields.object("adapter") if version == VERSION else None
             inputs = _values(fields, "inputs", _NUMPY)
             outputs = _values(fields, "outputs")
             generation = fields.optional_object("generation")
@@ -318,6 +377,7 @@ class Bundle:
                 probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
                 generation=None if generation is None else Generation.parse(generation),
                 side=None if side is None else SideHead.parse(side),
+                adapter=None if adapter is None else Adapter(adapter.sha256("sha256"), adapter.sha256("header_sha256")),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None
@@ -353,6 +413,13 @@ class Files(TypedDict):
     graph_sha256: str
     base_sha256: str
     header_sha256: str
+    adapter: Adapter | None
+
+
+def _places(weights: Path, adapter: Path | None) -> dict[str, tuple[Path, Entry]]:
+    added = {} if adapter is None else {name: (adapter, entry) for name, entry in read_header(adapter).items()}
+    base = {name: (weights, entry) for name, entry in read_header(weights).items() if name not in added}
+    return base | added
 
 
 def files_of(folder: Path, sets: Mapping[str, Iterable[str]]) -> Files:
@@ -365,17 +432,23 @@ def files_of(folder: Path, sets: Mapping[str, Iterable[str]]) -> Files:
         By tensor, the names of the trainable sets that contain it; others are not trainable.
     """
     weights = folder / WEIGHTS
-    entries = read_header(weights)
-    ids = tensor_ids(entries)
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_file() else None
+    places = _places(weights, adapter)
+    ids = tensor_ids(places)
     return {
         "tensors": tuple(
             TensorSpec(name, ids[name], DTYPES[entry.dtype], entry.shape, tuple(sets.get(name, ())))
-            for name, entry in entries.items()
+            for name, (_, entry) in places.items()
         ),
         "graph_sha256": file_sha256(folder / MODEL),
         "base_sha256": file_sha256(weights),
-        "header_sha256": hashlib.sha256(header_bytes(weights)).hexdigest(),
+        "header_sha256": _header_sha256(weights),
+        "adapter": None if adapter is None else Adapter(file_sha256(adapter), _header_sha256(adapter)),
     }
+
+
+def _header_sha256(path: Path) -> str:
+    return hashlib.sha256(header_bytes(path)).hexdigest()
 
 
 def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:

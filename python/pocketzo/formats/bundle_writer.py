@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
-from pocketzo.formats.bundle import DESCRIPTION, FILES, FORMAT, WEIGHTS, Bundle
-from pocketzo.formats.files import copy_file, make_folder
+from pocketzo.formats.bundle import ADAPTER, DESCRIPTION, FILES, FORMAT, WEIGHTS, Bundle
+from pocketzo.formats.files import copy_file, link_file, make_folder
+from pocketzo.formats.safetensors import file_sha256
 from pocketzo.formats.staging import foreign, staged_folder
 
 
@@ -80,6 +82,9 @@ def copy_bundle(
 ) -> None:
     """Write a copy of a bundle with other weights.
 
+    Of a bundle with an adapter, that is written; the weights file is a hard link to that of ``base``, or a copy of it,
+    with a warning, where there are no links.
+
     Parameters
     ----------
     base : Bundle
@@ -87,7 +92,8 @@ def copy_bundle(
     out : path-like
         The new folder.
     write_weights : callable
-        Called with the path of the new ``weights.safetensors``. It must write that file, with the header of ``base``.
+        Called with the path of the new file that takes the place of :attr:`Bundle.trained_path`. It must write that
+        file, with the header of ``base``.
     overwrite : bool
         See :func:`check_target`.
 
@@ -97,8 +103,37 @@ def copy_bundle(
         If ``out`` may not be written, or the written file does not match the bundle.
     """
     with staged_bundle(out, overwrite=overwrite, base=base) as folder:
+        trained = base.trained_path.name
         for name in FILES:
-            if name != WEIGHTS and (base.path / name).is_file():
+            if name not in (WEIGHTS, ADAPTER) and (base.path / name).is_file():
                 copy_file(base.path / name, folder / name)
-        write_weights(folder / WEIGHTS)
+        write_weights(folder / trained)
+        if trained != WEIGHTS:
+            link_weights(base.weights_path, folder, out)
         Bundle.read(folder)
+
+
+def link_weights(weights: Path, folder: Path, out: str | os.PathLike[str]) -> None:
+    """Give the weights file of another bundle a second name in a folder that becomes ``out``; warn if it is copied."""
+    reason = link_file(weights, folder / WEIGHTS)
+    if reason is not None:
+        warnings.warn(
+            f"{out}: its {WEIGHTS} is a copy of {weights}, as the system makes no hard link: {reason}", stacklevel=4
+        )
+
+
+def share_weights(other: Bundle, folder: Path, out: str | os.PathLike[str]) -> None:
+    """Put a hard link to another bundle's weights file in the place of that in a folder that becomes ``out``.
+
+    Raises
+    ------
+    BundleError
+        They are other weights.
+    """
+    if file_sha256(other.weights_path) != file_sha256(folder / WEIGHTS):
+        raise BundleError(
+            f"{other.weights_path}: other weights than those of this model: prepared from another export, in another "
+            "type, for another kind of task, or trained; leave out share_base, or name another bundle"
+        )
+    (folder / WEIGHTS).unlink()
+    link_weights(other.weights_path, folder, out)

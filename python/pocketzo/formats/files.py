@@ -44,6 +44,22 @@ def copy_file(source: Path, path: Path) -> None:
                     chunk = chunk[writer.write(chunk) :]
 
 
+def link_file(source: Path, path: Path) -> str | None:
+    """Give a file a second name, or where the system does not allow that, copy it.
+
+    Returns
+    -------
+    str or None
+        Why it was copied.
+    """
+    try:
+        os.link(source, path)
+    except OSError as error:  # of another file system, one without links, or a system that forbids them
+        copy_file(source, path)
+        return error.strerror or str(error)
+    return None
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's data to storage."""
     file = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocketzo.errors import BundleError, DeadWeightError
-from pocketzo.formats.bundle import FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, files_of, tensor_ids
-from pocketzo.formats.bundle_writer import staged_bundle
+from pocketzo.formats.bundle import ADAPTER, FLOATS, MODEL, TOKENIZER, WEIGHTS, Bundle, files_of, tensor_ids
+from pocketzo.formats.bundle_writer import share_weights, staged_bundle
 from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import read_header, write
 from pocketzo.packages import require
 from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
-from pocketzo.trainable.spec import Prefix, parse
+from pocketzo.trainable.spec import Choice, Prefix, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.formats.bundle import TaskSpec
+    from pocketzo.graph.weight import Weight
 
 
 def prepare(
@@ -42,6 +43,7 @@ def prepare(
     calibrate: str | os.PathLike[str] | None = None,
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
+    share_base: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
     """Turn an ONNX model into a bundle.
@@ -138,6 +140,9 @@ def prepare(
     probe : path-like or mapping of str to ndarray, optional
         The batch: an ``.npz`` file or a mapping with an array for each input, of its type and shape. Needed if the
         model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
+    share_base : path-like, optional
+        Another bundle of the same export: its ``weights.safetensors`` gets a second name in this one, a hard link. So
+        several bundles take the storage of one base. Needs a set that is added.
     note : callable, optional
         Called with a line of text for each choice that was made: which loss, and why.
     overwrite : bool
@@ -153,6 +158,7 @@ def prepare(
     ------
     BundleError
         If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
+        the weights of ``share_base`` are others,
         the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
         those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
         written in these cases.
@@ -190,6 +196,11 @@ def prepare(
     if tokenizer is not None:
         check_tokenizer(Path(tokenizer))
     parts = parse(train)
+    shared = None
+    if share_base is not None:
+        if all(isinstance(part, Choice) for part in parts):
+            raise ValueError(f"share_base is for sets that are added, such as 'lora'; train is {train!r}")
+        shared = Bundle.read(share_base)
     prefix = next((part for part in parts if isinstance(part, Prefix)), None)
     if prefix is not None and task is None:
         raise ValueError(f"train={prefix.text!r} is for a decoder that is prepared with a task, such as 'causal-lm'")
@@ -258,29 +269,30 @@ def prepare(
 
         if generating is None and language is not None:
             weights = [weight for weight in weights if weight.name in onnx_model.graph.initializers]
-        ids = tensor_ids([*(weight.name for weight in weights), *(tensor.name for tensor in added)])
-        weights += [Weight(tensor.name, tensor.initial(ids[tensor.name])) for tensor in added]
         for tensor in added:
             if tensor.trained:
                 sets.setdefault(tensor.part, []).append(tensor.name)
-        members = {weight.name: [part.text for part in parts if weight.name in sets[part.text]] for weight in weights}
-        write(
-            folder / WEIGHTS,
-            ((weight.name, weight.array) for weight in weights),
-            {weight.name: weight.dtype for weight in weights},
-        )
-        entries = read_header(folder / WEIGHTS)
-        point_to_weights(onnx_model, WEIGHTS, entries)
+        ids = tensor_ids([*(weight.name for weight in weights), *(tensor.name for tensor in added)])
+        files = {WEIGHTS: weights}
+        if added:  # then the base is the same for all sets
+            files[ADAPTER] = [weight for weight in weights if weight.name in chosen]
+            files[ADAPTER] += [Weight(tensor.name, tensor.initial(ids[tensor.name])) for tensor in added]
+        for name, stored in files.items():
+            _write(folder / name, stored)
+            for graph in (onnx_model, generating):
+                if graph is not None:
+                    point_to_weights(graph, name, read_header(folder / name))
+        if shared is not None:
+            share_weights(shared, folder, out)
         write_file(folder / MODEL, to_bytes(onnx_model))
         generation = None
         if language is not None and generating is not None:
-            point_to_weights(generating, WEIGHTS, entries)
             generation = language.write_generation(folder, to_bytes(generating))
         if tokenizer is not None:
             copy_file(Path(tokenizer), folder / TOKENIZER)
         bundle = Bundle(
             path=folder,
-            **files_of(folder, members),
+            **files_of(folder, {name: [part.text for part in parts if name in sets[part.text]] for name in ids}),
             frozen=(*frozen, *(tensor.frozen for tensor in added if not tensor.trained)),
             inputs=inputs,
             outputs=outputs,
@@ -291,7 +303,7 @@ def prepare(
             tokenizer=TOKENIZER if tokenizer is not None else None,
             generation=generation,
         )
-        del onnx_model, generating, weights  # onnxruntime needs their memory
+        del onnx_model, graph, generating, weights, files, stored  # onnxruntime needs their memory
         if language is None:
             names = dict(zip(kept, (value.name for value in outputs), strict=False))  # a loss that was added comes last
             batch = check_same_function(origin, bundle, names, given)
@@ -305,3 +317,11 @@ def prepare(
     if note is not None:
         note(f"loss: {loss_text(bundle)} ({found.reason})")
     return Bundle.read(out)
+
+
+def _write(path: Path, weights: Sequence[Weight]) -> None:
+    write(
+        path,
+        ((weight.name, weight.array) for weight in weights),
+        {weight.name: weight.dtype for weight in weights},
+    )

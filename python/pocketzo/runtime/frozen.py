@@ -33,9 +33,11 @@ _SLICE: Final = 1 << 20  # bytes as float32 of each slice of 8 bits
 def frozen_base(bundle: Bundle) -> frozenset[str]:
     """Return the names of the weights that stay in the file: all that are not trained, or none.
 
-    There are none where more than an eighth of the bytes are trained.
+    There are none where more than an eighth of the bytes are trained, unless what is trained has a file of its own.
     """
     frozen = [tensor for tensor in bundle.tensors if not tensor.trainable]
+    if bundle.adapter is not None:
+        return frozenset(tensor.name for tensor in frozen)
     trained = sum(_nbytes(tensor) for tensor in bundle.tensors if tensor.trainable)
     if trained > _MOST_TRAINED * (trained + sum(map(_nbytes, frozen))):
         return frozenset()

@@ -173,7 +173,7 @@ class Generator:
 
 
 def _room_for_copy(bundle: Bundle, most: int | None) -> Image:
-    size = bundle.weights_path.stat().st_size
+    size = bundle.weights_nbytes
     if most is not None and (resident := resident_memory()) + size > most:
         raise MemoryLimitError(
             f"{bundle.path}: generating from prepacked weights takes a copy of {megabytes(size)}, "

@@ -1,4 +1,4 @@
-"""The file of a bundle's weights, in memory."""
+"""The file of a bundle's weights that training changes, in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pocketzo.formats.safetensors import read_header
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Memory for the bytes of ``weights.safetensors``, except for weights that are kept elsewhere.
+    """Memory for the bytes of :attr:`Bundle.trained_path`, except for weights that are kept elsewhere.
 
     Attributes
     ----------
@@ -27,10 +27,13 @@ class Image:
         The file from its first byte to its last: bytes of the image, and names of weights that are kept elsewhere.
     views : mapping of str to ndarray
         The weights of the image, float32 or float16, each in its shape.
+    is_whole : bool
+        Whether these are all weights of the bundle.
     """
 
     parts: Sequence[NDArray[np.uint8] | str]
     views: Mapping[str, NDArray[Any]]
+    is_whole: bool
 
     @classmethod
     def allocate(cls, bundle: Bundle, without: Collection[str] = ()) -> Self:
@@ -42,10 +45,11 @@ class Image:
         without : collection of str
             Weights that are kept elsewhere.
         """
-        entries = read_header(bundle.weights_path)
+        entries = read_header(bundle.trained_path)
+        without = entries.keys() & without
         floats = {spec.name: spec.dtype for spec in bundle.tensors if spec.dtype in FLOATS}
         elsewhere = sum(entries[name].stop - entries[name].start for name in without)
-        memory = _allocate(bundle.weights_path.stat().st_size - elsewhere)
+        memory = _allocate(bundle.trained_path.stat().st_size - elsewhere)
         parts: list[NDArray[np.uint8] | str] = []
         views: dict[str, NDArray[Any]] = {}
         begin = skipped = 0  # in the file, where the part begins; and bytes before it that are elsewhere
@@ -58,12 +62,7 @@ class Image:
                 view = memory[entry.start - skipped : entry.stop - skipped]
                 views[name] = view.view(floats[name]).reshape(entry.shape)
         parts.append(memory[begin - skipped :])
-        return cls(parts, views)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether no weight is kept elsewhere."""
-        return not any(isinstance(part, str) for part in self.parts)
+        return cls(parts, views, not without and bundle.adapter is None)
 
     @cached_property
     def values(self) -> Mapping[str, ort.OrtValue]:

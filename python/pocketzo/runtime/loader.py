@@ -70,16 +70,16 @@ class Loader:
 
     def _load(self) -> tuple[Model, tuple[str, ...]]:
         reason, missed = "as asked for", True
-        if self.prepack and frozen_base(self.bundle):
-            with contextlib.suppress(NotPrepackableError, DeadWeightError, MemoryError):
-                return self._load_over_base()
-        if self.prepack:
+        layouts = [self._load_over_base] if frozen_base(self.bundle) else []
+        if self.bundle.adapter is None:
+            layouts.append(self._load_prepacked)
+        for load in layouts if self.prepack else ():
             try:
-                return self._load_prepacked()
-            except (NotPrepackableError, MemoryError, OSError) as error:  # the plain layout may need less
+                return load()
+            except (NotPrepackableError, DeadWeightError, MemoryError, OSError) as error:  # another may need less
                 reason, missed = first_line(error), not isinstance(error, NothingToPrepackError)
-                if self.prepack is True:
-                    raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}") from None
+        if self.prepack is True:
+            raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}")
         loaded = None
         constants = self.prepack and has_constants(self.bundle)
         if constants:
@@ -122,7 +122,7 @@ class Loader:
     def _load_with_constants(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         """Load a model in the plain layout whose constants are prepacked by onnxruntime."""
         if self.max_memory is not None:
-            check_room(self.bundle, self.max_memory, copies=self.bundle.weights_path.stat().st_size)
+            check_room(self.bundle, self.max_memory, copies=self.bundle.weights_nbytes)
         model = model_with_variables(self.bundle)
         weights = Weights(self.bundle)
         read_as_noise(weights, self.bundle)
@@ -180,7 +180,7 @@ def check_room(bundle: Bundle, most: int, matrices: Sequence[Matrix] = (), copie
         It would, with figures.
     """
     resident = resident_memory()
-    weights = bundle.weights_path.stat().st_size
+    weights = bundle.weights_nbytes
     weights += copies + sum(matrix.nbytes for matrix in matrices if matrix.shared)
     room = weights // 16 + SMALL  # sessions and checks took 15 to 54 MB with 23 M to 355 M parameters
     room += max((3 * matrix.nbytes for matrix in matrices), default=0)  # as onnxruntime packs one

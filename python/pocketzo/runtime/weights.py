@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 from pocketzo._core import Packing
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle
-from pocketzo.formats.safetensors import read_header
 from pocketzo.formats.staging import staged_file
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Location
@@ -39,7 +38,7 @@ class Weights(Mapping[str, NDArray[Any]]):
     locations : mapping of str to Location, optional
         Prepacked memory: of weights that are not in the image, and a second copy of some that are.
 
-    Weights that are in neither stay in the bundle's file, which is kept open. They are read from there, and are not
+    Weights that are in neither stay in the bundle's files, which are kept open. They are read from there, and are not
     written.
     """
 
@@ -48,12 +47,14 @@ class Weights(Mapping[str, NDArray[Any]]):
     ) -> None:
         self.image = Image.allocate(bundle) if image is None else image
         self.locations = dict(locations or {})
-        self._path = bundle.weights_path
-        if any(isinstance(part, str) and part not in self.locations for part in self.image.parts):
-            self._file = os.open(self._path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
+        self._path = bundle.trained_path
         self._specs = {spec.name: spec for spec in bundle.tensors if spec.dtype in FLOATS}
-        self._entries = read_header(self._path)
+        self._places = bundle.places
+        left = {part for part in self.image.parts if isinstance(part, str)} - self.locations.keys()
+        paths = {path for name, (path, _) in self._places.items() if name in left or path != self._path}
+        self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
+        for file in self._files.values():
+            weakref.finalize(self, os.close, file)
         self._finish: Callable[[], None] = lambda: None
 
     # ---- passes that are pending ----------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         if np.ndim(value) and np.shape(value) != shape:
             raise ValueError(f"{name} has shape {list(shape)}, got {list(np.shape(value))}")
         if name not in self.image.views and name not in self.locations:
-            raise ValueError(f"{name} is frozen: it stays in {self._path}, and nothing is written there")
+            raise ValueError(f"{name} is frozen: it stays in {self._places[name][0]}, and nothing is written there")
         array = np.empty(shape, self._specs[name].dtype)
         np.copyto(array, value, casting="same_kind")
         if name in self.image.views:
@@ -134,13 +135,13 @@ class Weights(Mapping[str, NDArray[Any]]):
                 yield np.frombuffer(data, self._specs[name].dtype)
 
     def _stored(self, name: str) -> Iterator[bytes]:
-        """Yield a tensor of the bundle's file: of the one that was opened, also if another one has its name by now."""
-        entry = self._entries[name]
+        """Yield a tensor of a file of the bundle: of the one that was opened, also if another has its name by now."""
+        path, entry = self._places[name]
         for at in range(entry.start, entry.stop, _CHUNK):
             size = min(_CHUNK, entry.stop - at)
-            data = os.pread(self._file, size, at)
+            data = os.pread(self._files[path], size, at)
             if len(data) < size:
-                raise BundleError(f"{self._path}: shorter than it was a moment ago")
+                raise BundleError(f"{path}: shorter than it was a moment ago")
             yield data
 
     def fill(self, name: str, value: float) -> None:
@@ -158,7 +159,7 @@ class Weights(Mapping[str, NDArray[Any]]):
     # ---- files ----------------------------------------------------------------------------------------------------
 
     def read(self, path: Path | None = None) -> None:
-        """Read all weights from the bundle, or from another file with its header.
+        """Read all weights that training may change from the bundle, or from another file with the same header.
 
         Raises
         ------
@@ -174,7 +175,7 @@ class Weights(Mapping[str, NDArray[Any]]):
                     raise BundleError(f"{path}: expected {expected} bytes, the size of the bundle's weights")
                 for part in self.image.parts:
                     if isinstance(part, str) and part not in self.locations:
-                        file.seek(self._entries[part].stop)
+                        file.seek(self._places[part][1].stop)
                     elif isinstance(part, str):
                         _read_packed(file, self.locations[part])
                     else:
@@ -186,7 +187,7 @@ class Weights(Mapping[str, NDArray[Any]]):
                 location.packing.pack(location.memory, self.image.views[name], 0)
 
     def _bytes(self) -> Iterator[memoryview]:
-        """Yield the file of the weights as they are now, in chunks; each is overwritten by the next."""
+        """Yield the bundle's trained file as it is now, in chunks; each is overwritten by the next."""
         self.flush()
         for part in self.image.parts:
             if not isinstance(part, str):
@@ -209,7 +210,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the weights to a file, beside it first and then renamed."""
+        """Write what takes the place of :attr:`Bundle.trained_path`, beside it first and then renamed."""
         with staged_file(path) as file:
             for chunk in self._bytes():
                 file.write(chunk)

@@ -117,10 +117,11 @@ class Run:
         """
         recorded = self.recipe.model
         base = Bundle.read(Path(recorded.bundle) if bundle is None else Path(bundle))
-        for what, path, expected in (
-            ("graph", base.model_path, recorded.graph_sha256),
-            ("weights", base.weights_path, recorded.weights_sha256),
-        ):
+        files = [("graph", base.model_path, recorded.graph_sha256)]
+        if recorded.adapter_sha256 is not None:
+            files.append(("adapter", base.trained_path, recorded.adapter_sha256))
+        files.append(("weights", base.weights_path, recorded.weights_sha256))
+        for what, path, expected in files:
             check_file(path, expected, f"{what} that the run {self.path} started from")
         return base
 

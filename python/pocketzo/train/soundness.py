@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.runtime.model import Model
 from pocketzo.runtime.weights import Weights
+from pocketzo.train.recipe import BaseModel
 
 _ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11}  # largest relative error of rounding to nearest
 _MOST_DRIFT = 0.1  # of the weights' root mean square, by the roundings of all shifts of a run
@@ -47,9 +49,10 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
         squares = sum_of_squares(weights, tensor.name)
         trained = tensor.name in optimizer.names
         if math.isnan(squares) or (trained and math.isinf(squares)):
+            file, _ = bundle.places[tensor.name]
             raise BundleError(
-                f"{bundle.weights_path}: weight {tensor.name!r} holds NaN or infinity, which every step would spread: "
-                f"export the model again, or take another checkpoint"
+                f"{file}: weight {tensor.name!r} holds NaN or infinity, which every step would spread: export "
+                "the model again, or take another checkpoint"
             )
         if trained:
             groups.setdefault(optimizer.group_of(tensor.name), []).append(
@@ -75,16 +78,19 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
             )
 
 
-def base_sha256(model: Model) -> str:
-    """Return the SHA-256 of the weights' file; raise a ValueError if the weights in memory are others."""
+def base_of(model: Model) -> BaseModel:
+    """Describe the bundle that a run starts from; raise a ValueError if the weights in memory are others."""
     bundle = model.bundle
-    expected = file_sha256(bundle.weights_path)
-    if model.weights.sha256() != expected:
+    trained = file_sha256(bundle.trained_path)
+    if model.weights.sha256() != trained:
         raise ValueError(
             f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save the "
             f"model, load what was saved, and train that"
         )
-    return expected
+    path = os.fspath(bundle.path.resolve())
+    if bundle.adapter is None:
+        return BaseModel(path, bundle.graph_sha256, trained)
+    return BaseModel(path, bundle.graph_sha256, file_sha256(bundle.weights_path), trained)
 
 
 def sum_of_squares(weights: Weights, name: str) -> float:

@@ -25,11 +25,11 @@ from pocketzo.tasks.registry import task_of
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
 from pocketzo.train.progress import Progress
-from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, Source
+from pocketzo.train.recipe import DataUsed, Loop, Recipe, Session, Source
 from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of
 from pocketzo.train.ruin import explain
 from pocketzo.train.run import EVAL, SAMPLE, Run
-from pocketzo.train.soundness import base_sha256, check_start
+from pocketzo.train.soundness import base_of, check_start
 from pocketzo.train.writer import RunWriter
 
 
@@ -399,9 +399,9 @@ class Trainer:
         assert self.run is not None
         if self.optimizer.step_number:
             raise ValueError("the optimizer has taken steps already, which a new journal would not hold")
-        model, bundle = self.model, self.model.bundle
+        model = self.model
         recipe = Recipe(
-            model=BaseModel(os.fspath(bundle.path.resolve()), bundle.graph_sha256, base_sha256(model)),
+            model=base_of(model),
             method=self.optimizer.settings(),
             loop=self.loop,
             session=Session(
