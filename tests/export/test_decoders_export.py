@@ -29,8 +29,10 @@ from pocketzo import Error
 from pocketzo.export import export as export_model
 from pocketzo.export._agreement import difference
 from pocketzo.export._float_graph import write_float_graph
-from pocketzo.export._nbits import quantise
-from pocketzo.export._stored import store
+from pocketzo.graph.blocks import Scheme
+from pocketzo.graph.matrices import Matrices
+from pocketzo.graph.nbits import quantise
+from pocketzo.graph.stored import store
 from pocketzo.runtime.embeddings import context_length
 
 Array = npt.NDArray[Any]
@@ -224,7 +226,7 @@ def rounded(model: Any, kind: str) -> Any:
 @pytest.mark.parametrize(("dtype", "kind", "planes"), [("int4", "Q4_0", 1), ("int8", "Q8_0", 2)])
 def test_a_quantised_graph(exported: Exported, dtype: Any, kind: str, planes: int, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
-    summary = quantise(exported.path, path, dtype)
+    summary = quantise(exported.path, path, Matrices(Scheme.parse(dtype)))
     model = rounded(exported.model, kind)
     assert difference(model, path) <= 5e-5
     pairs = zip(exported.model.parameters(), model.parameters(), strict=True)
@@ -269,7 +271,7 @@ def test_what_is_not_quantised(tmp_path: Path) -> None:
     stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     graph = helper.make_graph(nodes, "few", [ids], [logits], stored)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
-    summary = quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", "int8")
+    summary = quantise(tmp_path / "m.onnx", tmp_path / "q.onnx", Matrices(Scheme(8)))
     assert (summary.requantised, summary.floats) == ({"dense": "F32"}, {"table": "F32"})
     assert summary.lines()[1] == "embedding tables in float32: 1 of F32"
     tokens = rng.integers(0, 50, (2, 5))

@@ -29,6 +29,8 @@ from transformers import (
 
 from pocketzo import Error
 from pocketzo.export import export as export_model
+from pocketzo.export._blocks import to_blocks
+from pocketzo.graph.blocks import Scheme
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K")
 FLOATS = ("F32", "F16", "BF16")
@@ -343,3 +345,16 @@ def test_the_tokenizer_and_its_settings(tmp_path: Path, pre: str, tokens: list[s
 def test_an_unknown_dtype(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype: expected 'float32', 'float16', 'int8' or 'int4', got 'int3'"):
         export(tmp_path, dtype="int3")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_floats_are_quantised_as_gguf_does(bits: Any) -> None:
+    rows = np.random.default_rng(0).standard_normal((200, 256)).astype(np.float32)
+    rows[0] = 0
+    rows[1] = np.round(4 * rows[1]) / 4
+    rows[2, ::2] = -rows[2, 1::2]  # of two numbers of one size, the first one counts
+    kind = f"Q{bits}_0"
+    expected = to_blocks(kind, gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind]))
+    found = Scheme(bits).blocks(rows)
+    np.testing.assert_array_equal(found.packed, expected.packed)
+    np.testing.assert_array_equal(found.scales, expected.scales)

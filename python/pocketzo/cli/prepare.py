@@ -69,6 +69,12 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     "slow on x86-64.",
 )
 @click.option(
+    "--base",
+    metavar="int4|int8",
+    help="Quantise the matrices of a float32 export, and its table of tokens, in blocks of 32 numbers; int4:block=64 "
+    "in blocks of another size. They are frozen: needs a set that is added, norm or bias.",
+)
+@click.option(
     "--loss",
     type=click.Choice(LOSSES),
     help="Loss to add, of the output 'logits' or the only float output. cross-entropy: one class of several; bce: yes "
@@ -127,6 +133,7 @@ def prepare(
     train: str,
     share_base: Path | None,
     dtype: Literal["float32", "float16"] | None,
+    base: str | None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None,
     task: Any,
     template: str | None,
@@ -148,13 +155,17 @@ def prepare(
       pocketzo prepare minilm/model.onnx -o base --train side-head
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora:r=8,layers=20-
+      pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora --base int4
       pocketzo prepare smollm2/model.onnx -o base --task prompt \\
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
     check_output(output, force=force)
     if train == SIDE_HEAD:
-        others = {"--share-base": share_base, "--loss": loss, "--label-words": label_words, "--calibrate": calibrate}
-        if given := next((name for name, value in others.items() if value is not None), None):
+        others = (
+            *((base, "--base"), (share_base, "--share-base")),
+            *((loss, "--loss"), (label_words, "--label-words"), (calibrate, "--calibrate")),
+        )
+        if given := next((name for value, name in others if value is not None), None):
             raise click.UsageError(f"{given} is not for a side head, whose backbone is frozen")
         bundle = prepare_head(
             model,
@@ -184,6 +195,7 @@ def prepare(
         train=train,
         share_base=share_base,
         dtype=dtype,
+        base=base,
         overwrite=force,
         loss=loss,
         task=task,

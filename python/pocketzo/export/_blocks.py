@@ -23,57 +23,11 @@ took 0.28 s in the 210 products of Q4_1 with float zero points, 0.02 s with offs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A matrix in blocks.
-
-    Attributes
-    ----------
-    bits : int
-        4 or 8.
-    packed : ndarray of uint8
-        ``[rows, blocks, size * bits / 8]``; with 4 bits the lower half of a byte is the number before.
-    scales : ndarray of float32
-        ``[rows, blocks]``.
-    offsets : ndarray of float32, optional
-        ``[rows, blocks]``.
-    """
-
-    bits: int
-    packed: Bytes
-    scales: Floats
-    offsets: Floats | None = None
-
-    @property
-    def size(self) -> int:
-        """Numbers in a block."""
-        return int(self.packed.shape[-1]) * 8 // self.bits
-
-    def planes(self) -> dict[str, Bytes]:
-        """Return numbers of 4 bits as MatMulNBits reads them; of 8 bits their upper halves and their lower ones."""
-        if self.bits == 4:
-            return {"packed": self.packed}
-        return {"upper": _pack(self.packed >> np.uint8(4)), "lower": _pack(self.packed & np.uint8(15))}
-
-    def array(self) -> Floats:
-        """Return the matrix, ``[rows, columns]``."""
-        q = self.packed
-        if self.bits == 4:
-            q = np.stack([q & 15, q >> 4], axis=-1).reshape(*q.shape[:2], -1)
-        numbers = self.scales[..., None] * (q.astype(np.float32) - np.float32(1 << self.bits - 1))
-        if self.offsets is not None:
-            numbers += self.offsets[..., None]
-        return numbers.reshape(len(q), -1)
+from pocketzo.graph.blocks import Blocks, Bytes, Floats, pack
 
 
 def keeps(kind: str) -> bool:
@@ -104,17 +58,13 @@ def _nibbles(data: Bytes) -> Bytes:
     return np.concatenate([data & np.uint8(15), data >> np.uint8(4)], axis=-1)
 
 
-def _pack(q: Bytes) -> Bytes:
-    return np.ascontiguousarray(q[..., 0::2] | q[..., 1::2] << 4)
-
-
 def _q4_0(data: Bytes) -> Blocks:
-    return Blocks(4, _pack(_nibbles(data[..., 2:])), _halves(data, 0))
+    return Blocks(4, pack(_nibbles(data[..., 2:])), _halves(data, 0))
 
 
 def _q4_1(data: Bytes) -> Blocks:
     scales = _halves(data, 0)
-    return Blocks(4, _pack(_nibbles(data[..., 4:])), scales, 8 * scales + _halves(data, 2))
+    return Blocks(4, pack(_nibbles(data[..., 4:])), scales, 8 * scales + _halves(data, 2))
 
 
 def _q4_k(data: Bytes) -> Blocks:
@@ -125,7 +75,7 @@ def _q4_k(data: Bytes) -> Blocks:
     scales = _halves(data, 0)[..., None] * factors  # 17 bits
     offsets = 8 * scales - _halves(data, 2)[..., None] * minima
     q = _nibbles(data[..., 16:].reshape(rows, count, 4, 32)).reshape(rows, -1, 32)
-    return Blocks(4, _pack(q), scales.reshape(rows, -1), offsets.reshape(rows, -1))
+    return Blocks(4, pack(q), scales.reshape(rows, -1), offsets.reshape(rows, -1))
 
 
 def _five_bits(high: Bytes, low: Bytes) -> Bytes:

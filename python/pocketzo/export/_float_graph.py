@@ -11,8 +11,8 @@ import torch
 from mobius import build
 from transformers import DynamicCache
 
-from pocketzo.export._stored import store
 from pocketzo.export._trace import trace
+from pocketzo.graph.stored import store
 
 _BUILT: Final = {"gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 """Types of which mobius 0.1 builds the right graph, in seconds where tracing takes minutes.

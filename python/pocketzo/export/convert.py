@@ -133,8 +133,11 @@ def _open(path: Path, say: Callable[[str], None]) -> Source:
 
 def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[str], None]) -> list[Path]:
     """Write an export below a folder, compare it with the model, and return its files."""
-    from pocketzo.export._nbits import quantise
-    from pocketzo.export._stored import store
+    from pocketzo.export._matrices import matrices_of
+    from pocketzo.graph.blocks import Scheme
+    from pocketzo.graph.matrices import Matrices
+    from pocketzo.graph.nbits import quantise
+    from pocketzo.graph.stored import store
 
     folder, graph, other = work / "settings", work / "floats" / name, work / dtype / name
     for each in (folder, graph.parent, other.parent):
@@ -146,7 +149,8 @@ def _write(source: Source, work: Path, name: str, dtype: Dtype, say: Callable[[s
         store(graph, other, dtype)
         graph, found = other, _compare(source, other, _HALVES)
     elif dtype != "float32":
-        summary = quantise(graph, other, dtype, source.file)
+        known = () if source.file is None else matrices_of(source.file)
+        summary = quantise(graph, other, Matrices(Scheme.parse(dtype), known))
         for line in summary.lines():
             say(line)
         graph, found = other, _compare(source, other, math.inf if summary.requantised else _BLOCKS)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from pocketzo.graph.names import title_of
 from pocketzo.graph.packed import packed_ranges
 from pocketzo.graph.projections import Projection, projection_of
-from pocketzo.graph.quantised import offsets_of
+from pocketzo.graph.quantised import added_to
 from pocketzo.graph.read import MICROSOFT
 
 ROLES: Final = ("query", "key", "value")
@@ -97,9 +97,9 @@ class Scope:
                 node.inputs and all(value is None or value in self.constants for value in node.inputs)
             ):
                 self.constants.update(node.outputs)
-        offsets = {other for node in graph for other in offsets_of(node)}
+        parts = {other for node in graph for other in added_to(node)}
         for node in graph:
-            projection = None if node in offsets else projection_of(node, self.constants)
+            projection = None if node in parts else projection_of(node, self.constants)
             if projection is not None:
                 self.projections[node] = projection
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import onnx_ir as ir
 
-from pocketzo.graph.quantised import offsets_of
+from pocketzo.graph.quantised import added_to
 from pocketzo.graph.read import shape_of
 
 _VIEWS: Final = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape"}
@@ -44,7 +44,7 @@ class Projection:
     @property
     def stem(self) -> str:
         """What the names of tensors that are added here begin with."""
-        return re.sub(r"\.weight([._]\w+)?$", "", self.weight)
+        return re.sub(r"\.weight([._]\w+)?$|\.(packed|lower)$", "", self.weight)
 
 
 def projection_of(node: ir.Node, constants: Collection[ir.Value]) -> Projection | None:
@@ -119,7 +119,7 @@ def _float_type(node: ir.Node, weight: ir.Value) -> ir.DataType:
 
 def _result(node: ir.Node, columns: int, constants: Collection[ir.Value]) -> ir.Value | None:
     """Return a product after its scales and its bias, where nothing else reads what is between; None if no float is."""
-    offsets = {reader for other in offsets_of(node) for reader in other.outputs[0].consumers()}
+    sums = {reader for other in added_to(node) for reader in other.outputs[0].consumers()}
     value = node.outputs[0]
     integer = node.op_type == "MatMulInteger"
     result = None if integer else value
@@ -134,7 +134,7 @@ def _result(node: ir.Node, columns: int, constants: Collection[ir.Value]) -> ir.
                 integer = True
             case "DequantizeLinear" if index == 0:
                 integer = False
-            case "Add" if _is_bias(reader.inputs[1 - index], columns, constants) or reader in offsets:
+            case "Add" if _is_bias(reader.inputs[1 - index], columns, constants) or reader in sums:
                 pass
             case _:
                 break

@@ -15,6 +15,7 @@ from pocketzo.graph.weight import Draft, Use
 # QLinearMatMul, QAttention, QMoE; DequantizeLinear, DynamicQuantizeLSTM; MatMulIntegerToFloat; MatMulNBits; ...
 _OPERATOR: Final = re.compile(r"Q[A-Z]|.*([Qq]uantize|Integer|NBits|Bnb4|FpQ4|GemmFloat8)")
 REASON: Final = "quantised"
+_PLANES: Final = {"GatherBlockQuantized", "MatMulNBits"}
 _BIASED: Final = {"Conv", "ConvTranspose", "Gemm"}
 _SELECTING: Final = {"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -58,9 +59,8 @@ def _offsets(node: ir.Node) -> Iterator[Use]:
     The product of a matrix of them and the sums of each block's activations is added to that of the quantised matrix;
     rows of a table of them, with a new axis for the elements, to the rows of a quantised table.
     """
-    for reader in node.outputs[0].consumers():
-        added = [_producer(value) for value in reader.inputs] if reader.op_type == "Add" else []
-        for other in added:
+    for reader in _sums(node):
+        for other in map(_producer, reader.inputs):
             if node.op_type == "MatMulNBits" and other is not None and other.op_type == "MatMul":
                 sums = _producer(other.inputs[0])
                 if sums is not None and sums.op_type == "ReduceSum":
@@ -71,9 +71,41 @@ def _offsets(node: ir.Node) -> Iterator[Use]:
                     yield rows, 0
 
 
-def offsets_of(node: ir.Node) -> set[ir.Node]:
-    """Return the nodes that compute what is added to a quantised product for the offsets of its blocks."""
-    return {other for other, _ in _offsets(node)}
+def _sums(node: ir.Node) -> Iterator[ir.Node]:
+    """Yield the additions that read what a quantised operator computes, or the sum of it and of its upper plane."""
+    upper = upper_plane(node)
+    for reader in node.outputs[0].consumers():
+        if reader.op_type == "Add":
+            yield reader
+            if upper is not None:
+                yield from (other for other in reader.outputs[0].consumers() if other.op_type == "Add")
+
+
+def upper_plane(node: ir.Node) -> ir.Node | None:
+    """Return the operator of the upper halves of numbers of 8 bits, if a node is that of their lower halves.
+
+    :mod:`pocketzo.graph.nbits` writes these: they have the same scales, and 16 is a factor of what the upper one reads,
+    as MatMulNBits, or computes, as GatherBlockQuantized.
+    """
+    if node.op_type not in _PLANES:
+        return None
+    for reader in node.outputs[0].consumers():
+        for other in map(_producer, reader.inputs if reader.op_type == "Add" else ()):
+            if other is not None and other.op_type == "Mul" and node.op_type == "GatherBlockQuantized":
+                other = _producer(other.inputs[0])
+            elif other is not None and other.op_type == node.op_type:
+                larger = _producer(other.inputs[0])
+                if larger is None or larger.op_type != "Mul" or node.inputs[0] not in larger.inputs:
+                    continue
+            if other not in (None, node) and other.op_type == node.op_type and other.inputs[2] is node.inputs[2]:
+                return other
+    return None
+
+
+def added_to(node: ir.Node) -> set[ir.Node]:
+    """Return the nodes that compute what is added to a quantised product: for its upper plane, for its offsets."""
+    upper = upper_plane(node)
+    return {other for other, _ in _offsets(node)} | ({upper} if upper is not None else set())
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

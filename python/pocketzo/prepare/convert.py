@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +16,7 @@ from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import read_header, write
 from pocketzo.packages import require
+from pocketzo.prepare.base import check_base, quantised
 from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
 from pocketzo.trainable.spec import Choice, Prefix, parse
@@ -35,6 +37,7 @@ def prepare(
     max_length: int | None = None,
     train: str = "all",
     dtype: Literal["float32", "float16"] | None = None,
+    base: str | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
     task: Literal["prompt", "causal-lm", "choice"] | None = None,
     template: str | None = None,
@@ -116,6 +119,10 @@ def prepare(
         The storage type of the weights; also the type of the arithmetic where the CPU supports fp16 arithmetic. By
         default it is that of the file. float16 halves the memory of float32. Inputs, outputs and the added loss keep
         their types. float16 is slow on x86-64, because the runtime converts each weight at every use.
+    base : str, optional
+        ``"int4"`` or ``"int8"``: quantise the matrices of a float32 export, and the table of tokens, as
+        :func:`pocketzo.export.export` does, in blocks of 32 numbers; ``"int4:block=64"`` in blocks of another size: 16,
+        32, 64, 128 or 256. They are frozen: what is trained has to be sets that are added, ``norm`` or ``bias``.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
     task : {"prompt", "causal-lm", "choice"}, optional
@@ -142,7 +149,7 @@ def prepare(
         model does not run on a batch that is made up from its declared inputs: 2 examples of 8 tokens or so.
     share_base : path-like, optional
         Another bundle of the same export: its ``weights.safetensors`` gets a second name in this one, a hard link. So
-        several bundles take the storage of one base. Needs a set that is added.
+        several bundles take the storage of one base. Needs a set that is added, or a quantised base.
     note : callable, optional
         Called with a line of text for each choice that was made: which loss, and why.
     overwrite : bool
@@ -197,8 +204,9 @@ def prepare(
         check_tokenizer(Path(tokenizer))
     parts = parse(train)
     shared = None
+    scheme = None if base is None else check_base(base, parts, dtype)
     if share_base is not None:
-        if all(isinstance(part, Choice) for part in parts):
+        if scheme is None and all(isinstance(part, Choice) for part in parts):
             raise ValueError(f"share_base is for sets that are added, such as 'lora'; train is {train!r}")
         shared = Bundle.read(share_base)
     prefix = next((part for part in parts if isinstance(part, Prefix)), None)
@@ -224,11 +232,14 @@ def prepare(
         )
         tokenizer = language.tokenizer
 
-    with staged_bundle(out, overwrite=overwrite) as folder:
+    with staged_bundle(out, overwrite=overwrite) as folder, ExitStack() as stack:
         try:
-            onnx_model = read_model(source)
-            origin = Origin.of(source, onnx_model)
-            weights = extract_weights(onnx_model, source.parent)
+            file = source
+            if scheme is not None:
+                file = stack.enter_context(quantised(source, scheme, folder.parent, note))
+            onnx_model = read_model(file)
+            origin = Origin.of(file, onnx_model)
+            weights = extract_weights(onnx_model, file.parent)
             if language is not None:
                 language.mark_unread(onnx_model, weights)
             sets = select(onnx_model.graph, weights, parts)
@@ -274,7 +285,7 @@ def prepare(
                 sets.setdefault(tensor.part, []).append(tensor.name)
         ids = tensor_ids([*(weight.name for weight in weights), *(tensor.name for tensor in added)])
         files = {WEIGHTS: weights}
-        if added:  # then the base is the same for all sets
+        if added or scheme is not None:  # then the base is the same for all sets
             files[ADAPTER] = [weight for weight in weights if weight.name in chosen]
             files[ADAPTER] += [Weight(tensor.name, tensor.initial(ids[tensor.name])) for tensor in added]
         for name, stored in files.items():

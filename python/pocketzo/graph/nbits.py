@@ -10,27 +10,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from pocketzo.export._blocks import Floats
-from pocketzo.export._gguf_file import GgufFile
-from pocketzo.export._matrices import Matrices, Matrix, Summary
+from pocketzo.graph.blocks import Floats
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import TOKENS
 from pocketzo.graph.external import ExternalFiles
+from pocketzo.graph.matrices import Matrices, Matrix, Summary
 from pocketzo.graph.read import MICROSOFT, read_model
 
-_KINDS: Final = {"int4": "Q4_0", "int8": "Q8_0"}
 _SAME: Final = {"Cast", "Identity", "Reshape"}
 _FEWEST: Final = 32  # rows: a head of fewer classes takes little memory, and stays trainable
 
 
-def quantise(source: Path, target: Path, dtype: Literal["int4", "int8"], file: GgufFile | None = None) -> Summary:
-    """Write a float32 graph with its matrices in blocks of 32 numbers: q times a scale, q of 4 or 8 bits.
+def quantise(source: Path, target: Path, matrices: Matrices) -> Summary:
+    """Write a float32 graph with its matrices in blocks of numbers: q times a scale, q of 4 or 8 bits.
 
     Matrices that are multiplied are quantised, and the table that is read by ``input_ids``: once, if it is multiplied
     too. All else stays float32: tables of positions, heads of fewer than 32 classes, and a table whose rows are no
@@ -40,14 +38,12 @@ def quantise(source: Path, target: Path, dtype: Literal["int4", "int8"], file: G
     ----------
     source, target : Path
         The ONNX files. The weights are written to a file of the name of `target` and ``.data``.
-    dtype : {"int4", "int8"}
-        Quantised as gguf's Q4_0 or Q8_0.
-    file : GgufFile, optional
-        The file of which the model was made: matrices that are blocks there keep them.
+    matrices : Matrices
+        What the blocks come from.
     """
     model = read_model(source)
     files = ExternalFiles(source.parent)
-    editor = _Editor(model.graph, files, Matrices(_KINDS[dtype], file))
+    editor = _Editor(model.graph, files, matrices)
     for node in tuple(model.graph):
         editor.visit(node)
     model.opset_imports.setdefault(MICROSOFT, 1)
@@ -56,7 +52,7 @@ def quantise(source: Path, target: Path, dtype: Literal["int4", "int8"], file: G
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = ir.tensor(files.read(value.const_value), name=value.name)
     ir.save(model, target, external_data=f"{target.name}.data")
-    return editor.matrices.summary
+    return matrices.summary
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ class _Editor:
         if table is None or indices is None or not _are_tokens(indices) or (rows := self.array(table)) is None:
             return
         matrix = self.matrices.find(str(table.name), rows)
-        if rows.shape[1] % 32:
+        if rows.shape[1] % self.matrices.scheme.size:
             self.matrices.summary.floats[matrix.name] = matrix.kind
             return
         stored = self.store(matrix, rows)
