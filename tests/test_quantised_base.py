@@ -11,6 +11,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from decoders import gpt2_weights, llama_weights, write_gpt2, write_llama
+from graphs import MODELS, inputs_of
 from test_decoders import blocks
 from test_language_models import Sentences
 
@@ -84,6 +85,22 @@ def test_offsets_are_found_in_what_the_quantiser_writes(bits: Any, model: Path, 
     assert len(offsets) > 10
     assert {tensor.reason.partition(":")[0] for tensor in offsets} == {"quantised"}
     assert abs(loss(bundle, model) - loss(prepare(model, tmp_path / "floats"), model)) < 0.2
+
+
+def test_names_do_not_depend_on_the_base(model: Path, tmp_path: Path) -> None:
+    """As exporters name a transposed weight."""
+    renamed = onnx.load(model)
+    for tensor in renamed.graph.initializer:
+        for node in renamed.graph.node:
+            if node.op_type == "MatMul" and node.input[1] == tensor.name:
+                node.input[1] = node.name.replace("/", ".").strip(".") + ".weight_t"
+                tensor.name = node.input[1]
+    onnx.save(renamed, tmp_path / "model.onnx")
+    names = [
+        trained(prepare(tmp_path / "model.onnx", tmp_path / str(base), base=base)) for base in (None, "int4", "int8")
+    ]
+    assert names[0] == names[1] == names[2]
+    assert not any("weight" in name for name in names[0])
 
 
 # ---- bundles ---------------------------------------------------------------------------------------------------------
@@ -179,3 +196,16 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     code, text = command("--task", "causal-lm", "--base", "int4:block=16", "--train", "ia3")
     assert code == 0, text
     assert "quantised as int4 in blocks of 16" in text
+
+
+@pytest.mark.parametrize("name", ["bert-new", "bert-old"])
+def test_an_encoder(name: str, tmp_path: Path) -> None:
+    path = MODELS / f"{name}.onnx"
+    feed = inputs_of(name) | {"labels": np.arange(len(inputs_of(name)["input_ids"])) % 3}
+    losses = []
+    cases: list[dict[str, Any]] = [{"base": "int8:block=16"}, {}]
+    for options in cases:
+        bundle = pz.prepare(path, tmp_path / str(len(options)), train="bias", **options)
+        losses.append(pz.load(bundle, threads=1).loss(feed))
+        assert ("MatMulNBits" in operators(bundle.model_path)) == ("base" in options)
+    assert 0 < abs(losses[0] - losses[1]) < 0.01

@@ -44,7 +44,7 @@ class Projection:
     @property
     def stem(self) -> str:
         """What the names of tensors that are added here begin with."""
-        return re.sub(r"\.weight([._]\w+)?$|\.(packed|lower)$", "", self.weight)
+        return re.sub(r"(\.weight([._]\w+)?)?(\.(packed|lower))?$", "", self.weight)
 
 
 def projection_of(node: ir.Node, constants: Collection[ir.Value]) -> Projection | None:

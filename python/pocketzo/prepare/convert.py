@@ -236,7 +236,7 @@ def prepare(
         try:
             file = source
             if scheme is not None:
-                file = stack.enter_context(quantised(source, scheme, folder.parent, note))
+                file = stack.enter_context(quantised(source, scheme, Path(out).resolve().parent, note))
             onnx_model = read_model(file)
             origin = Origin.of(file, onnx_model)
             weights = extract_weights(onnx_model, file.parent)
