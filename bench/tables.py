@@ -384,6 +384,30 @@ def language_table(report: Report) -> list[str]:
     ]
 
 
+def bases_table(report: Report) -> list[str]:
+    about = report["results"]["settings"]
+    body = [
+        [
+            row["base"],
+            "" if row["level"] is None else str(row["level"]),
+            f"{row['size'] / 1e6:.0f} MB",
+            f"{row['loss']:.3f}",
+            f"{row['correlation']:.3f}",
+            f"{row['noise']:.1e}",
+            f"{row['time']:.2f}",
+        ]
+        for row in report["results"]["rows"]
+    ]
+    return [
+        caption(report),
+        "",
+        f"SmolLM2-135M on {about['rows']} sentences of SST-2's training data; {about['directions']} directions of "
+        f"LoRA-B on queries and values, eps {about['eps']:g}.",
+        "",
+        *markdown(["base", "accuracy level", "size", "loss", "slopes", "noise", "CPU time"], body),
+    ]
+
+
 def generation_table(report: Report) -> list[str]:
     rows = report["results"]["rows"]
     speed = {name: row["tokens a second"] for name, row in rows.items()}
@@ -685,6 +709,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "fp16": (("fp16",), fp16_table),
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
+    "bases": (("bases",), bases_table),
     "generation": (("generation",), generation_table),
 }
 
