@@ -42,16 +42,19 @@ class Philox {
     }
   }
 
-  // M0 q of quads q, q + 1, q + 4 and q + 5. Adding stride(n) gives the product n quads later, as q does not wrap
-  // within a window.
-  __m256i product(std::uint64_t q) const noexcept {
-    return _mm256_mul_epu32(
-        m0_, _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(q)), _mm256_setr_epi64x(0, 1, 4, 5)));
+  // M0 q of the quads in half a: in lane l of the words is q + l * lane. Adding stride(n) gives the product n quads
+  // later, as q does not wrap within a window.
+  __m256i product(std::uint64_t q, std::uint64_t lane = 1) const noexcept {
+    const __m256i lanes = _mm256_mul_epu32(_mm256_setr_epi64x(0, 1, 4, 5), all(lane));
+    return _mm256_mul_epu32(m0_, _mm256_add_epi64(all(q), lanes));
   }
-  static __m256i stride(std::uint64_t n) noexcept { return _mm256_set1_epi64x(static_cast<long long>(n * kMul0)); }
+  static __m256i stride(std::uint64_t n) noexcept { return all(n * kMul0); }
 
-  // Rounds 1 to 3 of quads q .. q + 7. To be followed by round(1), round(2), round(3) and `finish`.
-  State start(__m256i product) const noexcept { return {begin(product), begin(_mm256_add_epi64(product, stride(2)))}; }
+  // Rounds 1 to 3 of eight quads; `to_b` is stride(2 * lane). To be followed by round(1), round(2), round(3) and
+  // `finish`.
+  State start(__m256i product, __m256i to_b = stride(2)) const noexcept {
+    return {begin(product), begin(_mm256_add_epi64(product, to_b))};
+  }
 
   void round(int r, State& s) const noexcept {
     round(r, s.a);
@@ -75,6 +78,8 @@ class Philox {
   }
 
  private:
+  static __m256i all(std::uint64_t n) noexcept { return _mm256_set1_epi64x(static_cast<long long>(n)); }
+
   template <int Control>
   static __m256i join(__m256i a, __m256i b) noexcept {
     return _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), Control));
@@ -152,10 +157,9 @@ struct Scales {
   }
 };
 
-inline void prefetch(const float* block, const Walk& walk) noexcept {
-  for (int run = 0; run < 4; ++run)
-    _mm_prefetch(reinterpret_cast<const char*>(block + kAhead * walk.block_stride + run * walk.run_stride),
-                 _MM_HINT_T0);
+inline void prefetch(const float* block, std::ptrdiff_t ahead, std::ptrdiff_t run_stride) noexcept {
+  for (std::ptrdiff_t run = 0; run < 4; ++run)
+    _mm_prefetch(reinterpret_cast<const char*>(block + ahead + run * run_stride), _MM_HINT_T0);
 }
 
 template <unsigned Count>
@@ -180,19 +184,25 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
 
 // Software-pipelined: transforms eight quads while finishing the words of the next eight and starting those after them.
 // The order, that of avx512.cpp, matters here too: 110 cycles a block in cache on Zen 5; other orders take up to 125.
+// Every sixteenth block is followed by `skip` more elements.
 template <unsigned Count>
-void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+inline void gaussian(const Walk& walk, const Key& key, const float* scale, std::uint64_t q, std::uint64_t lane,
+                     std::uint64_t next_q, std::ptrdiff_t skip) noexcept {
+  const std::ptrdiff_t ahead = kAhead * walk.block_stride + skip;
   const Philox philox(key);
   const Scales<Count> scales(scale);
-  const __m256i to_other_half = Philox::stride(8), to_next_block = Philox::stride(walk.step * 16 - 8);
-  __m256i product = philox.product(walk.first * 16);
-  Words k = philox.words(product);
+  const __m256i to_other_half = Philox::stride(8 * lane), to_next_block = Philox::stride(next_q - 8 * lane);
+  const __m256i to_b = Philox::stride(2 * lane);
+  __m256i product = philox.product(q, lane);
+  State state = philox.start(product, to_b);
+  for (int r = 1; r < 4; ++r) philox.round(r, state);
+  Words k = philox.finish(state);
   product = _mm256_add_epi64(product, to_other_half);
-  State state = philox.start(product);
+  state = philox.start(product, to_b);
   philox.round(1, state);
   float* block = walk.base;
-  for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride) {
-    prefetch(block, walk);
+  for (std::size_t i = 1; i <= walk.count; ++i, block += walk.block_stride + (i % 16 == 1 ? skip : 0)) {
+    prefetch(block, ahead, walk.run_stride);
     for (unsigned half = 0; half < 16; half += 8) {
       float* w = block + half;
       Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
@@ -200,7 +210,7 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
       philox.round(2, state);
       a.split();
       b.split();
-      State next = philox.start(product);
+      State next = philox.start(product, to_b);
       a.log_half();
       b.log_half();
       a.root();
@@ -223,6 +233,18 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+  gaussian<Count>(walk, key, scale, walk.first * 16, 1, walk.step * 16, 0);
+}
+
+// A quad in each row: its four elements are 16 apart, and those of the next quad follow them.
+template <unsigned Count>
+void gaussian_across(const Across& across, const Key& key, const float* scale) noexcept {
+  const Walk walk = {across.base, 16 * 16, 16, 0, 0, across.tiles * 16};
+  gaussian<Count>(walk, key, scale, across.first * 16, across.apart * 16, 1, 3 * 16 * 16);
+}
+
+template <unsigned Count>
 void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
@@ -237,7 +259,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
       for (unsigned half = 0; half < 2; ++half) bits[half] = philox.words(philox.product(held * 16 + half * 8));
     }
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // the 4 rows of a block share a word
-    prefetch(block, walk);
+    prefetch(block, kAhead * walk.block_stride, walk.run_stride);
     const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(row & 31));
     for (unsigned half = 0; half < 2; ++half) {
       __m256i k = _mm256_sll_epi32(bits[half].x[row >> 5], shift);
@@ -272,6 +294,27 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(w + i, _mm256_fmadd_ps(s, _mm256_loadu_ps(z + i), _mm256_loadu_ps(w + i)));
   axpy_rest(w + i, z + i, scale, n - i);
+}
+
+void transpose(float* out, const float* in) noexcept {
+  for (std::size_t lane = 0; lane < 16; lane += 8)
+    for (std::size_t i = 0; i < 64; i += 8) {  // 8 x 8: pairs of rows, quarters, then halves
+      __m256 a[8], b[8];
+      for (std::size_t r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(in + 64 * (lane + r) + i);
+      for (std::size_t r = 0; r < 8; r += 2) {
+        b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+        b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+      }
+      for (std::size_t r = 0; r < 8; r += 4)
+        for (std::size_t h = 0; h < 2; ++h) {
+          a[r + 2 * h] = _mm256_shuffle_ps(b[r + h], b[r + h + 2], 0x44);
+          a[r + 2 * h + 1] = _mm256_shuffle_ps(b[r + h], b[r + h + 2], 0xEE);
+        }
+      for (std::size_t r = 0; r < 4; ++r) {
+        _mm256_storeu_ps(out + 16 * (i + r) + lane, _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
+        _mm256_storeu_ps(out + 16 * (i + r + 4) + lane, _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
+      }
+    }
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -354,8 +397,10 @@ const KernelSet kAvx2 = {
     words,
     {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
     {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
 };

@@ -47,19 +47,17 @@ class Philox {
     }
   }
 
-  // M0 q of a block's quads in half a. Adding stride(step) gives the product `step` blocks later, as q does not wrap
-  // within a window.
-  __m512i product(std::uint64_t block) const noexcept {
-    const __m512i q = _mm512_set1_epi64(static_cast<long long>(block * 16));
-    return _mm512_mul_epu32(m0_, _mm512_add_epi64(q, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13)));
+  // M0 q of the quads in half a: in lane l of the words is q + l * lane. Adding stride(n) gives the product n quads
+  // later, as q does not wrap within a window.
+  __m512i product(std::uint64_t q, std::uint64_t lane = 1) const noexcept {
+    const __m512i lanes = _mm512_mul_epu32(_mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), all(lane));
+    return _mm512_mul_epu32(m0_, _mm512_add_epi64(all(q), lanes));
   }
-  static __m512i stride(std::uint64_t step) noexcept {
-    return _mm512_set1_epi64(static_cast<long long>(step * 16 * kMul0));
-  }
+  static __m512i stride(std::uint64_t n) noexcept { return all(n * kMul0); }
 
-  // Rounds 1 to 3. To be followed by round(1), round(2), round(3) and `finish`.
-  State start(__m512i product) const noexcept {
-    return {begin(product), begin(_mm512_add_epi64(product, _mm512_set1_epi64(2ll * kMul0)))};
+  // Rounds 1 to 3; `to_b` is stride(2 * lane). To be followed by round(1), round(2), round(3) and `finish`.
+  State start(__m512i product, __m512i to_b = stride(2)) const noexcept {
+    return {begin(product), begin(_mm512_add_epi64(product, to_b))};
   }
 
   void round(int r, State& s) const noexcept {
@@ -82,6 +80,8 @@ class Philox {
   }
 
  private:
+  static __m512i all(std::uint64_t n) noexcept { return _mm512_set1_epi64(static_cast<long long>(n)); }
+
   template <int Control>
   static __m512i join(__m512i a, __m512i b) noexcept {
     return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), Control));
@@ -171,38 +171,43 @@ inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
 void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept {
   const Philox philox(key);
   for (std::size_t i = 0; i < count; ++i) {
-    const Words k = philox.words(philox.product(first + i));
+    const Words k = philox.words(philox.product((first + i) * 16));
     for (unsigned j = 0; j < 4; ++j) _mm512_storeu_si512(out + 64 * i + 16 * j, k.x[j]);
   }
 }
 
-inline void prefetch(const float* w, const Walk& walk) noexcept {
+inline void prefetch(const float* w, std::ptrdiff_t ahead, std::ptrdiff_t run_stride) noexcept {
   for (std::ptrdiff_t run = 0; run < 4; ++run)
-    _mm_prefetch(reinterpret_cast<const char*>(w + kAhead * walk.block_stride + run * walk.run_stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(w + ahead + run * run_stride), _MM_HINT_T0);
 }
 
 // Software-pipelined: transforms a block while finishing the words of the next and starting those after them, because a
 // chain of rounds (48 cycles on Zen 5) takes longer than an iteration. The scheduler sees about a hundred instructions,
-// so their order matters: 46 cycles a block in cache; other orders take up to 55.
+// so their order matters: 46 cycles a block in cache; other orders take up to 55. Every sixteenth block is followed by
+// `skip` more elements.
 template <unsigned Count>
-void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+inline void gaussian(const Walk& walk, const Key& key, const float* scale, std::uint64_t q, std::uint64_t lane,
+                     std::uint64_t next_q, std::ptrdiff_t skip) noexcept {
+  const std::ptrdiff_t ahead = kAhead * walk.block_stride + skip;
   const Philox philox(key);
   const Scales<Count> scales(scale);
-  const __m512i stride = Philox::stride(walk.step);
-  __m512i product = philox.product(walk.first);
-  Words k = philox.words(product);
+  const __m512i stride = Philox::stride(next_q), to_b = Philox::stride(2 * lane);
+  __m512i product = philox.product(q, lane);
+  State state = philox.start(product, to_b);
+  for (int r = 1; r < 4; ++r) philox.round(r, state);
+  Words k = philox.finish(state);
   product = _mm512_add_epi64(product, stride);
-  State state = philox.start(product);
+  state = philox.start(product, to_b);
   philox.round(1, state);
   float* w = walk.base;
-  for (std::size_t i = 0; i < walk.count; ++i, w += walk.block_stride) {
-    prefetch(w, walk);
+  for (std::size_t i = 1; i <= walk.count; ++i, w += walk.block_stride + (i % 16 == 1 ? skip : 0)) {
+    prefetch(w, ahead, walk.run_stride);
     Transform a(k.x[0], k.x[1]), b(k.x[2], k.x[3]);
     product = _mm512_add_epi64(product, stride);
     philox.round(2, state);
     a.split();
     b.split();
-    State next = philox.start(product);
+    State next = philox.start(product, to_b);
     a.log_half();
     b.log_half();
     a.root();
@@ -224,6 +229,18 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+  gaussian<Count>(walk, key, scale, walk.first * 16, 1, walk.step * 16, 0);
+}
+
+// A quad in each row: its four elements are 16 apart, and those of the next quad follow them.
+template <unsigned Count>
+void gaussian_across(const Across& across, const Key& key, const float* scale) noexcept {
+  const Walk walk = {across.base, 16 * 16, 16, 0, 0, across.tiles * 16};
+  gaussian<Count>(walk, key, scale, across.first * 16, across.apart * 16, 1, 3 * 16 * 16);
+}
+
+template <unsigned Count>
 void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Philox philox(key);
   const Scales<Count> scales(scale);
@@ -235,12 +252,12 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   for (std::size_t i = 0; i < walk.count; ++i, block += walk.block_stride, b += walk.step) {
     if (b >> 5 != held) {
       held = b >> 5;
-      bits = philox.words(philox.product(held));
+      bits = philox.words(philox.product(held * 16));
     }
     const unsigned row = static_cast<unsigned>(b & 31) * 4;  // the 4 rows of a block share a word
     __m512i k = _mm512_sll_epi32(bits.x[row >> 5], _mm_cvtsi32_si128(static_cast<int>(row & 31)));
     float* w = block;
-    prefetch(block, walk);
+    prefetch(block, kAhead * walk.block_stride, walk.run_stride);
     for (unsigned run = 0; run < 4; ++run, w += walk.run_stride, k = _mm512_add_epi32(k, k)) {
       const __m512i flip = _mm512_and_si512(k, sign);
       if constexpr (Count == 0) {
@@ -271,6 +288,32 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (; i + 16 <= n; i += 16)
     _mm512_storeu_ps(w + i, _mm512_fmadd_ps(s, _mm512_loadu_ps(z + i), _mm512_loadu_ps(w + i)));
   axpy_rest(w + i, z + i, scale, n - i);
+}
+
+void transpose(float* out, const float* in) noexcept {
+  for (std::size_t i = 0; i < 64; i += 16) {  // 16 x 16: pairs of rows, quarters of registers, then those among them
+    __m512 a[16], b[16];
+    for (std::size_t r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(in + 64 * r + i);
+    for (std::size_t r = 0; r < 16; r += 2) {
+      b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+      b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+    }
+    for (std::size_t r = 0; r < 16; r += 4)
+      for (std::size_t h = 0; h < 2; ++h) {
+        a[r + 2 * h] = _mm512_shuffle_ps(b[r + h], b[r + h + 2], 0x44);
+        a[r + 2 * h + 1] = _mm512_shuffle_ps(b[r + h], b[r + h + 2], 0xEE);
+      }
+    for (std::size_t r = 0; r < 4; ++r) {  // a[r + 4 j] has, in quarter q, column r + 4 q of rows 4 j .. 4 j + 3
+      const __m512 even0 = _mm512_shuffle_f32x4(a[r], a[r + 4], 0x88),
+                   odd0 = _mm512_shuffle_f32x4(a[r], a[r + 4], 0xDD);
+      const __m512 even1 = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0x88);
+      const __m512 odd1 = _mm512_shuffle_f32x4(a[r + 8], a[r + 12], 0xDD);
+      _mm512_storeu_ps(out + 16 * (i + r), _mm512_shuffle_f32x4(even0, even1, 0x88));
+      _mm512_storeu_ps(out + 16 * (i + r + 4), _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+      _mm512_storeu_ps(out + 16 * (i + r + 8), _mm512_shuffle_f32x4(even0, even1, 0xDD));
+      _mm512_storeu_ps(out + 16 * (i + r + 12), _mm512_shuffle_f32x4(odd0, odd1, 0xDD));
+    }
+  }
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -350,8 +393,10 @@ const KernelSet kAvx512 = {
     words,
     {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
     {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
 };

@@ -25,6 +25,14 @@ struct Walk {
   std::size_t count;
 };
 
+// Blocks across sixteen rows of a transposed matrix, whose element (row, i) is at base + 16 i + row. The rows' first
+// block numbers are first + row * apart. A tile is a block of each row.
+struct Across {
+  float* base;
+  std::uint64_t first, apart;
+  std::size_t tiles;
+};
+
 // A set's operations on 16-bit weights of one format, over n elements, a multiple of 64. Values are processed in fp32.
 struct Format16 {
   // To fp32, exactly.
@@ -48,10 +56,14 @@ struct KernelSet {
   void (*words)(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept;
   // By the number of scales: [0] writes z, [1] .. [3] apply it.
   Kernel gaussian[4], rademacher[4];
+  // Applies gaussians to tiles, by the number of scales less one.
+  void (*gaussian_across[3])(const Across& across, const Key& key, const float* scale) noexcept;
   // w = fma(-decay, w, w) over n contiguous elements.
   void (*shrink)(float* w, std::size_t n, float decay) noexcept;
   // w = fma(scale, z, w) over n contiguous elements.
   void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
+  // out[16 i + lane] = in[64 lane + i]: sixteen blocks, one in a lane.
+  void (*transpose)(float* out, const float* in) noexcept;
   Format16 fp16, bf16;
 };
 

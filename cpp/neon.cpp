@@ -109,9 +109,9 @@ class Philox {
     m_ = vld1_u32(mul);
   }
 
-  Counter counter(std::uint32_t q) const noexcept {
+  Counter counter(std::uint32_t q, std::uint32_t lane = 1) const noexcept {
     static constexpr std::uint32_t kLane[4] = {0, 1, 2, 3};
-    const uint32x4_t quads = vaddq_u32(vdupq_n_u32(q), vld1q_u32(kLane));
+    const uint32x4_t quads = vmlaq_n_u32(vdupq_n_u32(q), vld1q_u32(kLane), lane);
     return {vmull_lane_u32(vget_low_u32(quads), m_, 0), vmull_high_lane_u32(quads, m_, 0)};
   }
 
@@ -143,11 +143,11 @@ class Philox {
     k.x[3] = p0.low;
   }
 
-  // The words of quads q .. q + 4 N - 1, by N interleaved chains.
+  // The words of quads q, q + lane, .. , q + (4 N - 1) lane, by N interleaved chains.
   template <unsigned N>
-  std::array<Words, N> words(std::uint32_t q, const Keys& keys) const noexcept {
+  std::array<Words, N> words(std::uint32_t q, const Keys& keys, std::uint32_t lane = 1) const noexcept {
     std::array<Words, N> k;
-    for (unsigned n = 0; n < N; ++n) first(counter(q + 4 * n), keys, k[n]);
+    for (unsigned n = 0; n < N; ++n) first(counter(q + 4 * n * lane, lane), keys, k[n]);
     for (unsigned n = 0; n < N; ++n) second(keys, k[n]);
     for (unsigned n = 0; n < N; ++n) third(keys, k[n]);
     for (int r = 4; r <= kRounds; ++r)
@@ -252,9 +252,9 @@ inline void update(float* w, std::ptrdiff_t apart, const float32x4_t (&z)[4], co
   for (int n = 0; n < 4; ++n) vst1q_f32(w + n * apart, v[n]);
 }
 
-inline void prefetch(const float* block, std::ptrdiff_t block_stride, std::ptrdiff_t run_stride) noexcept {
+inline void prefetch(const float* block, std::ptrdiff_t ahead, std::ptrdiff_t run_stride) noexcept {
 #if defined(__GNUC__) || defined(__clang__)
-  for (int run = 0; run < 4; ++run) __builtin_prefetch(block + kAhead * block_stride + run * run_stride, 1);
+  for (int run = 0; run < 4; ++run) __builtin_prefetch(block + ahead + run * run_stride, 1);
 #endif
 }
 
@@ -269,23 +269,26 @@ void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key
     }
 }
 
-// Software-pipelined: the steps of the transforms of four quads are interleaved with the rounds of the next four.
+// Software-pipelined: the steps of the transforms of four quads are interleaved with the rounds of the next four. Every
+// sixteenth block is followed by `skip` more elements.
 template <unsigned Count>
-void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+inline void gaussian(const Walk& walk, const Key& key, const float* scale, std::uint64_t q0, std::uint64_t lane_q,
+                     std::uint64_t next_q, std::ptrdiff_t skip) noexcept {
+  const std::ptrdiff_t ahead = kAhead * walk.block_stride + skip;
   const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
   const Philox philox;
   const float32x4_t factor = factors();
-  const auto [base, run_stride, block_stride, first, step, count] = walk;
-  const uint64x2_t next_four = vdupq_n_u64(std::uint64_t{4} * kMul0);
-  const uint64x2_t next_block = vdupq_n_u64((step * 16 - 12) * kMul0);
-  const auto q = static_cast<std::uint32_t>(first * 16);
-  Words k = philox.words<1>(q, keys)[0];
-  Counter counter = philox.counter(q);
+  const std::ptrdiff_t run_stride = walk.run_stride, block_stride = walk.block_stride;
+  const uint64x2_t next_four = vdupq_n_u64(4 * lane_q * kMul0);
+  const uint64x2_t next_block = vdupq_n_u64((next_q - 12 * lane_q) * kMul0);
+  const auto q = static_cast<std::uint32_t>(q0), apart = static_cast<std::uint32_t>(lane_q);
+  Words k = philox.words<1>(q, keys, apart)[0];
+  Counter counter = philox.counter(q, apart);
   Sources from = {&kConstants, &kConstants, &keys};
-  float* block = base;
-  for (std::size_t i = 0; i < count; ++i, block += block_stride) {
-    prefetch(block, block_stride, run_stride);
+  float* block = walk.base;
+  for (std::size_t i = 1; i <= walk.count; ++i, block += block_stride + (i % 16 == 1 ? skip : 0)) {
+    prefetch(block, ahead, run_stride);
 #if defined(__GNUC__) || defined(__clang__)
 #pragma GCC unroll 4
 #endif
@@ -334,6 +337,18 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
+void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
+  gaussian<Count>(walk, key, scale, walk.first * 16, 1, walk.step * 16, 0);
+}
+
+// A quad in each row: its four elements are 16 apart, and those of the next quad follow them.
+template <unsigned Count>
+void gaussian_across(const Across& across, const Key& key, const float* scale) noexcept {
+  const Walk walk = {across.base, 16 * 16, 16, 0, 0, across.tiles * 16};
+  gaussian<Count>(walk, key, scale, across.first * 16, across.apart * 16, 1, 3 * 16 * 16);
+}
+
+template <unsigned Count>
 void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   const Keys keys{Schedule(key)};
   const Scales<Count> scales(scale);
@@ -354,7 +369,7 @@ void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
     const int32x4_t shift = vdupq_n_s32(static_cast<int>(row & 31));
     uint32x4_t k[4];
     for (unsigned g = 0; g < 4; ++g) k[g] = vshlq_u32(bits[g / 2][g % 2].x[row >> 5], shift);
-    prefetch(block, block_stride, run_stride);
+    prefetch(block, kAhead * block_stride, run_stride);
     for (int run = 0; run < 4; ++run) {
       float32x4_t z[4];
       for (unsigned g = 0; g < 4; ++g) {
@@ -386,6 +401,22 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
     for (unsigned g = 0; g < 4; ++g) vst1q_f32(w + i + 4 * g, v[g]);
   }
   axpy_rest(w + i, z + i, scale, n - i);
+}
+
+void transpose(float* out, const float* in) noexcept {
+  for (std::size_t lane = 0; lane < 16; lane += 4)
+    for (std::size_t i = 0; i < 64; i += 4) {  // 4 x 4: pairs of rows, then pairs of these
+      float64x2_t pair[4];
+      for (std::size_t r = 0; r < 4; r += 2) {
+        const float32x4_t a = vld1q_f32(in + 64 * (lane + r) + i), b = vld1q_f32(in + 64 * (lane + r + 1) + i);
+        pair[r] = vreinterpretq_f64_f32(vtrn1q_f32(a, b));      // columns 0 and 2
+        pair[r + 1] = vreinterpretq_f64_f32(vtrn2q_f32(a, b));  // columns 1 and 3
+      }
+      for (std::size_t c = 0; c < 2; ++c) {
+        vst1q_f32(out + 16 * (i + c) + lane, vreinterpretq_f32_f64(vtrn1q_f64(pair[c], pair[c + 2])));
+        vst1q_f32(out + 16 * (i + c + 2) + lane, vreinterpretq_f32_f64(vtrn2q_f64(pair[c], pair[c + 2])));
+      }
+    }
 }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
@@ -463,8 +494,10 @@ const KernelSet kNeon = {
     words,
     {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
     {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
 };

@@ -68,6 +68,12 @@ void unpack(const float* packed, const Packing& packing, float* values, std::uin
   run((n + kPiece - 1) / kPiece, work, &job);
 }
 
+void take(const float* packed, const Packing& packing, const std::uint64_t* rows, std::uint64_t count,
+          float* values) noexcept {
+  const std::uint64_t width = packing.transposed ? packing.rows : packing.columns;
+  for (std::uint64_t i = 0; i < count; ++i) gather(packed, packing, values + i * width, rows[i] * width, width);
+}
+
 // MurmurHash3_x86_128 (Austin Appleby, public domain), for the sizes of packed buffers, which are multiples of 16.
 std::uint64_t packed_hash(const void* data, std::size_t bytes) noexcept {
   constexpr std::uint32_t kFactor[4] = {0x239B961Bu, 0xAB0E9789u, 0x38B34AE5u, 0xA1E38B93u};

@@ -88,6 +88,21 @@ void gaussian(const Walk& walk, const Key& key, const float* scale) noexcept {
 }
 
 template <unsigned Count>
+void gaussian_across(const Across& across, const Key& key, const float* scale) noexcept {
+  for (std::size_t tile = 0; tile < across.tiles; ++tile)
+    for (std::size_t row = 0; row < 16; ++row)
+      for (std::size_t lane = 0; lane < 16; ++lane) {
+        const Quad k = quad(key, (across.first + tile + row * across.apart) * 16 + lane);
+        const Pair a = box_muller(k.x[0], k.x[1]), b = box_muller(k.x[2], k.x[3]);
+        const float z[4] = {a.cosine, a.sine, b.cosine, b.sine};
+        for (std::size_t slot = 0; slot < 4; ++slot) {
+          float& w = across.base[(tile * 64 + slot * 16 + lane) * 16 + row];
+          w = apply_scales<Count>(w, z[slot], scale);
+        }
+      }
+}
+
+template <unsigned Count>
 void rademacher(const Walk& walk, const Key& key, const float* scale) noexcept {
   for (std::size_t i = 0; i < walk.count; ++i) {
     float* block = walk.base + static_cast<std::ptrdiff_t>(i) * walk.block_stride;
@@ -110,6 +125,11 @@ void shrink(float* w, std::size_t n, float decay) noexcept {
 
 void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(scale, z[i], w[i]);
+}
+
+void transpose(float* out, const float* in) noexcept {
+  for (std::size_t i = 0; i < 64; ++i)
+    for (std::size_t lane = 0; lane < 16; ++lane) out[16 * i + lane] = in[64 * lane + i];
 }
 
 // ---- 16-bit storage: w are the bits of fp32 values, r is uniform in 0 .. 2^16 - 1 ---------------------------------
@@ -192,8 +212,10 @@ const KernelSet kScalar = {
     words,
     {gaussian<0>, gaussian<1>, gaussian<2>, gaussian<3>},
     {rademacher<0>, rademacher<1>, rademacher<2>, rademacher<3>},
+    {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},
 };

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "module.h"
@@ -48,6 +49,27 @@ void copy(const pz::Packing& p, py::handle packed, py::handle values, py::handle
     pz::unpack(inside, p, outside, from, n);
 }
 
+// Returns rows of the tensor: an array of the shape of `rows`, and one more axis.
+py::array take(const pz::Packing& p, py::handle packed, const py::array_t<std::int64_t, py::array::c_style>& rows) {
+  auto memory = checked_packed(packed, p);
+  const std::uint64_t height = p.transposed ? p.columns : p.rows, width = p.transposed ? p.rows : p.columns;
+  std::vector<std::uint64_t> at(static_cast<std::size_t>(rows.size()));
+  for (std::size_t i = 0; i < at.size(); ++i) {
+    const std::int64_t row = rows.data()[i];
+    at[i] = static_cast<std::uint64_t>(row) + (row < 0 ? height : 0);
+    if (at[i] >= height)
+      throw py::index_error("row " + std::to_string(row) + " of a tensor with " + std::to_string(height) + " rows");
+  }
+  std::vector<py::ssize_t> shape(rows.shape(), rows.shape() + rows.ndim());
+  shape.push_back(static_cast<py::ssize_t>(width));
+  py::array_t<float> values(shape);
+  float* const out = values.mutable_data();
+  const auto* const in = static_cast<const float*>(memory.data());
+  const py::gil_scoped_release release;
+  pz::take(in, p, at.data(), at.size(), out);
+  return values;
+}
+
 std::uint64_t hash(const py::array_t<float, py::array::c_style>& data) {
   return pz::packed_hash(data.data(), static_cast<std::size_t>(data.nbytes()));
 }
@@ -82,7 +104,8 @@ void add_packing(py::module_& m) {
       .def_readonly("transposed", &pz::Packing::transposed)
       .def_property_readonly("size", &packed_size)
       .def("pack", &copy<true>, py::arg("packed"), py::arg("values"), py::arg("offset"))
-      .def("unpack", &copy<false>, py::arg("packed"), py::arg("values"), py::arg("offset"));
+      .def("unpack", &copy<false>, py::arg("packed"), py::arg("values"), py::arg("offset"))
+      .def("take", &take, py::arg("packed"), py::arg("rows").noconvert());
   m.def("packed_hash", &hash, py::arg("data").noconvert());
   m.def("remap", &remap, py::arg("address"), py::arg("size"), py::arg("owner"));
 }

@@ -108,6 +108,43 @@ TEST(axpy) {
   }
 }
 
+TEST(transpose) {
+  const KernelSet& set = current();
+  Guarded memory(16 * kBlock), noise(16 * kBlock);
+  const auto in = weights(16 * kBlock);
+  for (const bool at_end : {false, true}) {
+    float *got = memory.take(in.size(), at_end), *from = noise.take(in.size(), at_end);
+    std::copy(in.begin(), in.end(), from);
+    std::vector<float> want(in.size());
+    for (std::size_t lane = 0; lane < 16; ++lane)
+      for (std::size_t i = 0; i < kBlock; ++i) want[16 * i + lane] = in[kBlock * lane + i];
+    set.transpose(got, from);
+    CHECK_SAME(got, want.data(), in.size(), "transposed");
+    CHECK(memory.intact() && noise.intact());
+  }
+}
+
+TEST(across) {
+  const KernelSet& set = current();
+  const Key key = subkey(3, 5, 7, 0);
+  const float scales[3] = {1e-3f, -0.25f, 3.0f};
+  for (const std::uint64_t first : {0ull, 11ull, (1ull << 28) - 400})
+    for (const std::uint64_t apart : {1ull, 5ull, 24ull})
+      for (const std::size_t tiles : {1u, 4u, 7u})
+        for (unsigned count = 1; count <= 3; ++count) {
+          const auto before = weights(tiles * 16 * kBlock);
+          auto got = before, want = before;
+          set.gaussian_across[count - 1]({got.data(), first, apart, tiles}, key, scales);
+          for (std::size_t row = 0; row < 16; ++row) {  // by the scalar set, along each row
+            std::vector<float> along(tiles * kBlock);
+            for (std::size_t i = 0; i < along.size(); ++i) along[i] = before[16 * i + row];
+            scalar().gaussian[count]({along.data(), 16, 64, first + row * apart, 1, tiles}, key, scales);
+            for (std::size_t i = 0; i < along.size(); ++i) want[16 * i + row] = along[i];
+          }
+          CHECK_SAME(got.data(), want.data(), got.size(), say("across, ", tiles, " tiles, ", count, " scales"));
+        }
+}
+
 struct Layout {
   const char* name;
   std::ptrdiff_t run_stride, block_stride;

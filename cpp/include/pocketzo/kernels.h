@@ -86,6 +86,10 @@ void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Di
 void pack(float* packed, const Packing& packing, const float* values, std::uint64_t offset, std::uint64_t n) noexcept;
 void unpack(const float* packed, const Packing& packing, float* values, std::uint64_t offset, std::uint64_t n) noexcept;
 
+// Copies `count` rows of a tensor out of packed memory, one after the other.
+void take(const float* packed, const Packing& packing, const std::uint64_t* rows, std::uint64_t count,
+          float* values) noexcept;
+
 // The hash by which onnxruntime identifies a packed buffer: the first 64 bits of its 128-bit MurmurHash3 (x86 variant,
 // seed 0), the lowest three cleared. `bytes` is a multiple of 16.
 std::uint64_t packed_hash(const void* data, std::size_t bytes) noexcept;
