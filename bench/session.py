@@ -68,7 +68,7 @@ def overlap(shape: str, bundle: Path, batch: str, threads: int, rounds: int) -> 
     inputs = make_batch(shape, *map(int, batch.split("x")))
 
     def forward() -> None:
-        model._session.run([model.bundle.loss], inputs)
+        model.loss(inputs)
 
     def noise() -> None:
         optimizer._move(optimizer._parts, {}, {0: 1.0})

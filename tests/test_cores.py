@@ -170,8 +170,8 @@ class Sessions:
         def timed(made: pz.Model, *arguments: Any, **options: Any) -> Any:
             if made.not_prepacked_because == "for timing":
                 self.timed.append(made.threads)
-                options_of_session = made._session.get_session_options()
-                assert options_of_session.intra_op_num_threads == made.threads
+                session: Any = made._session
+                assert session.get_session_options().intra_op_num_threads == made.threads
                 self.clock += seconds[made.threads]
             return run(made, *arguments, **options)
 
@@ -189,7 +189,8 @@ def test_load_times_each_number_and_takes_the_quickest(
     sessions = Sessions(monkeypatch, {1: 1.5, 2: 0.4, 8: 0.125})
     loaded = pz.load(tiny_bundle, batch=BATCH, prepack=prepack)
     assert loaded.threads == 8
-    assert loaded._session.get_session_options().intra_op_num_threads == 8
+    session: Any = loaded._session
+    assert session.get_session_options().intra_op_num_threads == 8
     assert loaded.forward_seconds == {1: 1.5, 2: 0.4, 8: 0.125}
     # As many as a second holds, but no more than five: one second is a long time beside a slow forward, too.
     assert sessions.timed == [1] + [2] * 3 + [8] * 5

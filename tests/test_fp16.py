@@ -235,7 +235,8 @@ def test_the_session_computes_in_fp16(fp16_bundle: Path, tmp_path: Path, monkeyp
     for bundle in (pz.Bundle.read(fp16_bundle), *(prepared(tmp_path, name) for name in ("bert-old", "opt-old"))):
         model = pz.load(bundle, threads=1, verify="fast")
         model.run(batch_of(bundle))
-        events = json.loads(Path(model._session.end_profiling()).read_text())
+        used: Any = model._session
+        events = json.loads(Path(used.end_profiling()).read_text())
         nodes = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
         casts = [node for node in nodes if node["op_name"] == "Cast"]
         assert casts  # of the loss, at the least

@@ -24,9 +24,10 @@ from pocketzo.data.examples import Example
 from pocketzo.data.load import encode_texts, load_dataset
 from pocketzo.errors import DataError
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.runtime.slices import LOGITS_MEMORY
 from pocketzo.tasks.causal_lm import TOKEN_LOSSES
 from pocketzo.tasks.objective import Objective, metric_objective
-from pocketzo.tasks.parts import LOGITS_MEMORY, parts, run
+from pocketzo.tasks.parts import parts, run
 from pocketzo.tasks.prompt import label_tokens, with_template
 from pocketzo.tasks.registry import task_of
 

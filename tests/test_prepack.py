@@ -361,7 +361,7 @@ def test_the_graph_is_read_once_and_left_as_it_is(tiny_bundle: Path, monkeypatch
     plan = prepack.plan_prepacking(bundle)
     before = plan.model.SerializeToString()
     image = Image.allocate(bundle, without=plan.only_prepacked)
-    session, locations = prepack.open_session(plan, image.values, 1)
+    session, locations, _ = prepack.open_session(plan, image.values, 1)
     assert set(locations) == plan.only_prepacked == {"dense.weight", "classifier.weight"}
     assert all(not location.memory.any() for location in locations.values())
     assert plan.model.SerializeToString() == before

@@ -229,7 +229,7 @@ def test_a_resumed_run_rehearses_too(bert: pz.Model, tmp_path: Path) -> None:
     began.fit()
     resumed = pz.Trainer.resume(tmp_path / "run", data)
 
-    def fails(batch: Any, outputs: Any = None) -> Any:
+    def fails(batch: Any, outputs: Any = None, **_: Any) -> Any:
         raise pz.MemoryLimitError("no room")
 
     resumed.model.run = fails  # type: ignore[method-assign]

@@ -96,11 +96,10 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
 def _put_first(graph: Any, matrix: Matrix) -> None:
     """Have onnxruntime pack a matrix before all others.
 
-    It packs in the order of the file, and sorts the nodes itself. While it packs a matrix, it holds it three times, so
-    the largest one comes first, when no pages of the others are resident yet.
+    It packs in the order of the file, and sorts the nodes itself. While it packs a matrix, once for each of its
+    products, it holds it three times, so the largest one comes first, when no pages of the others are resident yet.
     """
-    first = next(node for node in graph.node if node.op_type in PRODUCTS and node.input[1] == matrix.name)
-    nodes = [first, *(node for node in graph.node if node is not first)]
+    nodes = sorted(graph.node, key=lambda node: node.op_type not in PRODUCTS or node.input[1] != matrix.name)
     del graph.node[:]
     graph.node.extend(nodes)
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import onnxruntime as ort
-
 from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import (
     DeadWeightError,
@@ -29,7 +27,8 @@ from pocketzo.runtime.model import SMALL, Model
 from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
 from pocketzo.runtime.outputs import unoptimised_outputs
 from pocketzo.runtime.prepack import open_session, plan_prepacking
-from pocketzo.runtime.session import open_plain, open_with_constants
+from pocketzo.runtime.session import Session, open_plain, open_with_constants
+from pocketzo.runtime.slices import WHOLE, Slices
 from pocketzo.runtime.variables import has_constants, model_with_variables
 from pocketzo.runtime.weights import Weights
 
@@ -144,13 +143,13 @@ class Loader:
         image = Image.allocate(self.bundle, without=plan.only_prepacked)
         if not all(tensor.trainable for tensor in self.bundle.tensors):
             Weights(self.bundle, image).read()  # the session prepacks and folds constants
-        session, locations = open_session(plan, image.values, self.threads)
+        session, locations, slices = open_session(plan, image.values, self.threads)
         weights = Weights(self.bundle, image, locations)
         read_as_noise(weights, self.bundle)
-        model = self._model(weights, session, None)
+        model = self._model(weights, session, None, slices)
         return model, check_prepacked(model, batches, expected, self.verify)
 
-    def _model(self, weights: Weights, session: ort.InferenceSession, reason: str | None) -> Model:
+    def _model(self, weights: Weights, session: Session, reason: str | None, slices: Slices = WHOLE) -> Model:
         return Model(
             self.bundle,
             weights,
@@ -159,6 +158,7 @@ class Loader:
             max_memory=self.max_memory,
             forward_seconds=self.forward_seconds,
             not_prepacked_because=reason,
+            slices=slices,
         )
 
 

@@ -9,6 +9,7 @@ from pocketzo._core import Packing
 from pocketzo.errors import NothingToPrepackError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.layout import Layout
+from pocketzo.runtime.lookups import lookup_of
 
 PRODUCTS: Final = "MatMul", "Gemm"
 """Operators that multiply by a prepacked second factor."""
@@ -25,15 +26,23 @@ class Matrix:
     operator : str
         One of :data:`PRODUCTS`.
     shared : bool
-        Whether other nodes read the weight, too, such as an embedding that is also the output projection. It is then
-        also kept in the plain layout.
+        Whether other nodes read the weight, too. It is then also kept in the plain layout.
+    looked_up : bool
+        Whether nodes look up its rows by an input of the graph, as in an embedding that is also the output projection.
+        If nothing else reads it, they are looked up in the prepacked layout.
     packing : Packing
     """
 
     name: str
     operator: str
     shared: bool
+    looked_up: bool
     packing: Packing
+
+    @property
+    def width(self) -> int:
+        """Elements of a row of the weight."""
+        return self.packing.rows if self.packing.transposed else self.packing.columns
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +82,8 @@ def find_matrices(bundle: Bundle, graph: Any, layout: Layout) -> tuple[Matrix, .
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         rows, columns = reversed(shapes[name]) if transposed else shapes[name]
         packing = layout.packing(rows, columns, transposed=transposed)
-        found.append(Matrix(name, node.op_type, len(nodes) > 1, packing))
+        others = [lookup_of(graph, other) if index == 0 else None for other, index in nodes if other is not node]
+        found.append(Matrix(name, node.op_type, None in others, bool(others) and None not in others, packing))
     if not found:
         raise NothingToPrepackError("the graph multiplies by no weight")
     return tuple(found)

@@ -19,6 +19,8 @@ from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import megabytes, watch
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.generate import Generator, Stream
+from pocketzo.runtime.session import Session
+from pocketzo.runtime.slices import WHOLE, Slices
 from pocketzo.runtime.weights import Weights
 
 Batch = Mapping[str, NDArray[Any]]
@@ -44,18 +46,21 @@ class Model:
         Whether the session multiplies by prepacked weights.
     not_prepacked_because : str or None
         Why it does not.
+    slices : Slices
+        How the graph computes the logits of a language model.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         weights: Weights,
-        session: ort.InferenceSession,
+        session: Session,
         *,
         threads: int,
         max_memory: int | None,
         forward_seconds: Mapping[int, float],
         not_prepacked_because: str | None,
+        slices: Slices = WHOLE,
     ) -> None:
         self.bundle = bundle
         self.weights = weights  # the session uses their memory
@@ -64,11 +69,14 @@ class Model:
         self.forward_seconds = forward_seconds
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
+        self.slices = slices
         self._session = session
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
-    def run(self, batch: Batch, outputs: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    def run(
+        self, batch: Batch, outputs: Iterable[str] | None = None, *, logits_memory: int | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Run the graph.
 
         Parameters
@@ -78,6 +86,9 @@ class Model:
             among the outputs.
         outputs : iterable of str, optional
             Which outputs to compute; all of them by default.
+        logits_memory : int, optional
+            Bytes, by default 32 MB, that the logits of a language model may take at a time, where the graph computes
+            them in slices. More is faster, up to what the whole batch needs.
 
         Returns
         -------
@@ -103,7 +114,7 @@ class Model:
             names = [name for name in names if name != self.bundle.loss]
             feed["labels"] = self._any_labels(feed)
         try:
-            return dict(zip(names, self._run(names, feed), strict=True))
+            return dict(zip(names, self._run(names, {**feed, **self.slices.feed(logits_memory)}), strict=True))
         except (ValueError, Error):
             raise  # an own error, or an input is missing or of another type, as onnxruntime's message says
         except Exception as error:  # onnxruntime's own exceptions share no public base
@@ -128,7 +139,7 @@ class Model:
 
     def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
         if self.max_memory is None:
-            return self._session.run(names, feed)  # type: ignore[no-any-return]
+            return self._session.run(names, feed)
         shape = _largest(feed)
         reserve = self._reserve(feed)
         options = ort.RunOptions()
@@ -167,7 +178,8 @@ class Model:
         casts = 0
         if self.bundle.is_fp16 and not has_fp16_arithmetic():  # onnxruntime copies a weight to use it
             casts = max(4 * math.prod(tensor.shape) for tensor in self.bundle.tensors)
-        return 2 * 4 * max(math.prod(shape) * widest, positions * (words or 0)) + casts + SMALL
+        logits_at_once = positions * (words or 0) // self.slices.count
+        return 2 * 4 * max(math.prod(shape) * widest, logits_at_once) + casts + SMALL
 
     @cached_property
     def _vocabulary(self) -> int | None:

@@ -24,9 +24,11 @@ from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import file_mappings
 from pocketzo.runtime.holes import embed_constants, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
+from pocketzo.runtime.lookups import Feeding, take_lookups
 from pocketzo.runtime.matrices import Matrix, find_matrices
 from pocketzo.runtime.onnx_proto import onnx_messages, read_graph
-from pocketzo.runtime.session import create_session
+from pocketzo.runtime.session import Session, create_session
+from pocketzo.runtime.slices import Slices, cut_losses
 from pocketzo.runtime.variables import declare_inputs
 
 
@@ -70,7 +72,7 @@ def plan_prepacking(bundle: Bundle) -> Plan:
 
 def open_session(
     plan: Plan, values: Mapping[str, ort.OrtValue], threads: int
-) -> tuple[ort.InferenceSession, dict[str, Location]]:
+) -> tuple[Session, dict[str, Location], Slices]:
     """Create a session that multiplies by prepacked memory.
 
     Parameters
@@ -83,9 +85,11 @@ def open_session(
 
     Returns
     -------
-    session : InferenceSession
+    session : Session
     locations : dict of str to Location
         By weight. The memory is zero, and must be written before the session runs; it keeps the session alive.
+    slices : Slices
+        The result of :func:`cut_losses`.
 
     Raises
     ------
@@ -94,6 +98,8 @@ def open_session(
     """
     model = onnx_messages().Model()
     model.CopyFrom(plan.model)
+    lookups = take_lookups(model.graph, {matrix.name: matrix.width for matrix in plan.matrices if matrix.looked_up})
+    slices = cut_losses(model, {matrix.name: matrix.packing.columns for matrix in plan.matrices})
     try:
         with scratch_folder() as folder:
             declare_inputs(model.graph, plan.bundle, without={matrix.name for matrix in plan.matrices})
@@ -111,4 +117,5 @@ def open_session(
             raise NotPrepackableError(f"onnxruntime {ort.__version__} did not map the prepacked weight {matrix.name}")
         memory = remap(address, matrix.packing.size, session)
         locations[matrix.name] = Location(memory, matrix.packing)
-    return session, locations
+    feeds = lookups or slices.count > 1
+    return Feeding(session, lookups, locations, slices) if feeds else session, locations, slices

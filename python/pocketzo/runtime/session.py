@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError, NotPrepackableError, joined_lines
 from pocketzo.formats.bundle import Bundle
@@ -40,6 +42,15 @@ _ENTRIES = {
     "session.intra_op.allow_spinning": "1",
     "session.force_spinning_stop": "1",
 }
+
+
+class Session(Protocol):
+    """What runs a graph, as onnxruntime's own sessions do."""
+
+    def run(
+        self, names: list[str] | None, feed: Mapping[str, NDArray[Any]], options: ort.RunOptions | None = None, /
+    ) -> list[NDArray[Any]]:
+        """Return outputs by their names."""
 
 
 def open_plain(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from pocketzo.data.dataset import TOKEN_INPUTS, fixed_batch, is_by_token, sections
+from pocketzo.runtime.slices import LOGITS_MEMORY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle, ValueSpec
     from pocketzo.runtime.model import Batch, Model
     from pocketzo.tasks.base import Task
-
-LOGITS_MEMORY: Final = 32_000_000
-"""Bytes that the logits of a language model may take, unless a figure is given for all activations."""
 
 _BY_POSITION: Final = ("positions", "targets", "labels")
 """The inputs with an element for each position whose logits count, in graphs that have `positions`."""
@@ -39,7 +37,7 @@ class Part(NamedTuple):
     at: NDArray[np.int64]
 
 
-def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> list[Part]:
+def parts(task: Task, batch: Batch, activation_memory: int | None = None, slices: int = 1) -> list[Part]:
     """Cut a batch into parts of whole rows, each as wide as its longest row.
 
     A batch is not cut if it fits, if the graph takes batches of one size only, or if it has a single row.
@@ -52,6 +50,8 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> lis
     activation_memory : int, optional
         Bytes that the logits of a part, and the largest activations, may take. By default only logits are limited, to
         :data:`LOGITS_MEMORY`, and only where ``positions`` say which of them there are. A part has at least one row.
+    slices : int
+        In how many slices the graph computes logits, each within the limit.
     """
     bundle = task.bundle
     placed = "positions" in batch
@@ -61,7 +61,7 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None) -> lis
     if rows < 2 or fixed_batch(bundle) is not None or not whole[0].at.size or not (placed or activation_memory):
         return whole
     widths, counts = _sizes(bundle, batch, rows)
-    budget = _Budget(task, activation_memory)
+    budget = _Budget(task, activation_memory, slices)
     groups: list[list[int]] = []
     for row in np.lexsort((counts, widths)).tolist():
         if groups and budget.holds(counts[[*groups[-1], row]].sum(), len(groups[-1]) + 1, int(widths[row])):
@@ -104,11 +104,11 @@ def run(
         An output that is not the loss does not have an element for each example or position, so that parts of it are
         no part of the whole.
     """
-    cut = parts(task, batch, activation_memory)
+    cut = parts(task, batch, activation_memory, model.slices.count)
     names = None if outputs is None else list(outputs)
     if len(cut) == 1:
-        return model.run(batch, names)
-    results = [model.run(part.batch, names) for part in cut]
+        return model.run(batch, names, logits_memory=activation_memory)
+    results = [model.run(part.batch, names, logits_memory=activation_memory) for part in cut]
     loss = model.bundle.loss
     total = sum(part.at.size for part in cut)
     joined: dict[str, NDArray[Any]] = {}
@@ -138,9 +138,9 @@ def mean_loss(losses: Iterable[float], weights: Iterable[int]) -> float:
 class _Budget:
     """What a part may hold."""
 
-    def __init__(self, task: Task, activation_memory: int | None) -> None:
+    def __init__(self, task: Task, activation_memory: int | None, slices: int) -> None:
         self._all = activation_memory
-        self._logits = activation_memory or LOGITS_MEMORY
+        self._logits = slices * (activation_memory or LOGITS_MEMORY)
         self._vocabulary = task.vocabulary
         matrices = [tensor.shape for tensor in task.bundle.tensors if len(tensor.shape) == 2]
         widest = (size for shape in matrices if self._vocabulary not in shape for size in shape)
