@@ -1,10 +1,13 @@
 """Time and peak memory of a MeZO step of a language model, beside two plain forwards of the same graph.
 
-    python bench/language.py BUNDLE [--batch 16x32] [--threads 1] [--rounds 5] [--json FILE]
+    python bench/language.py BUNDLE [--batch 16x32] [--threads 1 2] [--rounds 5] [--json FILE]
 
     forwards    two forwards of the whole batch by onnxruntime with its default settings: the lower bound of a step
-    prepacked   a MeZO step over all weights, the batch in parts as in training, in onnxruntime's prepacked layout
-    plain       the same, the weights in the model's own layout
+    prepacked   a MeZO step over all weights with the defaults of training: onnxruntime's prepacked layout, and logits
+                of at most 32 MB at a time
+    whole       the same with room for all logits of the batch, as by --activation-memory 128
+    signs       the same with directions of signs, as by --distribution rademacher
+    plain       as prepacked, but with the weights in the model's own layout, and the batch in parts
 
 BUNDLE is prepared for causal-lm. Every token but the first of each row counts. Each system runs in a process of its
 own; they take turns, one step each, and the ratios are medians over the rounds. Besides seconds there is the CPU time
@@ -24,8 +27,9 @@ import numpy as np
 from machine import Run
 from step import System, Worker, ended, worker
 
-SYSTEMS = ("forwards", "prepacked", "plain")
+SYSTEMS = ("forwards", "prepacked", "whole", "signs", "plain")
 LR = 1e-6
+ROOM = 128_000_000
 WORDS = 1000  # tokens of any vocabulary
 
 
@@ -65,10 +69,33 @@ def start(system: str, _: str, bundle: Path, batch: str, threads: int) -> System
     from pocketzo.tasks.registry import task_of
 
     pz.kernels.set_threads(threads)
-    model = pz.load(bundle, threads=threads, prepack=system == "prepacked")
-    objective = Objective(metric_objective("loss", model.bundle), task_of(model.bundle), None)
-    optimizer = pz.MeZO(model, lr=LR)
+    model = pz.load(bundle, threads=threads, prepack=system != "plain")
+    room = ROOM if system in ("whole", "signs") else None
+    objective = Objective(metric_objective("loss", model.bundle), task_of(model.bundle), room)
+    optimizer = pz.MeZO(model, lr=LR, distribution="rademacher" if system == "signs" else "gaussian")
     return System(lambda: optimizer.step(lambda live: objective(live, inputs)), objective(model, inputs))
+
+
+def measure(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
+    """Time the systems with a number of threads; return a cell for each."""
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(ended(Worker(system, "SmolLM2", arguments.bundle, arguments.batch, threads, __file__)))
+            for system in SYSTEMS
+        ]
+        for _ in range(arguments.rounds):
+            for each in workers:
+                each.measure(1, warm=0)
+        peaks = [each.finish()["peak"] for each in workers]
+    first, cells = workers[0], {}
+    for each, peak in zip(workers, peaks, strict=True):
+        times = {"seconds": each.rounds, "cpu": each.cpu}
+        of_first = {"seconds": first.rounds, "cpu": first.cpu}
+        cells[each.system] = {key: float(np.median(taken)) for key, taken in times.items()} | {
+            f"{key}_ratio": float(np.median(np.divide(taken, of_first[key]))) for key, taken in times.items()
+        }
+        cells[each.system]["peak"] = peak
+    return cells
 
 
 def main() -> None:
@@ -78,38 +105,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", default="16x32")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     run = Run()
-    with ExitStack() as stack:
-        workers = [
-            stack.enter_context(
-                ended(Worker(system, "SmolLM2", arguments.bundle, arguments.batch, arguments.threads, __file__))
-            )
-            for system in SYSTEMS
-        ]
-        for _ in range(arguments.rounds):
-            for each in workers:
-                each.measure(1, warm=0)
-        peaks = [each.finish()["peak"] for each in workers]
     weights = (arguments.bundle / "weights.safetensors").stat().st_size
-    results: dict[str, Any] = {"weights": weights, "batch": arguments.batch, "threads": arguments.threads}
-    print(f"weights {weights / 1e6:.0f} MB, {arguments.batch} tokens, {arguments.threads} threads")
-    first, *_ = workers
-    for each, peak in zip(workers, peaks, strict=True):
-        times = {"seconds": each.rounds, "cpu": each.cpu}
-        of_first = {"seconds": first.rounds, "cpu": first.cpu}
-        cell = {key: float(np.median(taken)) for key, taken in times.items()} | {
-            f"{key}_ratio": float(np.median(np.divide(taken, of_first[key]))) for key, taken in times.items()
-        }
-        results[each.system] = cell | {"peak": peak}
-        print(
-            f"{each.system:10} {cell['seconds']:7.3f} s, {cell['seconds_ratio']:.3f} x; CPU {cell['cpu']:7.3f} s, "
-            f"{cell['cpu_ratio']:.3f} x; peak {peak / 1e6:.0f} MB, "
-            f"weights + {(peak - weights) / 1e6:.0f} MB"
-        )
+    results: dict[str, Any] = {"weights": weights, "batch": arguments.batch, "threads": {}}
+    for threads in arguments.threads:
+        print(f"weights {weights / 1e6:.0f} MB, {arguments.batch} tokens, {threads} threads")
+        results["threads"][str(threads)] = measure(arguments, threads)
+        for system, cell in results["threads"][str(threads)].items():
+            print(
+                f"{system:10} {cell['seconds']:7.3f} s, {cell['seconds_ratio']:.3f} x; CPU {cell['cpu']:7.3f} s, "
+                f"{cell['cpu_ratio']:.3f} x; peak {cell['peak'] / 1e6:.0f} MB, "
+                f"weights + {(cell['peak'] - weights) / 1e6:.0f} MB"
+            )
     run.finish(results, arguments.json)
 
 

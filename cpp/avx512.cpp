@@ -158,14 +158,17 @@ struct Scales {
   }
 };
 
+// Four vectors of weights, `apart` from each other: all are loaded before one is stored, as a load right after a store
+// to the same place of another page waits for it.
 template <unsigned Count>
-inline void update(float* w, __m512 z, const Scales<Count>& scale) noexcept {
+inline void update(float* w, std::ptrdiff_t apart, const __m512 (&z)[4], const Scales<Count>& scale) noexcept {
+  __m512 v[4] = {z[0], z[1], z[2], z[3]};
   if constexpr (Count != 0) {
-    __m512 v = _mm512_loadu_ps(w);
-    for (unsigned i = 0; i < Count; ++i) v = _mm512_fmadd_ps(scale.s[i], z, v);
-    z = v;
+    for (int n = 0; n < 4; ++n) v[n] = _mm512_loadu_ps(w + n * apart);
+    for (unsigned i = 0; i < Count; ++i)
+      for (int n = 0; n < 4; ++n) v[n] = _mm512_fmadd_ps(scale.s[i], z[n], v[n]);
   }
-  _mm512_storeu_ps(w, z);
+  for (int n = 0; n < 4; ++n) _mm512_storeu_ps(w + n * apart, v[n]);
 }
 
 void words(std::uint32_t* out, std::uint64_t first, std::size_t count, const Key& key) noexcept {
@@ -217,13 +220,10 @@ inline void gaussian(const Walk& walk, const Key& key, const float* scale, std::
     philox.round(1, next);
     a.angle();
     b.angle();
-    __m512 cosine, sine;
-    a.finish(cosine, sine);
-    update(w, cosine, scales);
-    update(w + walk.run_stride, sine, scales);
-    b.finish(cosine, sine);
-    update(w + 2 * walk.run_stride, cosine, scales);
-    update(w + 3 * walk.run_stride, sine, scales);
+    __m512 z[4];
+    a.finish(z[0], z[1]);
+    b.finish(z[2], z[3]);
+    update(w, walk.run_stride, z, scales);
     state = next;
   }
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -23,7 +23,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import read_header
 from pocketzo.runtime.layout import Layout
 from pocketzo.runtime.matrices import PRODUCTS, Matrix
-from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT
+from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT, onnx_messages
 
 _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 
@@ -63,10 +63,11 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
     step = _PAGE // 4
     largest = matrices[0].nbytes
     plain = max(_nbytes(tensor) for tensor in graph.initializer)
-    stored_mark = _whole_pages(max(largest, plain))  # may be the last element of a matrix that maps it
+    stored_mark = whole_pages(max(largest, plain))  # may be the last element of a matrix that maps it
     packed_mark = 2 * stored_mark + len(matrices) * _PAGE
-    end = packed_mark + _whole_pages(largest) + _PAGE
-    offsets = {}
+    end = packed_mark + whole_pages(largest) + _PAGE
+    offsets: dict[str, int] = {}
+    named: list[str] = []
     with path.open("wb") as file:
         _mark(file, stored_mark, 1)
         _mark(file, packed_mark, 1)
@@ -78,17 +79,24 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
                 stored, packed = stored_mark - 4 * element, packed_mark - 4 * at
             else:  # a page between any two, or Linux merges their mappings
                 value, at, stored = number + 2.0, 0, end
-                packed = stored + _whole_pages(matrix.nbytes) + _PAGE
-                end = packed + _whole_pages(matrix.nbytes) + _PAGE
+                packed = stored + whole_pages(matrix.nbytes) + _PAGE
+                end = packed + whole_pages(matrix.nbytes) + _PAGE
                 _mark(file, stored, value)
                 _mark(file, packed, value)
             blob = np.zeros(packing.size, np.float32)  # takes no memory: the zero page, but for the mark
             blob[at] = value
             tensor = _second_name(graph, tensors[matrix.name]) if matrix.shared else tensors[matrix.name]
             key = f"{matrix.operator}+{packed_hash(blob)}"
-            _point(tensor, path.name, stored, prepacked_0=f"{key}|{packed};{matrix.nbytes};0")
+            _point(tensor, path.name, stored)
+            named.append(f"{key}|{packed};{matrix.nbytes};0")
             offsets[matrix.name] = packed
         file.truncate(end)
+    # onnxruntime maps a tensor, and the packed bytes that its entry names, before the next one. All are named by the
+    # last, so that their mappings follow each other when those of the stored matrices are gone again.
+    last = next(tensor for tensor in reversed(graph.initializer) if tensor.data_location == EXTERNAL)
+    last.external_data.extend(
+        onnx_messages().Entry(key=f"prepacked_{number}", value=entry) for number, entry in enumerate(named)
+    )
     _check_room(path, end)
     return offsets
 
@@ -141,9 +149,9 @@ def _mark(file: BinaryIO, at: int, value: float) -> None:
     file.write(np.float32(value).tobytes())
 
 
-def _point(tensor: Any, location: str, offset: int, **more: str) -> None:
+def _point(tensor: Any, location: str, offset: int) -> None:
     del tensor.external_data[:]
-    entries: Mapping[str, str] = {"location": location, "offset": str(offset), "length": str(_nbytes(tensor)), **more}
+    entries = {"location": location, "offset": str(offset), "length": str(_nbytes(tensor))}
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=value)
 
@@ -152,5 +160,6 @@ def _nbytes(tensor: Any) -> int:
     return 4 * int(np.prod(tensor.dims, dtype=np.int64))
 
 
-def _whole_pages(size: int) -> int:
+def whole_pages(size: int) -> int:
+    """Return the bytes of the pages that a number of bytes takes."""
     return -(-size // _PAGE) * _PAGE

@@ -18,7 +18,7 @@ INT: Final = 2  # AttributeProto.INT
 _SCHEMA: Final[Mapping[str, str]] = {
     "Model": "1 ir_version int64, 7 graph Graph, 8 opset_import Opset*",
     "Opset": "1 domain string, 2 version int64",
-    "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*",
+    "Graph": "1 node Node*, 2 name string, 5 initializer Tensor*, 11 input Value*, 12 output Value*, 13 value Value*",
     "Node": (
         "1 input string*, 2 output string*, 3 name string, 4 op_type string, 5 attribute Attribute*, 7 domain string"
     ),

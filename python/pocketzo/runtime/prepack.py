@@ -11,7 +11,7 @@ unknown, :class:`NotPrepackableError` is raised, and the plain layout is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import file_mappings
-from pocketzo.runtime.holes import embed_constants, write_holes
+from pocketzo.runtime.holes import embed_constants, whole_pages, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.lookups import Feeding, take_lookups
 from pocketzo.runtime.matrices import Matrix, find_matrices
@@ -110,12 +110,32 @@ def open_session(
             mapped = file_mappings(folder / "holes.bin")
     except OSError as error:
         raise NotPrepackableError(f"no temporary file can be made or mapped: {error}") from None
-    locations = {}
+    addresses = {}
     for matrix in plan.matrices:
-        address, length = mapped.get(offsets[matrix.name], (0, 0))
+        addresses[matrix.name], length = mapped.get(offsets[matrix.name], (0, 0))
         if length < matrix.nbytes:
             raise NotPrepackableError(f"onnxruntime {ort.__version__} did not map the prepacked weight {matrix.name}")
-        memory = remap(address, matrix.packing.size, session)
-        locations[matrix.name] = Location(memory, matrix.packing)
+    locations = {}
+    for run in _adjacent(plan.matrices, addresses):
+        begin, last = addresses[run[0].name], run[-1]
+        memory = remap(begin, (addresses[last.name] - begin + last.nbytes) // 4, session)
+        for matrix in run:
+            at = (addresses[matrix.name] - begin) // 4
+            locations[matrix.name] = Location(memory[at : at + matrix.packing.size], matrix.packing)
     feeds = lookups or slices.count > 1
     return Feeding(session, lookups, locations, slices) if feeds else session, locations, slices
+
+
+def _adjacent(matrices: Sequence[Matrix], addresses: Mapping[str, int]) -> list[list[Matrix]]:
+    """Return the matrices in runs whose pages follow each other.
+
+    A run is replaced as a whole, so that its memory may have huge pages across matrices.
+    """
+    runs: list[list[Matrix]] = []
+    for matrix in sorted(matrices, key=lambda matrix: addresses[matrix.name]):
+        last = runs[-1][-1] if runs else None
+        if last is not None and addresses[last.name] + whole_pages(last.nbytes) == addresses[matrix.name]:
+            runs[-1].append(matrix)
+        else:
+            runs.append([matrix])
+    return runs

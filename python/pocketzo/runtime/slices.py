@@ -76,8 +76,11 @@ def cut_losses(model: Any, columns: Mapping[str, int]) -> Slices:
     if count == 1 or opset < _OPSET or _LOSSES not in computed or computed & kept:
         return WHOLE
     nodes, edges = _edges(graph, count)
+    known = [value for value in graph.value if value.name in computed]
     for number in range(count):
         names = {name: f"{name}/slice{number}" for name in (*_CUT, *computed)}
+        # onnxruntime gives a result the memory of its operand only where both have one shape by name.
+        graph.value.extend(_renamed(value, names, number) for value in known)
         nodes += [_node("Slice", [name, edges[number], edges[number + 1]], names[name]) for name in _CUT]
         for node in cut:
             copy = onnx_messages().Node()
@@ -92,6 +95,17 @@ def cut_losses(model: Any, columns: Mapping[str, int]) -> Slices:
     del graph.node[:]
     graph.node.extend([*others, *nodes, whole])  # onnxruntime sorts them
     return Slices(count, logits)
+
+
+def _renamed(value: Any, names: Mapping[str, str], number: int) -> Any:
+    """Return the declaration of a value for a slice: as many positions as the other values of that slice."""
+    renamed = onnx_messages().Value()
+    renamed.CopyFrom(value)
+    renamed.name = names[value.name]
+    for dim in renamed.type.tensor_type.shape.dim:
+        if dim.dim_param:
+            dim.dim_param = f"{dim.dim_param}/slice{number}"
+    return renamed
 
 
 def _by_position(graph: Any) -> list[Any]:
