@@ -23,12 +23,14 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import read_header
 from pocketzo.runtime.layout import Layout
 from pocketzo.runtime.matrices import PRODUCTS, Matrix
-from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT, onnx_messages
+from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT
 
 _PAGE: Final = mmap.ALLOCATIONGRANULARITY
 
 
-def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layout) -> dict[str, int]:
+def write_holes(
+    path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layout, *, together: bool
+) -> dict[str, int]:
     """Write a file of holes, and make a graph's float32 weights point into it.
 
     Large matrices all map the same pages with one mark, so that the file is about three times as long as the largest.
@@ -43,6 +45,9 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
     matrices : sequence of Matrix
         At least one.
     layout : Layout
+    together : bool
+        Whether the last matrix of the file names all packed bytes, so that their mappings follow each other: onnxruntime maps a
+        tensor, and what it names, before the next one, and drops the mappings of stored matrices later.
 
     Returns
     -------
@@ -67,7 +72,7 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
     packed_mark = 2 * stored_mark + len(matrices) * _PAGE
     end = packed_mark + whole_pages(largest) + _PAGE
     offsets: dict[str, int] = {}
-    named: list[str] = []
+    entries: list[tuple[Any, str]] = []
     with path.open("wb") as file:
         _mark(file, stored_mark, 1)
         _mark(file, packed_mark, 1)
@@ -88,15 +93,14 @@ def write_holes(path: Path, graph: Any, matrices: Sequence[Matrix], layout: Layo
             tensor = _second_name(graph, tensors[matrix.name]) if matrix.shared else tensors[matrix.name]
             key = f"{matrix.operator}+{packed_hash(blob)}"
             _point(tensor, path.name, stored)
-            named.append(f"{key}|{packed};{matrix.nbytes};0")
+            entries.append((tensor, f"{key}|{packed};{matrix.nbytes};0"))
             offsets[matrix.name] = packed
         file.truncate(end)
-    # onnxruntime maps a tensor, and the packed bytes that its entry names, before the next one. All are named by the
-    # last, so that their mappings follow each other when those of the stored matrices are gone again.
-    last = next(tensor for tensor in reversed(graph.initializer) if tensor.data_location == EXTERNAL)
-    last.external_data.extend(
-        onnx_messages().Entry(key=f"prepacked_{number}", value=entry) for number, entry in enumerate(named)
-    )
+    names = {tensor.name for tensor, _ in entries}
+    last = next(tensor for tensor in reversed(graph.initializer) if tensor.name in names)
+    for number, (tensor, packed_bytes) in enumerate(entries):
+        naming, place = (last, number) if together else (tensor, 0)
+        naming.external_data.add(key=f"prepacked_{place}", value=packed_bytes)
     _check_room(path, end)
     return offsets
 

@@ -11,9 +11,10 @@ unknown, :class:`NotPrepackableError` is raised, and the plain layout is used.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import onnxruntime as ort
 
@@ -26,10 +27,12 @@ from pocketzo.runtime.holes import embed_constants, whole_pages, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.lookups import Feeding, take_lookups
 from pocketzo.runtime.matrices import Matrix, find_matrices
-from pocketzo.runtime.onnx_proto import onnx_messages, read_graph
+from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT, onnx_messages, read_graph
 from pocketzo.runtime.session import Session, create_session
 from pocketzo.runtime.slices import Slices, cut_losses
 from pocketzo.runtime.variables import declare_inputs
+
+_SIDE: Final = 64  # of the matrices by which onnxruntime's ways are detected
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def open_session(
     try:
         with scratch_folder() as folder:
             declare_inputs(model.graph, plan.bundle, without={matrix.name for matrix in plan.matrices})
-            offsets = write_holes(folder / "holes.bin", model.graph, plan.matrices, plan.layout)
+            together = _finds_together(plan.layout)
+            offsets = write_holes(folder / "holes.bin", model.graph, plan.matrices, plan.layout, together=together)
             embed_constants(model.graph, plan.bundle)
             (folder / "model.onnx").write_bytes(model.SerializeToString())
             session = create_session(folder / "model.onnx", values, threads, prepacked=True)
@@ -124,6 +128,32 @@ def open_session(
             locations[matrix.name] = Location(memory[at : at + matrix.packing.size], matrix.packing)
     feeds = lookups or slices.count > 1
     return Feeding(session, lookups, locations, slices) if feeds else session, locations, slices
+
+
+@functools.cache
+def _finds_together(layout: Layout) -> bool:
+    """Return whether onnxruntime finds packed bytes that another tensor names; version 1.29 does not, 1.32 does."""
+    messages = onnx_messages()
+    model = messages.Model(ir_version=8, opset_import=[messages.Opset(version=17)])
+    graph = model.graph
+    graph.name = "two products"
+    matrices = []
+    for name in ("a", "b"):
+        node = graph.node.add(op_type="MatMul", input=[f"x{name}", name], output=[f"y{name}"])
+        for value in (graph.input.add(name=node.input[0]), graph.output.add(name=node.output[0])):
+            value.type.tensor_type.elem_type = FLOAT
+            for _ in range(2):
+                value.type.tensor_type.shape.dim.add(dim_value=_SIDE)
+        graph.initializer.add(name=name, data_type=FLOAT, dims=[_SIDE, _SIDE], data_location=EXTERNAL)
+        packing = layout.packing(_SIDE, _SIDE, transposed=False)
+        matrices.append(Matrix(name, "MatMul", shared=False, looked_up=False, packing=packing))
+    with scratch_folder() as folder:
+        offsets = write_holes(folder / "holes.bin", graph, matrices, layout, together=True)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        session = create_session(folder / "model.onnx", {}, 1, prepacked=True)
+        mapped = file_mappings(folder / "holes.bin")
+        del session
+    return all(mapped.get(offset, (0, 0))[1] >= 4 * _SIDE**2 for offset in offsets.values())
 
 
 def _adjacent(matrices: Sequence[Matrix], addresses: Mapping[str, int]) -> list[list[Matrix]]:
