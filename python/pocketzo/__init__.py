@@ -40,6 +40,7 @@ if _problem is None:
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
+    from pocketzo.train.tuned import merge
 else:
 
     def __getattr__(name: str) -> object:
@@ -84,5 +85,6 @@ __all__ = [
     "kernels",
     "load",
     "load_dataset",
+    "merge",
     "prepare",
 ]

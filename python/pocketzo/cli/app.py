@@ -18,6 +18,7 @@ from pocketzo.cli.evaluate import evaluate
 from pocketzo.cli.export import export
 from pocketzo.cli.generate import generate
 from pocketzo.cli.info import info
+from pocketzo.cli.merge import merge
 from pocketzo.cli.prepare import prepare
 from pocketzo.cli.replay import replay
 from pocketzo.cli.train import train
@@ -70,5 +71,5 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, merge, info, doctor, demo):
     cli.add_command(command)

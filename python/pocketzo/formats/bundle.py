@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
+from pocketzo.formats.added import AddedSpec, parse_added
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.files import write_file
 from pocketzo.formats.frozen import FrozenSpec, parse_frozen
@@ -147,6 +148,8 @@ class Bundle:
         What generating text needs; None if the model generates none.
     side : SideHead or None
         The layers that a side head reads; None if the graph has no side head.
+    added : tuple of AddedSpec
+        What sets such as LoRA added to the model; empty in bundles from before it was described.
     """
 
     path: Path
@@ -165,6 +168,7 @@ class Bundle:
     probe: Probe | None = field(default=None, compare=False, repr=False)
     generation: Generation | None = None
     side: SideHead | None = None
+    added: tuple[AddedSpec, ...] = ()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -272,6 +276,7 @@ class Bundle:
             "probe": None if self.probe is None else PROBE,
             "generation": None if self.generation is None else self.generation.described(),
             **({} if self.side is None else {"side": self.side.described()}),
+            **({"added": [item.described() for item in self.added]} if self.added else {}),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -301,9 +306,11 @@ class Bundle:
             outputs = _values(fields, "outputs")
             generation = fields.optional_object("generation")
             side = fields.object("side") if "side" in values else None
+            tensors = _tensors(fields)
+            shapes = {tensor.name: tensor.shape for tensor in tensors}
             return cls(
                 path=path,
-                tensors=_tensors(fields),
+                tensors=tensors,
                 frozen=parse_frozen(fields),
                 inputs=inputs,
                 outputs=outputs,
@@ -318,6 +325,7 @@ class Bundle:
                 probe=None if _file(fields, "probe", PROBE) is None else _probe(path / PROBE, inputs),
                 generation=None if generation is None else Generation.parse(generation),
                 side=None if side is None else SideHead.parse(side),
+                added=parse_added(fields, shapes) if "added" in values else (),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None

@@ -230,7 +230,7 @@ def prepare(
             if converted:
                 onnx_model = to_float16(onnx_model, weights)
             separate_transposes(onnx_model)
-            added = add(onnx_model, parts)
+            added, places = add(onnx_model, parts)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             generating = onnx_model.clone() if language is not None and language.graph.causal else None
             if language is None:
@@ -302,6 +302,7 @@ def prepare(
             base_sha256=file_sha256(folder / WEIGHTS),
             header_sha256=hashlib.sha256(header_bytes(folder / WEIGHTS)).hexdigest(),
             generation=generation,
+            added=places,
         )
         del onnx_model, generating, weights  # onnxruntime needs their memory
         if language is None:

@@ -1,0 +1,91 @@
+"""The weights that a run or a bundle has, for merging them and for adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pocketzo.adapters.merge import merge_tuned
+from pocketzo.adapters.tuned import Tuned
+from pocketzo.errors import BundleError
+from pocketzo.formats.bundle import DESCRIPTION, Bundle
+from pocketzo.train.run import JOURNAL, Run, Unloaded
+
+
+def tuned_of(
+    source: str | os.PathLike[str], *, step: int | None = None, base: str | os.PathLike[str] | None = None
+) -> Tuned:
+    """Return a bundle with the weights of a run, or those that it has.
+
+    Parameters
+    ----------
+    source : path-like
+        A run's folder, or a bundle.
+    step : int, optional
+        Of a run: the number of steps; by default all.
+    base : path-like, optional
+        Of a run: its base bundle, if it was moved, or was prepared again.
+
+    Raises
+    ------
+    BundleError, JournalError
+        There is neither, or a file is damaged; or the base is not that of the run.
+    ValueError
+        `step` or `base` is given for a bundle, or the run has fewer steps.
+    """
+    path = Path(source)
+    if not (path / JOURNAL).is_file():
+        if not (path / DESCRIPTION).is_file():
+            raise BundleError(f"{path}: neither a bundle (there is no {DESCRIPTION} in it) nor a run (no {JOURNAL})")
+        if step is not None or base is not None:
+            raise ValueError(f"{path} is a bundle: a step and a base bundle belong to a run")
+        return Tuned.of(Bundle.read(path))
+    run = Run(path)
+    model = Unloaded(run.base(base))
+    run.replay_onto(model, step=step)
+    trained = {tensor.name: model.weights[tensor.name] for tensor in model.bundle.tensors if tensor.trainable}
+    return Tuned.of(model.bundle, trained)
+
+
+def merge(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Fold the LoRA and the factors of a run into the weights, and write the bundle of the model without them.
+
+    It is as :func:`prepare` makes it without the added sets, with other weights: its graphs run in plain onnxruntime
+    at the speed of the export, and it can be trained again. float32 logits agree with those of the tuned model to
+    rounding. float16 weights are rounded to float16 again. Neither onnx nor any other package than numpy and
+    onnxruntime, with its protobuf, is needed.
+
+    Parameters
+    ----------
+    source : path-like
+        A run, or a tuned bundle, prepared with ``train="lora"`` or ``"ia3"``, which may be joined with others.
+    out : path-like
+        The folder to write.
+    step : int, optional
+        Of a run: the number of steps; by default all.
+    base : path-like, optional
+        Of a run: its base bundle, if it was moved, or was prepared again.
+    overwrite : bool
+        Whether a bundle at ``out`` is replaced.
+
+    Returns
+    -------
+    Bundle
+        The bundle written.
+
+    Raises
+    ------
+    BundleError, JournalError
+        Something that was added cannot be folded: a quantised weight, one that is read elsewhere, too, a prefix or an
+        adapter with an activation; or a file is damaged or missing. Nothing is written then.
+    ValueError
+        `step` or `base` is given for a bundle, or the run has fewer steps.
+    """
+    return merge_tuned(tuned_of(source, step=step, base=base), out, overwrite=overwrite)
