@@ -40,7 +40,7 @@ if _problem is None:
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
-    from pocketzo.train.tuned import merge
+    from pocketzo.train.tuned import merge, write_adapter
 else:
 
     def __getattr__(name: str) -> object:
@@ -87,4 +87,5 @@ __all__ = [
     "load_dataset",
     "merge",
     "prepare",
+    "write_adapter",
 ]

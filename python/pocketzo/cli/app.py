@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pocketzo._core import __version__
+from pocketzo.cli.adapter import adapter
 from pocketzo.cli.command import Commands, one_line
 from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
@@ -71,5 +72,5 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, merge, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, info, doctor, demo):
     cli.add_command(command)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pocketzo.adapters.merge import merge_tuned
 from pocketzo.adapters.tuned import Tuned
+from pocketzo.adapters.write import Format, write_tuned
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import DESCRIPTION, Bundle
 from pocketzo.train.run import JOURNAL, Run, Unloaded
@@ -89,3 +91,56 @@ def merge(
         `step` or `base` is given for a bundle, or the run has fewer steps.
     """
     return merge_tuned(tuned_of(source, step=step, base=base), out, overwrite=overwrite)
+
+
+def write_adapter(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    kind: Format,
+    checkpoint: str | os.PathLike[str] | None = None,
+    step: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> None:
+    """Write what a run learnt as an adapter of another library.
+
+    ==========  =====================================================  ==========================================
+    kind        files                                                  holds
+    ==========  =====================================================  ==========================================
+    ``"peft"``  ``adapter_config.json``, ``adapter_model.safetensors``  LoRA, or (IA)3
+    ``"gguf"``  ``adapter.gguf``, for llama.cpp                        LoRA
+    ``"onnx"``  ``adapter.onnx_adapter``, for onnxruntime; the graphs  all added sets, and what is trained beside
+                in which its tensors are inputs with defaults; and a
+                copy of the weights
+    ==========  =====================================================  ==========================================
+
+    Parameters
+    ----------
+    source : path-like
+        A run, or a tuned bundle, prepared with a set that adds tensors.
+    out : path-like
+        The folder to write; it must not exist.
+    kind : {"peft", "onnx", "gguf"}
+        The library that is to read it.
+    checkpoint : path-like, optional
+        The checkpoint that the model was exported from: a folder with ``config.json`` and, to compare names and
+        shapes, ``model.safetensors``; for ``"gguf"`` the model's GGUF file will do. ``"gguf"`` needs it. Without it,
+        the modules of ``"peft"`` follow from the names in the graph.
+    step : int, optional
+        Of a run: the number of steps; by default all.
+    base : path-like, optional
+        Of a run: its base bundle, if it was moved, or was prepared again.
+    note : callable, optional
+        Called with a line of text for what was not compared.
+
+    Raises
+    ------
+    BundleError, JournalError
+        The adapter cannot hold a set, a module is not found, or a file is damaged, missing or exists already.
+    MissingExtraError, BrokenPackageError
+        The package gguf is not installed, or cannot be imported.
+    ValueError
+        An option is out of range, or belongs to another kind.
+    """
+    write_tuned(tuned_of(source, step=step, base=base), out, kind, checkpoint=checkpoint, note=note)
