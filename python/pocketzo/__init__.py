@@ -40,7 +40,7 @@ if _problem is None:
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
-    from pocketzo.train.tuned import merge, write_adapter
+    from pocketzo.train.tuned import load_adapter, merge, write_adapter
 else:
 
     def __getattr__(name: str) -> object:
@@ -84,6 +84,7 @@ __all__ = [
     "exact_match",
     "kernels",
     "load",
+    "load_adapter",
     "load_dataset",
     "merge",
     "prepare",

@@ -66,17 +66,10 @@ def target_of(item: AddedSpec, checkpoint: Checkpoint) -> Target:
     """
     place = item.place
     assert place is not None, "of a projection"
-    tried = list(_candidates(stem_of(item), place, checkpoint))
-    if not checkpoint.shapes:
-        return tried[0]
-    for target in tried:
-        name = next((name for name in checkpoint.shapes if _is_same(name, target.module)), None)
-        if name is None:
-            continue
-        inner, size = (place.rows, target.size) if not place.input else (target.size, place.columns)
-        if sorted(checkpoint.shapes[name]) == sorted((inner, size)):
-            return target
-    names = list(dict.fromkeys(target.module for target in tried))
+    found = find_target(item, checkpoint)
+    if found is not None:
+        return found
+    names = list(dict.fromkeys(target.module for target in _candidates(stem_of(item), place, checkpoint)))
     raise BundleError(
         f"{checkpoint.path}: has no module for {item.tensors[0]!r}: none of {', '.join(map(repr, names))} with a "
         f"weight of {place.rows} x {place.columns}; expected the checkpoint that the model was exported from, or names "
@@ -84,7 +77,21 @@ def target_of(item: AddedSpec, checkpoint: Checkpoint) -> Target:
     )
 
 
-def _is_same(name: str, module: str) -> bool:
+def find_target(item: AddedSpec, checkpoint: Checkpoint) -> Target | None:
+    """Return the module of what was added; None if the checkpoint has none of such a name and shape."""
+    place = item.place
+    assert place is not None, "of a projection"
+    for target in _candidates(stem_of(item), place, checkpoint):
+        if not checkpoint.shapes:
+            return target
+        inner, size = (place.rows, target.size) if not place.input else (target.size, place.columns)
+        name = next((name for name in checkpoint.shapes if is_same(name, target.module)), None)
+        if name is not None and sorted(checkpoint.shapes[name]) == sorted((inner, size)):
+            return target
+    return None
+
+
+def is_same(name: str, module: str) -> bool:
     """Whether names are of one module: a checkpoint may lack the prefix of the class around its base model."""
     return name == module or name.endswith(f".{module}") or module.endswith(f".{name}")
 
@@ -100,16 +107,17 @@ def _candidates(stem: str, place: Place, checkpoint: Checkpoint) -> Iterator[Tar
         return
     parent, _, last = name.rpartition(".")
     is_gpt2 = checkpoint.model_type == "gpt2" or (checkpoint.model_type is None and ".h." in name and ".attn." in name)
-    joined = "c_attn" if is_gpt2 else _JOINED_IN.get(checkpoint.model_type or "")
-    if last in _CUT and joined is not None:
+    likely = "c_attn" if is_gpt2 else _JOINED_IN.get(checkpoint.model_type or "")
+    for joined in (_JOINED if checkpoint.shapes else () if likely is None else (likely,)) if last in _CUT else ():
         size = _joined_size(f"{parent}.{joined}", place, checkpoint)
         at = {"q_proj": 0, "k_proj": size - 2 * place.columns, "v_proj": size - place.columns}[last]
         yield Target(f"{parent}.{joined}", at + place.start, place.count, size)
-    if last in _JOINED and place.role is not None and checkpoint.model_type not in (None, *_JOINED_IN):
+    is_cut = bool(checkpoint.shapes) or checkpoint.model_type not in (None, *_JOINED_IN)
+    if last in _JOINED and place.role is not None and is_cut:
         cut = f"{place.role[0]}_proj"
         for before in dict.fromkeys((parent, re.sub(r"\.attn$", ".self_attn", parent))):
             yield Target(f"{before}.{cut}", 0, place.count, place.count)
-    if checkpoint.model_type not in (None, *_JOINED_IN):
+    if is_cut:
         name = re.sub(r"^(model\.layers\.\d+)\.attn\.", r"\1.self_attn.", name)
     yield from (Target(other, whole.start, whole.count, whole.size) for other in _renamed(name))
 
@@ -124,7 +132,7 @@ def _renamed(name: str) -> Iterator[str]:
 def _joined_size(module: str, place: Place, checkpoint: Checkpoint) -> int:
     """Return the number of columns of a module that queries, keys and values share."""
     for name, shape in checkpoint.shapes.items():
-        if _is_same(name, module) and len(shape) == 2 and place.rows in shape:
+        if is_same(name, module) and len(shape) == 2 and place.rows in shape:
             return shape[0] if shape[1] == place.rows else shape[1]
     if checkpoint.heads and checkpoint.kv_heads:
         count, others = checkpoint.heads, checkpoint.kv_heads

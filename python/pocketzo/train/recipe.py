@@ -25,11 +25,14 @@ class BaseModel:
     bundle : str
         Absolute path when the run began.
     graph_sha256, weights_sha256 : str
+    init_sha256 : str or None
+        Of the run's file of the values that weights began with, if they were others than the bundle's.
     """
 
     bundle: str
     graph_sha256: str
     weights_sha256: str
+    init_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class Recipe:
         fields = asdict(self)
         if self.loop.activation_memory is None:  # the header is then that of journals before there was such a figure
             del fields["loop"]["activation_memory"]
+        if self.model.init_sha256 is None:
+            del fields["model"]["init_sha256"]
         return _with_paths(plain(fields), portable_path)
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS
-from pocketzo.formats.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256, map_tensors
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.runtime.model import Model
@@ -76,10 +76,18 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
 
 
 def base_sha256(model: Model) -> str:
-    """Return the SHA-256 of the weights' file; raise a ValueError if the weights in memory are others."""
+    """Return the SHA-256 of the weights' file; raise a ValueError if the weights in memory are others.
+
+    Those in ``model.init`` have to be these.
+    """
     bundle = model.bundle
     expected = file_sha256(bundle.weights_path)
-    if model.weights.sha256() != expected:
+    if model.init:
+        begun = map_tensors(bundle.weights_path) | model.init
+        same = all(np.array_equal(model.weights[name], begun[name]) for name in model.weights)
+    else:
+        same = model.weights.sha256() == expected
+    if not same:
         raise ValueError(
             f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save the "
             f"model, load what was saved, and train that"

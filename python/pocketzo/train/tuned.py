@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pocketzo.adapters.merge import merge_tuned
+from pocketzo.adapters.peft import read_peft
 from pocketzo.adapters.tuned import Tuned
 from pocketzo.adapters.write import Format, write_tuned
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import DESCRIPTION, Bundle
+from pocketzo.runtime.model import Model
 from pocketzo.train.run import JOURNAL, Run, Unloaded
 
 
@@ -144,3 +146,29 @@ def write_adapter(
         An option is out of range, or belongs to another kind.
     """
     write_tuned(tuned_of(source, step=step, base=base), out, kind, checkpoint=checkpoint, note=note)
+
+
+def load_adapter(model: Model, adapter: str | os.PathLike[str]) -> None:
+    """Let a model's LoRA begin from an adapter of PEFT instead of noise and zeros.
+
+    A run that begins then keeps these values in its folder, and its journal their SHA-256: replay needs the folder, and
+    not the adapter.
+
+    Parameters
+    ----------
+    model : Model
+        As it was loaded; of a bundle prepared with ``lora``. Its weights are set.
+    adapter : path-like
+        A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT or :func:`write_adapter` writes
+        it. Modules are found by their names. Rank, alpha / r, shapes, and the modules themselves have to be those of
+        the bundle's set; the matrices of one module are divided among the parts that the bundle has of it.
+
+    Raises
+    ------
+    BundleError
+        The adapter does not fit; names what does not match. No weight is changed then.
+    """
+    values = read_peft(Tuned.of(model.bundle), Path(adapter))
+    for name, value in values.items():
+        model.weights[name] = value
+    model.init = dict(values)
