@@ -42,6 +42,29 @@ def trained(tmp_path: Path, data: Path, *options: object) -> str:
     return process.stdout + process.stderr
 
 
+def test_a_run_begins_from_an_adapter(model: Path, tmp_path: Path) -> None:
+    """Trained once, written for PEFT, and trained on from there; the second run needs the adapter no longer."""
+    good("prepare", model, "-o", tmp_path / "base", "--task", "causal-lm", "--max-length", 8, "--train", "lora:r=2")
+    data = lines(tmp_path / "d.jsonl", *COMPLETIONS)
+    trained(tmp_path, data, "--eps", "1e-2")
+    adapter, second = tmp_path / "peft", tmp_path / "second"
+    assert f"{adapter}: {tmp_path / 'run'} as an adapter for peft" in good(
+        "adapter", tmp_path / "run", "-o", adapter, "--format", "peft"
+    )
+    command = ("train", tmp_path / "base", "--data", data, "-o", second, "--steps", 2, "--lr", "1e-3", "--eps", "1e-2")
+    process = pocketzo(*command, "--init", adapter)
+    assert process.returncode == 0, process.stderr
+    assert f"{adapter}: begins from 8 tensors of this adapter" in process.stderr
+    assert "all 2 steps are done" in pocketzo(*command, "--init", adapter).stderr
+    assert "it began from an adapter there, and from none here" in refused(*command)
+    good("replay", second, "-o", tmp_path / "begun", "--step", 0)
+    before, after = (pz.Bundle.read(tmp_path / name).weights_path.read_bytes() for name in ("tuned", "begun"))
+    assert before == after
+    (adapter / "adapter_config.json").unlink()
+    assert "all 2 steps are done" in pocketzo("train", "--resume", second).stderr
+    assert "config.json: no such file" in refused(*command[:4], "-o", tmp_path / "third", "--init", adapter)
+
+
 def test_causal_lm(model: Path, tmp_path: Path) -> None:
     good("prepare", model, "-o", tmp_path / "base", "--task", "causal-lm", "--max-length", 8)
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]

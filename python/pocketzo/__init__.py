@@ -40,6 +40,7 @@ if _problem is None:
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
+    from pocketzo.train.tuned import load_adapter, merge, write_adapter
 else:
 
     def __getattr__(name: str) -> object:
@@ -83,6 +84,9 @@ __all__ = [
     "exact_match",
     "kernels",
     "load",
+    "load_adapter",
     "load_dataset",
+    "merge",
     "prepare",
+    "write_adapter",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from pocketzo._core import __version__
+from pocketzo.cli.adapter import adapter
 from pocketzo.cli.command import Commands, one_line
 from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
@@ -18,6 +19,7 @@ from pocketzo.cli.evaluate import evaluate
 from pocketzo.cli.export import export
 from pocketzo.cli.generate import generate
 from pocketzo.cli.info import info
+from pocketzo.cli.merge import merge
 from pocketzo.cli.prepare import prepare
 from pocketzo.cli.replay import replay
 from pocketzo.cli.train import train
@@ -70,5 +72,5 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, info, doctor, demo):
     cli.add_command(command)

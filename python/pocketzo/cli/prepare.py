@@ -50,10 +50,10 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     show_default=True,
     help="What is trained; the rest is frozen. Sets are joined by +. Of the weights: all, head (what follows the last "
     "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added, as small float32 tensors: lora, or as "
-    "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B; adapter:R, a bottleneck of R units a layer; ia3, factors; "
-    "prefix:N, keys and values before those of a decoder's text. A + inside a REGEX needs brackets or a backslash. "
-    "Alone: side-head, which reads the outputs of the last layers. `pocketzo train` fits it in seconds, and the tuned "
-    "model ends behind the last layer that it reads.",
+    "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B, which `pocketzo train --init` may begin from an adapter of "
+    "PEFT; adapter:R, a bottleneck of R units a layer; ia3, factors; prefix:N, keys and values before those of a "
+    "decoder's text. A + inside a REGEX needs brackets or a backslash. Alone: side-head, which reads the outputs of "
+    "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads.",
 )
 @click.option(
     "--share-base",

@@ -10,7 +10,7 @@ import click
 from pocketzo.cli.console import note
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats.staging import is_staged
-from pocketzo.train.run import Run
+from pocketzo.train.run import INIT, Run
 
 
 def as_run(path: Path) -> Run | None:
@@ -29,7 +29,9 @@ def as_run(path: Path) -> Run | None:
 
 def check_new(output: Path) -> None:
     """Refuse a place for a run where there is something; what a killed process has not finished does not count."""
-    if os.path.lexists(output) and not (output.is_dir() and all(is_staged(entry.name) for entry in output.iterdir())):
+    entries = output.iterdir() if output.is_dir() else ()
+    unfinished = output.is_dir() and all(is_staged(entry.name) or entry.name == INIT for entry in entries)
+    if os.path.lexists(output) and not unfinished:
         raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from click.core import ParameterSource
 
 from pocketzo import kernels
@@ -60,6 +61,7 @@ from pocketzo.train.resume import resume as resume_run
 from pocketzo.train.resume import use_threads
 from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.trainer import Trainer
+from pocketzo.train.tuned import load_adapter
 from pocketzo.train.verdict import verdict
 
 _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
@@ -85,6 +87,13 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
 @click.option("--batch-size", type=int, default=32, help="Examples per step.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
 @click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix.")
+@click.option(
+    "--init",
+    type=PATH,
+    metavar="DIR",
+    help="Begin from an adapter of PEFT. Its rank, alpha and targets have to be those of the bundle's set lora. RUN "
+    "keeps its numbers as init.safetensors, so that neither replay nor --resume needs DIR.",
+)
 @click.option(
     "--trainable",
     callback=regex,
@@ -171,6 +180,7 @@ def train(
     batch_size: int,
     seed: int,
     weight_decay: float,
+    init: Path | None,
     trainable: str | None,
     groups: tuple[ParamGroup, ...],
     distribution: str | None,
@@ -257,6 +267,8 @@ def train(
         model = load(
             read, threads=threads, batch=first, prepack="auto" if prepack is None else prepack, max_memory=max_memory
         )
+    if init is not None:
+        load_adapter(model, init)
     own: dict[str, Any] = {} if momentum is None else {"momentum": momentum}
     optimizer = METHODS[method](
         model,
@@ -290,6 +302,11 @@ def train(
     )
     if past is not None:
         others += differences(past, trainer.optimizer, trainer.loop)
+        begun = past.init()
+        if begun.keys() != model.init.keys() or not all(
+            np.array_equal(begun[name], model.init[name]) for name in begun
+        ):
+            others.append(f"it began from {'an' if begun else 'no'} adapter there, and from {init or 'none'} here")
         if others:
             raise JournalError(
                 f"{output}: holds a run with other settings: {'; '.join(others)}. Give those to go on with it, or "
@@ -305,6 +322,8 @@ def train(
     for path, read_data in ((data, examples), (eval_data, held_out)):
         if read_data is not None and read_data.cut and read_data.lengths is not None:
             note(f"{path}: {read_data.cut} of {len(read_data)} texts were cut to {int(read_data.lengths.max())} tokens")
+    if init is not None:
+        note(f"{init}: begins from {len(model.init)} tensors of this adapter")
     timed = fact("forward_seconds", model.forward_seconds)
     note(
         f"{len(examples)} examples, {optimizer.parameters:,} parameters to train, {kernels.isa()} kernels, "

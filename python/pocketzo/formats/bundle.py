@@ -25,14 +25,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict
 
+from numpy.typing import NDArray
+
 from pocketzo.errors import BundleError
 from pocketzo.formats import strict_json
+from pocketzo.formats.added import AddedSpec, parse_added
 from pocketzo.formats.fields import FieldError, Fields
 from pocketzo.formats.files import write_file
 from pocketzo.formats.frozen import FrozenSpec, parse_frozen
 from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
-from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, Entry, file_sha256, header_bytes, read_header
+from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, Entry, file_sha256, header_bytes, map_tensors, read_header
 from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import sweep
 
@@ -171,6 +174,8 @@ class Bundle:
         The layers that a side head reads; None if the graph has no side head.
     adapter : Adapter or None
         The file of what is trained; None if that is the weights file.
+    added : tuple of AddedSpec
+        What sets such as LoRA added to the model; empty in bundles from before it was described.
     """
 
     path: Path
@@ -190,6 +195,7 @@ class Bundle:
     generation: Generation | None = None
     side: SideHead | None = None
     adapter: Adapter | None = None
+    added: tuple[AddedSpec, ...] = ()
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -301,6 +307,10 @@ class Bundle:
         """The file of each tensor, and its place there, in the order of `tensors`."""
         return _places(self.weights_path, None if self.adapter is None else self.trained_path)
 
+    def map_tensors(self) -> dict[str, NDArray[Any]]:
+        """Return all tensors as views of the files, which must not change while they are used."""
+        return map_tensors(self.weights_path) | map_tensors(self.trained_path)
+
     @property
     def weights_nbytes(self) -> int:
         """Size of the files of weights, in bytes."""
@@ -327,6 +337,7 @@ class Bundle:
             "generation": None if self.generation is None else self.generation.described(),
             **({} if self.side is None else {"side": self.side.described()}),
             **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
+            **({"added": [item.described() for item in self.added]} if self.added else {}),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -360,9 +371,11 @@ class Bundle:
             outputs = _values(fields, "outputs")
             generation = fields.optional_object("generation")
             side = fields.object("side") if "side" in values else None
+            tensors = _tensors(fields)
+            shapes = {tensor.name: tensor.shape for tensor in tensors}
             return cls(
                 path=path,
-                tensors=_tensors(fields),
+                tensors=tensors,
                 frozen=parse_frozen(fields),
                 inputs=inputs,
                 outputs=outputs,
@@ -378,6 +391,7 @@ class Bundle:
                 generation=None if generation is None else Generation.parse(generation),
                 side=None if side is None else SideHead.parse(side),
                 adapter=None if adapter is None else Adapter(adapter.sha256("sha256"), adapter.sha256("header_sha256")),
+                added=parse_added(fields, shapes) if "added" in values else (),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None

@@ -61,10 +61,31 @@ class Fields:
             raise self.error(key, "a SHA-256 in hex")
         return value
 
-    def names(self, key: str) -> tuple[str, ...]:
-        """Return a non-empty list of unique, non-empty strings, as a tuple."""
+    def choice(self, key: str, choices: Sequence[str]) -> str:
+        """Return a string that is one of some."""
+        value: str = self._get(key)
+        if value not in choices:
+            raise self.error(key, f"one of {', '.join(choices)}")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        """Return true or false."""
         value = self._get(key)
-        if type(value) is not list or not value or not all(type(name) is str and name for name in value):
+        if type(value) is not bool:
+            raise self.error(key, "true or false")
+        return value
+
+    def number(self, key: str) -> float:
+        """Return a number."""
+        value = self._get(key)
+        if type(value) not in (int, float):
+            raise self.error(key, "a number")
+        return float(value)
+
+    def names(self, key: str, *, empty: bool = False) -> tuple[str, ...]:
+        """Return a list of unique, non-empty strings, as a tuple; with ``empty``, it may have none."""
+        value = self._get(key)
+        if type(value) is not list or not (value or empty) or not all(type(name) is str and name for name in value):
             raise self.error(key, "a list of names")
         if len(set(value)) != len(value):
             raise self.error(key, "each name once")

@@ -41,6 +41,8 @@ DTYPES: Final[Mapping[str, str]] = {
     "F64": "float64",
 }
 """NumPy's name of each element type of the format."""
+FOREIGN: Final[Mapping[str, str]] = {**DTYPES, "BF16": "uint16", "F8_E4M3": "uint8", "F8_E5M2": "uint8"}
+"""The same, and types that NumPy lacks by their bits."""
 _CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
 
 
@@ -81,13 +83,15 @@ def header_bytes(path: str | os.PathLike[str]) -> bytes:
         return prefix + file.read(length)
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
+def read_header(path: str | os.PathLike[str], types: Mapping[str, str] = DTYPES) -> dict[str, Entry]:
     """Read the place of each tensor, and check that the file is exactly as long as its header says.
 
     Parameters
     ----------
     path : path-like
         A safetensors file, of this module or of any other writer.
+    types : mapping of str to str
+        The element types that are known: :data:`DTYPES` or :data:`FOREIGN`.
 
     Returns
     -------
@@ -106,7 +110,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
     except ValueError as error:
         raise BundleError(f"{path}: the safetensors header is damaged: {error}") from None
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, fields, len(head)) for name, fields in header.items()}
+    entries = {name: _entry(path, name, fields, len(head), types) for name, fields in header.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
 
     position = len(head)
@@ -133,10 +137,38 @@ def map_tensors(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a file of any writer; see :func:`read_header`."""
+    return {name: entry.shape for name, entry in read_header(path, FOREIGN).items()}
+
+
+def read_floats(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the tensors of a small file of any writer as float32.
+
+    Raises
+    ------
+    BundleError
+        As for :func:`read_header`, or a tensor is not of floats of 16 bits or more.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    found = {}
+    for name, entry in read_header(path, FOREIGN).items():
+        if entry.dtype not in ("BF16", "F16", "F32", "F64"):
+            raise BundleError(f"{path}: {name!r} is of type {entry.dtype}, expected BF16, F16, F32 or F64")
+        array = np.frombuffer(data[entry.start : entry.stop], np.dtype(FOREIGN[entry.dtype]).newbyteorder("<"))
+        if entry.dtype == "BF16":
+            array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        found[name] = array.reshape(entry.shape).astype(np.float32)
+    return found
+
+
 def write(
     path: str | os.PathLike[str],
     tensors: Iterable[tuple[str, npt.NDArray[Any]]],
     dtypes: Mapping[str, np.dtype[Any]] | None = None,
+    *,
+    padded: bool = True,
 ) -> None:
     """Write tensors in the given order, each at a multiple of 64 bytes.
 
@@ -151,6 +183,8 @@ def write(
         Unique names, and arrays of a dtype that the format supports.
     dtypes : mapping of str to dtype, optional
         Storage types by name, for tensors whose storage type differs from the array's.
+    padded : bool
+        False for a file of other libraries, which would take padding for tensors: these then follow each other.
 
     Raises
     ------
@@ -171,7 +205,7 @@ def write(
         if dtype.name not in _CODES:
             raise TypeError(f"tensor {name!r}: dtype {dtype} cannot be stored; expected one of {', '.join(_CODES)}")
         nbytes = array.size * dtype.itemsize
-        if hole := -offset % ALIGNMENT:
+        if hole := -offset % ALIGNMENT * padded:
             header[f"{PADDING}{count}"] = _fields("U8", (hole,), offset, hole)
             offset += hole
         header[name] = _fields(_CODES[dtype.name], array.shape, offset, nbytes)
@@ -182,7 +216,7 @@ def write(
     with staged_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors:
-            file.write(bytes(-file.tell() % ALIGNMENT))
+            file.write(bytes(-file.tell() % ALIGNMENT * padded))
             file.write(np.ascontiguousarray(array, dtype=dtypes[name].newbyteorder("<")).data)
 
 
@@ -196,13 +230,13 @@ def _fields(code: str, shape: tuple[int, ...], offset: int, nbytes: int) -> dict
     return {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
 
 
-def _entry(path: Path, name: str, fields: object, base: int) -> Entry:
+def _entry(path: Path, name: str, fields: object, base: int, types: Mapping[str, str]) -> Entry:
     match fields:
         case {"dtype": str(code), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
-            code in DTYPES
+            code in types
             and all(type(size) is int and size >= 0 for size in shape)
             and start >= 0
-            and stop - start == prod(shape) * np.dtype(DTYPES[code]).itemsize
+            and stop - start == prod(shape) * np.dtype(types[code]).itemsize
         ):
             return Entry(code, tuple(shape), base + start, base + stop)
     raise BundleError(f"{path}: the safetensors header is damaged, or of a type not known here, at {name!r}: {fields}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,6 +31,14 @@ class Projection:
     rows, columns : int
     dtype : DataType
         The type of `x` and `y`.
+    stored : Value
+        The tensor of the weight.
+    transposed : bool
+        Whether that is [columns, rows].
+    factor : float
+        By which the node multiplies the product.
+    biases : list of (Value, Node)
+        The constants that `y` contains, and the nodes that add them.
     """
 
     node: ir.Node
@@ -40,6 +48,10 @@ class Projection:
     rows: int
     columns: int
     dtype: ir.DataType
+    stored: ir.Value
+    transposed: bool
+    factor: float
+    biases: list[tuple[ir.Value, ir.Node]]
 
     @property
     def stem(self) -> str:
@@ -82,10 +94,32 @@ def projection_of(node: ir.Node, constants: Collection[ir.Value]) -> Projection 
     x = _float_input(node.inputs[0])
     if x is None:
         return None
-    y = _result(node, columns, constants)
+    biases = [(node.inputs[2], node)] if node.op_type == "Gemm" and len(node.inputs) > 2 else []
+    y = _result(node, columns, constants, biases)
     if y is None:
         return None
-    return Projection(node, x, y, str(weight.name), rows, columns, _float_type(node, weight))
+    return Projection(
+        node,
+        x,
+        y,
+        str(weight.name),
+        rows,
+        columns,
+        _float_type(node, weight),
+        weight,
+        transposed,
+        node.attributes.get_float("alpha", 1.0),
+        [(value, adds) for value, adds in biases if value is not None],
+    )
+
+
+def readers(value: ir.Value) -> Iterator[ir.Node]:
+    """Yield the nodes that read a tensor, perhaps in another form."""
+    for node, _ in value.uses():
+        if node.op_type == "Transpose" or node.op_type in _VIEWS:
+            yield from readers(node.outputs[0])
+        else:
+            yield node
 
 
 def _stored(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
@@ -117,8 +151,13 @@ def _float_type(node: ir.Node, weight: ir.Value) -> ir.DataType:
     return ir.DataType.FLOAT16 if weight.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
 
 
-def _result(node: ir.Node, columns: int, constants: Collection[ir.Value]) -> ir.Value | None:
-    """Return a product after its scales and its bias, where nothing else reads what is between; None if no float is."""
+def _result(
+    node: ir.Node, columns: int, constants: Collection[ir.Value], biases: list[tuple[ir.Value | None, ir.Node]]
+) -> ir.Value | None:
+    """Return a product after its scales and its bias, where nothing else reads what is between; None if no float is.
+
+    What is added on the way is appended to `biases`.
+    """
     sums = {reader for other in added_to(node) for reader in other.outputs[0].consumers()}
     value = node.outputs[0]
     integer = node.op_type == "MatMulInteger"
@@ -135,7 +174,7 @@ def _result(node: ir.Node, columns: int, constants: Collection[ir.Value]) -> ir.
             case "DequantizeLinear" if index == 0:
                 integer = False
             case "Add" if _is_bias(reader.inputs[1 - index], columns, constants) or reader in sums:
-                pass
+                biases.append((reader.inputs[1 - index], reader))
             case _:
                 break
         value = reader.outputs[0]

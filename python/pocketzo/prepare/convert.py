@@ -251,7 +251,7 @@ def prepare(
             if converted:
                 onnx_model = to_float16(onnx_model, weights)
             separate_transposes(onnx_model)
-            added = add(onnx_model, parts)
+            added, places = add(onnx_model, parts)
             kept = [str(value.name) for value in onnx_model.graph.outputs]
             generating = onnx_model.clone() if language is not None and language.graph.causal else None
             if language is None:
@@ -313,6 +313,7 @@ def prepare(
             max_length=max_length,
             tokenizer=TOKENIZER if tokenizer is not None else None,
             generation=generation,
+            added=places,
         )
         del onnx_model, graph, generating, weights, files, stored  # onnxruntime needs their memory
         if language is None:

@@ -46,7 +46,7 @@ def write_holes(
         At least one.
     layout : Layout
     together : bool
-        Whether the last matrix of the file names all packed bytes, so that their mappings follow each other: onnxruntime maps a
+        Whether the last matrix names all packed bytes, so that their mappings follow each other: onnxruntime maps a
         tensor, and what it names, before the next one, and drops the mappings of stored matrices later.
 
     Returns

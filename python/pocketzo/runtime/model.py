@@ -67,6 +67,7 @@ class Model:
         self.threads = threads
         self.max_memory = max_memory
         self.forward_seconds = forward_seconds
+        self.init: dict[str, NDArray[Any]] = {}  # what weights began as, where the bundle has other values
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self.slices = slices

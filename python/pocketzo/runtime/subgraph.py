@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pocketzo.formats.side import BIAS, sum_name
-from pocketzo.runtime.onnx_proto import FLOAT, all_nodes
+from pocketzo.runtime.onnx_proto import FLOAT
 
 if TYPE_CHECKING:
     from pocketzo.formats.safetensors import Entry
@@ -32,7 +32,7 @@ def keep_values(graph: Any, names: Collection[str]) -> None:
     graph.output.extend(kept)
     for name in added:
         graph.output.add(name=name).type.tensor_type.elem_type = FLOAT
-    needed = _remove_unused(graph)
+    needed = remove_unused(graph)
     inputs = [value for value in graph.input if value.name in needed]
     del graph.input[:]
     graph.input.extend(inputs)
@@ -50,10 +50,10 @@ def keep_taps(graph: Any, layers: Sequence[int]) -> None:
             node.input[0] = first[node.output[0]]
         elif node.output[0] == _LOGITS:
             node.input[0] = sums[-1]
-    _remove_unused(graph)
+    remove_unused(graph)
 
 
-def _remove_unused(graph: Any) -> set[str]:
+def remove_unused(graph: Any) -> set[str]:
     """Remove the nodes and initializers that no output needs, and return the names of the values that are."""
     needed = {value.name for value in graph.output}
     nodes = []
@@ -62,9 +62,8 @@ def _remove_unused(graph: Any) -> set[str]:
             nodes.append(node)
             needed.update(node.input)
             for attribute in node.attribute:
-                for inner in (attribute.g, *attribute.graphs):
-                    needed.update(name for each in all_nodes(inner) for name in each.input)
-                    needed.update(value.name for value in inner.output)
+                for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    needed |= remove_unused(inner)
     nodes.reverse()
     tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
     del graph.node[:], graph.initializer[:]

@@ -27,12 +27,15 @@ class BaseModel:
     graph_sha256, weights_sha256 : str
     adapter_sha256 : str or None
         None if the bundle has no adapter.
+    init_sha256 : str or None
+        Of the run's file of the values that weights began with, if they were others than the bundle's.
     """
 
     bundle: str
     graph_sha256: str
     weights_sha256: str
     adapter_sha256: str | None = None
+    init_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ class Recipe:
             del fields["loop"]["activation_memory"]
         if self.model.adapter_sha256 is None:
             del fields["model"]["adapter_sha256"]
+        if self.model.init_sha256 is None:
+            del fields["model"]["init_sha256"]
         return _with_paths(plain(fields), portable_path)
 
     @classmethod

@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.bundle_writer import check_target, copy_bundle
 from pocketzo.formats.journal import Journal
-from pocketzo.formats.safetensors import file_sha256
+from pocketzo.formats.safetensors import file_sha256, map_tensors
 from pocketzo.formats.snapshot import check_snapshot, snapshots
 from pocketzo.optim.groups import Tunable
 from pocketzo.optim.methods import from_settings
@@ -26,6 +28,7 @@ from pocketzo.train.recipe import Recipe
 
 JOURNAL = "journal.pzj"
 METRICS = "metrics.jsonl"
+INIT = "init.safetensors"
 EVAL, SAMPLE = "eval", "sample"  # kinds of its lines: evaluations on evaluation data, or on some training data
 SNAPSHOTS = "snapshots"
 
@@ -125,6 +128,24 @@ class Run:
             check_file(path, expected, f"{what} that the run {self.path} started from")
         return base
 
+    def init(self) -> dict[str, NDArray[Any]]:
+        """Return the weights that began with other values than the bundle's, by name.
+
+        Raises
+        ------
+        JournalError
+            The run's file of them is missing, or is another one.
+        """
+        expected = self.recipe.model.init_sha256
+        if expected is None:
+            return {}
+        path = self.path / INIT
+        if not path.is_file():
+            raise JournalError(f"{path}: missing; the run began from an adapter, and replay needs that file, too")
+        if (got := file_sha256(path)) != expected:
+            raise JournalError(f"{path}: not the values that the run began with: SHA-256 is {got}, expected {expected}")
+        return map_tensors(path)
+
     def replay_onto(self, model: Tunable, *, step: int | None = None) -> Optimizer:
         """Set a model's weights to those after ``step`` steps, in one pass over them.
 
@@ -156,6 +177,8 @@ class Run:
             break
         else:
             model.weights.read()
+            for name, values in self.init().items():
+                model.weights[name] = values
         optimizer.replay(self.entries[optimizer.step_number : step])
         return optimizer
 

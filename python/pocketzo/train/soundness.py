@@ -79,10 +79,18 @@ def check_start(optimizer: Optimizer, steps: int) -> None:
 
 
 def base_of(model: Model) -> BaseModel:
-    """Describe the bundle that a run starts from; raise a ValueError if the weights in memory are others."""
+    """Describe the bundle that a run starts from; raise a ValueError if the weights in memory are others.
+
+    Those in ``model.init`` have to be these.
+    """
     bundle = model.bundle
     trained = file_sha256(bundle.trained_path)
-    if model.weights.sha256() != trained:
+    if model.init:
+        begun = bundle.map_tensors() | model.init
+        same = all(np.array_equal(model.weights[name], begun[name]) for name in model.weights)
+    else:
+        same = model.weights.sha256() == trained
+    if not same:
         raise ValueError(
             f"the weights in memory are not those of {bundle.path}, from which the journal would be replayed: save the "
             f"model, load what was saved, and train that"

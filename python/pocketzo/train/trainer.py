@@ -415,7 +415,7 @@ class Trainer:
                 source=replace(self.source, before=all_finite(self.evaluations.get(0))),
             ),
         )
-        return RunWriter.begin(self.run, recipe)
+        return RunWriter.begin(self.run, recipe, model.init)
 
     def _eval_due(self, step: int) -> bool:
         return self.eval is not None and self.loop.evaluates_after(step)

@@ -7,17 +7,21 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
+
+from numpy.typing import NDArray
 
 from pocketzo.errors import JournalError
 from pocketzo.formats.files import append, make_folder, named, sync_folder
 from pocketzo.formats.journal import Entry, Journal
+from pocketzo.formats.safetensors import file_sha256, write
 from pocketzo.formats.snapshot import prune_snapshots, write_snapshot
 from pocketzo.formats.staging import staged_file
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.train.recipe import Recipe
-from pocketzo.train.run import JOURNAL, METRICS, SNAPSHOTS, Run
+from pocketzo.train.run import INIT, JOURNAL, METRICS, SNAPSHOTS, Run
 
 _SYNC_SECONDS = 30.0
 
@@ -32,12 +36,18 @@ class RunWriter:
         self._synced = time.monotonic()
 
     @classmethod
-    def begin(cls, path: Path, recipe: Recipe) -> Self:
-        """Begin a run; raise :class:`pocketzo.JournalError` if the folder already holds one."""
+    def begin(cls, path: Path, recipe: Recipe, init: Mapping[str, NDArray[Any]] | None = None) -> Self:
+        """Begin a run; raise :class:`pocketzo.JournalError` if the folder already holds one.
+
+        ``init`` are the weights that begin with other values than the bundle's, which the folder keeps.
+        """
         make_folder(path)
         for name in METRICS, SNAPSHOTS:
             if os.path.lexists(path / name) and not (path / JOURNAL).exists():
                 raise JournalError(f"{path / name} is there already, of a run without a journal: choose another folder")
+        if init and not (path / JOURNAL).exists():
+            write(path / INIT, init.items())  # before the journal, which is of no use without it
+            recipe = replace(recipe, model=replace(recipe.model, init_sha256=file_sha256(path / INIT)))
         writer = cls(path, Journal.create(path / JOURNAL, recipe.header()))
         sync_folder(path)
         return writer
@@ -99,5 +109,5 @@ class RunWriter:
 
     def discard(self) -> None:
         """Remove the journal and metrics of a run without steps, as they would block a run with other settings."""
-        for name in METRICS, JOURNAL:  # while there is a journal, it is a run
+        for name in METRICS, JOURNAL, INIT:  # while there is a journal, it is a run
             (self.path / name).unlink(missing_ok=True)

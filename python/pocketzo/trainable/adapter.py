@@ -8,6 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.added import AddedSpec
 from pocketzo.graph.attention import Scope
 from pocketzo.trainable.editor import Added, Editor, cast
 from pocketzo.trainable.spec import Adapter
@@ -48,6 +49,8 @@ def _add_to_layer(editor: Editor, part: Adapter, scope: Scope, layer: int) -> No
 
     down, down_bias = new("down.weight", width, part.units, scale=(3 * width) ** -0.5), new("down.bias", part.units)
     up, up_bias = new("up.weight", part.units, width), new("up.bias", width)
+    tensors = (down.name, down_bias.name, up.name, up_bias.name)
+    editor.describe(AddedSpec("adapter", part.text, tuple(map(str, tensors))))
     x = cast(build, value, dtype, ir.DataType.FLOAT)
     inner = build.op("Relu", build.op("Add", build.op("MatMul", x, down), down_bias))
     delta = build.op("Add", build.op("MatMul", inner, up), up_bias)

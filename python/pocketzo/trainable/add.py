@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from pocketzo.formats.added import AddedSpec
 from pocketzo.trainable.adapter import add_adapter
 from pocketzo.trainable.editor import Added, Editor
 from pocketzo.trainable.ia3 import add_ia3
@@ -14,7 +15,7 @@ from pocketzo.trainable.prefix import add_prefix
 from pocketzo.trainable.spec import Adapter, Choice, Ia3, Lora, Part, Prefix
 
 
-def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
+def add(model: ir.Model, parts: Sequence[Part]) -> tuple[list[Added], tuple[AddedSpec, ...]]:
     """Add tensors, and the nodes that use them.
 
     Parameters
@@ -28,6 +29,8 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
     -------
     list of Added
         The initializers that were added, which have no elements yet.
+    tuple of AddedSpec
+        What belongs together, and where it was added.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
         A part does not fit to the graph.
     """
     if all(isinstance(part, Choice) for part in parts):
-        return []
+        return [], ()
     editor = Editor(model.graph)
     for part in parts:
         if isinstance(part, Lora):
@@ -48,4 +51,4 @@ def add(model: ir.Model, parts: Sequence[Part]) -> list[Added]:
         elif isinstance(part, Prefix):
             add_prefix(editor, part)
     model.graph.sort()
-    return list(editor.added.values())
+    return list(editor.added.values()), editor.described

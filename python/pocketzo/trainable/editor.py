@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Final
 
@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.added import AddedSpec, Place
 from pocketzo.formats.frozen import FrozenSpec
 from pocketzo.graph.attention import Columns, Scope, scopes_of
 from pocketzo.graph.build import Builder
 from pocketzo.graph.frozen import UNASKED
 from pocketzo.graph.layers import Layers
-from pocketzo.graph.names import unique, value_names
-from pocketzo.graph.projections import Projection
+from pocketzo.graph.names import title_of, unique, value_names
+from pocketzo.graph.projections import Projection, readers
 from pocketzo.graph.weight import Array
 from pocketzo.kernels import noise
 
@@ -61,6 +62,15 @@ class Added:
         return np.full(self.shape, self.fill, np.float32)
 
 
+@dataclass(eq=False)
+class _Change:
+    """What is described of an addition, and the nodes that multiply by the changed weight or add the changed bias."""
+
+    spec: AddedSpec
+    stored: list[ir.Value] = field(default_factory=list)
+    nodes: set[ir.Node] = field(default_factory=set)
+
+
 class Editor:
     """Adds tensors and nodes to a graph and its branches; the same tensor once, if both branches have its place.
 
@@ -77,6 +87,7 @@ class Editor:
         self.graph = graph
         self.scopes = [scope for scope in scopes_of(graph) if scope.projections]
         self.added: dict[str, Added] = {}
+        self._changes: dict[tuple[str, ...], _Change] = {}
         self._layers = {scope: _layers_of(scope) for scope in self.scopes}  # before nodes are added
         self.taken = value_names(graph)
 
@@ -113,6 +124,47 @@ class Editor:
         if old.part != new.part or old.shape != new.shape:
             raise BundleError(f"train={new.part!r} adds {new.name!r}, as {old.part!r} does: leave one of them out")
         return self.graph.initializers[new.name]
+
+    def describe(self, spec: AddedSpec, projection: Projection | None = None) -> None:
+        """Note what was added; a second time, if both branches have its place."""
+        change = self._changes.setdefault(spec.tensors, _Change(spec))
+        if projection is None or spec.place is None:
+            return
+        changed = [(projection.stored, projection.node)]
+        if spec.kind == "ia3" and not spec.place.input:
+            changed += projection.biases
+        for value, node in changed:
+            change.stored.append(value)
+            change.nodes.add(node)
+
+    def place(self, columns: Columns, role: str | None = None, fault: str | None = None) -> Place:
+        """Return the description of some columns of a product, which all have a role if others have another one."""
+        projection = columns.projection
+        if projection.factor != 1 and fault is None:
+            fault = f"node {title_of(projection.node)} multiplies the product by {projection.factor:g}"
+        return Place(
+            weight=projection.weight,
+            rows=projection.rows,
+            columns=projection.columns,
+            transposed=projection.transposed,
+            start=columns.start,
+            count=columns.count,
+            role=role if columns.count < projection.columns else None,
+            fault=fault,
+        )
+
+    @property
+    def described(self) -> tuple[AddedSpec, ...]:
+        """All that was added, once nothing else will be."""
+        specs = []
+        for change in self._changes.values():
+            spec, place = change.spec, change.spec.place
+            others = [(value, node) for value in change.stored for node in readers(value) if node not in change.nodes]
+            if place is not None and place.fault is None and others:
+                value, node = others[0]
+                place = replace(place, fault=f"{value.name!r} is also read by node {title_of(node)}")
+            specs.append(replace(spec, place=place))
+        return tuple(specs)
 
     def builder(self, scope: Scope, stem: str) -> Builder:
         """Return what adds nodes to a graph."""

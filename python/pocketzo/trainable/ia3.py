@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.added import AddedSpec
 from pocketzo.graph.attention import Columns, Scope
 from pocketzo.graph.build import Builder
+from pocketzo.graph.names import title_of
 from pocketzo.graph.projections import Projection
+from pocketzo.graph.read import shape_of
 from pocketzo.trainable.editor import Added, Editor, cast
 from pocketzo.trainable.spec import Ia3
 
@@ -37,7 +41,14 @@ def add_ia3(editor: Editor, part: Ia3) -> None:
                         f"{attention.faults[role]}: export the model without fused attention, or train lora"
                     )
                 columns = attention.columns[role]
-                factor = _factor(editor, part, attention.stem(role), columns.count, columns.projection.dtype)
+                stem, projection = attention.stem(role), columns.projection
+                biases = tuple(str(value.name) for value, _ in projection.biases)
+                sizes = [(shape_of(value) or [])[-1:] for value, _ in projection.biases]
+                whole = all(size == [projection.columns] for size in sizes)
+                fault = None if whole else f"{projection.weight!r} has a bias of another size"
+                place = replace(editor.place(columns, role), biases=biases, fault=fault)
+                editor.describe(AddedSpec("ia3", part.text, (f"{stem}.ia3",), place=place), projection)
+                factor = _factor(editor, part, stem, columns.count, projection.dtype)
                 changes[columns.projection].append((columns, factor))
             for projection, found in changes.items():
                 editor.change_columns(scope, projection, found)
@@ -52,8 +63,18 @@ def _scale_inner(editor: Editor, part: Ia3, scope: Scope, layer: int, projection
         )
     (projection,) = projections
     build = editor.builder(scope, projection.stem)
+    others = [node for node, _ in projection.x.uses() if node not in _reads_of(projection, build)]
+    fault = f"node {title_of(others[0])} reads the scaled activations, too" if others else None
+    place = replace(editor.place(Columns(projection, 0, projection.rows)), input=True, role=None, fault=fault)
+    editor.describe(AddedSpec("ia3", part.text, (f"{projection.stem}.ia3",), place=place), projection)
     factor = _factor(editor, part, projection.stem, projection.rows, projection.dtype)
     projection.x = editor.rewire(projection.x, lambda: factor(build, projection.x))
+
+
+def _reads_of(projection: Projection, build: Builder) -> set[ir.Node]:
+    """Return the nodes that read the activations for a projection: its own, and those of its LoRA."""
+    added = {node for node, _ in projection.x.uses() if str(node.name).startswith(build.prefix)}
+    return {projection.node, *added}
 
 
 def _factor(editor: Editor, part: Ia3, stem: str, size: int, dtype: ir.DataType) -> Change:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.added import AddedSpec
 from pocketzo.graph.attention import Columns, Scope
 from pocketzo.graph.build import Builder
 from pocketzo.graph.projections import Projection
@@ -32,8 +33,11 @@ def add_lora(editor: Editor, part: Lora) -> None:
     count = 0
     for scope in editor.scopes:
         places: defaultdict[Projection, list[tuple[Columns, str]]] = defaultdict(list)
-        for columns, name in _targets(editor, scope, part):
+        for columns, name, role in _targets(editor, scope, part):
             places[columns.projection].append((columns, name))
+            tensors = (f"{name}.lora_A", f"{name}.lora_B")
+            place = editor.place(columns, role)
+            editor.describe(AddedSpec("lora", part.text, tensors, part.alpha, place), columns.projection)
         for projection, found in places.items():
             found.sort(key=lambda place: place[0].start)
             changes = [(columns, _change(editor, part, columns, name)) for columns, name in found]
@@ -51,8 +55,8 @@ def add_lora(editor: Editor, part: Lora) -> None:
         )
 
 
-def _targets(editor: Editor, scope: Scope, part: Lora) -> Iterator[tuple[Columns, str]]:
-    """Yield the columns that are changed, and what the names of their matrices begin with."""
+def _targets(editor: Editor, scope: Scope, part: Lora) -> Iterator[tuple[Columns, str, str | None]]:
+    """Yield the columns that are changed, what the names of their matrices begin with, and their role."""
     if part.targets is None:
         layers = part.layers.of(len(scope.attentions)) if scope.attentions else set()
         for layer in sorted(layers):
@@ -64,7 +68,7 @@ def _targets(editor: Editor, scope: Scope, part: Lora) -> Iterator[tuple[Columns
                         f"{attention.faults[role]}: name projections by targets=REGEX, or export the model without "
                         "fused attention"
                     )
-                yield attention.columns[role], attention.stem(role)
+                yield attention.columns[role], attention.stem(role), role
         return
     chosen = [projection for projection in scope.projections.values() if part.targets.search(projection.weight)]
     if chosen and part.layers.text != "0-":
@@ -72,7 +76,7 @@ def _targets(editor: Editor, scope: Scope, part: Lora) -> Iterator[tuple[Columns
         numbers = part.layers.of(found.count)
         chosen = [projection for projection in chosen if found.of(projection.node) in numbers]
     for projection in chosen:
-        yield Columns(projection, 0, projection.columns), projection.stem
+        yield Columns(projection, 0, projection.columns), projection.stem, None
 
 
 def _change(editor: Editor, part: Lora, columns: Columns, name: str) -> Callable[[Builder, ir.Value], ir.Value]:

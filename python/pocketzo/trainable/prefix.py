@@ -12,6 +12,7 @@ from typing import Final
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
+from pocketzo.formats.added import AddedSpec
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, is_cache
 from pocketzo.graph.names import unique
@@ -40,6 +41,7 @@ def add_prefix(editor: Editor, part: Prefix) -> None:
     build = Builder(graph, "prefix/", taken=editor.taken)
     batch = build.op("Slice", build.op("Shape", inputs[TOKENS]), build.constant([0]), build.constant([1]))
     count = build.constant([part.tokens])
+    editor.describe(AddedSpec("prefix", part.text, tuple(f"{NAME}{cache.name}" for cache in caches)))
     for cache in caches:
         _, heads, _, size = (size if isinstance(size, int) else 0 for size in shape_of(cache) or ())
         assert cache.dtype is not None, "a cache without an element type"
