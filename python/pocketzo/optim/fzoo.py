@@ -17,6 +17,9 @@ class FZOO(Optimizer):
 
     ``w -= lr / (N std(l)) sum_i (l_i - l_0) u_i``. Parameters are those of :class:`Optimizer`; by default a step uses
     8 Rademacher directions (``queries``, at least 2).
+
+    With ``share="split"``, there is an l_0 of each share of the batch, and std is that of the differences l_i - l_0:
+    the losses themselves differ by their examples.
     """
 
     method: ClassVar[str] = "fzoo"
@@ -26,16 +29,21 @@ class FZOO(Optimizer):
 
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
         """See :meth:`Optimizer.probe`."""
-        base = yield {}
-        along = []
+        bases, along = [], []
+        for draw in draws if self.share == "split" else [None]:
+            base = yield {} if draw is None else {draw: 0.0}
+            bases.append(base)
         for draw in draws:
             loss = yield {draw: +1.0}
             along.append(loss)
+        if self.share == "split":
+            along, bases = [loss - base for loss, base in zip(along, bases, strict=True)], [0.0]
         spread = float(np.std(along, ddof=1))
         if spread == 0.0:  # all directions have the same loss: no information, and a division by 0
             return dict.fromkeys(draws, 0.0)
-        return {draw: lr * (loss - base) / (len(draws) * spread) for draw, loss in zip(draws, along, strict=True)}
+        return {draw: lr * (loss - bases[0]) / (len(draws) * spread) for draw, loss in zip(draws, along, strict=True)}
 
     def loss(self, losses: Sequence[float]) -> float:
         """Return the loss at the weights."""
-        return losses[0]
+        count = self.queries if self.share == "split" else 1
+        return sum(losses[:count]) / count
