@@ -101,6 +101,7 @@ def some_rows(batch: Mapping[str, Array], rows: Array) -> dict[str, Array]:
 CASES = [
     *((name, train) for name in ("bert-old", "gpt2", "llama", "qwen2") for train in SETS),
     *(("bert-new", train) for train in SETS[:2]),
+    ("llama", "norm"),
     *((name, "prefix:3") for name in ("gpt2", "llama, int4", "qwen2")),
     *((name, "lora:r=2,train=B+ia3+adapter:2") for name in ("merged gpt2", "genai", "llama, int4")),
     *((name, "lora") for name in ("qwen3", "genai, QDQ", "gpt2, int8 in blocks")),
@@ -445,3 +446,47 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     twice = model.run(batch, ["token_losses"], stacked)["token_losses"]
     np.testing.assert_allclose(twice, plain.run(batch, ["token_losses"])["token_losses"], rtol=1e-6)
     assert QUANTISED  # the kinds of DECODERS
+
+
+def test_the_command_trains_resumes_and_replays(tmp_path: Path) -> None:
+    pytest.importorskip("click", reason="the command line needs it")
+    pytest.importorskip("rich", reason="the command line needs it")
+    from click.testing import CliRunner
+
+    from pocketzo.cli.app import cli
+
+    def command(*arguments: object) -> tuple[int, str]:
+        done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        return done.exit_code, " ".join(done.output.split())
+
+    records, _ = DATA["causal-lm"]
+    bundle = prepared(tmp_path, "causal-lm", train="lora:r=2")
+    data, run = lines(tmp_path / "d.jsonl", *records), tmp_path / "run"
+    settings = ["--data", data, "--batch-size", 6, "--lr", "1e-2", "--eps", "1e-2", "--threads", 1]
+    new = ["train", bundle.path, "-o", run, *settings, "--steps", 3]
+    code, output = command(*new, "--share", "split", "--queries", 5)
+    assert code == 0, output
+    assert "a forward pass of the largest batch, all directions at once, takes" in output
+    assert pz.Run(run).recipe.method["share"] == "split"
+    assert all(len(entry.coefficients) == 5 for entry in pz.Run(run).entries)
+    assert command("replay", run, "-o", tmp_path / "tuned")[0] == 0
+    assert file_sha256(tmp_path / "tuned" / "weights.safetensors") != file_sha256(bundle.weights_path)
+    code, output = command("train", "--resume", run)
+    assert code == 0
+    assert "all 3 steps are done" in output
+    for share, found in (
+        (["--share", "batch"], "share is split there and batch here"),
+        ([], "share is split there and"),
+    ):
+        code, output = command(*new, *share, "--queries", 5)
+        assert code == 1
+        assert found in output
+    for more, found in (
+        (["--share", "split", "--no-prepack"], "--share prepacks what is not trained: leave --no-prepack out"),
+        (["--share", "split", "--queries", 7], "an example for each of 7 directions, batch_size is 6"),
+        (["--share", "both"], "is not one of 'batch', 'split'"),
+    ):
+        code, output = command("train", bundle.path, "-o", tmp_path / "other", *settings, *more)
+        assert code in (1, 2)
+        assert found in output
+        assert not (tmp_path / "other").exists()
