@@ -264,6 +264,47 @@ def test_parts_bound_the_logits_of_all_directions(
                 assert max(directions for directions, _ in sizes) > 2
 
 
+LOSSES: dict[str, tuple[tuple[str, ...], int, Any]] = {
+    "cross-entropy": (("batch",), 3, np.array([0, 2, 1, 1, 0, 2, 1])),
+    "cross-entropy of tokens": (("batch", "length"), 3, np.array([[0, -100], [2, 1], [-100, 1], [0, 0]] * 2)[:7]),
+    "bce": (("batch",), 1, np.array([0, 1, 1, 0, 1, 0, 0])),
+    "bce of several": (("batch",), 3, np.eye(3, dtype=np.float32)[[0, 2, 1, 1, 0, 2, 1]]),
+    "mse": (("batch",), 2, np.arange(14, dtype=np.float32).reshape(7, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_any_loss_that_is_a_mean(kind: str, tmp_path: Path) -> None:
+    axes, columns, labels = LOSSES[kind]
+    nodes = [node("MatMul", "x fc.weight", "product"), node("Add", "product fc.bias", "logits")]
+    weights = [weight("fc.weight", 4, columns), weight("fc.bias", columns)]
+    path = model_of(
+        tmp_path / "m.onnx",
+        nodes,
+        weights,
+        inputs=[("x", onnx.TensorProto.FLOAT, (*axes, 4))],
+        outputs=[("logits", (*axes, columns))],
+    )
+    loss: Any = kind.partition(" ")[0]
+    bundle = pz.prepare(path, tmp_path / "base", loss=loss)
+    model, plain = pz.load(bundle, threads=1, queries=True), pz.load(bundle, threads=1)
+    shape = (*labels.shape[: len(axes)], 4)
+    batch = {"x": np.random.default_rng(1).normal(size=shape).astype(np.float32), "labels": labels}
+    optimizer = pz.MeZO(model, lr=0.0, eps=0.1, queries=3, share="split")
+    values, of = optimizer.points()
+    thirds = [slice(0, 3), slice(3, 5), slice(5, 7)]
+    losses = on(bundle, batch, 3).together(model, values, of)
+    repeated = on(bundle, batch, 3).together(model, values, [None] * 6)
+    for index, share in enumerate(of):
+        assert share is not None
+        for name, array in values.items():
+            plain.weights[name] = array[index]
+        seen = {name: array[thirds[share]] for name, array in batch.items()}
+        assert losses[index] == pytest.approx(plain.loss(seen), rel=1e-6)
+        assert repeated[index] == pytest.approx(plain.loss(batch), rel=1e-6)
+    assert len({*losses, *repeated}) == 12
+
+
 def test_shares_are_of_examples(tmp_path: Path) -> None:
     records, options = DATA["choice"]
     bundle = prepared(tmp_path, "choice", train="lora:r=2", **options)
@@ -461,6 +502,8 @@ def test_the_command_trains_resumes_and_replays(tmp_path: Path) -> None:
 
     records, _ = DATA["causal-lm"]
     bundle = prepared(tmp_path, "causal-lm", train="lora:r=2")
+    texts = {pz.load(bundle, threads=1, queries=several).generate("w1 w2", max_tokens=4) for several in (False, True)}
+    assert len(texts) == 1
     data, run = lines(tmp_path / "d.jsonl", *records), tmp_path / "run"
     settings = ["--data", data, "--batch-size", 6, "--lr", "1e-2", "--eps", "1e-2", "--threads", 1]
     new = ["train", bundle.path, "-o", run, *settings, "--steps", 3]

@@ -29,19 +29,22 @@ class FZOO(Optimizer):
 
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
         """See :meth:`Optimizer.probe`."""
+        is_split = self.share == "split"
+        starts: list[Point] = [{draw: 0.0} for draw in draws] if is_split else [{}]
         bases, along = [], []
-        for draw in draws if self.share == "split" else [None]:
-            base = yield {} if draw is None else {draw: 0.0}
+        for point in starts:
+            base = yield point
             bases.append(base)
         for draw in draws:
             loss = yield {draw: +1.0}
             along.append(loss)
-        if self.share == "split":
-            along, bases = [loss - base for loss, base in zip(along, bases, strict=True)], [0.0]
-        spread = float(np.std(along, ddof=1))
+        if not is_split:
+            bases *= len(draws)
+        moved = [loss - base for loss, base in zip(along, bases, strict=True)]
+        spread = float(np.std(moved if is_split else along, ddof=1))
         if spread == 0.0:  # all directions have the same loss: no information, and a division by 0
             return dict.fromkeys(draws, 0.0)
-        return {draw: lr * (loss - bases[0]) / (len(draws) * spread) for draw, loss in zip(draws, along, strict=True)}
+        return {draw: lr * change / (len(draws) * spread) for draw, change in zip(draws, moved, strict=True)}
 
     def loss(self, losses: Sequence[float]) -> float:
         """Return the loss at the weights."""

@@ -288,10 +288,10 @@ class Optimizer(ABC):
                 loss = math.nan
                 if failure is None:
                     try:
-                        value = (
-                            cast(Objective, objective)(cast(Model, self.model)) if ahead is None else ahead.at(point)
-                        )
-                        loss = float(value)
+                        if ahead is None:
+                            loss = float(cast(Objective, objective)(cast(Model, self.model)))
+                        else:
+                            loss = ahead.at(point)
                         losses.append(loss)
                     except BaseException as error:  # the rest of the walk must still round the weights
                         failure = error
@@ -526,9 +526,9 @@ class Optimizer(ABC):
 
 
 class _Ahead:
-    """The losses at a step's points, which are evaluated together, and as many as there are.
+    """The losses at a step's points, which are evaluated together: those that a method yields when losses are NaN.
 
-    A method may take fewer points, as it gets losses, than without them, or others: those are evaluated by themselves.
+    It may leave some of them out, or add others, as it gets the losses; those are evaluated by themselves.
     """
 
     def __init__(self, optimizer: Optimizer, parts: list[Part], objective: Objective | Together) -> None:
