@@ -116,7 +116,7 @@ def exact_gradient(arguments: argparse.Namespace, tensors: dict[str, NDArray[Any
         down = torch.from_numpy(tensors[name[:-1] + "A"].copy())
         ups[name] = torch.from_numpy(value.copy()).requires_grad_()
         getattr(model.model.layers[layer].self_attn, role).register_forward_hook(_hook(down, ups[name]))
-    total, count = 0.0, 0
+    losses, count = [], 0
     for start in range(0, len(data), EXAMPLES):
         batch = data.batch(np.arange(start, start + EXAMPLES))
         logits = model(
@@ -124,8 +124,14 @@ def exact_gradient(arguments: argparse.Namespace, tensors: dict[str, NDArray[Any
         ).logits.flatten(0, 1)[torch.from_numpy(batch["positions"])]
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch["targets"]), reduction="sum")
         loss.backward()
-        total, count = total + float(loss), count + batch["targets"].size
-    return {"loss": total / count, "gradient": {name: up.grad.numpy() / count for name, up in ups.items()}}
+        losses.append(float(loss.detach()))
+        count += batch["targets"].size
+    first = losses[0] / data.batch(np.arange(EXAMPLES))["targets"].size
+    return {
+        "loss": sum(losses) / count,
+        "first": first,
+        "gradient": {name: up.grad.numpy() / count for name, up in ups.items()},
+    }
 
 
 def _hook(down: Any, up: Any) -> Callable[[Any, Any, Any], Any]:
@@ -141,7 +147,7 @@ def measure_variance(arguments: argparse.Namespace) -> Report:
     """Print a row for each number of directions."""
     bundle = pz.Bundle.read(arguments.bundle)
     texts = [line.split("\t")[0] for line in arguments.texts.read_text().splitlines()]
-    texts = [text for text in texts if 5 <= len(text.split()) <= 12][:TEXTS]
+    texts = [text for text in texts if 4 <= len(text.split()) <= 6][:TEXTS]
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "texts.jsonl")
         kept.write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
@@ -153,9 +159,13 @@ def measure_variance(arguments: argparse.Namespace) -> Report:
     loss = objective_on(model, data.batch(np.arange(EXAMPLES)), 1)(model)
     gradient = flat(found["gradient"], names)
     squared = float(gradient @ gradient)
-    print(f"loss {found['loss']:.4f} of {len(data)} texts, {loss:.4f} of the first {EXAMPLES} here")
-    print(f"|g| {np.sqrt(squared):.4g} of {gradient.size:,} numbers")
-    rng, distances = np.random.default_rng(0), dict[tuple[str, int], list[float]]()
+    print(
+        f"loss of {len(data)} texts {found['loss']:.4f}; of the first {EXAMPLES} {found['first']:.4f}, here {loss:.4f}"
+    )
+    print(f"|g| {np.sqrt(squared):.4g} of {gradient.size:,} numbers", flush=True)
+    rng = np.random.default_rng(0)
+    distances: dict[tuple[str, int], list[float]] = {}
+    shares: list[float] = []  # of the gradient in an estimate, 1 on average
 
     def direction(seed: int, draw: int) -> NDArray[np.float64]:
         sizes = {name: model.weights[name].size for name in names}
@@ -163,14 +173,14 @@ def measure_variance(arguments: argparse.Namespace) -> Report:
             {name: pz.kernels.noise(sizes[name], seed=seed, tensor=ids[name], draw=draw) for name in names}, names
         )
 
-    most, slopes = max(arguments.queries), []
+    most = max(arguments.queries)
     for number in range(arguments.batches):
         batch = data.batch(rng.choice(len(data), EXAMPLES, replace=False))
         for queries in arguments.queries:
             for share in ("batch", "split"):
-                if share == "batch" and queries != most:
+                if (share == "batch" and queries != most) or (share == "split" and queries == 1):
                     continue  # these are some of the directions of the most
-                for again in range(1 if share == "batch" else max(1, most // queries // 2)):
+                for again in range(1 if share == "batch" else most // queries):
                     seed = number * 1000 + again * 100 + queries + (50 if share == "split" else 0)
                     info = optimizer_of(model, queries, share, seed).step(objective_on(model, batch, queries))
                     slope = (np.array(info.losses[::2]) - info.losses[1::2]) / (2 * EPS)
@@ -179,19 +189,20 @@ def measure_variance(arguments: argparse.Namespace) -> Report:
                         estimate = slope @ z / queries
                         distances.setdefault((share, queries), []).append(float(((estimate - gradient) ** 2).sum()))
                         continue
-                    slopes.append(float(np.mean((slope - z @ gradient) ** 2)))
+                    shares.append(float(slope @ (z @ gradient)) / queries / squared)
                     for count in arguments.queries:
                         for start in range(0, most - count + 1, count):
                             own = slice(start, start + count)
                             estimate = slope[own] @ z[own] / count
                             distances.setdefault((share, count), []).append(float(((estimate - gradient) ** 2).sum()))
         print(f"batch {number + 1} of {arguments.batches}", flush=True)
+    print(f"the gradient's share of an estimate: {np.mean(shares):.2f} ± {np.std(shares) / np.sqrt(len(shares)):.2f}")
     rows = []
     print("| Q | batch | split |\n|---|---|---|")
     for queries in arguments.queries:
         row: Report = {"queries": queries}
         for share in ("batch", "split"):
-            values = np.array(distances[share, queries]) / squared
+            values = np.array(distances[share if queries > 1 else "batch", queries]) / squared
             row[share] = {"mean": float(values.mean()), "error": float(values.std() / np.sqrt(values.size))}
         rows.append(row)
         cells = [f"{row[share]['mean']:,.0f} ± {row[share]['error']:,.0f}" for share in ("batch", "split")]
