@@ -32,7 +32,7 @@ import pocketzo as pz
 def batch_of(bundle: pz.Bundle, examples: int, tokens: int) -> dict[str, Any]:
     """Return random tokens, and the positions that count."""
     rng, size = np.random.default_rng(0), examples * tokens
-    count = max(16, size // 8)
+    count = min(size, max(16, size // 8))
     arrays = {
         "input_ids": rng.integers(0, 1000, (examples, tokens)),
         "attention_mask": np.ones((examples, tokens)),

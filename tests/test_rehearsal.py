@@ -232,7 +232,7 @@ def test_a_resumed_run_rehearses_too(bert: pz.Model, tmp_path: Path) -> None:
     def fails(batch: Any, outputs: Any = None, **_: Any) -> Any:
         raise pz.MemoryLimitError("no room")
 
-    resumed.model.run = fails  # type: ignore[method-assign]
+    resumed.model.run = fails  # type: ignore[assignment, method-assign]
     with pytest.raises(pz.MemoryLimitError, match=r"no room \(the longest example has 5 tokens: .*data.npz, row 0\)"):
         resumed.fit()
     assert pz.Run(tmp_path / "run").steps == 3

@@ -143,11 +143,15 @@ def forecast_text(trainer: Trainer, forecast: Forecast) -> str:
     memory = "" if forecast.memory is None else f", peak memory {size_text(forecast.memory)}"
     left = trainer.loop.steps - trainer.optimizer.step_number
     steps = f"{left:,} step{'s' * (left > 1)} of {trainer.optimizer.forwards} forward passes"
+    together = ""
+    if trainer.optimizer.share is not None:
+        steps, together = f"{left:,} step{'s' * (left > 1)}", ", all directions at once,"
     evaluations = f" and {forecast.evaluations} evaluations" if forecast.evaluations else ""
     time = f"about {duration(forecast.seconds)}" if forecast.seconds >= 1 else "less than a second"
     forward = _milliseconds(forecast.forward_seconds)
     return (
-        f"{longest}a forward pass of the largest batch takes {forward}{memory}\n{steps}{evaluations} will take {time}"
+        f"{longest}a forward pass of the largest batch{together} takes {forward}{memory}\n"
+        f"{steps}{evaluations} will take {time}"
     )
 
 

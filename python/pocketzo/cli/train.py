@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -48,6 +48,7 @@ from pocketzo.machine.cores import thread_counts
 from pocketzo.optim.block import Block
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
+from pocketzo.optim.optimizer import Share
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.base import Task
@@ -115,6 +116,13 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
     help="Distribution of the directions' elements.  [default: rademacher for fzoo, gaussian for the others]",
 )
 @click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: 8 for fzoo, else 1]")
+@click.option(
+    "--share",
+    type=click.Choice(get_args(Share)),
+    help="Evaluate all directions of a step in one forward pass. batch: each on the whole batch, which is repeated; "
+    "split: each on its own share of the batch, so that --queries take no more work than one. For what lora, ia3, "
+    "adapter:R and prefix:N of --train add.  [default: one direction after the other]",
+)
 @click.option(
     "--block",
     type=float,
@@ -185,6 +193,7 @@ def train(
     groups: tuple[ParamGroup, ...],
     distribution: str | None,
     queries: int | None,
+    share: Share | None,
     block: float | None,
     schedule: str,
     warmup: int,
@@ -231,6 +240,8 @@ def train(
         raise click.UsageError(f"{missing} is missing: a new run needs BUNDLE, --data and -o; an old one --resume")
     if momentum is not None and method != "momentum":
         raise click.UsageError(f"--momentum is of --method momentum, not of {method}")
+    if share is not None and prepack is False:
+        raise click.UsageError("--share prepacks what is not trained: leave --no-prepack out")
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
     past = Run(output) if (output / JOURNAL).exists() else None
@@ -265,7 +276,12 @@ def train(
         first = parts(task_of(read), batch, activation_memory)[0].batch
     with err.status("loading" if threads else f"loading, timing {' or '.join(map(str, thread_counts()))} threads"):
         model = load(
-            read, threads=threads, batch=first, prepack="auto" if prepack is None else prepack, max_memory=max_memory
+            read,
+            threads=threads,
+            batch=first,
+            prepack="auto" if prepack is None else prepack,
+            max_memory=max_memory,
+            queries=share is not None,
         )
     if init is not None:
         load_adapter(model, init)
@@ -280,6 +296,7 @@ def train(
         groups=groups,
         distribution=distribution,  # type: ignore[arg-type]  # click has checked it
         queries=queries,
+        share=share,
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]
         subset=None if block is None else Block(block),
         **own,

@@ -17,6 +17,9 @@ class FZOO(Optimizer):
 
     ``w -= lr / (N std(l)) sum_i (l_i - l_0) u_i``. Parameters are those of :class:`Optimizer`; by default a step uses
     8 Rademacher directions (``queries``, at least 2).
+
+    With ``share="split"``, there is an l_0 of each share of the batch, and std is that of the differences l_i - l_0:
+    the losses themselves differ by their examples.
     """
 
     method: ClassVar[str] = "fzoo"
@@ -26,16 +29,24 @@ class FZOO(Optimizer):
 
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
         """See :meth:`Optimizer.probe`."""
-        base = yield {}
-        along = []
+        is_split = self.share == "split"
+        starts: list[Point] = [{draw: 0.0} for draw in draws] if is_split else [{}]
+        bases, along = [], []
+        for point in starts:
+            base = yield point
+            bases.append(base)
         for draw in draws:
             loss = yield {draw: +1.0}
             along.append(loss)
-        spread = float(np.std(along, ddof=1))
+        if not is_split:
+            bases *= len(draws)
+        moved = [loss - base for loss, base in zip(along, bases, strict=True)]
+        spread = float(np.std(moved if is_split else along, ddof=1))
         if spread == 0.0:  # all directions have the same loss: no information, and a division by 0
             return dict.fromkeys(draws, 0.0)
-        return {draw: lr * (loss - base) / (len(draws) * spread) for draw, loss in zip(draws, along, strict=True)}
+        return {draw: lr * change / (len(draws) * spread) for draw, change in zip(draws, moved, strict=True)}
 
     def loss(self, losses: Sequence[float]) -> float:
         """Return the loss at the weights."""
-        return losses[0]
+        count = self.queries if self.share == "split" else 1
+        return sum(losses[:count]) / count

@@ -17,10 +17,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeAlias, cast
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo._core import TERM as TERM_DTYPE
 from pocketzo._core import Packing, Segments
 from pocketzo.arguments import check_integer, check_number, plain
 from pocketzo.formats.bundle import TensorSpec
@@ -34,9 +36,28 @@ from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.model import Model
 
 Objective: TypeAlias = Callable[[Model], float]
+Share: TypeAlias = Literal["batch", "split"]
 Update: TypeAlias = Callable[[Program, Point], None]
 """Adds to a program the return from a point and the update of a step."""
 _DRAWS = 2**64
+
+
+class Together(Protocol):
+    """An objective that is evaluated at several points in one forward pass, as an optimizer with ``share`` does."""
+
+    def together(
+        self, model: Model, weights: Mapping[str, NDArray[Any]], shares: Sequence[int | None]
+    ) -> Sequence[float]:
+        """Return the objective at each point.
+
+        Parameters
+        ----------
+        model : Model
+        weights : mapping of str to ndarray
+            By name, the values [points, ...] of all trained tensors.
+        shares : sequence of int or None
+            Which share of the batch each point sees; None for the whole batch.
+        """
 
 
 class Subset(Protocol):
@@ -108,7 +129,11 @@ class Optimizer(ABC):
     exact : bool, optional
         Whether weights return from each point by a copy, and so to the same bits; otherwise they are shifted back,
         which rounds. A step then holds a copy of the trained weights. By default over a frozen base
-        (:func:`pocketzo.runtime.frozen.frozen_base`), where they are few.
+        (:func:`pocketzo.runtime.frozen.frozen_base`), where they are few, and with `share`.
+    share : {"batch", "split"}, optional
+        Evaluate the points of a step together, each on the whole batch, or each direction on its own share of it. The
+        objective has to be one for several points (:class:`Together`), and the model loaded with ``queries=True``. By
+        default the points are evaluated one after the other.
 
     Attributes
     ----------
@@ -142,6 +167,7 @@ class Optimizer(ABC):
         schedule: Schedule | None = None,
         subset: Subset | None = None,
         exact: bool | None = None,
+        share: Share | None = None,
     ) -> None:
         check_number("lr", lr)
         check_number("weight_decay", weight_decay)
@@ -160,7 +186,12 @@ class Optimizer(ABC):
         check_integer(f"queries of {self.method}", self.queries, self.least_queries)
         self.schedule = schedule or Schedule()
         self.subset = subset
-        self.exact = bool(frozen_base(model.bundle)) if exact is None else exact
+        if share not in (None, *get_args(Share)):
+            raise ValueError(f"share must be 'batch', 'split' or None, got {share!r}")
+        if share is not None and exact is False:
+            raise ValueError(f"exact must be True with share={share!r}: the weights stay where they are")
+        self.share = share
+        self.exact = share is not None or bool(frozen_base(model.bundle)) if exact is None else exact
         self.step_number = 0
         self.next_draw = 0
         self._tensors = select(model, trainable)
@@ -171,6 +202,7 @@ class Optimizer(ABC):
                 raise ValueError(f"group {group.pattern!r} matches none of the {len(self.names)} trained weights")
         self._parts = self._make_parts(self._tensors)
         self._pending = self._parts  # those that the last step moved
+        self._values: dict[str, NDArray[Any]] = {}  # of the trained tensors at several points
         self._lock = threading.RLock()  # another thread may read the weights while a step begins
 
     # ---- a method ----------------------------------------------------------------------------------------------------
@@ -219,7 +251,7 @@ class Optimizer(ABC):
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     @uninterrupted()
-    def step(self, objective: Objective, record: Callable[[Entry], None] | None = None) -> StepInfo:
+    def step(self, objective: Objective | Together, record: Callable[[Entry], None] | None = None) -> StepInfo:
         """Take one step; an interrupt (Ctrl-C) waits for its end.
 
         The last pass over the weights is deferred to the next step, which merges it with its own first shift. Reading,
@@ -231,7 +263,8 @@ class Optimizer(ABC):
         Parameters
         ----------
         objective : callable
-            Gets the model, whose weights are shifted during the call, and returns the loss as a float.
+            Gets the model, whose weights are shifted during the call, and returns the loss as a float. With `share`, a
+            :class:`Together`.
         record : callable, optional
             Gets the step's entry before any weight is updated. If it raises, the weights are as if the step had been
             undone.
@@ -245,14 +278,20 @@ class Optimizer(ABC):
         failure: BaseException | None = None
         at: Point = {}
         walk = self.probe(range(self.next_draw, self.next_draw + self.queries), lr)
+        ahead = None if self.share is None else _Ahead(self, parts, objective)
         try:
             point = next(walk)
             while True:
-                self._move(parts, at, point)
-                at, loss = point, math.nan
+                if ahead is None:
+                    self._move(parts, at, point)
+                    at = point
+                loss = math.nan
                 if failure is None:
                     try:
-                        loss = float(objective(cast(Model, self.model)))
+                        if ahead is None:
+                            loss = float(cast(Objective, objective)(cast(Model, self.model)))
+                        else:
+                            loss = ahead.at(point)
                         losses.append(loss)
                     except BaseException as error:  # the rest of the walk must still round the weights
                         failure = error
@@ -284,8 +323,51 @@ class Optimizer(ABC):
 
     @property
     def forwards(self) -> int:
-        """Evaluations of the objective per step."""
-        return sum(1 for _ in self._points(range(self.queries)))
+        """Evaluations of the objective on a whole batch per step."""
+        points = sum(1 for _ in self._points(range(self.queries)))
+        return points if self.share != "split" else -(-points // self.queries)
+
+    def points(self) -> tuple[dict[str, NDArray[Any]], list[int | None]]:
+        """Return the values of the trained tensors at the points of the next step, and the shares of a batch there.
+
+        Returns
+        -------
+        weights : dict of str to ndarray, [points, ...]
+            They are overwritten by the next step.
+        shares : list of int or None
+        """
+        draws = range(self.next_draw, self.next_draw + self.queries)
+        points = list(self._points(draws))
+        return self._values_at(self._parts_of(self.step_number), points), self._shares(points)
+
+    def _shares(self, points: Sequence[Point]) -> list[int | None]:
+        if self.share != "split":
+            return [None] * len(points)
+        for point in points:
+            if len(point) != 1:
+                raise ValueError(
+                    f"share='split' needs points along one direction each, and {self.method} has one along "
+                    f"{len(point)}: take share='batch'"
+                )
+        return [draw - self.next_draw for point in points for draw in point]
+
+    def _values_at(self, parts: list[Part], points: Sequence[Point]) -> dict[str, NDArray[Any]]:
+        """Return the values of the trained tensors at some points, [points, ...]; the weights stay where they are."""
+        self._apply(parts, [self._program(part) for part in parts])
+        trained = [tensor for tensor in self.model.bundle.tensors if tensor.trainable]
+        if len(self._values.get(trained[0].name, ())) != len(points):
+            self._values = {tensor.name: np.empty((len(points), *tensor.shape), tensor.dtype) for tensor in trained}
+        with self._lock:
+            for tensor in trained:
+                self._values[tensor.name][:] = self.model.weights[tensor.name]
+            for index, point in enumerate(points):
+                for part in parts:
+                    program = self._program(part)
+                    program.move({}, {draw: shift for draw, shift in point.items() if shift})
+                    if terms := self._pack(program):
+                        segments = [(self._values[one.name][index], one.id, None, None) for one in part.tensors]
+                        Segments(segments).apply(np.frombuffer(terms, TERM_DTYPE))
+        return self._values
 
     def _points(self, draws: Sequence[int]) -> Iterator[Point]:
         walk = self.probe(draws, 0.0)
@@ -357,23 +439,26 @@ class Optimizer(ABC):
                 "trained": list(self.names),
             }
         )
-        return settings | ({"exact": True} if self.exact else {})  # journals before it have no such field
+        added = {"exact": True} if self.exact else {}  # journals before it have no such field
+        return settings | added | ({} if self.share is None else {"share": self.share})
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 
     def _make_parts(self, tensors: Sequence[TensorSpec]) -> list[Part]:
-        members: dict[tuple[float, float, bool, bool], list[Any]] = {}
+        members: dict[tuple[float, float, bool, bool], list[TensorSpec]] = {}
         for tensor in tensors:
             group = self.group_of(tensor.name)
             if not 0 < float32(self.eps * group.eps) < math.inf:
                 raise ValueError(f"eps must be a positive float32, got {self.eps * group.eps}")
             decays = self.weight_decay > 0 and len(tensor.shape) > 1
             key = group.lr, group.eps, decays, tensor.dtype != "float32"
-            members.setdefault(key, []).extend(self.segments(tensor.name))
-        return [
-            Part(Segments(segments), lr, eps, decays, is_16bit, memory=[segment[0] for segment in segments])
-            for (lr, eps, decays, is_16bit), segments in members.items()
-        ]
+            members.setdefault(key, []).append(tensor)
+        parts = []
+        for key, chosen in members.items():
+            segments = [segment for tensor in chosen for segment in self.segments(tensor.name)]
+            memory = [segment[0] for segment in segments]
+            parts.append(Part(Segments(segments), *key, memory=memory, tensors=chosen))
+        return parts
 
     def _parts_of(self, step: int) -> list[Part]:
         if self.subset is None:
@@ -438,3 +523,39 @@ class Optimizer(ABC):
             update(program, at)
             part.pending = self._pack(program)
         self._pending = parts
+
+
+class _Ahead:
+    """The losses at a step's points, which are evaluated together: those that a method yields when losses are NaN.
+
+    It may leave some of them out, or add others, as it gets the losses; those are evaluated by themselves.
+    """
+
+    def __init__(self, optimizer: Optimizer, parts: list[Part], objective: Objective | Together) -> None:
+        if not hasattr(objective, "together"):
+            raise TypeError(
+                f"with share={optimizer.share!r} the objective needs a method 'together', got {objective!r}"
+            )
+        self._optimizer = optimizer
+        self._parts = parts
+        self._objective = objective
+        draws = range(optimizer.next_draw, optimizer.next_draw + optimizer.queries)
+        self._planned = list(optimizer._points(draws))
+        self._losses: list[float] = []
+
+    def at(self, point: Point) -> float:
+        """Return the loss at the next point."""
+        if not self._losses or not self._planned or self._planned[0] != point:
+            self._planned = self._planned if not self._losses and self._planned else [point]
+            self._losses = self._evaluate()
+        self._planned.pop(0)
+        return self._losses.pop(0)
+
+    def _evaluate(self) -> list[float]:
+        optimizer = self._optimizer
+        weights = optimizer._values_at(self._parts, self._planned)
+        shares = optimizer._shares(self._planned)
+        losses = [float(loss) for loss in self._objective.together(cast(Model, optimizer.model), weights, shares)]
+        if len(losses) != len(shares):
+            raise ValueError(f"the objective returned {len(losses)} losses for {len(shares)} points")
+        return losses

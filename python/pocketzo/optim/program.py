@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pocketzo._core import TERM as TERM_DTYPE
 from pocketzo._core import Segments
+from pocketzo.formats.bundle import TensorSpec
 
 Point: TypeAlias = Mapping[int, float]
 """Position of the weights in a step: by draw, the shift along its direction as a multiple of eps."""
@@ -58,6 +59,8 @@ class Part:
         Packed terms that the next pass applies first.
     memory : sequence of ndarray
         The arrays of the segments, for :meth:`keep`.
+    tensors : sequence of TensorSpec
+        The weights.
     """
 
     segments: Segments
@@ -67,6 +70,7 @@ class Part:
     is_16bit: bool
     pending: bytes = b""
     memory: Sequence[NDArray[Any]] = ()
+    tensors: Sequence[TensorSpec] = ()
     _kept: Sequence[NDArray[Any]] = ()
 
     def keep(self) -> None:

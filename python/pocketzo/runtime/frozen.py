@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,10 +72,11 @@ def open_over_base(
     return open_plain(bundle, values, threads, graph)
 
 
-def model_over_base(bundle: Bundle, graph: Path | None = None) -> bytes:
+def model_over_base(bundle: Bundle, graph: Path | None = None, edit: Callable[[Any], None] | None = None) -> bytes:
     """Return the graph's file for a session over a frozen base.
 
-    The graph is the bundle's ``model.onnx``, or another one over the same weights.
+    The graph is the bundle's ``model.onnx``, or another one over the same weights. ``edit`` gets it as a message
+    ``Model``, and changes it in place; by default trained matrices become inputs.
 
     Raises
     ------
@@ -83,7 +84,10 @@ def model_over_base(bundle: Bundle, graph: Path | None = None) -> bytes:
         The package protobuf is not installed.
     """
     model = read_graph(graph or bundle.model_path)
-    declare_inputs(model.graph, bundle)
+    if edit is None:
+        declare_inputs(model.graph, bundle)
+    else:
+        edit(model)
     trained = {tensor.name for tensor in bundle.tensors if tensor.trainable}
     stored = {
         tensor.name: tensor

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.errors import DeadWeightError, NotPrepackableError
+from pocketzo.errors import BundleError, DeadWeightError, Error, NotPrepackableError
 from pocketzo.formats.bundle import Bundle, TensorSpec
 from pocketzo.formats.probe import Probe
 from pocketzo.runtime.effect import Unseen, explain, without_effect
@@ -29,6 +29,7 @@ from pocketzo.runtime.outputs import (
     tolerance_of,
     unoptimised_outputs,
 )
+from pocketzo.runtime.queries import INSTEAD, repeated
 from pocketzo.runtime.weights import Weights
 
 Verify = Literal["auto", "fast", "full"]
@@ -115,6 +116,48 @@ def check_prepacked(model: Model, batches: list[Probe], expected: Outputs, verif
     if not agree:
         raise NotPrepackableError("the outputs differ from those of a session without optimisations")
     return unseen.idle
+
+
+def check_groups(model: Model) -> None:
+    """Check that a model which takes several directions computes the same as one after the other.
+
+    The weights are noise at the end.
+
+    Raises
+    ------
+    BundleError
+        It does not, or cannot be run on the rows of the probing batch twice.
+    """
+    bundle, batch = model.bundle, probe_batch(model.bundle)
+    names = [value.name for value in bundle.outputs if value.is_float and value.name != bundle.loss]
+    values: list[Probe] = []
+    expected = []
+    for draw in (0, 7):
+        write_noise(model.weights, trainable(bundle), draw)
+        values.append({tensor.name: np.array(model.weights[tensor.name]) for tensor in trainable(bundle)})
+        expected.append(model.run(batch, names))
+    try:
+        got = model.run(
+            repeated(bundle, batch, 2), names, {name: np.stack([v[name] for v in values]) for name in values[0]}
+        )
+        same = all(
+            close(
+                got[name].ravel().astype(np.float64),
+                np.concatenate([outputs[name].ravel() for outputs in expected]).astype(np.float64),
+                tolerance_of(bundle),
+            )
+            for name in names
+        )
+    except Error as error:
+        raise BundleError(
+            f"{bundle.path}: several directions cannot be run in one forward pass, as the rows of the probing batch "
+            f"cannot be given twice: {error}; {INSTEAD}"
+        ) from error
+    if not same:
+        raise BundleError(
+            f"{bundle.path}: several directions in one forward pass give other outputs than one after the other: is "
+            f"there a trained tensor that is used beside the rows of a batch? {INSTEAD}"
+        )
 
 
 def noise_outputs(bundle: Bundle) -> tuple[list[Probe], Outputs]:

@@ -32,6 +32,7 @@ def load(
     prepack: bool | Literal["auto"] = "auto",
     verify: Verify = "auto",
     max_memory: int | None = None,
+    queries: bool = False,
 ) -> Model:
     """Load a bundle into a session that shares one buffer with the weights, and check that it does.
 
@@ -65,6 +66,10 @@ def load(
         Limit on the resident memory of this process, in bytes. Loading is refused where the weights would take more. A
         run of the model is stopped before it exceeds the limit; a step of training is then undone, and the run can be
         resumed.
+    queries : bool
+        Whether a forward pass may take several directions at once, as an optimizer with ``share`` evaluates them. The
+        trained tensors must be those that ``prepare --train lora``, ``ia3``, ``adapter:R`` or ``prefix:N`` adds, or be
+        used in the same way. Constants are prepacked, and trained tensors are not.
 
     Returns
     -------
@@ -73,14 +78,15 @@ def load(
     Raises
     ------
     BundleError
-        The bundle is incomplete or damaged.
+        The bundle is incomplete or damaged; or its trained tensors are not such that ``queries`` are possible.
     DeadWeightError
         The session does not see what is written to a trainable weight; names it.
     MemoryLimitError
         ``max_memory`` is less than loading takes, with figures.
     Error
         ``prepack`` is True and the weights cannot be prepacked here; says why. Or ``max_memory`` is given and the
-        system does not report how much memory this process takes.
+        system does not report how much memory this process takes. Or ``queries`` are asked for and the package protobuf
+        is missing.
     TypeError, ValueError
         An argument is of the wrong type, or out of range.
     """
@@ -92,6 +98,8 @@ def load(
     _check_batch(batch)
     if prepack not in (True, False, "auto"):
         raise ValueError(f"prepack must be True, False or 'auto', got {prepack!r}")
+    if queries and prepack is not True and prepack != "auto":
+        raise ValueError("with queries, constants are prepacked: leave prepack=False (--no-prepack) out")
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
     trim_heap()
@@ -115,6 +123,7 @@ def load(
         verify=verify,
         max_memory=max_memory,
         forward_seconds=seconds,
+        queries=queries,
     ).load()
     model.bundle = bundle  # as it is on disk
     trim_heap()

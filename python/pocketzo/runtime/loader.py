@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pocketzo._core import has_fp16_arithmetic
 from pocketzo.errors import (
@@ -21,14 +21,14 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes, resident_memory
 from pocketzo.runtime.frozen import frozen_base, model_over_base, trained_weights
 from pocketzo.runtime.image import Image
-from pocketzo.runtime.liveness import Verify, check_plain, check_prepacked, noise_outputs
+from pocketzo.runtime.liveness import Verify, check_groups, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
 from pocketzo.runtime.model import SMALL, Model
 from pocketzo.runtime.noise import read_as_noise, trainable, write_noise
 from pocketzo.runtime.outputs import unoptimised_outputs
 from pocketzo.runtime.prepack import open_session, plan_prepacking
+from pocketzo.runtime.queries import GroupLoss, group_loss, group_rows, one_of_each
 from pocketzo.runtime.session import Session, open_plain, open_with_constants
-from pocketzo.runtime.slices import WHOLE, Slices
 from pocketzo.runtime.variables import has_constants, model_with_variables
 from pocketzo.runtime.weights import Weights
 
@@ -46,6 +46,7 @@ class Loader:
     max_memory : int or None
     forward_seconds : mapping of int to float
         See :class:`Model`.
+    queries : bool
     """
 
     bundle: Bundle
@@ -54,6 +55,7 @@ class Loader:
     verify: Verify
     max_memory: int | None
     forward_seconds: Mapping[int, float]
+    queries: bool = False
 
     def load(self) -> Model:
         """Load the bundle. Warnings are attributed to the caller of :func:`pocketzo.load`."""
@@ -68,6 +70,8 @@ class Loader:
         return model
 
     def _load(self) -> tuple[Model, tuple[str, ...]]:
+        if self.queries:
+            return self._load_for_queries()
         reason, missed = "as asked for", True
         layouts = [self._load_over_base] if frozen_base(self.bundle) else []
         if self.bundle.adapter is None:
@@ -118,6 +122,35 @@ class Loader:
         model = self._model(weights, session, None)
         return model, check_plain(model, *reference, self.verify)
 
+    def _load_for_queries(self) -> tuple[Model, tuple[str, ...]]:
+        """Load a model that takes several directions at once; all that is not trained stays in the file."""
+        bundle = self.bundle
+        if self.max_memory is not None:
+            check_room(bundle, self.max_memory)
+        losses: list[GroupLoss | None] = []
+
+        def edit(model: Any) -> None:
+            group_rows(model, bundle)
+            losses.append(group_loss(model.graph, bundle))
+
+        try:
+            graph, plain = model_over_base(bundle, edit=edit), model_over_base(bundle)
+        except NotPrepackableError as error:
+            raise Error(f"{bundle.path}: several directions cannot be run in one forward pass: {error}") from None
+        weights = Weights(bundle, Image.allocate(bundle, without=[t.name for t in bundle.tensors if not t.trainable]))
+        write_noise(weights, trainable(bundle))
+        reference = unoptimised_outputs(bundle, weights.image.values, plain)
+        write_noise(weights, trainable(bundle), draw=4)
+        values = one_of_each(weights)
+        try:
+            session = open_with_constants(bundle, graph, values, self.threads)
+        except NotPrepackableError as error:
+            raise Error(f"{bundle.path}: several directions cannot be run in one forward pass: {error}") from None
+        model = self._model(weights, session, None, takes_queries=True, group_loss=losses[0], values=values)
+        check_groups(model)
+        write_noise(weights, trainable(bundle))
+        return model, check_plain(model, *reference, self.verify)
+
     def _load_with_constants(self, reason: str) -> tuple[Model, tuple[str, ...]]:
         """Load a model in the plain layout whose constants are prepacked by onnxruntime."""
         if self.max_memory is not None:
@@ -146,10 +179,10 @@ class Loader:
         session, locations, slices = open_session(plan, image.values, self.threads)
         weights = Weights(self.bundle, image, locations)
         read_as_noise(weights, self.bundle)
-        model = self._model(weights, session, None, slices)
+        model = self._model(weights, session, None, slices=slices)
         return model, check_prepacked(model, batches, expected, self.verify)
 
-    def _model(self, weights: Weights, session: Session, reason: str | None, slices: Slices = WHOLE) -> Model:
+    def _model(self, weights: Weights, session: Session, reason: str | None, **more: Any) -> Model:
         return Model(
             self.bundle,
             weights,
@@ -158,7 +191,7 @@ class Loader:
             max_memory=self.max_memory,
             forward_seconds=self.forward_seconds,
             not_prepacked_because=reason,
-            slices=slices,
+            **more,
         )
 
 

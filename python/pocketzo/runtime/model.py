@@ -19,6 +19,7 @@ from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import megabytes, watch
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.generate import Generator, Stream
+from pocketzo.runtime.queries import GroupLoss, check_values
 from pocketzo.runtime.session import Session
 from pocketzo.runtime.slices import WHOLE, Slices
 from pocketzo.runtime.weights import Weights
@@ -48,6 +49,10 @@ class Model:
         Why it does not.
     slices : Slices
         How the graph computes the logits of a language model.
+    group_loss : GroupLoss or None
+        How the loss of some rows of a batch is computed, where `takes_queries`.
+    takes_queries : bool
+        Whether a run takes the values of several directions.
     """
 
     def __init__(
@@ -61,6 +66,9 @@ class Model:
         forward_seconds: Mapping[int, float],
         not_prepacked_because: str | None,
         slices: Slices = WHOLE,
+        takes_queries: bool = False,
+        group_loss: GroupLoss | None = None,
+        values: Mapping[str, ort.OrtValue] | None = None,
     ) -> None:
         self.bundle = bundle
         self.weights = weights  # the session uses their memory
@@ -71,12 +79,20 @@ class Model:
         self.prepacked = not_prepacked_because is None
         self.not_prepacked_because = not_prepacked_because
         self.slices = slices
+        self.takes_queries = takes_queries
+        self.group_loss = group_loss
+        self._values = values  # the session uses them
         self._session = session
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 
     def run(
-        self, batch: Batch, outputs: Iterable[str] | None = None, *, logits_memory: int | None = None
+        self,
+        batch: Batch,
+        outputs: Iterable[str] | None = None,
+        weights: Batch | None = None,
+        *,
+        logits_memory: int | None = None,
     ) -> dict[str, NDArray[Any]]:
         """Run the graph.
 
@@ -87,6 +103,9 @@ class Model:
             among the outputs.
         outputs : iterable of str, optional
             Which outputs to compute; all of them by default.
+        weights : mapping of str to ndarray, optional
+            Values [Q, ...] of all trained tensors, in place of those that the model has: the rows of the batch are in Q
+            groups of one size. For a model that was loaded with ``queries=True``.
         logits_memory : int, optional
             Bytes, by default 32 MB, that the logits of a language model may take at a time, where the graph computes
             them in slices. More is faster, up to what the whole batch needs.
@@ -94,17 +113,21 @@ class Model:
         Returns
         -------
         dict of str to ndarray
-            The outputs by name.
+            The outputs by name. With `weights`, the loss is the mean over all groups.
 
         Raises
         ------
         MemoryLimitError
             The run was stopped, as this process had come close to ``max_memory``.
         ValueError
-            An input is missing, or the batch has none of the graph's inputs.
+            An input is missing, or the batch has none of the graph's inputs; or `weights` are not as they should be.
         Error
             onnxruntime could not run the graph on this batch.
         """
+        if weights is not None:
+            if not self.takes_queries:
+                raise ValueError(f"{self.bundle.path}: load the bundle with queries=True to give values of weights")
+            check_values(self.bundle, weights)
         self.weights.flush()
         names = self._outputs if outputs is None else list(outputs)
         feed = {name: array for name, array in batch.items() if name in self._inputs}
@@ -115,7 +138,8 @@ class Model:
             names = [name for name in names if name != self.bundle.loss]
             feed["labels"] = self._any_labels(feed)
         try:
-            return dict(zip(names, self._run(names, {**feed, **self.slices.feed(logits_memory)}), strict=True))
+            fed = {**feed, **self.slices.feed(logits_memory)}
+            return dict(zip(names, self._run(names, fed, weights or {}), strict=True))
         except (ValueError, Error):
             raise  # an own error, or an input is missing or of another type, as onnxruntime's message says
         except Exception as error:  # onnxruntime's own exceptions share no public base
@@ -138,15 +162,16 @@ class Model:
                 shape[axis] = size if isinstance(size, int) else named.get(size, shape[axis])
         return np.zeros(shape, labels.dtype)
 
-    def _run(self, names: list[str], feed: Batch) -> list[NDArray[Any]]:
+    def _run(self, names: list[str], feed: Batch, weights: Batch) -> list[NDArray[Any]]:
+        given = {**feed, **weights}
         if self.max_memory is None:
-            return self._session.run(names, feed)
+            return self._session.run(names, given)
         shape = _largest(feed)
         reserve = self._reserve(feed)
         options = ort.RunOptions()
         with watch(self.max_memory - reserve, lambda: setattr(options, "terminate", True)) as readings:
             try:
-                values: list[NDArray[Any]] = self._session.run(names, feed, options)
+                values: list[NDArray[Any]] = self._session.run(names, given, options)
             except Exception:
                 if not readings:
                     raise

@@ -11,6 +11,7 @@ from typing import Any, Final
 from pocketzo.errors import BundleError, NotPrepackableError
 
 FLOAT: Final = 1  # TensorProto.FLOAT
+INT64: Final = 7  # TensorProto.INT64
 EXTERNAL: Final = 1  # TensorProto.EXTERNAL
 INT: Final = 2  # AttributeProto.INT
 

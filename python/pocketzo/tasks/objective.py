@@ -5,12 +5,15 @@ Zeroth-order methods can minimise a function that has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from pocketzo.tasks.parts import run
+import numpy as np
+
+from pocketzo.tasks.parts import count_rows, run
 from pocketzo.tasks.registry import task_of
+from pocketzo.tasks.together import Found, run_together, shares
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,3 +103,47 @@ class Objective:
     def __call__(self, model: Model, batch: Batch) -> float:
         """Return the value to minimise."""
         return float(self.function(self.forward(model, batch), batch))
+
+
+@dataclass(frozen=True)
+class OnBatch:
+    """An objective on one batch: a function of a model, or of a model and several values of what is trained.
+
+    Attributes
+    ----------
+    objective : Objective
+    batch : mapping of str to ndarray
+    queries : int
+        In how many shares the batch is split where a direction sees a share only.
+    """
+
+    objective: Objective
+    batch: Batch
+    queries: int
+
+    def __call__(self, model: Model) -> float:
+        """Return the value to minimise."""
+        return self.objective(model, self.batch)
+
+    def forward(self, model: Model, weights: Mapping[str, NDArray[Any]], of: Sequence[int | None]) -> list[Found]:
+        """Run the model as a step does that evaluates several directions together.
+
+        Parameters
+        ----------
+        model : Model
+        weights : mapping of str to ndarray
+            Values [directions, ...] of all trained tensors.
+        of : sequence of int or None
+            The share of the batch that each sees; None for all of it.
+        """
+        whole = np.arange(count_rows(model.bundle, self.batch))
+        cut = [] if of[0] is None else shares(model.bundle, self.batch, self.queries)
+        rows = [whole if share is None else cut[share] for share in of]
+        function, task = self.objective.function, self.objective.task
+        outputs = function.outputs if isinstance(function, MetricObjective) else None
+        return run_together(model, task, self.batch, rows, weights, outputs, self.objective.activation_memory)
+
+    def together(self, model: Model, weights: Mapping[str, NDArray[Any]], shares: Sequence[int | None]) -> list[float]:
+        """Return the value to minimise at each of several values of what is trained; see :meth:`forward`."""
+        found = self.forward(model, weights, shares)
+        return [float(self.objective.function(outputs, batch)) for outputs, batch in found]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pocketzo.runtime.model import Batch, Model
     from pocketzo.tasks.base import Task
 
-_BY_POSITION: Final = ("positions", "targets", "labels")
+BY_POSITION: Final = ("positions", "targets", "labels")
 """The inputs with an element for each position whose logits count, in graphs that have `positions`."""
 
 
@@ -55,13 +55,12 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None, slices
     """
     bundle = task.bundle
     placed = "positions" in batch
-    by_row = [spec for spec in bundle.inputs if spec.shape and not (placed and spec.name in _BY_POSITION)]
-    rows = max((batch[spec.name].shape[_row_axis(spec)] for spec in by_row if spec.name in batch), default=1)
+    rows = count_rows(bundle, batch)
     whole = [Part(batch, np.arange(batch["positions"].size if placed else rows))]
     if rows < 2 or fixed_batch(bundle) is not None or not whole[0].at.size or not (placed or activation_memory):
         return whole
-    widths, counts = _sizes(bundle, batch, rows)
-    budget = _Budget(task, activation_memory, slices)
+    widths, counts = sizes(bundle, batch, rows)
+    budget = Budget(task, activation_memory, slices)
     groups: list[list[int]] = []
     for row in np.lexsort((counts, widths)).tolist():
         if groups and budget.holds(counts[[*groups[-1], row]].sum(), len(groups[-1]) + 1, int(widths[row])):
@@ -71,7 +70,7 @@ def parts(task: Task, batch: Batch, activation_memory: int | None = None, slices
     if len(groups) == 1:
         return whole
     groups = [sorted(group) for group in groups if not placed or counts[group].any()]
-    return [_part(bundle, batch, np.array(group), rows, int(widths[group].max())) for group in groups]
+    return [take_rows(bundle, batch, np.array(group), int(widths[group].max())) for group in groups]
 
 
 def run(
@@ -135,10 +134,10 @@ def mean_loss(losses: Iterable[float], weights: Iterable[int]) -> float:
     return sum(loss * weight for loss, weight in counted) / sum(weight for _, weight in counted) if counted else nan
 
 
-class _Budget:
-    """What a part may hold."""
+class Budget:
+    """What a part may hold; see :func:`parts`."""
 
-    def __init__(self, task: Task, activation_memory: int | None, slices: int) -> None:
+    def __init__(self, task: Task, activation_memory: int | None, slices: int = 1) -> None:
         self._all = activation_memory
         self._logits = slices * (activation_memory or LOGITS_MEMORY)
         self._vocabulary = task.vocabulary
@@ -152,11 +151,19 @@ class _Budget:
         return fits and (self._all is None or 4 * rows * width * max(self._widest, width) <= self._all)
 
 
-def _row_axis(spec: ValueSpec) -> int:
+def count_rows(bundle: Bundle, batch: Batch) -> int:
+    """Return the number of rows of a batch."""
+    placed = "positions" in batch
+    by_row = [spec for spec in bundle.inputs if spec.shape and not (placed and spec.name in BY_POSITION)]
+    return max((batch[spec.name].shape[row_axis(spec)] for spec in by_row if spec.name in batch), default=1)
+
+
+def row_axis(spec: ValueSpec) -> int:
+    """Return the axis of rows of an input."""
     return 0 if sections(spec) is None else 1
 
 
-def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the number of tokens of each row, where rows can be trimmed, and of its positions."""
     if "positions" not in batch:
         width = batch["input_ids"].shape[1] if "input_ids" in batch else 1
@@ -164,7 +171,7 @@ def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], 
     width = batch["input_ids"].shape[1]
     row, column = np.divmod(batch["positions"], width)
     counts = np.bincount(row, minlength=rows)
-    by_token = [spec for spec in bundle.inputs if spec.name in batch and spec.name not in _BY_POSITION]
+    by_token = [spec for spec in bundle.inputs if spec.name in batch and spec.name not in BY_POSITION]
     fixed = any(not is_by_token(spec) or isinstance(spec.shape[-1], int) for spec in by_token)
     if fixed or "attention_mask" not in batch or any(batch[spec.name].shape[-2:] != (rows, width) for spec in by_token):
         return np.full(rows, width), counts
@@ -173,13 +180,26 @@ def _sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], 
     return np.where(real.any(axis=1), width - np.argmax(real[:, ::-1], axis=1), 1), counts
 
 
-def _part(bundle: Bundle, batch: Batch, group: NDArray[np.int64], rows: int, width: int) -> Part:
-    """Return some rows of a batch, trimmed to a width."""
-    placed = "positions" in batch
+def take_rows(
+    bundle: Bundle, batch: Batch, group: NDArray[np.int64], width: int, idle: NDArray[np.bool_] | None = None
+) -> Part:
+    """Return some rows of a batch, trimmed to a width.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    batch : mapping of str to ndarray
+    group : ndarray of integers
+        The rows; each may be taken several times.
+    width : int
+    idle : ndarray of bool, optional
+        Which of the rows have no positions that count.
+    """
+    placed, rows = "positions" in batch, count_rows(bundle, batch)
     part: dict[str, NDArray[Any]] = {}
     for spec in bundle.inputs:
-        if spec.name in batch and not (placed and spec.name in _BY_POSITION):
-            values, axis = batch[spec.name], _row_axis(spec)
+        if spec.name in batch and not (placed and spec.name in BY_POSITION):
+            values, axis = batch[spec.name], row_axis(spec)
             is_cut = spec.shape and values.shape[axis] == rows
             part[spec.name] = np.take(values, group, axis) if is_cut else values
     if not placed:
@@ -189,11 +209,13 @@ def _part(bundle: Bundle, batch: Batch, group: NDArray[np.int64], rows: int, wid
         if name in part and width < before:
             part[name] = np.ascontiguousarray(part[name][..., :width])
     row, column = np.divmod(batch["positions"], before)
-    place = np.full(rows, -1)
-    place[group] = np.arange(len(group))
-    at = np.flatnonzero(place[row] >= 0)
+    order = np.argsort(row, kind="stable")
+    first, end = (np.searchsorted(row[order], group, side) for side in ("left", "right"))
+    if idle is not None:
+        end = np.where(idle, first, end)
+    at = np.concatenate([order[start:stop] for start, stop in zip(first, end, strict=True)])
     part |= {
-        spec.name: batch[spec.name][at] for spec in bundle.inputs if spec.name in batch and spec.name in _BY_POSITION
+        spec.name: batch[spec.name][at] for spec in bundle.inputs if spec.name in batch and spec.name in BY_POSITION
     }
-    part["positions"] = place[row[at]] * width + column[at]
+    part["positions"] = np.repeat(np.arange(len(group)), end - first) * width + column[at]
     return Part(part, at)

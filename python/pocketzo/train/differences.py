@@ -20,13 +20,15 @@ def differences(past: Run, optimizer: Optimizer, loop: Loop) -> list[str]:
     prepacking are not compared either.
     """
     method = json.loads(json.dumps(optimizer.settings()))  # as the journal has it: lists, no tuples
-    there = {**past.recipe.method, **asdict(past.recipe.loop)}
-    here = {**method, **asdict(loop)}
+    there = {"share": None, "exact": False, **past.recipe.method, **asdict(past.recipe.loop)}
+    here = {"share": None, "exact": False, **method, **asdict(loop)}
     implied = set()
     if there["steps"] != here["steps"]:
         implied |= {"schedule", "eval_every"}
     if there["method"] != here["method"]:
         implied |= {"distribution", "queries", "momentum"}
+    if there["share"] != here["share"]:
+        implied |= {"exact"}
     return [
         f"other weights are trained ({len(there[name])} there, {len(here[name])} here)"
         if name == "trained"

@@ -159,6 +159,11 @@ class Recipe:
     session: Session
     data: DataUsed
 
+    @property
+    def takes_queries(self) -> bool:
+        """Whether the model has to be loaded for several directions at once."""
+        return self.method.get("share") is not None
+
     def header(self) -> dict[str, Any]:
         """Return the fields for :meth:`pocketzo.formats.journal.Journal.create`."""
         fields = asdict(self)

@@ -34,7 +34,7 @@ class Forecast:
     where : str or None
         The file and line of that example.
     forward_seconds : float
-        Seconds of a forward pass of the largest batch.
+        Seconds of a forward pass of the largest batch; of all directions, where they are evaluated together.
     seconds : float
         Estimated seconds of all steps and evaluations that are left.
     evaluations : int
@@ -151,7 +151,7 @@ class Rehearsal:
         evaluation_seconds : float or None
             Seconds of an evaluation, if one was timed.
         """
-        forward = self.mean(steps, order)
+        forward = self.mean(steps, order) / (1 if optimizer.share is None else optimizer.forwards)
         seconds = len(steps) * optimizer.forwards * (forward + pass_seconds(optimizer))
         if evaluation_seconds is None:
             evaluation_seconds = forward * examples / self._batch_size

@@ -47,7 +47,8 @@ def resume(
     threads = use_threads(session)
     model = None
     if bundle is not None or max_memory is not None:
-        model = load(read, threads=threads, prepack=session.prepack, max_memory=max_memory)
+        queries = past.recipe.takes_queries
+        model = load(read, threads=threads, prepack=session.prepack, max_memory=max_memory, queries=queries)
     return Trainer.resume(run, train_data, eval=eval_data, model=model)
 
 

@@ -20,7 +20,7 @@ from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
-from pocketzo.tasks.objective import BatchObjective, Objective, metric_objective
+from pocketzo.tasks.objective import BatchObjective, Objective, OnBatch, metric_objective
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
@@ -133,6 +133,12 @@ class Trainer:
             raise ValueError("patience needs eval and eval_every")
         if optimizer.model is not model:
             raise ValueError("the optimizer moves the weights of another model")
+        if optimizer.share is not None and not model.takes_queries:
+            raise ValueError(f"share={optimizer.share!r} needs a model that was loaded with queries=True")
+        if optimizer.share == "split" and batch_size < optimizer.queries:
+            raise ValueError(
+                f"share='split' needs an example for each of {optimizer.queries} directions, batch_size is {batch_size}"
+            )
         if minimised == "loss" and model.bundle.loss is None:
             raise ValueError(f"{model.bundle.path}: the graph has no loss output; give an objective")
         lengths = None
@@ -207,7 +213,8 @@ class Trainer:
                 )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
-            model = load(base, threads=recipe.session.threads, prepack=recipe.session.prepack)
+            session = recipe.session
+            model = load(base, threads=session.threads, prepack=session.prepack, queries=recipe.takes_queries)
         warn_of_another_session(model, past)
         loop = asdict(recipe.loop)
         minimised: str | BatchObjective | None = loop.pop("objective")
@@ -229,6 +236,15 @@ class Trainer:
         )
         trainer._take_up(past)
         return trainer
+
+    def _forward(self, batch: Batch) -> object:
+        """Run the model as a step does, at the weights as they are or at the step's points."""
+        if self.optimizer.share is None:
+            return self.objective.forward(self.model, batch)
+        return self._on(batch).forward(self.model, *self.optimizer.points())
+
+    def _on(self, batch: Batch) -> OnBatch:
+        return OnBatch(self.objective, batch, self.optimizer.queries)
 
     def _take_up(self, past: Run) -> None:
         steps = self.optimizer.step_number
@@ -264,9 +280,7 @@ class Trainer:
         step = optimizer.step_number
         if not step:
             check_start(optimizer, loop.steps)
-        rehearsal = Rehearsal(
-            self.model, self.train, loop.batch_size, lambda batch: self.objective.forward(self.model, batch)
-        )
+        rehearsal = Rehearsal(self.model, self.train, loop.batch_size, self._forward)
         due = [at for at in range(step, loop.steps + 1) if self._eval_due(at) and at not in self.evaluations]
         seconds = None
         if 0 in due:
@@ -352,9 +366,7 @@ class Trainer:
         examples = getattr(batch, "examples", np.empty(0, np.int64))
         try:
             with naming_culprit(self.model, self.train, examples):
-                return self.optimizer.step(
-                    lambda model: self.objective(model, batch), None if writer is None else writer.append
-                )
+                return self.optimizer.step(self._on(batch), None if writer is None else writer.append)
         except Exception:
             # The step was undone except for rounding. The journal ends before it, so a resumed run repeats it.
             if writer is not None:
