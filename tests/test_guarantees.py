@@ -93,7 +93,7 @@ def test_a_text_that_is_too_long_is_named_before_the_first_step(limited: Path, t
 def test_a_batch_that_fails_although_each_example_works_says_why(
     model: pz.Model, data: pz.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(self: pz.Model, batch: Any, outputs: Any = None) -> Any:
+    def run(self: pz.Model, batch: Any, outputs: Any = None, **_: Any) -> Any:
         if len(batch["input_ids"]) > 4:
             raise pz.Error("too much at once")
         return {"loss": 1.0}

@@ -32,7 +32,7 @@ def test_an_adapter_that_left_comes_back(name: str, tmp_path: Path) -> None:
     base, tuned, adapter = adapter_of(name, "lora:r=2,alpha=3", tmp_path)
     model = pz.load(base, threads=1)
     pz.load_adapter(model, adapter)
-    expected = safetensors.numpy.load_file(tuned / "weights.safetensors")
+    expected = pz.Bundle.read(tuned).map_tensors()
     for tensor in base.tensors:
         if tensor.trainable:
             np.testing.assert_array_equal(model.weights[tensor.name], expected[tensor.name])
@@ -82,8 +82,8 @@ def test_a_run_keeps_what_it_began_with(snapshot_every: int | None, tmp_path: Pa
     resumed.fit()
     pz.Run(run).replay(tmp_path / "replayed")
     pz.Run(run).replay(tmp_path / "begun", step=0)
-    assert resumed.model.weights.sha256() == file_sha256(tmp_path / "replayed" / "weights.safetensors")
-    begun = safetensors.numpy.load_file(tmp_path / "begun" / "weights.safetensors")
+    assert resumed.model.weights.sha256() == file_sha256(pz.Bundle.read(tmp_path / "replayed").trained_path)
+    begun = pz.Bundle.read(tmp_path / "begun").map_tensors()
     assert all(np.array_equal(begun[name], value) for name, value in model.init.items())
     merged = pz.merge(run, tmp_path / "merged")
     assert not merged.added
@@ -179,7 +179,7 @@ def test_an_adapter_that_does_not_fit_is_named(edit: Callable[[Path], object], f
     with pytest.raises(BundleError, match=fault):
         pz.load_adapter(model, adapter)
     assert model.init == {}
-    assert model.weights.sha256() == file_sha256(base.weights_path)
+    assert model.weights.sha256() == file_sha256(base.trained_path)
 
 
 @pytest.mark.parametrize(

@@ -513,7 +513,7 @@ def test_the_command_trains_resumes_and_replays(tmp_path: Path) -> None:
     assert pz.Run(run).recipe.method["share"] == "split"
     assert all(len(entry.coefficients) == 5 for entry in pz.Run(run).entries)
     assert command("replay", run, "-o", tmp_path / "tuned")[0] == 0
-    assert file_sha256(tmp_path / "tuned" / "weights.safetensors") != file_sha256(bundle.weights_path)
+    assert file_sha256(pz.Bundle.read(tmp_path / "tuned").trained_path) != file_sha256(bundle.trained_path)
     code, output = command("train", "--resume", run)
     assert code == 0
     assert "all 3 steps are done" in output

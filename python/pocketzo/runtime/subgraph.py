@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from pocketzo.formats.bundle import WEIGHTS
 from pocketzo.formats.side import BIAS, sum_name
 from pocketzo.runtime.onnx_proto import FLOAT
 
@@ -73,14 +74,14 @@ def remove_unused(graph: Any) -> set[str]:
 
 
 def point_to(graph: Any, entries: Mapping[str, Entry]) -> None:
-    """Point initializers to their places in a file of weights, and give them the shapes that they have there."""
+    """Point initializers to their places in the file of weights, and give them the shapes that they have there."""
     for tensor in graph.initializer:
         if tensor.name not in entries:
             continue
         entry = entries[tensor.name]
         del tensor.dims[:]
         tensor.dims.extend(entry.shape)
-        places = {"offset": entry.start, "length": entry.stop - entry.start}
+        places = {"location": WEIGHTS, "offset": entry.start, "length": entry.stop - entry.start}
         for item in tensor.external_data:
             if item.key in places:
                 item.value = str(places[item.key])
