@@ -132,10 +132,14 @@ def main() -> None:
             for block in arguments.blocks:
                 for symmetric in (True, False):
                     scheme = Scheme(bits, block, symmetric)
+                    shutil.rmtree(work / "blocks", ignore_errors=True)
                     (work / "blocks").mkdir()
-                    quantise(work / "floats" / "model.onnx", work / "blocks" / "model.onnx", Matrices(scheme))
+                    try:
+                        quantise(work / "floats" / "model.onnx", work / "blocks" / "model.onnx", Matrices(scheme))
+                    except ValueError as error:  # rows that are no whole blocks
+                        print(f"skipped: {error}", file=sys.stderr, flush=True)
+                        continue
                     bundle = prepared(work / "blocks" / "model.onnx", tokenizer, work / "bundle")
-                    shutil.rmtree(work / "blocks")
                     for level in arguments.levels:
                         found = Measured(with_level(bundle, level), arguments.texts, arguments.rows)
                         row = found.row(arguments.eps, arguments.directions, rows[0]["slopes"])

@@ -53,13 +53,14 @@ def loss(bundle: pz.Bundle, model: Path) -> float:
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_blocks_are_as_near_as_their_bits_allow(bits: Any, size: int, symmetric: bool) -> None:
-    rows = np.random.default_rng(1).normal(0.2, 1, (5, 200)).astype(np.float32)
+    count = 200 if symmetric else 256
+    rows = np.random.default_rng(1).normal(0.2, 1, (5, count)).astype(np.float32)
     rows[1] = 0
     rows[2] = 1e-42
     blocks = Scheme(bits, size, symmetric).blocks(rows)
     assert (blocks.bits, blocks.size, blocks.offsets is None) == (bits, size, symmetric)
-    assert blocks.scales.shape == (5, -(-200 // size))
-    padded = np.pad(rows, ((0, 0), (0, -200 % size))).reshape(5, -1, size)
+    assert blocks.scales.shape == (5, -(-count // size))
+    padded = np.pad(rows, ((0, 0), (0, -count % size))).reshape(5, -1, size)
     steps = np.abs(padded).max(-1) / (1 << bits - 1) if symmetric else np.ptp(padded, axis=-1) / ((1 << bits) - 1)
     worst = np.abs(blocks.array().reshape(padded.shape) - padded).max(-1)
     most = 1.02 if symmetric else 0.51  # the largest number of the other sign is cut; scales have 11 bits
@@ -68,6 +69,8 @@ def test_blocks_are_as_near_as_their_bits_allow(bits: Any, size: int, symmetric:
 
 
 def test_schemes() -> None:
+    with pytest.raises(ValueError, match="expected rows of whole blocks, got 200 numbers"):
+        Scheme(4, 128, symmetric=False).blocks(np.ones((2, 200), np.float32))
     assert Scheme.parse("int4") == Scheme(4) == Scheme.parse("int4:block=32")
     assert Scheme.parse("int8:block=128") == Scheme(8, 128)
     for text in "int3", "int4:block=48", "int4:64", "int4:block=", "", "float32":
@@ -85,6 +88,17 @@ def test_offsets_are_found_in_what_the_quantiser_writes(bits: Any, model: Path, 
     assert len(offsets) > 10
     assert {tensor.reason.partition(":")[0] for tensor in offsets} == {"quantised"}
     assert abs(loss(bundle, model) - loss(prepare(model, tmp_path / "floats"), model)) < 0.2
+
+
+@pytest.mark.parametrize("base", ["int4:block=128", "int8:block=128"])
+def test_rows_that_are_no_whole_blocks(base: str, model: Path, tmp_path: Path) -> None:
+    """Products pad them; the table of tokens stays float32, and that is said."""
+    notes: list[str] = []
+    bundle = prepare(model, tmp_path / "base", base=base, note=notes.append)
+    assert "base: embedding tables in float32: 1 of F32" in notes
+    assert "GatherBlockQuantized" not in operators(bundle.model_path)
+    off = abs(loss(bundle, model) - loss(prepare(model, tmp_path / "floats"), model))
+    assert 0 < off < (0.2 if base.startswith("int4") else 0.02)
 
 
 def test_names_do_not_depend_on_the_base(model: Path, tmp_path: Path) -> None:

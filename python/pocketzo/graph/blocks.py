@@ -109,7 +109,15 @@ class Scheme:
         return f"int{self.bits} in blocks of {self.size}{'' if self.symmetric else ' with offsets'}"
 
     def blocks(self, rows: Floats) -> Blocks:
-        """Quantise a matrix; its rows are padded to whole blocks by zeros."""
+        """Quantise a matrix; its rows are padded to whole blocks by zeros.
+
+        Raises
+        ------
+        ValueError
+            With offsets, the rows are no whole blocks: graphs sum the activations of each block.
+        """
+        if not self.symmetric and rows.shape[1] % self.size:
+            raise ValueError(f"{self.name}: expected rows of whole blocks, got {rows.shape[1]} numbers")
         padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % self.size))).astype(np.float32, copy=False)
         numbers = padded.reshape(len(padded), -1, self.size)
         if not self.symmetric:

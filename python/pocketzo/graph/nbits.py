@@ -132,7 +132,8 @@ class _Editor:
         if x not in self.larger:
             self.larger[x] = build.op("Mul", x, build.constant(16.0))
         upper, lower = stored.planes
-        zeros = self.zero_points(shape[0], (shape[1] // stored.size + 1) // 2)  # two in a byte
+        blocks = -(-shape[1] // stored.size)
+        zeros = self.zero_points(shape[0], (blocks + 1) // 2)  # two in a byte
         return build.op("Add", plane(self.larger[x], upper), plane(x, lower, zeros))
 
     def block_sums(self, build: Builder, x: ir.Value | None, size: int) -> ir.Value:
