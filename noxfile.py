@@ -206,8 +206,8 @@ def aarch64(session: nox.Session) -> None:
         *("arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
         *("exact_match", "fences", "frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head"),
         *("head_solver", "journal", "kills", "language_cli", "language_models", "language_tasks", "locale"),
-        *("losses", "metrics", "noise_statistics", "packages", "prepare", "probe", "readme", "rehearsal", "skips"),
-        *("snapshot", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
+        *("losses", "metrics", "noise_statistics", "packages", "prepare", "probe", "readme", "rehearsal", "sets"),
+        *("skips", "snapshot", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
