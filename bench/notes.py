@@ -137,7 +137,7 @@ def main() -> None:
     report = run.finish(results, arguments.json)
     print("\n".join(notes_table(report)))
     recorded = report["results"]["rows"]["adamw"]
-    figures = ", ".join(f"{name}={recorded[name]}" for name in ("page", "answers", "right", "seconds", "peak"))
+    figures = ", ".join(f"{name}={recorded[name]}" for name in ("page", "answers", "right", "steps", "peak"))
     print(f"\nfor pocketzo/demo/notes.py: BACKPROPAGATION = Recorded({figures})")
 
 

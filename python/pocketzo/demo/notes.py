@@ -30,7 +30,7 @@ from pocketzo.errors import Error, MissingExtraError
 from pocketzo.formats.bundle import FILES, MODEL, WEIGHTS
 from pocketzo.formats.generation import GENERATE
 from pocketzo.formats.staging import scratch_folder
-from pocketzo.machine.memory import process_memory, reset_peak
+from pocketzo.machine.memory import process_memory, reset_peak, trim_heap
 from pocketzo.optim.momentum import Momentum
 from pocketzo.optim.schedule import Schedule
 from pocketzo.packages import EXTRAS, version
@@ -91,8 +91,7 @@ class Recorded:
         Perplexity.
     right : int
         Number of questions whose answer begins as expected.
-    seconds : float
-        Of training.
+    steps : int
     peak : int
         Peak memory while training, in bytes.
     """
@@ -100,11 +99,11 @@ class Recorded:
     page: float
     answers: float
     right: int
-    seconds: float
+    steps: int
     peak: int
 
 
-BACKPROPAGATION: Final = Recorded(page=math.nan, answers=math.nan, right=0, seconds=math.nan, peak=0)
+BACKPROPAGATION: Final = Recorded(page=5.9299, answers=4325.5, right=0, steps=30, peak=2067922944)
 """AdamW with the gradients of the same matrices, of the model in float32: bench/results/notes.json."""
 
 
@@ -228,6 +227,7 @@ def run_notes(
     # A fresh model, as one that generates holds a second session, which training does not need.
     threads = model.threads
     del model
+    trim_heap()
     model = load(bundle, threads=threads)
     optimizer = Momentum(model, lr=LR, eps=EPS, seed=seed, schedule=Schedule("linear", steps))
     trainer = Trainer(
