@@ -19,7 +19,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from machine import Run
@@ -27,6 +27,7 @@ from step import LR, System, measure, models_folder, usable, worker
 from step import start as start_ours
 from tables import paper_table
 
+T = TypeVar("T")
 SYSTEMS = ("forwards", "default", "torch")
 SHAPES = ("roberta-large", "opt-1.3b")
 BATCH = "8x64"
@@ -207,7 +208,7 @@ def main() -> None:
     print("\n".join(paper_table(run.finish({"cells": cells}, arguments.json))))
 
 
-def in_a_process(function: Callable[..., Path], *arguments: Any) -> Path:
+def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function in a process of its own, whose memory is free afterwards."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context

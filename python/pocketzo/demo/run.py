@@ -22,12 +22,12 @@ from pocketzo import kernels
 from pocketzo.arguments import check_integer
 from pocketzo.data.dataset import Dataset
 from pocketzo.data.load import load_dataset
+from pocketzo.demo.folders import refuse_foreign, remove_earlier
 from pocketzo.demo.minilm import find_checkpoint
 from pocketzo.demo.probe import linear_probe, require_scikit_learn
-from pocketzo.errors import Error
 from pocketzo.export.bert import build_onnx
 from pocketzo.formats.bundle import FILES
-from pocketzo.formats.staging import foreign, is_staged, remove_folder, scratch_folder
+from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.memory import process_memory, reset_peak
 from pocketzo.machine.paths import utf8_path
 from pocketzo.optim.fzoo import FZOO
@@ -157,13 +157,11 @@ def run_demo(
     started = time.perf_counter()
     output = Path(output)
     check_integer("steps", steps, 1)
-    _refuse_foreign(output)
+    refuse_foreign(output, FOLDERS)
     require_scikit_learn()
     files = find_checkpoint(checkpoint)
     say(f"weights: {files.weights}")
-    output.mkdir(parents=True, exist_ok=True)
-    for folder, own in FOLDERS.items():
-        remove_folder(output / folder, own)
+    remove_earlier(output, FOLDERS)
 
     with scratch_folder(output) as scratch:
         graph = scratch / "minilm.onnx"
@@ -235,23 +233,6 @@ def run_demo(
         journal=(output / "run" / "journal.pzj").stat().st_size,
         weights=model.weights.nbytes,
     )
-
-
-def _refuse_foreign(output: Path) -> None:
-    if not os.path.lexists(output):
-        return
-    others = [output]
-    if output.is_dir():
-        others = [path for path in output.iterdir() if path.name not in FOLDERS and not is_staged(path.name)]
-        for name, own in FOLDERS.items():
-            if (folder := output / name).is_dir():
-                others += [folder / name for name in foreign(folder, own)]
-            elif os.path.lexists(folder):
-                others.append(folder)
-    if others:
-        raise Error(
-            f"{output}: holds something else than an earlier demo: {others[0]}; choose another folder with --output"
-        )
 
 
 def _main_axes(features: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
