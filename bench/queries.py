@@ -10,7 +10,7 @@ logits are computed at one position in eight of the larger batches, at all of up
 after the other, and together with ``share`` "batch" and "split", take turns in one process over one session; times are
 of the CPU, of one thread, so that other processes disturb them less, and medians of the rounds.
 
-variance: of the estimate from a random batch of 16 texts, around the exact gradient of the mean loss of 256 texts,
+variance: of the estimate from a random batch of 16 texts, around the exact gradient of the mean loss of 128 texts,
 which PyTorch computes by backpropagation from the GGUF file that the bundle was exported from. The figure is the mean
 squared distance, divided by the squared length of the gradient.
 """
@@ -39,7 +39,7 @@ from pocketzo.tasks.registry import task_of
 
 Report = dict[str, Any]
 WAYS: dict[str, Share | None] = {"one by one": None, "batch": "batch", "split": "split"}
-EPS, EXAMPLES, TEXTS = 1e-2, 16, 256
+EPS, EXAMPLES, TEXTS = 1e-3, 16, 128
 
 
 def objective_on(model: pz.Model, batch: Any, queries: int) -> OnBatch:
