@@ -164,7 +164,7 @@ def test_there_is_never_a_second_copy_of_the_weights(tmp_path: Path, prepack: bo
         [sys.executable, "-c", script, tmp_path / "bundle"], check=True, capture_output=True, text=True
     )
     size = count * 4 * width**2
-    assert size < int(done.stdout) < 1.7 * size
+    assert 0.98 * size < int(done.stdout) < 1.7 * size
 
 
 def test_loading_is_refused_with_figures(bundle: Path) -> None:
@@ -283,22 +283,25 @@ def row_of_tokens(length: int, positions: int) -> dict[str, NDArray[np.int64]]:
     return {"input_ids": np.arange(length)[None], "positions": at, "targets": at}
 
 
-def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepack", [True, False])
+def test_a_loss_takes_no_more_memory_than_its_logits(tmp_path: Path, prepack: bool) -> None:
     words, count = 60_000, 200
-    model = pz.load(language_model(tmp_path, words))
+    model = pz.load(language_model(tmp_path, words), prepack=prepack)
     model.run(row_of_tokens(2, 2))
     reset_peak()
     before = resident_memory()
     model.run(row_of_tokens(count, count))
     peak = process_memory()[1]
     assert peak is not None
-    logits = 4 * words * count
+    logits = 4 * words * count // (2 if prepack else 1)  # in two slices of 24 MB
     assert 0.9 * logits < peak - before < 1.3 * logits
 
 
-def test_a_limit_counts_the_logits_of_positions_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prepack", "more"), [(True, 177), (False, 337)])  # in two slices, or not
+def test_a_limit_counts_the_logits_of_positions_only(tmp_path: Path, prepack: bool, more: int) -> None:
     words, count = 20_000, 2000
-    model = pz.load(language_model(tmp_path, words), threads=1, max_memory=resident_memory() + 100 * MB)
+    bundle = language_model(tmp_path, words)
+    model = pz.load(bundle, threads=1, prepack=prepack, max_memory=resident_memory() + 100 * MB)
     assert np.isfinite(model.loss(row_of_tokens(count, 10)))  # 160 MB, if all tokens had logits
-    with pytest.raises(pz.MemoryLimitError, match=r"1 x 2000 tokens was stopped: .* may take 337 MB more"):
+    with pytest.raises(pz.MemoryLimitError, match=rf"1 x 2000 tokens was stopped: .* may take {more} MB more"):
         model.loss(row_of_tokens(count, count))

@@ -18,6 +18,7 @@ from pocketzo.formats.safetensors import file_sha256
 for package in ("click", "rich", "onnx", "tokenizers"):
     pytest.importorskip(package, reason="the demo needs it")
 
+from pocketzo.cli import console  # noqa: E402
 from pocketzo.cli.app import cli  # noqa: E402
 from pocketzo.demo import notes, smollm2  # noqa: E402
 
@@ -44,7 +45,7 @@ def test_it_says_what_it_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console.out, "width", 200)
     for _ in range(2):  # the second replaces the first
         cli.main(["demo", "notes", "--steps", "6", "-o", str(folder)], standalone_mode=False)
     text = capsys.readouterr().out
@@ -65,7 +66,7 @@ def test_it_says_what_it_found(
         assert asked in text
     run.replay(tmp_path / "rebuilt")
     model.save(tmp_path / "tuned")
-    tuned, rebuilt = (tmp_path / name / "weights.safetensors" for name in ("tuned", "rebuilt"))
+    tuned, rebuilt = (pz.Bundle.read(tmp_path / name).trained_path for name in ("tuned", "rebuilt"))
     assert file_sha256(tuned) == file_sha256(rebuilt)
 
 

@@ -64,6 +64,6 @@ def test_the_record_and_the_base_rebuild_the_adapter(trained: Path, isa: str, tm
     finally:
         pz.kernels.use(before)
     base, tuned, rebuilt = (
-        path / "weights.safetensors" for path in (trained / "base", trained / "tuned", tmp_path / "rebuilt")
+        pz.Bundle.read(path).trained_path for path in (trained / "base", trained / "tuned", tmp_path / "rebuilt")
     )
     assert file_sha256(rebuilt) == file_sha256(tuned) != file_sha256(base)

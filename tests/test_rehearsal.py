@@ -105,7 +105,7 @@ def test_the_forecast_counts_steps_forwards_and_evaluations(
     data = pz.load_dataset(tiny_data, model.bundle)
     run = model.run
 
-    def slow(*arguments: Any) -> Any:
+    def slow(*arguments: Any, **_: Any) -> Any:
         time.sleep(0.01)
         return run(*arguments)
 
@@ -190,7 +190,7 @@ def test_a_failure_in_a_step_is_named_and_the_step_undone(
     run = model.run
     bad = int(began._order(5)[2])
 
-    def fails(batch: Any, outputs: Any = None) -> Any:
+    def fails(batch: Any, outputs: Any = None, **_: Any) -> Any:
         if (batch["input_ids"] == data.batch(np.array([bad]))["input_ids"]).all(axis=1).any():
             raise pz.Error("no")
         return run(batch, outputs)
@@ -208,7 +208,7 @@ def test_an_error_that_no_example_has_alone_is_passed_on(
     data = pz.load_dataset(tiny_data, model.bundle)
     run = model.run
 
-    def fails(batch: Any, outputs: Any = None) -> Any:
+    def fails(batch: Any, outputs: Any = None, **_: Any) -> Any:
         if len(batch["labels"]) > 1:
             raise pz.Error("bad allocation")
         return run(batch, outputs)

@@ -96,5 +96,5 @@ def test_a_killed_run_of_a_set_goes_on_to_the_same_bits(train: str, tmp_path: Pa
     trainer.model.save(tmp_path / "resumed")
     pz.Run(tmp_path / "run").replay(tmp_path / "replayed")
     names = ("tuned", "resumed", "replayed")
-    assert len({file_sha256(tmp_path / name / "weights.safetensors") for name in names}) == 1
-    assert file_sha256(tmp_path / "tuned" / "weights.safetensors") != file_sha256(bundle.weights_path)
+    assert len({file_sha256(pz.Bundle.read(tmp_path / name).trained_path) for name in names}) == 1
+    assert file_sha256(pz.Bundle.read(tmp_path / "tuned").trained_path) != file_sha256(bundle.trained_path)

@@ -27,7 +27,7 @@ from pocketzo.data.load import load_dataset
 from pocketzo.demo.folders import refuse_foreign, remove_earlier
 from pocketzo.demo.smollm2 import find_gguf
 from pocketzo.errors import Error, MissingExtraError
-from pocketzo.formats.bundle import FILES, MODEL, WEIGHTS
+from pocketzo.formats.bundle import ADAPTER, FILES, MODEL, WEIGHTS
 from pocketzo.formats.generation import GENERATE
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.memory import process_memory, reset_peak, trim_heap
@@ -62,7 +62,7 @@ QUESTIONS: Final = Path(__file__).with_name("notes_questions.jsonl")
 ADAPTERS: Final[dict[Format, tuple[str, ...]]] = {
     "peft": ("adapter_config.json", "adapter_model.safetensors"),
     "gguf": ("adapter.gguf",),
-    "onnx": (MODEL, GENERATE, WEIGHTS, "adapter.onnx_adapter"),
+    "onnx": (MODEL, GENERATE, WEIGHTS, ADAPTER, "adapter.onnx_adapter"),
 }
 """The files that are written for each library; the last has the matrices."""
 FOLDERS: Final = {"base": FILES, "run": (METRICS, PLOT, JOURNAL)} | {
