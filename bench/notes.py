@@ -61,12 +61,11 @@ def adamw(path: Path, gguf: Path, lr: float, steps: int, threads: int, target: P
     torch.manual_seed(0)
     model = open_gguf(gguf).model
     model.requires_grad_(False)
-    stored = load_file(path / "weights.safetensors")
     ups = {}
-    for name, down in stored.items():
+    for name, down in pz.Bundle.read(path).map_tensors().items():
         if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.lora_A", name):
             attention, role = model.model.layers[int(found[1])].self_attn, ROLES[found[2]]
-            lora = with_lora(torch, getattr(attention, role), down)
+            lora = with_lora(torch, getattr(attention, role), np.array(down))
             setattr(attention, role, lora)
             ups[name.replace("lora_A", "lora_B")] = lora.up
     page = pz.load_dataset(notes.PAGE, pz.Bundle.read(path))
