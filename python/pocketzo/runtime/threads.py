@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from pocketzo.formats.bundle import Bundle
+from pocketzo.machine.memory import trim_heap
 from pocketzo.runtime.frozen import open_over_base, trained_weights
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.runtime.noise import read_as_noise
@@ -47,6 +48,7 @@ def time_forwards(bundle: Bundle, batch: Batch, counts: Iterable[int], max_memor
             times.append(time.perf_counter() - started)
         seconds[threads] = round(min(times), 6)
         del model
+        trim_heap()  # or what a session had prepacked of a frozen base stays beside that of the next
     return seconds
 
 
