@@ -391,8 +391,10 @@ def language_table(report: Report) -> list[str]:
     ]
 
 
-def bases_table(report: Report) -> list[str]:
-    about = report["results"]["settings"]
+def bases_table(*reports: Report) -> list[str]:
+    about = reports[0]["results"]["settings"]
+    floats, *rows = reports[0]["results"]["rows"]
+    rows += [row for report in reports[1:] for row in report["results"]["rows"][1:]]
     body = [
         [
             row["base"],
@@ -403,10 +405,10 @@ def bases_table(report: Report) -> list[str]:
             f"{row['noise']:.1e}",
             f"{row['time']:.2f}",
         ]
-        for row in report["results"]["rows"]
+        for row in (floats, *rows)
     ]
     return [
-        caption(report),
+        caption(*reports),
         "",
         f"SmolLM2-135M on {about['rows']} sentences of SST-2's training data; {about['directions']} directions of "
         f"LoRA-B on queries and values, eps {about['eps']:g}.",
@@ -746,7 +748,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "fp16": (("fp16",), fp16_table),
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
-    "bases": (("bases",), bases_table),
+    "bases": (("bases", "bases_int8"), bases_table),
     "generation": (("generation",), generation_table),
     "notes": (("notes",), notes_table),
 }
