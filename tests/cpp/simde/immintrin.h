@@ -67,3 +67,13 @@ inline simde__m512i pocketzo_cvttps_epi32(simde__m512 w) {
   return simde__m512i_from_private(to);
 }
 #define _mm512_cvttps_epi32(w) pocketzo_cvttps_epi32(w)
+
+template <int Control>
+simde__m512 pocketzo_shuffle_f32x4(simde__m512 a, simde__m512 b) {
+  const simde__m512_private x = simde__m512_to_private(a), y = simde__m512_to_private(b);
+  simde__m512_private to;
+  for (int quarter = 0; quarter < 4; ++quarter)
+    to.m128[quarter] = (quarter < 2 ? x : y).m128[Control >> 2 * quarter & 3];
+  return simde__m512_from_private(to);
+}
+#define _mm512_shuffle_f32x4(a, b, control) pocketzo_shuffle_f32x4<control>(a, b)
