@@ -16,7 +16,7 @@ from pocketzo.adapters.tuned import Tuned
 from pocketzo.formats.bundle import MODEL
 from pocketzo.formats.files import copy_file, write_file
 from pocketzo.formats.generation import GENERATE
-from pocketzo.runtime.onnx_proto import read_graph
+from pocketzo.runtime.onnx_proto import declare, read_graph
 
 ADAPTER: Final = "adapter.onnx_adapter"
 
@@ -49,9 +49,6 @@ def _with_inputs(path: Path, names: list[str]) -> bytes:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     for name in names:
         if name in tensors:
-            added = model.graph.input.add(name=name).type.tensor_type
-            added.elem_type = tensors[name].data_type
-            for size in tensors[name].dims:
-                added.shape.dim.add(dim_value=size)
+            declare(model.graph.input, name, tensors[name].data_type, tensors[name].dims)
     data: bytes = model.SerializeToString(deterministic=True)
     return data

@@ -165,10 +165,9 @@ def prepare(
     ------
     BundleError
         If the model, its external data, the tokenizer or the file of the batch cannot be used, the labels do not match,
-        the weights of ``share_base`` are others,
-        the stated loss cannot be added, or one has to be stated, the model does not run on the batch, its outputs or
-        those of the bundle exceed the range of float16 or differ, or ``out`` exists and may not be replaced. Nothing is
-        written in these cases.
+        the weights of ``share_base`` are others, the stated loss cannot be added, or one has to be stated, the model
+        does not run on the batch, its outputs or those of the bundle exceed the range of float16 or differ, or ``out``
+        exists and may not be replaced. Nothing is written in these cases.
     DeadWeightError
         If the runtime would not see changes of a weight that ``train`` names.
     MissingExtraError, BrokenPackageError

@@ -16,7 +16,7 @@ from pocketzo._core import Packing, packed_hash
 from pocketzo.errors import NotPrepackableError, joined_lines
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.machine.mappings import MAPS
-from pocketzo.runtime.onnx_proto import FLOAT, INT, onnx_messages
+from pocketzo.runtime.onnx_proto import FLOAT, INT, declare, onnx_messages
 
 _PANEL: Final = 16
 _DEPTHS: Final = 256, 128, 512, 64
@@ -153,9 +153,7 @@ def _product(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
     if transposed:
         node.attribute.add(name="transB", i=1, type=INT)
     rows, columns = reversed(weight.shape) if transposed else weight.shape
-    for value, width in ((graph.input.add(name="x"), rows), (graph.output.add(name="y"), columns)):
-        value.type.tensor_type.elem_type = FLOAT
-        value.type.tensor_type.shape.dim.add(dim_param="n")
-        value.type.tensor_type.shape.dim.add(dim_value=width)
+    declare(graph.input, "x", FLOAT, ["n", rows])
+    declare(graph.output, "y", FLOAT, ["n", columns])
     graph.initializer.add(name="w", data_type=FLOAT, dims=weight.shape, raw_data=weight.tobytes())
     return model

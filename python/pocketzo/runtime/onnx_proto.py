@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -102,6 +102,22 @@ def try_read_graph(path: Path) -> Any:
         return read_graph(path)
     except (NotPrepackableError, OSError):
         return None
+
+
+def opset_of(model: Any) -> int:
+    """Return the version of ONNX's own operators in a model; 0 if it has none."""
+    return next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0)
+
+
+def declare(values: Any, name: str, dtype: int, shape: Iterable[int | str]) -> None:
+    """Add an input or an output to those of a graph, with sizes that are numbers or names."""
+    tensor = values.add(name=name).type.tensor_type
+    tensor.elem_type = dtype
+    for size in shape:
+        if isinstance(size, str):
+            tensor.shape.dim.add(dim_param=size)
+        else:
+            tensor.shape.dim.add(dim_value=size)
 
 
 def all_nodes(graph: Any) -> Iterator[Any]:

@@ -27,7 +27,7 @@ from pocketzo.runtime.holes import embed_constants, whole_pages, write_holes
 from pocketzo.runtime.layout import Layout, Location, detect_layout
 from pocketzo.runtime.lookups import Feeding, take_lookups
 from pocketzo.runtime.matrices import Matrix, find_matrices
-from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT, onnx_messages, read_graph
+from pocketzo.runtime.onnx_proto import EXTERNAL, FLOAT, declare, onnx_messages, read_graph
 from pocketzo.runtime.session import Session, create_session
 from pocketzo.runtime.slices import Slices, cut_losses
 from pocketzo.runtime.variables import declare_inputs
@@ -140,10 +140,8 @@ def _finds_together(layout: Layout) -> bool:
     matrices = []
     for name in ("a", "b"):
         node = graph.node.add(op_type="MatMul", input=[f"x{name}", name], output=[f"y{name}"])
-        for value in (graph.input.add(name=node.input[0]), graph.output.add(name=node.output[0])):
-            value.type.tensor_type.elem_type = FLOAT
-            for _ in range(2):
-                value.type.tensor_type.shape.dim.add(dim_value=_SIDE)
+        declare(graph.input, node.input[0], FLOAT, [_SIDE, _SIDE])
+        declare(graph.output, node.output[0], FLOAT, [_SIDE, _SIDE])
         graph.initializer.add(name=name, data_type=FLOAT, dims=[_SIDE, _SIDE], data_location=EXTERNAL)
         packing = layout.packing(_SIDE, _SIDE, transposed=False)
         matrices.append(Matrix(name, "MatMul", shared=False, looked_up=False, packing=packing))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.past import is_flag
-from pocketzo.runtime.onnx_proto import INT, INT64, all_nodes, onnx_messages
+from pocketzo.runtime.onnx_proto import INT, INT64, all_nodes, declare, onnx_messages, opset_of
 from pocketzo.runtime.weights import Weights
 
 INSTEAD: Final = (
@@ -64,7 +64,7 @@ def group_rows(model: Any, bundle: Bundle) -> None:
     BundleError
         A trained tensor is read by a node that cannot be applied by groups, or rows of a batch depend on each other.
     """
-    version = next((opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx")), 0)
+    version = opset_of(model)
     if version < _OPSET:
         raise _refused(bundle, f"the graph is of operator set {version}, expected {_OPSET} or later")
     for node in all_nodes(model.graph):
@@ -108,11 +108,7 @@ class _Grouping:
         for tensor in self._graph.initializer:
             if tensor.name not in self._tensors:
                 continue
-            added = self._graph.input.add(name=tensor.name)
-            added.type.tensor_type.elem_type = tensor.data_type
-            added.type.tensor_type.shape.dim.add(dim_param="queries")
-            for size in tensor.dims:
-                added.type.tensor_type.shape.dim.add(dim_value=size)
+            declare(self._graph.input, tensor.name, tensor.data_type, ["queries", *tensor.dims])
             tensor.dims.insert(0, 1)
 
     def _rewrite(self, node: Any, inner: set[str]) -> None:

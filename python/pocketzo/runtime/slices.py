@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.runtime.onnx_proto import INT, onnx_messages
+from pocketzo.runtime.onnx_proto import INT, INT64, declare, onnx_messages, opset_of
 
 LOGITS_MEMORY: Final = 32_000_000
 """Bytes that the logits of a language model may take, unless a figure is given for all activations."""
@@ -20,7 +20,6 @@ _LOSSES: Final = "token_losses"
 _CUT: Final = "positions", "targets"
 _ROOM: Final = "slices/room"
 _OPSET: Final = 13  # of Min and Max of integers
-_INT64: Final = 7  # TensorProto.INT64
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def cut_losses(model: Any, columns: Mapping[str, int]) -> Slices:
     count = min(_MOST, -(-_FULL_SPEED * 4 * logits // LOGITS_MEMORY))
     computed = {name for node in cut for name in node.output}
     kept = {value.name for value in graph.output} - {_LOSSES}
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if count == 1 or opset < _OPSET or _LOSSES not in computed or computed & kept:
+    if count == 1 or opset_of(model) < _OPSET or _LOSSES not in computed or computed & kept:
         return WHOLE
     nodes, edges = _edges(graph, count)
     known = [value for value in graph.value if value.name in computed]
@@ -121,14 +119,12 @@ def _by_position(graph: Any) -> list[Any]:
 
 def _edges(graph: Any, count: int) -> tuple[list[Any], list[str]]:
     """Return nodes that divide the positions into slices, equal but for roundings, and the names of their bounds."""
-    room = graph.input.add(name=_ROOM)
-    room.type.tensor_type.elem_type = _INT64
-    room.type.tensor_type.shape.dim.add(dim_value=1)
+    declare(graph.input, _ROOM, INT64, [1])
 
     def number(value: int) -> str:
         name = f"slices/{value}"
         if all(tensor.name != name for tensor in graph.initializer):
-            graph.initializer.add(name=name, data_type=_INT64, dims=[1], raw_data=np.int64(value).tobytes())
+            graph.initializer.add(name=name, data_type=INT64, dims=[1], raw_data=np.int64(value).tobytes())
         return name
 
     nodes: list[Any] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from pocketzo.errors import NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.onnx_proto import all_nodes, read_graph
+from pocketzo.runtime.onnx_proto import all_nodes, declare, read_graph
 from pocketzo.runtime.outputs import is_quantised
 
 
@@ -50,7 +50,4 @@ def declare_inputs(graph: Any, bundle: Bundle, without: Collection[str] = ()) ->
             continue
         if name not in initializers:
             raise NotPrepackableError(f"{name} belongs to a subgraph")
-        added = graph.input.add(name=name)
-        added.type.tensor_type.elem_type = initializers[name].data_type
-        for size in spec.shape:
-            added.type.tensor_type.shape.dim.add(dim_value=size)
+        declare(graph.input, name, initializers[name].data_type, spec.shape)
