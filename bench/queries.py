@@ -1,9 +1,11 @@
 """Several directions in one forward pass: what an estimate takes, and its variance, against the number of directions.
 
     python bench/queries.py time fp32=BUNDLE int4=BUNDLE [--batches 1x4 16x64] [--queries 1 2 4 8] [--rounds 3]
-    python bench/queries.py variance BUNDLE --gguf FILE --texts FILE [--queries 1 2 4 8] [--batches 24] [--json FILE]
+    python bench/queries.py variance NAME=BUNDLE --gguf FILE --texts FILE [--queries 1 2 4 8] [--batches 12]
 
-Each BUNDLE is of a language model prepared with ``--task causal-lm --train lora:train=B``.
+Both take ``--json FILE``.
+
+Each BUNDLE is of SmolLM2-135M, exported from FILE and prepared with ``--task causal-lm --train lora:train=B``.
 
 time: an estimate is a step of MeZO without its update, with Q directions: two losses for each. Tokens are random, and
 logits are computed at one position in eight of the larger batches, at all of up to 16 tokens. Estimates one direction
@@ -28,8 +30,9 @@ from typing import Any
 
 import numpy as np
 from frozen import batch_of
-from machine import machine
+from machine import Run
 from numpy.typing import NDArray
+from tables import queries_table, variance_table
 
 import pocketzo as pz
 from pocketzo.data.load import load_dataset
@@ -72,26 +75,17 @@ def times_of(path: str, examples: int, tokens: int, most: list[int], rounds: int
         yield {"batch": f"{examples}x{tokens}", "queries": queries, "seconds": medians}
 
 
-def measure_time(arguments: argparse.Namespace) -> Report:
+def measure_time(arguments: argparse.Namespace, run: Run) -> None:
     """Print a row for each base, batch and number of directions."""
     rows = []
-    print("| base | batch | Q | one by one, CPU s | batch / one by one | split / one direction |")
-    print("|---|---|---|---|---|---|")
     for name, path in (text.split("=", 1) for text in arguments.bundles):
         for batch in arguments.shapes:
             examples, tokens = map(int, batch.split("x"))
-            single = 0.0
             for row in times_of(path, examples, tokens, arguments.queries, arguments.rounds):
-                seconds = row["seconds"]
-                single = seconds["one by one"] if row["queries"] == 1 else single
-                split = f"{seconds['split'] / single:.2f}" if "split" in seconds and single else ""
                 rows.append({"base": name, **row})
-                print(
-                    f"| {name} | {batch.replace('x', ' x ')} | {row['queries']} | {seconds['one by one']:.3f} "
-                    f"| {seconds['batch'] / seconds['one by one']:.2f} | {split} |",
-                    flush=True,
-                )
-    return {"rows": rows}
+                report = run.finish({"rows": rows, "rounds": arguments.rounds}, arguments.json)
+                print(queries_table(report)[-1], flush=True)
+    print("\n".join(queries_table(report)))
 
 
 # ---- variance --------------------------------------------------------------------------------------------------------
@@ -143,9 +137,10 @@ def flat(arrays: dict[str, NDArray[Any]], names: list[str]) -> NDArray[np.float6
     return np.concatenate([arrays[name].ravel() for name in names]).astype(np.float64)
 
 
-def measure_variance(arguments: argparse.Namespace) -> Report:
+def measure_variance(arguments: argparse.Namespace, run: Run) -> None:
     """Print a row for each number of directions."""
-    bundle = pz.Bundle.read(arguments.bundle)
+    base, path = arguments.bundle.split("=", 1)
+    bundle = pz.Bundle.read(path)
     texts = [line.split("\t")[0] for line in arguments.texts.read_text().splitlines()]
     texts = [text for text in texts if 4 <= len(text.split()) <= 6][:TEXTS]
     with tempfile.TemporaryDirectory() as folder:
@@ -198,16 +193,15 @@ def measure_variance(arguments: argparse.Namespace) -> Report:
         print(f"batch {number + 1} of {arguments.batches}", flush=True)
     print(f"the gradient's share of an estimate: {np.mean(shares):.2f} ± {np.std(shares) / np.sqrt(len(shares)):.2f}")
     rows = []
-    print("| Q | batch | split |\n|---|---|---|")
     for queries in arguments.queries:
         row: Report = {"queries": queries}
         for share in ("batch", "split"):
             values = np.array(distances[share if queries > 1 else "batch", queries]) / squared
             row[share] = {"mean": float(values.mean()), "error": float(values.std() / np.sqrt(values.size))}
         rows.append(row)
-        cells = [f"{row[share]['mean']:,.0f} ± {row[share]['error']:,.0f}" for share in ("batch", "split")]
-        print(f"| {queries} | {cells[0]} | {cells[1]} |")
-    return {"rows": rows, "parameters": gradient.size, "loss": found["loss"], "squared": squared}
+    about = {"base": base, "batches": arguments.batches, "texts": len(data)}
+    result = {**about, "rows": rows, "parameters": gradient.size, "loss": found["loss"], "squared": squared}
+    print("\n".join(variance_table(run.finish(result, arguments.json))))
 
 
 def bundle_matrices(bundle: pz.Bundle) -> list[str]:
@@ -224,18 +218,16 @@ def main() -> None:
     timed.add_argument("--rounds", type=int, default=3)
     timed.set_defaults(measure=measure_time)
     varying = commands.add_parser("variance")
-    varying.add_argument("bundle", metavar="BUNDLE")
+    varying.add_argument("bundle", metavar="NAME=BUNDLE")
     varying.add_argument("--gguf", type=Path, required=True)
     varying.add_argument("--texts", type=Path, required=True, help="a text a line; what follows a tab is left out")
-    varying.add_argument("--batches", type=int, default=24)
+    varying.add_argument("--batches", type=int, default=12)
     varying.set_defaults(measure=measure_variance)
     for command in (timed, varying):
         command.add_argument("--queries", type=int, nargs="+", default=[1, 2, 4, 8])
         command.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    report = arguments.measure(arguments)
-    if arguments.json:
-        arguments.json.write_text(f"{json.dumps({'machine': machine(), **report}, indent=1)}\n")
+    arguments.measure(arguments, Run())
 
 
 if __name__ == "__main__":

@@ -417,6 +417,68 @@ def bases_table(*reports: Report) -> list[str]:
     ]
 
 
+def queries_table(report: Report) -> list[str]:
+    rows, body = report["results"]["rows"], []
+    single = {(row["base"], row["batch"]): row["seconds"]["one by one"] for row in rows if row["queries"] == 1}
+    for row in rows:
+        times, one = row["seconds"], single.get((row["base"], row["batch"]))
+        body.append(
+            [
+                row["base"],
+                row["batch"].replace("x", " x "),
+                str(row["queries"]),
+                f"{times['one by one']:.3f}",
+                f"{times['batch'] / times['one by one']:.2f}",
+                f"{times['split'] / one:.2f}" if "split" in times and one else "",
+            ]
+        )
+    return [
+        caption(report),
+        "",
+        "SmolLM2-135M with `lora:train=B` (184,320 numbers), one thread, CPU seconds of an estimate: two losses for "
+        f"each of Q directions. Rounds: {report['results']['rounds']}, after one to warm up.",
+        "",
+        *markdown(["base", "batch", "Q", "one by one", "`batch` / one by one", "`split` / one direction"], body),
+    ]
+
+
+def variance_table(*reports: Report) -> list[str]:
+    results = [report["results"] for report in reports]
+
+    def cells(row: Report) -> list[str]:
+        both = (f"{row[share]['mean']:,.0f} ± {row[share]['error']:,.0f}" for share in ("batch", "split"))
+        return [text if row["queries"] > 1 or not place else "" for place, text in enumerate(both)]
+
+    header = [f"{one['base']}, `{share}`" for one in results for share in ("batch", "split")]
+    body = [
+        [str(rows[0]["queries"]), *(cell for row in rows for cell in cells(row))]
+        for rows in zip(*(one["rows"] for one in results), strict=True)
+    ]
+    return [
+        caption(*reports),
+        "",
+        f"Over {results[0]['batches']} batches; ± one standard error.",
+        "",
+        *markdown(["Q", *header], body),
+    ]
+
+
+def second_moment_table(report: Report) -> list[str]:
+    results = report["results"]
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["way"], row["lr"]), []).append(row["loss"])
+    body = [[way, f"{lr:g}", ", ".join(f"{loss:.3f}" for loss in losses)] for (way, lr), losses in found.items()]
+    return [
+        caption(report),
+        "",
+        f"SmolLM2-135M int4, `lora:train=B` ({results['numbers']:,} numbers), the demo's page of notes: loss "
+        f"{results['start']:.3f} before, and after {2 * results['steps']} forward passes, by seed.",
+        "",
+        *markdown(["", "lr", "loss"], body),
+    ]
+
+
 def generation_table(report: Report) -> list[str]:
     rows = report["results"]["rows"]
     speed = {name: row["tokens a second"] for name, row in rows.items()}
@@ -749,6 +811,9 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
     "bases": (("bases", "bases_int8"), bases_table),
+    "queries": (("queries",), queries_table),
+    "variance": (("queries_variance", "queries_variance_int4"), variance_table),
+    "second_moment": (("second_moment",), second_moment_table),
     "generation": (("generation",), generation_table),
     "notes": (("notes",), notes_table),
 }

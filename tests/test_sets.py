@@ -1,4 +1,4 @@
-"""Each set of ``--train`` on each kind of decoder: it learns, and a run that was killed goes on to the same bits."""
+"""Each set of ``--train``: it learns on each kind of decoder, and a run that was killed goes on to the same bits."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from graphs import MODELS
 from test_decoders import FLOATS
 from test_language_models import Sentences
-from test_trainable import ADDED, DECODERS
+from test_trainable import ADDED, DECODERS, words_of
 
 import pocketzo as pz
 from pocketzo.formats.safetensors import file_sha256
@@ -51,12 +53,32 @@ def test_a_set_of_a_decoder_learns(name: str, train: str, tmp_path: Path) -> Non
     assert model.loss(batch) < before - 1e-3
 
 
+class Labelled:
+    """The labelled rows of the tiny encoder."""
+
+    fingerprint = "rows"
+
+    def __init__(self) -> None:
+        self.arrays, _ = words_of("bert-new")
+
+    def __len__(self) -> int:
+        return len(self.arrays["labels"])
+
+    def batch(self, indices: Any) -> pz.Batch:
+        return pz.Batch({name: array[indices] for name, array in self.arrays.items()}, np.asarray(indices))
+
+
+def data_of(folder: Path) -> Any:
+    """Return the data for a bundle in a folder: a decoder's sentences, if its file is there."""
+    return Sentences(folder / "m.onnx") if (folder / "m.onnx").exists() else Labelled()
+
+
 # The process ends by SIGKILL while step 7 has the weights perturbed, after the snapshot of step 4.
 WORKER = """
 import os, signal, sys
 from pathlib import Path
 import pocketzo as pz
-from test_language_models import Sentences
+from test_sets import data_of
 bundle, run, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
 class Killing(pz.Momentum):
@@ -71,16 +93,25 @@ class Killing(pz.Momentum):
 
 model = pz.load(bundle, threads=1)
 optimizer = Killing(model, lr=1e-2, eps=1e-2)
-data = Sentences(bundle.parent / "m.onnx")
+data = data_of(bundle.parent)
 pz.Trainer(model, optimizer, data, run=run, steps=steps, batch_size=4, snapshot_every=4).fit()
 """
 
 
-@pytest.mark.parametrize("train", [*ADDED, "prefix:3", *CHOSEN])
-def test_a_killed_run_of_a_set_goes_on_to_the_same_bits(train: str, tmp_path: Path) -> None:
-    path = DECODERS["gpt2" if train == "bias" else "llama, int4"](tmp_path / "m.onnx")
-    bundle = pz.prepare(path, tmp_path / "base", task="causal-lm", train=train)
-    data = Sentences(path)
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        *(("gpt2" if train == "bias" else "llama, int4", train) for train in (*ADDED, "prefix:3", *CHOSEN)),
+        *(("bert", train) for train in (*ADDED, *CHOSEN)),
+    ],
+)
+def test_a_killed_run_of_a_set_goes_on_to_the_same_bits(name: str, train: str, tmp_path: Path) -> None:
+    if name == "bert":
+        bundle = pz.prepare(MODELS / "bert-new.onnx", tmp_path / "base", train=train)
+    else:
+        path = DECODERS[name](tmp_path / "m.onnx")
+        bundle = pz.prepare(path, tmp_path / "base", task="causal-lm", train=train)
+    data = data_of(tmp_path)
     model = pz.load(bundle, threads=1)
     optimizer = pz.Momentum(model, lr=1e-2, eps=1e-2)
     pz.Trainer(model, optimizer, data, run=tmp_path / "whole", steps=STEPS, batch_size=4, snapshot_every=4).fit()

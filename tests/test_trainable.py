@@ -323,10 +323,11 @@ def test_what_does_not_fit_is_refused_by_name(
     [
         ("merged gpt2", "one of its branches has no cache: export the decoder without merging"),
         ("genai", "GroupQueryAttention takes no past of texts of different lengths"),
+        ("gpt2, dynamic int8", "the model rounds all tokens of a batch together"),
     ],
 )
 def test_a_prefix_that_does_not_fit_is_refused(name: str, fault: str, tmp_path: Path) -> None:
-    path = FLOATS[name](tmp_path / "m.onnx")
+    path = DECODERS[name](tmp_path / "m.onnx")
     with pytest.raises(BundleError, match=f"train='prefix:3' is not possible here: {fault}"):
         pz.prepare(path, tmp_path / "out", task="causal-lm", train="prefix:3")
     with pytest.raises(ValueError, match="train='prefix:3' is for a decoder that is prepared with a task"):

@@ -79,6 +79,9 @@ def _check(graph: ir.Graph, part: Prefix, caches: list[ir.Value]) -> None:
         reason = "one of its branches has no cache: export the decoder without merging"
     elif "GroupQueryAttention" in kinds:
         reason = "GroupQueryAttention takes no past of texts of different lengths: export it without, or train lora"
+    elif any(kind.startswith("DynamicQuantize") for kind in kinds):
+        # A prefix is no token of the batch: the model rounds as it does not for the tokens that it begins as.
+        reason = "the model rounds all tokens of a batch together: take one quantised in blocks, or train lora"
     if reason is not None:
         raise BundleError(f"train={part.text!r} is not possible here: {reason}")
 
