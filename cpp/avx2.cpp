@@ -296,6 +296,16 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   axpy_rest(w + i, z + i, scale, n - i);
 }
 
+void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
+  __m256d s[4];
+  for (std::size_t g = 0; g < 4; ++g) s[g] = _mm256_loadu_pd(sums + 4 * g);
+  for (std::size_t i = 0; i < n; i += 16)
+    for (std::size_t g = 0; g < 4; ++g)
+      s[g] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(a + i + 4 * g)), _mm256_cvtps_pd(_mm_loadu_ps(b + i + 4 * g)),
+                             s[g]);
+  for (std::size_t g = 0; g < 4; ++g) _mm256_storeu_pd(sums + 4 * g, s[g]);
+}
+
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t lane = 0; lane < 16; lane += 8)
     for (std::size_t i = 0; i < 64; i += 8) {  // 8 x 8: pairs of rows, quarters, then halves
@@ -400,6 +410,7 @@ const KernelSet kAvx2 = {
     {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    dot,
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

@@ -290,6 +290,15 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   axpy_rest(w + i, z + i, scale, n - i);
 }
 
+void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
+  __m512d s[2] = {_mm512_loadu_pd(sums), _mm512_loadu_pd(sums + 8)};
+  for (std::size_t i = 0; i < n; i += 16)
+    for (std::size_t g = 0; g < 2; ++g)
+      s[g] = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm256_loadu_ps(a + i + 8 * g)),
+                             _mm512_cvtps_pd(_mm256_loadu_ps(b + i + 8 * g)), s[g]);
+  for (std::size_t g = 0; g < 2; ++g) _mm512_storeu_pd(sums + 8 * g, s[g]);
+}
+
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t i = 0; i < 64; i += 16) {  // 16 x 16: pairs of rows, quarters of registers, then those among them
     __m512 a[16], b[16];
@@ -396,6 +405,7 @@ const KernelSet kAvx512 = {
     {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    dot,
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

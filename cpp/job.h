@@ -14,6 +14,7 @@ namespace pocketzo {
 inline constexpr std::uint64_t kBlock = 64;       // elements
 inline constexpr std::uint64_t kTile = 1u << 12;  // 16 KiB: fits the L1 cache of an in-order core, with the stack
 inline constexpr std::uint64_t kTileMomentum = kTile / 2;  // weights, momentum and noise
+inline constexpr std::uint64_t kSection = kTile / 2;       // of two vectors; SPEC.md, section 6, sums by it
 inline constexpr std::uint64_t kUnit = 1u << 16;  // 256 KiB: 25 us on a fast core, so a slow one never delays the end
 inline constexpr std::size_t kKeptKeys = 8;  // up to so many terms, subkeys are computed once a unit, not once a tile
 

@@ -62,6 +62,9 @@ struct KernelSet {
   void (*shrink)(float* w, std::size_t n, float decay) noexcept;
   // w = fma(scale, z, w) over n contiguous elements.
   void (*axpy)(float* w, const float* z, float scale, std::size_t n) noexcept;
+  // sums[lane] += a[i] b[i] in fp64, in the order of i, with lane = i % 16; n is a multiple of 16. The product is
+  // exact.
+  void (*dot)(double* sums, const float* a, const float* b, std::size_t n) noexcept;
   // out[16 i + lane] = in[64 lane + i]: sixteen blocks, one in a lane.
   void (*transpose)(float* out, const float* in) noexcept;
   Format16 fp16, bf16;

@@ -403,6 +403,18 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   axpy_rest(w + i, z + i, scale, n - i);
 }
 
+void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
+  float64x2_t s[8];
+  for (unsigned g = 0; g < 8; ++g) s[g] = vld1q_f64(sums + 2 * g);
+  for (std::size_t i = 0; i < n; i += 16)
+    for (unsigned g = 0; g < 4; ++g) {
+      const float32x4_t x = vld1q_f32(a + i + 4 * g), y = vld1q_f32(b + i + 4 * g);
+      s[2 * g] = vfmaq_f64(s[2 * g], vcvt_f64_f32(vget_low_f32(x)), vcvt_f64_f32(vget_low_f32(y)));
+      s[2 * g + 1] = vfmaq_f64(s[2 * g + 1], vcvt_high_f64_f32(x), vcvt_high_f64_f32(y));
+    }
+  for (unsigned g = 0; g < 8; ++g) vst1q_f64(sums + 2 * g, s[g]);
+}
+
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t lane = 0; lane < 16; lane += 4)
     for (std::size_t i = 0; i < 64; i += 4) {  // 4 x 4: pairs of rows, then pairs of these
@@ -497,6 +509,7 @@ const KernelSet kNeon = {
     {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    dot,
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

@@ -127,6 +127,10 @@ void axpy(float* w, const float* z, float scale, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fma(scale, z[i], w[i]);
 }
 
+void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
+  for (std::size_t i = 0; i < n; ++i) sums[i % 16] = std::fma(double{a[i]}, double{b[i]}, sums[i % 16]);
+}
+
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t i = 0; i < 64; ++i)
     for (std::size_t lane = 0; lane < 16; ++lane) out[16 * i + lane] = in[64 * lane + i];
@@ -215,6 +219,7 @@ const KernelSet kScalar = {
     {gaussian_across<1>, gaussian_across<2>, gaussian_across<3>},
     shrink,
     axpy,
+    dot,
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

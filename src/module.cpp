@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, m) {
   binding::add_arrays(m);
   binding::add_segments(m);
   binding::add_packing(m);
+  binding::add_products(m);
   binding::add_instruction_sets(m);
   binding::add_threads(m);
 }

@@ -448,6 +448,23 @@ def test_mezo_and_all_options(workspace: Workspace, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["step-00000010"]
 
 
+def test_pace_and_candidates(workspace: Workspace, tmp_path: Path) -> None:
+    command = (
+        "train", workspace.base, *workspace.options, "-o", tmp_path / "run", "--method", "mezo", "--lr", 1e-3,
+        "--trainable", "bias", "--steps", 5, "--pace", 0.5, "--pace-most", 6, "--candidates", 4,
+    )  # fmt: skip
+    assert "5 steps of about 8 forward passes" in pocketzo(*command).stderr
+    past = pz.Run(tmp_path / "run")
+    assert past.recipe.method["pace"] == {"threshold": 0.5, "most": 6}
+    assert past.recipe.method["candidates"] == 4
+    assert {len(entry.coefficients) for entry in past.entries} <= {2, 3, 4, 5, 6}
+    assert "candidates is 4 there and 5 here" in refused(*command[:-1], 5)
+    assert "pace is {'threshold': 0.5, 'most': 6} there and None here" in refused(*command[:-6], *command[-2:])
+    other = ("train", workspace.base, *workspace.options, "-o", tmp_path / "other")
+    assert "pace is not for fzoo: it divides the estimate" in refused(*other, "--pace", 0.1)
+    assert "--pace-most needs --pace" in pocketzo(*other, "--pace-most", 5).stderr
+
+
 def test_patience_ends_a_run_and_says_so(workspace: Workspace, tmp_path: Path) -> None:
     output = good(
         "train",

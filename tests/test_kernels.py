@@ -830,3 +830,55 @@ def test_factors_must_be_numbers() -> None:
 def test_the_distribution_must_be_known(distribution: object) -> None:
     with pytest.raises(ValueError, match=f"distribution must be 'gaussian' or 'rademacher', got {distribution!r}"):
         pz.kernels.noise(8, seed=1, tensor=2, draw=3, distribution=distribution)  # type: ignore[arg-type]
+
+
+# ---- products of directions ------------------------------------------------------------------------------------------
+
+
+@given(
+    n=st.integers(1, 5000),
+    offset=st.integers(0, 2**40) | st.sampled_from([0, UNIT - 1000, 2**34 - 1000]),
+    draws=st.lists(st.integers(0, LAST), min_size=1, max_size=12, unique=True),
+    distribution=st.sampled_from(DISTRIBUTIONS),
+    name=st.sampled_from(SETS),
+)
+@settings(max_examples=full_or_small(40, 5), deadline=None)
+def test_products_are_those_of_the_specification(
+    n: int, offset: int, draws: list[int], distribution: Distribution, name: str
+) -> None:
+    vectors = [{draw: 0.75 / (i + 1) for i, draw in enumerate(draws)}, {draws[0]: 1.0}, {draws[-1]: -2.0, 7: 0.5}, {}]
+    terms = [[reference.Term(3, d, (s,), distribution=distribution) for d, s in x.items()] for x in vectors]
+    pz.kernels.use(name)
+    got = pz.kernels.products(n, vectors, seed=3, tensor=4, offset=offset, distribution=distribution)
+    want = reference.products(terms, tensor=4, offset=offset, n=n)
+    np.testing.assert_array_equal(got.view(np.uint64), want.view(np.uint64), strict=True)
+
+
+def test_products_on_any_number_of_threads_are_the_same() -> None:
+    found = []
+    for threads in (1, 2, 5):
+        pz.kernels.set_threads(threads)
+        found.append(pz.kernels.products(300_001, [{1: 0.5, 2: -1.0}, {3: 1.0}], seed=1, tensor=2, offset=77))
+    z = [pz.kernels.noise(300_001, seed=1, tensor=2, draw=d, offset=77).astype(np.float64) for d in (1, 2, 3)]
+    np.testing.assert_allclose(found[0][1], [(0.5 * z[0] - z[1]) @ z[2], z[2] @ z[2]], rtol=1e-6)
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+
+
+def test_products_refuse_what_they_cannot_compute() -> None:
+    def call(n: Any = 5, vectors: Any = ({1: 1.0},), **more: Any) -> None:
+        pz.kernels.products(n, vectors, **{"seed": 1, "tensor": 2, **more})
+
+    call(offset=LAST - 5)
+    for arguments, error, match in (
+        ({"n": 0}, ValueError, r"n must be in 1 \.\. 2\*\*64 - 1 - offset, got 0 with offset 0"),
+        ({"offset": LAST - 4}, ValueError, "n must be in 1"),
+        ({"vectors": []}, ValueError, "vectors must hold at least one"),
+        ({"vectors": [{1: float("nan")}]}, ValueError, "scale must be finite in float32, got nan"),
+        ({"vectors": [{-1: 1.0}]}, ValueError, "draw must be in 0"),
+        ({"vectors": [{1: "2"}]}, TypeError, "scale must be a number"),
+        ({"tensor": 2**32}, ValueError, "tensor must be in 0"),
+        ({"n": 1.5}, TypeError, "n must be an integer"),
+        ({"distribution": "normal"}, ValueError, "distribution must be"),
+    ):
+        with pytest.raises(error, match=match):
+            call(**arguments)

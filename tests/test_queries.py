@@ -156,7 +156,7 @@ def test_estimates_are_those_of_one_direction_after_the_other(name: str, train: 
 
 
 @pytest.mark.parametrize("share", BOTH)
-@pytest.mark.parametrize("method", [*METHODS, "block"])
+@pytest.mark.parametrize("method", [*METHODS, "block", "candidates"])
 def test_a_run_replays_and_resumes_to_the_same_bits(method: str, share: Share, tmp_path: Path) -> None:
     path = FLOATS["llama"](tmp_path / "m.onnx")
     bundle = pz.prepare(path, tmp_path / "base", task="causal-lm", train="lora:r=2")
@@ -165,9 +165,11 @@ def test_a_run_replays_and_resumes_to_the_same_bits(method: str, share: Share, t
     def trainer(run: str, share: Share | None) -> pz.Trainer:
         model = pz.load(bundle, threads=1, queries=share is not None)
         made: Callable[..., pz.Optimizer] = METHODS.get(method, pz.MeZO)
-        subset = pz.Block(0.4) if method == "block" else None
+        lever: dict[str, Any] = {"candidates": 7} if method == "candidates" else {}
+        if method == "block":
+            lever["subset"] = pz.Block(0.4)
         optimizer = made(
-            model, lr=1e-2, eps=1e-2, seed=4, queries=3, weight_decay=0.1, subset=subset, share=share, exact=True
+            model, lr=1e-2, eps=1e-2, seed=4, queries=3, weight_decay=0.1, share=share, exact=True, **lever
         )
         return pz.Trainer(
             model, optimizer, data, eval=data, steps=6, batch_size=5, run=tmp_path / run, snapshot_every=4
@@ -200,7 +202,8 @@ def test_a_run_replays_and_resumes_to_the_same_bits(method: str, share: Share, t
     alone.fit()
     assert "share" not in pz.Run(tmp_path / "alone").recipe.method
     entries = pz.Run(tmp_path / "alone").entries
-    assert [entry.coefficients.keys() for entry in past.entries] == [entry.coefficients.keys() for entry in entries]
+    if method != "candidates" or share == "batch":  # the choice depends on the last estimate
+        assert [[*entry.coefficients] for entry in past.entries] == [[*entry.coefficients] for entry in entries]
     if share == "batch":  # the same estimates, but for roundings
         for entry, other in zip(past.entries, entries, strict=True):
             np.testing.assert_allclose(

@@ -238,6 +238,16 @@ def test_apply_is_a_chain_of_fmas() -> None:
     np.testing.assert_array_equal(ref.bits(ref.apply(w, terms, tensor=4, offset=10)), ref.bits(want))
 
 
+@pytest.mark.parametrize(("offset", "n"), [(0, 1), (5, 40), (2040, 300), (65_530, 4200)])
+def test_products_are_sums_of_products(offset: int, n: int) -> None:
+    vectors = [[ref.Term(1, 2, (0.5,)), ref.Term(1, 3, (-2.0,))], [ref.Term(1, 4, (1.0,), distribution="rademacher")]]
+    made = [ref.apply(np.zeros(n, np.float32), terms, tensor=5, offset=offset) for terms in vectors]
+    for (across, square), x in zip(ref.products(vectors, tensor=5, offset=offset, n=n), made, strict=True):
+        for got, other in ((across, made[0]), (square, x)):
+            exact = sum(Fraction(float(a)) * Fraction(float(b)) for a, b in zip(other, x, strict=True))
+            assert abs(Fraction(float(got)) - exact) <= Fraction(2) ** -45 * n
+
+
 # ---- answers.txt -----------------------------------------------------------------------------------------------------
 
 

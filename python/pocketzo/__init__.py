@@ -31,6 +31,7 @@ if _problem is None:
     from pocketzo.optim.mezo import MeZO
     from pocketzo.optim.momentum import Momentum
     from pocketzo.optim.optimizer import Optimizer, StepInfo
+    from pocketzo.optim.pace import Pace
     from pocketzo.optim.schedule import Schedule
     from pocketzo.prepare import prepare
     from pocketzo.runtime.load import load
@@ -69,6 +70,7 @@ __all__ = [
     "Model",
     "Momentum",
     "Optimizer",
+    "Pace",
     "ParamGroup",
     "Progress",
     "Run",

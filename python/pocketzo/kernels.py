@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,18 @@ from numpy.typing import NDArray
 
 import pocketzo._core as _core
 
-__all__ = ["SPEC_VERSION", "available", "isa", "noise", "perturb", "set_threads", "step", "threads", "use"]
+__all__ = [
+    "SPEC_VERSION",
+    "available",
+    "isa",
+    "noise",
+    "perturb",
+    "products",
+    "set_threads",
+    "step",
+    "threads",
+    "use",
+]
 
 Distribution = Literal["gaussian", "rademacher"]
 Rounding = Literal["nearest", "stochastic"]
@@ -181,6 +193,51 @@ def step(
         offset=offset,
         distribution=distribution,
         rounding="stochastic",
+    )
+
+
+def products(
+    n: int,
+    vectors: Sequence[Mapping[int, float]],
+    *,
+    seed: int,
+    tensor: int,
+    offset: int = 0,
+    distribution: Distribution = "gaussian",
+) -> NDArray[np.float64]:
+    """Return scalar products of sums of directions, which are regenerated and never stored.
+
+    Vector i is what ``perturb`` with each draw and scale of ``vectors[i]``, in order, makes of ``n`` zeros.
+
+    Parameters
+    ----------
+    n : int
+        Number of elements, at least 1.
+    vectors : sequence of mapping of int to float
+        By draw, finite scales, which are rounded to float32. At least one vector.
+    seed, tensor, offset, distribution
+        As for :func:`noise`.
+
+    Returns
+    -------
+    ndarray
+        float64, shape (vectors, 2): of each vector, the product with the first one, and with itself. cpp/SPEC.md has
+        the order of summation.
+
+    Raises
+    ------
+    TypeError
+        A number is of a wrong type.
+    ValueError
+        A number is out of range, the distribution is unknown, or there is no vector.
+    """
+    return _core.products(
+        n,
+        seed=seed,
+        tensor=tensor,
+        vectors=[list(vector.items()) for vector in vectors],
+        offset=offset,
+        distribution=distribution,
     )
 
 

@@ -116,6 +116,13 @@ inline void apply_to(float* data, std::size_t n, std::uint32_t tensor, std::uint
   apply(&segment, 1, terms.data(), terms.size());
 }
 
+inline std::vector<double> products_of(std::uint32_t tensor, std::uint64_t offset, std::uint64_t n,
+                                       const std::vector<Term>& terms, const std::vector<std::size_t>& counts) {
+  std::vector<double> out(2 * counts.size()), partial(products_room(offset, n, counts.size()));
+  products(tensor, offset, n, terms.data(), counts.data(), counts.size(), out.data(), partial.data());
+  return out;
+}
+
 inline std::vector<Term> mixed_terms() {
   return {term(Distribution::gaussian, 3, 1, {1e-3f, -2e-3f}, 1e-3f), term(Distribution::rademacher, 3, 2, {0.5f}),
           term(Distribution::gaussian, 4, 2, {}, 0.125f), term(Distribution::gaussian, 4, 3, {1e-3f, 1e-3f, 3e-3f})};

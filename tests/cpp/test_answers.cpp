@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,23 @@ void check_apply(const Answer& a) {
   auto w = weights(static_cast<std::size_t>(a.integer(2)));
   apply_to(w.data(), w.size(), a.tensor(0), a.integer(1), terms);
   check_values_and_crcs(a, w);
+}
+
+void check_products(const Answer& a) {
+  std::vector<Term> terms;
+  std::vector<std::size_t> counts;
+  std::size_t at = 4;
+  for (std::uint64_t i = 0; i < a.integer(3); ++i) {
+    counts.push_back(static_cast<std::size_t>(a.integer(at++)));
+    for (std::size_t k = 0; k < counts.back(); ++k) terms.push_back(term_at(a, at));
+  }
+  CHECK(at == a.request.size());
+  const auto got = products_of(a.tensor(0), a.integer(1), a.integer(2), terms, counts);
+  CHECK(a.answer.size() == got.size());
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const std::uint64_t want = std::stoull(a.answer.at(i), nullptr, 16);
+    if (std::memcmp(&got[i], &want, sizeof want) != 0) FAIL(say(a.where(), ": product ", i, " is ", got[i]));
+  }
 }
 
 Storage storage_of(const std::string& name) {
@@ -199,6 +217,8 @@ TEST(answers_of_the_specification) {
       check_apply16(a);
     } else if (a.kind == "momentum") {
       check_momentum(a);
+    } else if (a.kind == "products") {
+      check_products(a);
     } else {
       FAIL(a.where() + ": unknown kind");
     }

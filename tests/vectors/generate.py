@@ -38,6 +38,8 @@ HEADER = f"""\
 #     U16*{APPLY_VALUES} CRC...
 #   momentum STORAGE TENSOR OFFSET COUNT TERMS (ROLE KIND SEED DRAW DECAY SCALES SCALE*SCALES ROUNDING)*TERMS =
 #     the momentum as FP32*{APPLY_VALUES} CRC..., then the weights as apply or apply16 gives them
+#   products TENSOR OFFSET COUNT VECTORS (TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES)*TERMS)*VECTORS =
+#     FP64*2*VECTORS                                        (16 hex digits: the products with the first and with itself)
 # DECAY and SCALE are fp32 bit patterns. The weights before, for i = 0 .. COUNT-1, with h = i * 2654435761 mod 2^32:
 #   i mod 61 = 7: bit pattern h & 807fffff (subnormal); 13: +0; 14: -0; else fp32(h - 2^31) * 2^-33
 # For apply16 they are those times 2^(17 - 2 (i mod 18)), rounded to nearest; words have 4 digits there, and CRCs are of
@@ -155,6 +157,20 @@ def _momentum(request: list[str]) -> str:
     return f"{_values_and_crcs(m)} {after}"
 
 
+def _products(request: list[str]) -> str:
+    tensor, offset, n, count = (int(field, 0) for field in request[:4])
+    vectors, fields = [], request[4:]
+    for _ in range(count):
+        terms, fields = int(fields[0]), fields[1:]
+        end = 0
+        for _ in range(terms):
+            end += 5 + int(fields[end + 4])
+        vectors.append(_terms(fields[:end]))
+        fields = fields[end:]
+    found = ref.products(vectors, tensor=tensor, offset=offset, n=n)
+    return " ".join(f"{word:016x}" for word in found.view(np.uint64).ravel().tolist())
+
+
 def answer(request: str) -> str:
     """Return the answer to a request."""
     kind, *fields = request.split()
@@ -174,6 +190,8 @@ def answer(request: str) -> str:
         return _apply16(fields)
     if kind == "momentum":
         return _momentum(fields)
+    if kind == "products":
+        return _products(fields)
     seed, tensor, draw, offset, *rest = (int(field, 0) for field in fields)
     if kind == "subkey":
         return _hex(np.stack(ref.subkey(seed, tensor, draw, offset)))
@@ -331,6 +349,17 @@ def lines() -> Iterator[str]:
     for storage in "float32", "float16", "bfloat16":
         for offset, terms in (0, step), (37, step), (2**34 - 70_001, step), (5, parts), (2**39 - 70_001, parts):
             yield ask(f"momentum {storage} 10 {offset} {n} {len(terms)} {' '.join(terms)}")
+
+    yield "\n# Products"
+    vectors = [
+        [_term("normal", 3, 5, 0, 1e-3), _term("normal", 3, 6, 0, -0.25), _term("rademacher", 3, 7, 0, 0.5)],
+        [_term("normal", 3, 5, 0, 1)],
+        [_term("rademacher", 3, 7, 0, 1)],
+        [_term("normal", 3, 6, 0.125, 1, 2.0**-130), _term("normal", 4, 6, 0, 2e20)],
+    ]
+    for offset, n in (0, 1), (15, 3), (0, 2049), (63, 150_001), (2**34 - 70_001, 150_001), (2**39 - 70_001, 90_000):
+        made = [f"{len(terms)} {' '.join(terms)}" for terms in vectors]
+        yield ask(f"products 11 {offset} {n} {len(made)} {' '.join(made)}")
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ SPEC_VERSION = 1
 LANES = 16
 SLOTS = 4
 BLOCK = LANES * SLOTS  # elements that share 16 quads
+SECTION, UNIT = 1 << 11, 1 << 16  # elements that are summed together
 ROWS = 128  # Rademacher: sign bits in the four words of a quad
 
 _MASK = np.uint64(0xFFFFFFFF)
@@ -222,6 +223,28 @@ def _along(term: Term, m: F32 | None, tensor: int, offset: int, n: int) -> F32:
     if term.role == "follow":
         return _momentum(m)
     return noise(term.distribution, term.seed, tensor, term.draw, offset, n)
+
+
+def products(vectors: Sequence[Sequence[Term]], *, tensor: int, offset: int, n: int) -> NDArray[np.float64]:
+    """Section 6: of each vector, its product with the first one, and with itself."""
+    made = [apply(np.zeros(n, np.float32), terms, tensor=tensor, offset=offset) for terms in vectors]
+    return np.array([[_product(made[0], x, offset), _product(x, x, offset)] for x in made])
+
+
+def _product(x: F32, y: F32, offset: int) -> float:
+    total, unit_sum = 0.0, 0.0
+    for start in range(offset // SECTION * SECTION, offset + len(x), SECTION):
+        lanes = np.zeros(LANES)
+        for first in range(start, start + SECTION, LANES):
+            for element in range(max(first, offset), min(first + LANES, offset + len(x))):
+                i = element - offset
+                lanes[element % LANES] += np.float64(x[i]) * np.float64(y[i])
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        unit_sum += float(lanes[0])
+        if (start + SECTION) % UNIT == 0:
+            total, unit_sum = total + unit_sum, 0.0
+    return total + unit_sum
 
 
 # ---- 16-bit weights --------------------------------------------------------------------------------------------------

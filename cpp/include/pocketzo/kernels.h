@@ -82,6 +82,14 @@ void apply(const Segment* segments, std::size_t segment_count, const Term* terms
 // Writes z(seed, segment.tensor, draw, e) to the elements e of the segment, which is float32. Threaded.
 void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Distribution distribution) noexcept;
 
+// The products of sums of directions, over elements offset .. offset + n - 1 of a tensor, with n > 0. Vector i is what
+// the next counts[i] terms, all of role `shift`, make of zeros. Writes <vector 0, vector i> to out[2 i] and <vector i,
+// vector i> to out[2 i + 1]; SPEC.md, section 6, has the order of summation. `partial` has products_room(..) elements.
+// Threaded.
+void products(std::uint32_t tensor, std::uint64_t offset, std::uint64_t n, const Term* terms, const std::size_t* counts,
+              std::size_t vectors, double* out, double* partial) noexcept;
+std::uint64_t products_room(std::uint64_t offset, std::uint64_t n, std::size_t vectors) noexcept;
+
 // Copy logical elements offset .. offset + n - 1 of a tensor into packed memory, and out of it. Threaded.
 void pack(float* packed, const Packing& packing, const float* values, std::uint64_t offset, std::uint64_t n) noexcept;
 void unpack(const float* packed, const Packing& packing, float* values, std::uint64_t offset, std::uint64_t n) noexcept;

@@ -142,7 +142,8 @@ def forecast_text(trainer: Trainer, forecast: Forecast) -> str:
         longest = f"the longest example has {forecast.longest} tokens ({forecast.where}); "
     memory = "" if forecast.memory is None else f", peak memory {size_text(forecast.memory)}"
     left = trainer.loop.steps - trainer.optimizer.step_number
-    steps = f"{left:,} step{'s' * (left > 1)} of {trainer.optimizer.forwards} forward passes"
+    about = "about " if trainer.optimizer.pace is not None else ""
+    steps = f"{left:,} step{'s' * (left > 1)} of {about}{trainer.optimizer.forwards} forward passes"
     together = ""
     if trainer.optimizer.share is not None:
         steps, together = f"{left:,} step{'s' * (left > 1)}", ", all directions at once,"

@@ -49,6 +49,7 @@ from pocketzo.optim.block import Block
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.optimizer import Share
+from pocketzo.optim.pace import Pace
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.base import Task
@@ -124,6 +125,21 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
     "adapter:R and prefix:N of --train add.  [default: one direction after the other]",
 )
 @click.option(
+    "--pace",
+    type=float,
+    metavar="VARIANCE",
+    help="Let a step of mezo or momentum take another --queries directions while the variance of its estimate, in "
+    "units of the usual square of a slope, is above this. A usual step takes 2 / VARIANCE directions: 20 with 0.1.",
+)
+@click.option("--pace-most", type=int, metavar="N", help="Most directions of a step with --pace.  [default: 64]")
+@click.option(
+    "--candidates",
+    type=int,
+    metavar="M",
+    help="Draw M directions a step and use the --queries of them that are most parallel to the last update, which "
+    "takes no forward pass.  [default: use what is drawn]",
+)
+@click.option(
     "--block",
     type=float,
     metavar="SHARE",
@@ -194,6 +210,9 @@ def train(
     distribution: str | None,
     queries: int | None,
     share: Share | None,
+    pace: float | None,
+    pace_most: int | None,
+    candidates: int | None,
     block: float | None,
     schedule: str,
     warmup: int,
@@ -242,6 +261,8 @@ def train(
         raise click.UsageError(f"--momentum is of --method momentum, not of {method}")
     if share is not None and prepack is False:
         raise click.UsageError("--share prepacks what is not trained: leave --no-prepack out")
+    if pace_most is not None and pace is None:
+        raise click.UsageError("--pace-most needs --pace")
     if patience is not None and eval_data is None:
         raise click.UsageError("--patience needs --eval")
     past = Run(output) if (output / JOURNAL).exists() else None
@@ -297,6 +318,8 @@ def train(
         distribution=distribution,  # type: ignore[arg-type]  # click has checked it
         queries=queries,
         share=share,
+        pace=None if pace is None else Pace(pace) if pace_most is None else Pace(pace, pace_most),
+        candidates=candidates,
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]
         subset=None if block is None else Block(block),
         **own,

@@ -26,6 +26,10 @@ class FZOO(Optimizer):
     default_distribution: ClassVar[Distribution] = "rademacher"
     default_queries: ClassVar[int] = 8
     least_queries: ClassVar[int] = 2
+    no_pace: ClassVar[str] = (
+        "it divides the estimate by the spread of its losses, so that its variance follows from the number of "
+        "directions alone: take more queries, or mezo or momentum"
+    )
 
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
         """See :meth:`Optimizer.probe`."""

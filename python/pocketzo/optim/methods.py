@@ -12,6 +12,7 @@ from pocketzo.optim.groups import ParamGroup, Tunable
 from pocketzo.optim.mezo import MeZO
 from pocketzo.optim.momentum import Momentum
 from pocketzo.optim.optimizer import Optimizer, Subset
+from pocketzo.optim.pace import Pace
 from pocketzo.optim.schedule import Schedule
 
 METHODS: Mapping[str, type[Optimizer]] = {
@@ -48,6 +49,8 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
             arguments["subset"] = SUBSETS[subset["name"]](**{k: v for k, v in subset.items() if k != "name"})
         arguments["groups"] = [ParamGroup(**group) for group in arguments["groups"]]
         arguments.setdefault("exact", False)
+        if "pace" in arguments:
+            arguments["pace"] = Pace(**arguments["pace"])
         arguments["schedule"] = Schedule(**arguments["schedule"])
         known = {tensor.name for tensor in model.bundle.tensors if tensor.trainable}
         if missing := sorted(trained - known):

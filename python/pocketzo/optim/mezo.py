@@ -24,9 +24,14 @@ class MeZO(Optimizer):
 
     def probe(self, draws: Sequence[int], lr: float) -> Generator[Point, float, dict[int, float]]:
         """See :meth:`Optimizer.probe`."""
-        coefficients = {}
+        differences = {}
         for draw in draws:
             plus = yield {draw: +1.0}
             minus = yield {draw: -1.0}
-            coefficients[draw] = lr * (plus - minus) / (2 * self.eps * len(draws))
-        return coefficients
+            differences[draw] = plus - minus
+        # Only now the number of draws is known: with a pace, it grows.
+        return {draw: lr * change / (2 * self.eps * len(draws)) for draw, change in differences.items()}
+
+    def slopes(self, losses: Sequence[float]) -> list[float]:
+        """See :meth:`Optimizer.slopes`."""
+        return [(plus - minus) / (2 * self.eps) for plus, minus in zip(losses[::2], losses[1::2], strict=False)]

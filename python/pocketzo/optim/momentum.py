@@ -19,8 +19,8 @@ from pocketzo.optim.groups import Tunable
 from pocketzo.optim.mezo import MeZO
 from pocketzo.optim.optimizer import Update
 from pocketzo.optim.program import Program, float32
+from pocketzo.optim.slopes import MeanSquare, slopes_of
 
-_KEEP, _TAKE = 0.99, 0.01  # of the mean square of the slopes: a mean over some 100 steps
 _SQUARE, _WEIGHT, _MOMENTUM = "mean_square", "weight", "momentum."
 
 
@@ -57,8 +57,7 @@ class Momentum(MeZO):
         if momentum == 1.0:
             raise ValueError("momentum must be less than 1: with 1 no step would have an effect")
         self.momentum = momentum
-        self._mean_square = 0.0  # of the slopes; after t steps their squares have weights that add up to _weight
-        self._weight = 0.0
+        self._mean_square = MeanSquare()  # of the slopes
         super().__init__(model, **settings)
 
     def update(self, entry: Entry) -> Update:
@@ -67,18 +66,11 @@ class Momentum(MeZO):
         return partial(Program.follow, gains=gains, forget=1.0 - self.momentum, lr=entry.lr)
 
     def _gains(self, entry: Entry) -> dict[int, float]:
-        """Return the multiples of the directions that the momentum takes in.
-
-        Every operation is in float64 and in this order, so that replay on any machine gives the same bits.
-        """
-        count, total = len(entry.coefficients), 0.0
-        slopes = {draw: count * value / entry.lr for draw, value in entry.coefficients.items()}
-        for slope in slopes.values():  # sum() rounds in another way since Python 3.12
-            total += slope * slope
-        self._mean_square = _KEEP * self._mean_square + _TAKE * (total / count)
-        self._weight = _KEEP * self._weight + _TAKE
-        rms = math.sqrt(self._mean_square / self._weight)
-        return {draw: (1.0 - self.momentum) * (slope / rms) / count if rms else 0.0 for draw, slope in slopes.items()}
+        """Return the multiples of the directions that the momentum takes in."""
+        self._mean_square.take(entry)
+        rms, slopes = self._mean_square.root, slopes_of(entry)
+        share = 1.0 - self.momentum
+        return {draw: share * (slope / rms) / len(slopes) if rms else 0.0 for draw, slope in slopes.items()}
 
     def _finite(self, coefficients: Mapping[int, float]) -> bool:
         largest = max(part.lr for part in self._parts) * self.lr
@@ -110,7 +102,7 @@ class Momentum(MeZO):
     def state(self) -> dict[str, NDArray[Any]]:
         """See :meth:`Optimizer.state`. The momenta are those of the optimizer itself, not copies."""
         self.model.weights.flush()
-        numbers = {_SQUARE: np.array(self._mean_square), _WEIGHT: np.array(self._weight)}
+        numbers = {_SQUARE: np.array(self._mean_square.total), _WEIGHT: np.array(self._mean_square.weight)}
         return numbers | {_MOMENTUM + name: momenta[0] for name, momenta in self._momenta.items()}
 
     def set_state(self, state: Mapping[str, NDArray[Any]]) -> None:
@@ -123,7 +115,7 @@ class Momentum(MeZO):
             )
             if want != got:
                 raise ValueError(f"state {name!r} of {self.method}: expected {want}, got {got}")
-        self._mean_square, self._weight = float(state[_SQUARE]), float(state[_WEIGHT])
+        self._mean_square.total, self._mean_square.weight = float(state[_SQUARE]), float(state[_WEIGHT])
         for name, momenta in self._momenta.items():
             for momentum in momenta:
                 momentum[...] = state[_MOMENTUM + name]

@@ -28,10 +28,13 @@ from pocketzo.arguments import check_integer, check_number, plain
 from pocketzo.formats.bundle import TensorSpec
 from pocketzo.formats.journal import Entry
 from pocketzo.kernels import Distribution
+from pocketzo.optim.candidates import choose
 from pocketzo.optim.groups import ParamGroup, Tunable, select
+from pocketzo.optim.pace import Growing, Pace
 from pocketzo.optim.pending import flush, uninterrupted
 from pocketzo.optim.program import Part, Point, Program, float32
 from pocketzo.optim.schedule import Schedule
+from pocketzo.optim.slopes import MeanSquare
 from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.model import Model
 
@@ -134,6 +137,12 @@ class Optimizer(ABC):
         Evaluate the points of a step together, each on the whole batch, or each direction on its own share of it. The
         objective has to be one for several points (:class:`Together`), and the model loaded with ``queries=True``. By
         default the points are evaluated one after the other.
+    pace : Pace, optional
+        Let a step take another `queries` directions while the variance of its estimate is too large. For methods with
+        :meth:`slopes`, and not with `share`. By default a step takes `queries`.
+    candidates : int, optional
+        Of so many draws, use the `queries` whose directions are most parallel to the last update
+        (:func:`pocketzo.optim.candidates.choose`); the others are never evaluated. Not with `subset`.
 
     Attributes
     ----------
@@ -151,6 +160,8 @@ class Optimizer(ABC):
     default_distribution: ClassVar[Distribution]
     default_queries: ClassVar[int]
     least_queries: ClassVar[int] = 1
+    no_pace: ClassVar[str] = "it does not estimate slopes"
+    """Why the method cannot have a pace, if it has no :meth:`slopes`."""
 
     def __init__(
         self,
@@ -168,6 +179,8 @@ class Optimizer(ABC):
         subset: Subset | None = None,
         exact: bool | None = None,
         share: Share | None = None,
+        pace: Pace | None = None,
+        candidates: int | None = None,
     ) -> None:
         check_number("lr", lr)
         check_number("weight_decay", weight_decay)
@@ -192,8 +205,26 @@ class Optimizer(ABC):
             raise ValueError(f"exact must be True with share={share!r}: the weights stay where they are")
         self.share = share
         self.exact = share is not None or bool(frozen_base(model.bundle)) if exact is None else exact
+        if pace is not None:
+            if type(self).slopes is Optimizer.slopes:
+                raise ValueError(f"pace is not for {self.method}: {self.no_pace}")
+            if share is not None:
+                raise ValueError(f"pace is not for share={share!r}: it needs losses before it knows the directions")
+            if pace.most < 2 * self.queries:
+                raise ValueError(
+                    f"pace must allow at least 2 * queries directions a step, {2 * self.queries}; got {pace.most}"
+                )
+        if candidates is not None:
+            check_integer(f"candidates for {self.queries} directions a step", candidates, self.queries)
+            if subset is not None:
+                raise ValueError("candidates are not for a subset: the last update moved other tensors")
+        self.pace = pace
+        self.candidates = candidates
         self.step_number = 0
         self.next_draw = 0
+        self._last: Entry | None = None  # that was not undone
+        self._usual = MeanSquare()
+        self._choice: tuple[int, Sequence[int]] = -1, ()
         self._tensors = select(model, trainable)
         self.names = tuple(tensor.name for tensor in self._tensors)
         self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
@@ -217,7 +248,8 @@ class Optimizer(ABC):
         Parameters
         ----------
         draws : sequence of int
-            The step's directions.
+            The step's directions. With a pace, iteration decides after each round whether there are more, and the
+            length is known only then.
         lr : float
             The coefficients are proportional to it; with 1 they are the gradient estimate itself.
 
@@ -230,6 +262,13 @@ class Optimizer(ABC):
     def loss(self, losses: Sequence[float]) -> float:
         """Return the best estimate of the loss at the point ``{}``."""
         return sum(losses) / len(losses)
+
+    def slopes(self, losses: Sequence[float]) -> list[float]:
+        """Return the slopes along a step's directions, in order, from the losses so far; their mean is the estimate.
+
+        A method that overrides it can have a pace; its coefficients are lr times the mean.
+        """
+        raise NotImplementedError
 
     def update(self, entry: Entry) -> Update:
         """Return the update of a step. It is called once a step, in order, also in replay."""
@@ -270,14 +309,16 @@ class Optimizer(ABC):
             undone.
         """
         number = self.step_number
-        if self.next_draw + self.queries > _DRAWS:
+        most = self.queries if self.pace is None else self.pace.most
+        if self.next_draw + -(-most // self.queries) * self._span > _DRAWS:
             raise ValueError(f"no draws are left after draw {self.next_draw - 1}: they are 64-bit numbers")
         lr = float32(self.lr * self.schedule(number))
         parts = self._parts_of(number)
         losses: list[float] = []
         failure: BaseException | None = None
         at: Point = {}
-        walk = self.probe(range(self.next_draw, self.next_draw + self.queries), lr)
+        draws = self._draws() if self.pace is None else Growing(lambda count: self._more(count, losses))
+        walk = self.probe(draws, lr)
         ahead = None if self.share is None else _Ahead(self, parts, objective)
         try:
             point = next(walk)
@@ -323,8 +364,9 @@ class Optimizer(ABC):
 
     @property
     def forwards(self) -> int:
-        """Evaluations of the objective on a whole batch per step."""
-        points = sum(1 for _ in self._points(range(self.queries)))
+        """Evaluations of the objective on a whole batch per step; with a pace, in a step of usual slopes."""
+        draws = self.queries if self.pace is None else self.pace.usual(self.queries)
+        points = sum(1 for _ in self._points(range(draws)))
         return points if self.share != "split" else -(-points // self.queries)
 
     def points(self) -> tuple[dict[str, NDArray[Any]], list[int | None]]:
@@ -336,8 +378,7 @@ class Optimizer(ABC):
             They are overwritten by the next step.
         shares : list of int or None
         """
-        draws = range(self.next_draw, self.next_draw + self.queries)
-        points = list(self._points(draws))
+        points = list(self._points(self._draws()))
         return self._values_at(self._parts_of(self.step_number), points), self._shares(points)
 
     def _shares(self, points: Sequence[Point]) -> list[int | None]:
@@ -349,7 +390,8 @@ class Optimizer(ABC):
                     f"share='split' needs points along one direction each, and {self.method} has one along "
                     f"{len(point)}: take share='batch'"
                 )
-        return [draw - self.next_draw for point in points for draw in point]
+        shares = {draw: index for index, draw in enumerate(self._draws())}
+        return [shares[draw] for point in points for draw in point]
 
     def _values_at(self, parts: list[Part], points: Sequence[Point]) -> dict[str, NDArray[Any]]:
         """Return the values of the trained tensors at some points, [points, ...]; the weights stay where they are."""
@@ -377,13 +419,60 @@ class Optimizer(ABC):
                 yield point
                 point = walk.send(math.nan)
 
+    @property
+    def _span(self) -> int:
+        """Draws that a round of directions is chosen from."""
+        return self.queries if self.candidates is None else self.candidates
+
+    def _draws(self, count: int = 0) -> Sequence[int]:
+        """Return the draws of a step's next round of directions, after ``count`` of them."""
+        first = self.next_draw + count // self.queries * self._span
+        candidates = range(first, first + self._span)
+        if self.candidates is None:
+            return candidates
+        if self._choice[0] != first:
+            tensors = [(tensor, self.group_of(tensor.name).lr) for tensor in self._tensors]
+            chosen = choose(
+                candidates,
+                self._last,
+                tensors,
+                count=self.queries,
+                seed=self.seed,
+                distribution=self.distribution,
+            )
+            self._choice = first, chosen
+        return self._choice[1]
+
+    def _more(self, count: int, losses: Sequence[float]) -> Sequence[int]:
+        """Return the next directions of a step with a pace, after ``count`` of them; none if there are enough.
+
+        A step that will be undone takes no more.
+        """
+        assert self.pace is not None
+        if count:
+            if not all(map(math.isfinite, losses)):
+                return ()
+            slopes = self.slopes(losses)
+            if len(slopes) < count or count + self.queries > self.pace.most:
+                return ()
+            if self.pace.variance(slopes, self._usual) <= self.pace.threshold:
+                return ()
+        return self._draws(count)
+
     def _finite(self, coefficients: Mapping[int, float]) -> bool:
         largest = max(part.lr for part in self._parts)
         return all(math.isfinite(float32(largest * coefficient)) for coefficient in coefficients.values())
 
     def _advance(self, entry: Entry) -> None:
         self.step_number += 1
-        self.next_draw = max(entry.coefficients) + 1
+        after = max(entry.coefficients) + 1
+        if self.candidates is not None:  # those that were not chosen are passed over
+            after = self.next_draw + -((self.next_draw - after) // self.candidates) * self.candidates
+        self.next_draw = after
+        if any(entry.coefficients.values()):
+            self._last = entry
+            if self.pace is not None and entry.lr:
+                self._usual.take(entry)
 
     # ---- replay ------------------------------------------------------------------------------------------------------
 
@@ -439,8 +528,15 @@ class Optimizer(ABC):
                 "trained": list(self.names),
             }
         )
-        added = {"exact": True} if self.exact else {}  # journals before it have no such field
-        return settings | added | ({} if self.share is None else {"share": self.share})
+        added: dict[str, Any] = plain(
+            {
+                "exact": self.exact or None,
+                "share": self.share,
+                "pace": None if self.pace is None else asdict(self.pace),
+                "candidates": self.candidates,
+            }
+        )
+        return settings | {name: value for name, value in added.items() if value is not None}  # as journals before them
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 
@@ -539,8 +635,7 @@ class _Ahead:
         self._optimizer = optimizer
         self._parts = parts
         self._objective = objective
-        draws = range(optimizer.next_draw, optimizer.next_draw + optimizer.queries)
-        self._planned = list(optimizer._points(draws))
+        self._planned = list(optimizer._points(optimizer._draws()))
         self._losses: list[float] = []
 
     def at(self, point: Point) -> float:

@@ -20,8 +20,9 @@ def differences(past: Run, optimizer: Optimizer, loop: Loop) -> list[str]:
     prepacking are not compared either.
     """
     method = json.loads(json.dumps(optimizer.settings()))  # as the journal has it: lists, no tuples
-    there = {"share": None, "exact": False, **past.recipe.method, **asdict(past.recipe.loop)}
-    here = {"share": None, "exact": False, **method, **asdict(loop)}
+    absent = {"share": None, "exact": False, "pace": None, "candidates": None}
+    there = {**absent, **past.recipe.method, **asdict(past.recipe.loop)}
+    here = {**absent, **method, **asdict(loop)}
     implied = set()
     if there["steps"] != here["steps"]:
         implied |= {"schedule", "eval_every"}

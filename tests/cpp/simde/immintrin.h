@@ -21,6 +21,14 @@ inline simde__m512 pocketzo_cvtepi32_ps(simde__m512i a) {
 }
 #define _mm512_cvtepi32_ps(a) pocketzo_cvtepi32_ps(a)
 
+inline simde__m512d pocketzo_cvtps_pd(__m256 a) {
+  simde__m512d_private to;
+  to.m256d[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(a));
+  to.m256d[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+  return simde__m512d_from_private(to);
+}
+#define _mm512_cvtps_pd(a) pocketzo_cvtps_pd(a)
+
 inline simde__m512 pocketzo_getexp_ps(simde__m512 a) {  // of normal numbers
   const simde__m512i_private from = simde__m512i_to_private(simde_mm512_castps_si512(a));
   simde__m512_private to;
