@@ -204,7 +204,17 @@ def aarch64(session: nox.Session) -> None:
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
         *("adapter", "arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
-        *("exact_match", "fences", "frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head"),
+        *(
+            "exact_match",
+            "federated",
+            "fences",
+            "frozen_base",
+            "fuzzed",
+            "generate",
+            "generate_cli",
+            "guarantees",
+            "head",
+        ),
         *("head_solver", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "locale"),
         *("losses", "merge", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe", "quantised_base"),
         *("queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot", "soundness"),
