@@ -21,7 +21,7 @@ from pocketzo.arguments import plain
 from pocketzo.errors import FederationError, JournalError
 from pocketzo.federated.draws import draws_of_round, merge
 from pocketzo.federated.plan import VERSION, Base, Plan, start_of_chain
-from pocketzo.federated.protocol import Answer, Offer, Position, Refusal, decode_reply
+from pocketzo.federated.protocol import Answer, Offer, Position, Refusal, Reply, decode_reply
 from pocketzo.federated.state import state_sha256
 from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
@@ -224,9 +224,12 @@ class Server:
         return self._state.hex()
 
     @property
-    def answered(self) -> frozenset[str]:
-        """The clients of the open round whose answers came."""
-        return frozenset(() if self._round is None else self._round.answers)
+    def waits_for(self) -> frozenset[str]:
+        """The clients of the open round that may still answer: whose answer neither came nor was rejected."""
+        current = self._round
+        if current is None:
+            return frozenset()
+        return frozenset(current.draws.keys() - current.answers.keys() - current.rejected.keys())
 
     def open(self, clients: Iterable[str]) -> dict[str, bytes]:
         """Begin a round; return the message to each of these clients."""
@@ -262,18 +265,17 @@ class Server:
         if client in current.draws:
             current.up[client] += len(message)
         try:
-            return self._take(current, client, message)
+            reply = decode_reply(message)
+            is_open = current.offers.get(reply.id) == client
+            if is_open or (isinstance(reply, Refusal) and not reply.id):
+                return self._take(current, client, reply)
         except FederationError as error:
             if client in current.draws and client not in current.answers:
                 current.rejected[client] = str(error)
             raise
+        raise FederationError(f"a message of {client} belongs to no open offer: it is late, or of another client")
 
-    def _take(self, current: _Round, client: str, message: bytes) -> bytes | None:
-        reply = decode_reply(message)
-        if isinstance(reply, Refusal) and not reply.id and client in current.draws:
-            raise FederationError(f"{client} refused: {reply.reason.name.lower()}")
-        if current.offers.get(reply.id) != client:
-            raise FederationError(f"a message of {client} belongs to no open offer: it is late, or of another client")
+    def _take(self, current: _Round, client: str, reply: Reply) -> bytes | None:
         if isinstance(reply, Refusal):
             raise FederationError(f"{client} refused: {reply.reason.name.lower()}")
         if isinstance(reply, Position):
