@@ -19,6 +19,8 @@ from pocketzo.data.load import load_dataset
 from pocketzo.federated.app import write_app
 from pocketzo.federated.client import Client
 from pocketzo.federated.mailbox import Mailboxes, watch
+from pocketzo.federated.plan import Plan
+from pocketzo.federated.privacy import epsilon
 from pocketzo.federated.rounds import run_rounds
 from pocketzo.federated.server import RoundInfo, Server
 from pocketzo.formats.bundle import Bundle
@@ -29,6 +31,7 @@ from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.recipe import Source
+from pocketzo.train.run import Run
 
 _round_seconds = click.option(
     "--round-seconds",
@@ -236,12 +239,28 @@ def plan_of(run: Path, pretty: bool) -> None:
     Example:
       pocketzo federate plan server > plan.json
     """
-    from pocketzo.federated.plan import Plan
-    from pocketzo.train.run import Run
-
     past = Run(run)
     text = Plan.of(past.recipe, past.path).text.decode()
     say(json.dumps(json.loads(text), indent=2) if pretty else text)
+
+
+@federate.command(name="epsilon", cls=Command)
+@click.argument("run", metavar="CLIENT", type=PATH)
+@click.option("--delta", type=float, default=1e-5, help="The probability that epsilon does not cover.")
+def epsilon_of(run: Path, delta: float) -> None:
+    """Print the epsilon of differential privacy of all that CLIENT has sent, by the plan's --noise.
+
+    It covers all data of the device. Needs the package dp-accounting.
+
+    \b
+    Example:
+      pocketzo federate epsilon client
+    """
+    past = Run(run)
+    noise = Plan.of(past.recipe, past.path).noise
+    answers = sum("scalars" in line for line in past.metrics())
+    found = epsilon(noise, answers, delta) if noise else float("inf")
+    say(f"{run}: {answers} answers with noise {noise:g}: epsilon {found:.4g}, delta {delta:g}")
 
 
 def round_line(info: RoundInfo) -> str:
