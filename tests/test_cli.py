@@ -38,7 +38,10 @@ pytest.importorskip("click", reason="the command line needs it")
 pytest.importorskip("rich", reason="the command line needs it")
 pytest.importorskip("tokenizers", reason="the data is text")
 
-COMMANDS = ("export", "prepare", "train", "eval", "generate", "replay", "merge", "adapter", "info", "doctor", "demo")
+COMMANDS = (
+    *("export", "prepare", "train", "eval", "generate", "replay", "merge", "adapter", "federate", "info", "doctor"),
+    "demo",
+)
 LABELS = ("red", "green", "blue")
 LONG = full_or_small(1000, 300)  # steps
 LONG_RUN = "--steps", LONG, "--eval-every", 100

@@ -27,6 +27,10 @@ class TrainingError(Error):
     """Training cannot continue."""
 
 
+class FederationError(Error):
+    """A message of a federation is malformed, or contradicts what was agreed on; nothing was changed by it."""
+
+
 class MemoryLimitError(Error):
     """The memory limit would be exceeded."""
 

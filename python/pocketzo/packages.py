@@ -21,9 +21,11 @@ EXTRAS: Final = {
     "plot": ("matplotlib",),
     "demo": ("scikit-learn",),
     "export": ("torch", "transformers", "accelerate", "gguf", "mobius-onnx", "onnxscript"),
+    "federated": ("flwr", "dp-accounting"),
 }
 """The packages of each extra."""
 _MODULES: Final = {
+    "dp-accounting": "dp_accounting",
     "onnx-ir": "onnx_ir",
     "mobius-onnx": "mobius",
     "scikit-learn": "sklearn",

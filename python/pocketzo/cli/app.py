@@ -17,6 +17,7 @@ from pocketzo.cli.demo import demo
 from pocketzo.cli.doctor import doctor
 from pocketzo.cli.evaluate import evaluate
 from pocketzo.cli.export import export
+from pocketzo.cli.federate import federate
 from pocketzo.cli.generate import generate
 from pocketzo.cli.info import info
 from pocketzo.cli.merge import merge
@@ -72,5 +73,5 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, federate, info, doctor, demo):
     cli.add_command(command)

@@ -52,7 +52,7 @@ try:
 except ImportError:  # no such module on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Entry", "Journal", "Position"]
+__all__ = ["Entry", "Journal", "Position", "pack_entry", "unpack_entries"]
 
 _MAGIC = b"PZOJ"
 _FORMAT = 2
@@ -190,7 +190,7 @@ class Journal:
         ValueError
             The entry cannot be written exactly: its number of directions, or a number in it, is out of range.
         """
-        body = _pack(entry)
+        body = pack_entry(entry)
         crc = zlib.crc32(body, self._crcs[-1])
         body += _WORD.pack(crc)
         append(self._file, body, self._ends[-1], self.path)
@@ -225,8 +225,8 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _pack(entry: Entry) -> bytes:
-    """Return an entry without its CRC."""
+def pack_entry(entry: Entry) -> bytes:
+    """Return the bytes of an entry without its CRC; raise a ValueError if they do not hold it exactly."""
     lr, coefficients = entry
     if not 1 <= len(coefficients) <= _MOST_DIRECTIONS:
         raise ValueError(f"an entry has 1 to {_MOST_DIRECTIONS} directions, got {len(coefficients)}")
@@ -241,6 +241,34 @@ def _pack(entry: Entry) -> bytes:
             f"{reprlib.repr(dict(coefficients))}"
         )
     return body
+
+
+def unpack_entries(data: bytes, count: int) -> list[Entry]:
+    """Return a number of entries without CRCs that follow each other, as of :func:`pack_entry`.
+
+    Raises
+    ------
+    ValueError
+        The bytes are not such entries, or there are more bytes or fewer; gives the offset and the reason.
+    """
+    entries: list[Entry] = []
+    at = 0
+    for number in range(count):
+        where = f"entry {number} of {count}, at byte {at},"
+        if len(data) - at < _HEAD.size:
+            raise ValueError(f"{where} ends after {len(data) - at} bytes")
+        directions, _ = _HEAD.unpack_from(data, at)
+        end = at + _size(directions) - _WORD.size
+        if not 1 <= directions <= _MOST_DIRECTIONS or end > len(data):
+            raise ValueError(f"{where} has {directions} directions, and {len(data) - at} bytes are left")
+        entry = _unpack(memoryview(data)[at:end])
+        if not _is_finite(entry) or len(entry.coefficients) != directions:
+            raise ValueError(f"{where} cannot be of a step: a number is not finite, or a draw occurs twice")
+        entries.append(entry)
+        at = end
+    if at != len(data):
+        raise ValueError(f"{len(data) - at} bytes follow {count} entries")
+    return entries
 
 
 def _unpack(body: bytes | memoryview) -> Entry:

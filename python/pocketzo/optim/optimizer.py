@@ -312,7 +312,7 @@ class Optimizer(ABC):
         most = self.queries if self.pace is None else self.pace.most
         if self.next_draw + -(-most // self.queries) * self._span > _DRAWS:
             raise ValueError(f"no draws are left after draw {self.next_draw - 1}: they are 64-bit numbers")
-        lr = float32(self.lr * self.schedule(number))
+        lr = self.lr_of(number)
         parts = self._parts_of(number)
         losses: list[float] = []
         failure: BaseException | None = None
@@ -357,6 +357,50 @@ class Optimizer(ABC):
         if failure is not None:
             raise failure
         return StepInfo(number, self.loss(losses), tuple(losses), entry.lr, skipped, entry.coefficients)
+
+    @uninterrupted()
+    def estimate(self, draws: Sequence[int], objective: Objective) -> tuple[dict[int, float], list[float]]:
+        """Evaluate directions at the weights as they are, which keep their bits: no step is taken.
+
+        Needs ``exact``. It takes the tensors that the next step moves. If the objective raises, the weights have
+        returned, too.
+
+        Parameters
+        ----------
+        draws : sequence of int
+        objective : callable
+            As for :meth:`step`.
+
+        Returns
+        -------
+        estimate : dict of int to float
+            By draw, the estimate of the slope over the number of draws: what :meth:`probe` returns for an lr of 1.
+        losses : list of float
+            In the order of evaluation.
+        """
+        if not self.exact or self.share is not None:
+            raise ValueError(
+                f"estimate needs exact=True and share=None, got exact={self.exact} and share={self.share!r}"
+            )
+        parts = self._parts_of(self.step_number)
+        losses: list[float] = []
+        at: Point = {}
+        walk = self.probe(draws, 1.0)
+        try:
+            point = next(walk)
+            while True:
+                self._move(parts, at, point)
+                at = point
+                losses.append(float(objective(cast(Model, self.model))))
+                point = walk.send(losses[-1] if math.isfinite(losses[-1]) else math.nan)
+        except StopIteration as stop:
+            return stop.value, losses
+        finally:
+            self._move(parts, at, {})
+
+    def lr_of(self, step: int) -> float:
+        """Return the learning rate of a step, a float32."""
+        return float32(self.lr * self.schedule(step))
 
     def group_of(self, name: str) -> ParamGroup:
         """Return the settings of a trained weight: the first group whose pattern matches, or one of factors 1."""

@@ -151,6 +151,8 @@ class Recipe:
     loop : Loop
     session : Session
     data : DataUsed
+    federation : dict or None
+        What else the devices of a federation agree on; None for a run of one device.
     """
 
     model: BaseModel
@@ -158,6 +160,7 @@ class Recipe:
     loop: Loop
     session: Session
     data: DataUsed
+    federation: dict[str, Any] | None = None
 
     @property
     def takes_queries(self) -> bool:
@@ -173,6 +176,8 @@ class Recipe:
             del fields["model"]["adapter_sha256"]
         if self.model.init_sha256 is None:
             del fields["model"]["init_sha256"]
+        if self.federation is None:
+            del fields["federation"]
         return _with_paths(plain(fields), portable_path)
 
     @classmethod
@@ -185,7 +190,7 @@ class Recipe:
             A field is missing, unknown or of another type; the message names it.
         """
         own = _with_paths({name: value for name, value in header.items() if name not in ("format", "spec")}, local_path)
-        recipe: Self = _parse(cls, own, path, "header")
+        recipe: Self = parse_dataclass(cls, own, path, "header")
         return recipe
 
 
@@ -201,7 +206,7 @@ def _with_paths(header: Mapping[str, Any], convert: Callable[[str], str]) -> dic
     return copied
 
 
-def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
+def parse_dataclass(cls: type[Any], given: object, path: Path, where: str) -> Any:
     """Make a dataclass from JSON; check the names and types of its fields.
 
     A field with a default may be missing: such fields were added after the journal was written.
@@ -223,7 +228,7 @@ def _parse(cls: type[Any], given: object, path: Path, where: str) -> Any:
 
 def _value(hint: Any, given: Any, path: Path, where: str) -> Any:
     if is_dataclass(hint):
-        return _parse(hint, given, path, where)  # type: ignore[arg-type]
+        return parse_dataclass(hint, given, path, where)  # type: ignore[arg-type]
     if not _fits(hint, given):
         expected = hint.__name__ if isinstance(hint, type) else hint
         raise JournalError(f"{path}: {where} is {given!r}, expected {expected}")

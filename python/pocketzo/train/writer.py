@@ -74,9 +74,10 @@ class RunWriter:
         """Append a step to the journal; sync the journal if the last sync was over half a minute ago."""
         self._journal.append(entry)
         if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self._sync()
+            self.sync()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Flush the journal to storage."""
         self._journal.sync()
         self._synced = time.monotonic()
 
@@ -94,7 +95,7 @@ class RunWriter:
 
     def snapshot(self, optimizer: Optimizer) -> None:
         """Save the weights and the optimizer's state; only the last snapshot is kept."""
-        self._sync()  # a snapshot of steps that a power cut took from the journal could not be used
+        self.sync()  # a snapshot of steps that a power cut took from the journal could not be used
         position = self._journal.position(optimizer.step_number)
         write_snapshot(self.path / SNAPSHOTS, position, optimizer.model.weights.save, optimizer.state())
 

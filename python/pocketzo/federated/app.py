@@ -1,0 +1,69 @@
+"""The folder that ``flwr run`` takes: Flower builds it into a bundle, which it sends to its nodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final
+
+from pocketzo._core import __version__
+from pocketzo.arguments import check_integer, check_number
+from pocketzo.formats.files import make_folder
+from pocketzo.formats.staging import staged_file
+
+_PROJECT: Final = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "pocketzo-federation"
+version = "{version}"
+description = "Runs the rounds of a PocketZO federation."
+license = "Apache-2.0"
+dependencies = ["flwr>=1.42"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "pocketzo"
+
+[tool.flwr.app.components]
+serverapp = "pocketzo_app:server_app"
+clientapp = "pocketzo_app:client_app"
+
+[tool.flwr.app.config]
+run = {run}
+round-seconds = {seconds}
+least-clients = {clients}
+"""
+_MODULE: Final = '''\
+"""Both apps are part of PocketZO, which every node has."""
+
+from pocketzo.federated.flower import client_app, server_app
+
+__all__ = ["client_app", "server_app"]
+'''
+
+
+def write_app(run: Path, *, round_seconds: float, least_clients: int) -> Path:
+    """Write the folder ``app`` into that of a server's run, and return its path.
+
+    Parameters
+    ----------
+    run : Path
+    round_seconds, least_clients
+        See :func:`pocketzo.federated.rounds.run_rounds`.
+    """
+    check_number("round_seconds", round_seconds, positive=True)
+    check_integer("least_clients", least_clients, 1)
+    app = run / "app"
+    make_folder(app)
+    project = _PROJECT.format(
+        version=__version__, run=json.dumps(str(run.resolve())), seconds=float(round_seconds), clients=least_clients
+    )
+    for name, text in (("pyproject.toml", project), ("pocketzo_app.py", _MODULE)):
+        with staged_file(app / name) as file:
+            file.write(text.encode())
+    return app
