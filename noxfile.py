@@ -205,6 +205,7 @@ def aarch64(session: nox.Session) -> None:
     elsewhere = (
         *("adapter", "arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
         *("exact_match", "fences", "frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "head"),
+        *("head_zeroth",),
         *("head_solver", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "locale"),
         *("losses", "merge", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe", "quantised_base"),
         *("queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot", "soundness"),
