@@ -30,6 +30,7 @@ from pocketzo.export.bert import build_onnx
 from pocketzo.prepare.head import prepare_head
 from pocketzo.train.head.evaluate import evaluate_heads
 from pocketzo.train.head.fit import Fitter
+from pocketzo.train.head.kept import Kept
 from pocketzo.train.head.run import HeadRun
 
 PROMPT = "Review: {text}\nSentiment:"
@@ -43,7 +44,8 @@ def measure(
     for seed in seeds:
         began, used = time.perf_counter(), time.process_time()
         data = pz.load_dataset(train, bundle)
-        found = Fitter(bundle, data, seed=seed, threads=threads, folder=folder, told=lambda *_: None).fit()
+        kept = Kept.of(bundle, data, threads=threads, folder=folder)
+        found = Fitter(bundle, kept, seed=seed, told=lambda *_: None).fit()
         tuned = folder / f"tuned-{seed}"
         HeadRun.of(bundle, found.head, bundle.labels, {}).write_bundle(found.head, tuned, overwrite=True)
         seconds, cpu = time.perf_counter() - began, time.process_time() - used

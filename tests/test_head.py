@@ -29,6 +29,7 @@ from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.subgraph import keep_values
 from pocketzo.train.head.fit import Fit, Fitter
 from pocketzo.train.head.head import Head
+from pocketzo.train.head.kept import Kept
 from pocketzo.train.head.run import RECORD, HeadRun, with_labels
 from pocketzo.train.head.states import Backbone, States
 
@@ -53,7 +54,7 @@ def examples(path: Path, rows: int = 40, classes: int = 3, length: int = 6) -> P
 
 
 def fit(bundle: pz.Bundle, data: pz.Dataset, folder: Path, seed: int = 0) -> Fit:
-    return Fitter(bundle, data, seed=seed, threads=1, folder=folder, told=lambda *_: None).fit()
+    return Fitter(bundle, Kept.of(bundle, data, threads=1, folder=folder), seed=seed, told=lambda *_: None).fit()
 
 
 # ---- taps ------------------------------------------------------------------------------------------------------------
@@ -337,9 +338,10 @@ def test_the_commands(tmp_path: Path) -> None:
     base, folder, out = (str(tmp_path / name) for name in ("base", "run", "tuned"))
 
     model = str(MODELS / "bert-new.onnx")
-    assert "add --train side-head" in command("prepare", model, "-o", base, "--task", "classification", code=2)
-    assert "frozen" in command("prepare", model, "-o", base, "--train", "side-head", "--loss", "bce", code=2)
-    command("prepare", model, "-o", base, "--train", "side-head", "--task", "classification")
+    refused = command("prepare", model, "-o", base, "--train", "all", "--task", "classification", code=1)
+    assert "the task 'classification' is for train='side-head', got 'all'" in refused
+    assert "frozen" in command("prepare", model, "-o", base, "--train", "side-head", "--loss", "bce", code=1)
+    command("prepare", model, "-o", base, "--task", "classification")
     assert "--lr is for training in steps" in command(
         "train", base, "--data", str(data), "-o", folder, "--lr", "1", code=2
     )
@@ -378,9 +380,7 @@ def test_a_prompt_from_raw_text(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text("".join(lines[:40]))
     (tmp_path / "dev.tsv").write_text("".join(lines[40:]))
     base, folder = str(tmp_path / "base"), str(tmp_path / "run")
-    command(
-        "prepare", str(model), "-o", base, "--train", "side-head", "--template", "w1 {text} w2", "--max-length", "12"
-    )
+    command("prepare", str(model), "-o", base, "--task", "prompt", "--template", "w1 {text} w2", "--max-length", "12")
     printed = command("train", base, "--data", str(tmp_path / "train.tsv"), "-o", folder, "--threads", "1")
     assert "2 classes" in printed
     command("replay", folder, "-o", str(tmp_path / "tuned"))

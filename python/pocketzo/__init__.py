@@ -38,6 +38,7 @@ if _problem is None:
     from pocketzo.runtime.model import Model
     from pocketzo.tasks.evaluate import evaluate
     from pocketzo.tasks.exact_match import complete, exact_match
+    from pocketzo.train.head.train import TrainedHead, train_head
     from pocketzo.train.progress import Progress
     from pocketzo.train.run import Run
     from pocketzo.train.trainer import Trainer
@@ -76,6 +77,7 @@ __all__ = [
     "Run",
     "Schedule",
     "StepInfo",
+    "TrainedHead",
     "Trainer",
     "TrainingError",
     "__version__",
@@ -90,5 +92,6 @@ __all__ = [
     "load_dataset",
     "merge",
     "prepare",
+    "train_head",
     "write_adapter",
 ]

@@ -5,84 +5,78 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from pocketzo._core import threads as kernel_threads
 from pocketzo.cli.console import duration, err, evaluation_table, note, out, quoted, say, size_text
-from pocketzo.cli.runs import check_new
 from pocketzo.data.columns import COLUMN_ROLES, Columns
-from pocketzo.data.load import load_dataset
-from pocketzo.data.names import class_names
 from pocketzo.formats.bundle import Bundle
-from pocketzo.formats.files import make_folder
 from pocketzo.formats.staging import scratch_folder
-from pocketzo.machine.cores import fast
-from pocketzo.tasks.classification import Classification
-from pocketzo.tasks.registry import task_of
 from pocketzo.train.head.choose import standard_error
-from pocketzo.train.head.evaluate import evaluate_heads
-from pocketzo.train.head.fit import Fit, Fitter
-from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun, with_labels
+from pocketzo.train.head.fit import Fit
+from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun
+from pocketzo.train.head.train import train_head
+from pocketzo.train.head.zeroth import STEPS
 
 _SHOWN = 3
-_OPTIONS = {"bundle", "data", "eval_data", "output", "seed", "threads"}
+_OPTIONS = {"bundle", "data", "eval_data", "output", "objective", "seed", "threads"}
 
 
 def refuse_options_of_steps(context: click.Context) -> None:
     """Raise an error for an option of `pocketzo train` that a head has no use for."""
     columns = {"delimiter", *(f"{role}_column" for role in COLUMN_ROLES)}
+    by_metric = {"steps"} if context.params["objective"] != "loss" else set()
     for option in context.command.params:
-        given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
-        if given and option.name not in _OPTIONS | columns:
+        if is_given(context, option.name or "") and option.name not in _OPTIONS | columns | by_metric:
             raise click.UsageError(
                 f"{option.opts[-1]} is for training in steps, and a side head is fitted at once: leave it out, or name "
                 "a --method"
             )
 
 
-def train_head(
+def is_given(context: click.Context, name: str) -> bool:
+    """Return whether an option is on the command line."""
+    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def train_and_say(
     base: Bundle,
     data: Path,
     eval_data: Path | None,
     output: Path,
     *,
+    objective: str,
+    steps: int | None,
     seed: int,
     threads: int | None,
     columns: Columns,
 ) -> None:
     """Fit the side head of a bundle to examples, print what was chosen and what it achieves, and write the run."""
-    check_new(output)
-    threads = threads or min(fast(), kernel_threads())
-    labels = base.labels
-    if labels is None and isinstance(task_of(base), Classification):
-        labels = class_names(data, base, columns)
-        note(f"{len(labels)} classes in {data}: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}")
-    bundle = base if labels is None else with_labels(base, labels)
-    examples = load_dataset(data, bundle, columns=columns)
-    held_out = None if eval_data is None else load_dataset(eval_data, bundle, columns=columns)
-    make_folder(output.resolve().parent)
-    with scratch_folder(output.resolve().parent) as scratch, err.status("loading") as status:
+    with err.status("loading") as status:
 
         def told(stage: str, done: int, count: int, left: float | None) -> None:
             rest = "" if left is None else f", {duration(left)} left"
             status.update(f"{stage}: {done:,} of {count:,}{rest}")
 
-        fit = Fitter(bundle, examples, seed=seed, threads=threads, folder=scratch, told=told).fit()
-        evaluations = []
-        if held_out is not None:
-            evaluations = evaluate_heads(
-                bundle, [fit.head, fit.probe], held_out, threads=threads, told=lambda *done: told("evaluation", *done)
-            )
-    _say_choice(bundle, fit)
-    if evaluations:
-        out.print(evaluation_table({"linear probe": evaluations[1], "side head": evaluations[0]}))
-    results = _results(fit, seed, examples.fingerprint)
-    if evaluations:
-        results |= {"eval": evaluations[0], "probe_eval": evaluations[1]}
-    HeadRun.of(base, fit.head, labels, results).write(output, fit.head)
+        found = train_head(
+            base,
+            data,
+            output,
+            eval=eval_data,
+            objective=objective,
+            steps=STEPS if steps is None else steps,
+            seed=seed,
+            threads=threads,
+            columns=columns,
+            told=told,
+        )
+    labels = found.bundle.labels
+    if base.labels is None and labels is not None:
+        note(f"{len(labels)} classes in {data}: {', '.join(labels[:10])}{', ...' if len(labels) > 10 else ''}")
+    _say_choice(found.bundle, found.fit)
+    if found.evaluation is not None and found.probe is not None:
+        out.print(evaluation_table({"linear probe": found.probe, "side head": found.evaluation}))
     size = sum((output / name).stat().st_size for name in (RECORD, PARAMETERS))
     say(f"{output}: a head of {size_text(size)}")
     say(f"get the tuned bundle:  pocketzo replay {quoted(output)} -o tuned")
@@ -103,16 +97,13 @@ def _say_choice(bundle: Bundle, fit: Fit) -> None:
         kept = "kept" if fit.pays else "left out"
         loss = fit.attention.mean()
         say(f"  attention pooling: loss {loss:.4f}, standard error of the difference {error:.4f}: {kept}")
+    if (by := fit.by_metric) is not None:
+        name, text = by.metric.name, by.metric.format
+        say(
+            f"  zeroth order, {by.evaluations:,} evaluations of the head: {name} of held-out fifths from "
+            f"{text(by.before)} to {text(by.after)}: {'kept' if by.pays else 'left out'}"
+        )
     say(f"the tuned model runs {fit.head.layers[-1]} of {bundle.side.layers} layers")
-
-
-def _results(fit: Fit, seed: int, fingerprint: str) -> dict[str, Any]:
-    trials = [
-        {"layers": one.features.layers, "pooling": one.features.pooling, "l2": one.l2, "loss": one.loss}
-        for one in fit.trials
-    ]
-    attention = None if fit.attention is None else {"loss": float(fit.attention.mean()), "kept": fit.pays}
-    return {"seed": seed, "data": fingerprint, "trials": trials, "attention": attention}
 
 
 def is_head_run(path: Path) -> bool:

@@ -17,15 +17,15 @@ from pocketzo.errors import BundleError
 from pocketzo.formats.bundle_writer import check_target
 from pocketzo.prepare import LOSSES, PER, TASKS
 from pocketzo.prepare import prepare as prepare_bundle
-from pocketzo.prepare.head import HEAD_ONLY, SIDE_HEAD, prepare_head
+from pocketzo.prepare.options import HEAD_ONLY
 from pocketzo.tasks.registry import task_of
 from pocketzo.trainable.spec import parse
 
 
-def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
+def _sets(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     """Check that an option names sets."""
     try:
-        parse(value)
+        parse(value or "all")
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
@@ -46,14 +46,14 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     "--train",
     callback=_sets,
     metavar="SET",
-    default="all",
-    show_default=True,
     help="What is trained; the rest is frozen. Sets are joined by +. Of the weights: all, head (what follows the last "
     "layer), bias, norm, last:K (the last K layers), or a REGEX of names. Added, as small float32 tensors: lora, or as "
     "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B, which `pocketzo train --init` may begin from an adapter of "
     "PEFT; adapter:R, a bottleneck of R units a layer; ia3, factors; prefix:N, keys and values before those of a "
     "decoder's text. A + inside a REGEX needs brackets or a backslash. Alone: side-head, which reads the outputs of "
-    "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads.",
+    "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads.  "
+    "[default: side-head for --task classification, multi-label and regression, and for prompt without --label-words; "
+    "else all]",
 )
 @click.option(
     "--share-base",
@@ -86,8 +86,9 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str) -> str:
     type=click.Choice([*TASKS, *HEAD_ONLY]),
     help="Prepare a language model, as exporters write it. prompt: classify a text in a "
     "template by the word that follows, or of a masked model by the word at {mask}; causal-lm: continue texts; choice: "
-    "choose between continuations. A decoder's export is kept for generating text. With --train side-head: "
-    "classification, multi-label, regression, or prompt.  [default: as --loss says]",
+    "choose between continuations. A decoder's export is kept for generating text. classification, multi-label, "
+    "regression, and prompt without --label-words: a side head on any encoder or decoder, with or without a head of "
+    "its own.  [default: as --loss says]",
 )
 @click.option(
     "--template",
@@ -130,7 +131,7 @@ def prepare(
     tokenizer: Path | None,
     labels: list[str] | None,
     max_length: int | None,
-    train: str,
+    train: str | None,
     share_base: Path | None,
     dtype: Literal["float32", "float16"] | None,
     base: str | None,
@@ -152,7 +153,7 @@ def prepare(
     Examples:
       pocketzo prepare model.onnx -o base --tokenizer tokenizer.json \\
           --labels negative,positive --max-length 128
-      pocketzo prepare minilm/model.onnx -o base --train side-head
+      pocketzo prepare minilm/model.onnx -o base --task classification
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora:r=8,layers=20-
       pocketzo prepare smollm2/model.onnx -o base --task causal-lm --train lora --base int4
@@ -160,32 +161,6 @@ def prepare(
           --template "Review: {text}\\nSentiment:" --label-words negative,positive
     """
     check_output(output, force=force)
-    if train == SIDE_HEAD:
-        others = (
-            *((base, "--base"), (share_base, "--share-base")),
-            *((loss, "--loss"), (label_words, "--label-words"), (calibrate, "--calibrate")),
-        )
-        if given := next((name for value, name in others if value is not None), None):
-            raise click.UsageError(f"{given} is not for a side head, whose backbone is frozen")
-        bundle = prepare_head(
-            model,
-            output,
-            task=task,
-            template=template,
-            tokenizer=tokenizer,
-            labels=labels,
-            max_length=max_length,
-            dtype=dtype,
-            probe=probe,
-            note=note,
-            overwrite=force,
-        )
-        facts = bundle_facts(bundle)
-        say(f"{output}: {facts['parameters']:,} parameters, {size_text(facts['bytes'])}")
-        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
-        return
-    if task in HEAD_ONLY:
-        raise click.UsageError(f"--task {task} is for a side head: add --train side-head; or state the --loss")
     bundle = prepare_bundle(
         model,
         output,
@@ -207,6 +182,10 @@ def prepare(
         note=note,
     )
     facts = bundle_facts(bundle)
+    if bundle.side is not None:
+        say(f"{output}: {facts['parameters']:,} parameters, {size_text(facts['bytes'])}")
+        say(f"next: pocketzo train {quoted(output)} --data train.tsv -o runs/first")
+        return
     say(f"{output}: {facts['parameters']:,} parameters, {facts['trainable']:,} trainable, {size_text(facts['bytes'])}")
     say(f"trained: {fact('', facts['sets'])}")
     say_frozen(bundle)

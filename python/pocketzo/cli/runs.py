@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
 from pocketzo.cli.console import note
 from pocketzo.errors import BundleError, JournalError
-from pocketzo.formats.staging import is_staged
-from pocketzo.train.run import INIT, Run
+from pocketzo.train.run import Run
 
 
 def as_run(path: Path) -> Run | None:
@@ -25,14 +23,6 @@ def as_run(path: Path) -> Run | None:
     if not path.exists():
         raise BundleError(f"{path}: no such bundle or run")
     raise BundleError(f"{path}: neither a bundle (there is no bundle.json in it) nor a run (no journal.pzj)")
-
-
-def check_new(output: Path) -> None:
-    """Refuse a place for a run where there is something; what a killed process has not finished does not count."""
-    entries = output.iterdir() if output.is_dir() else ()
-    unfinished = output.is_dir() and all(is_staged(entry.name) or entry.name == INIT for entry in entries)
-    if os.path.lexists(output) and not unfinished:
-        raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
 
 
 def chosen_step(run: Run, step: int | None, best: bool) -> int:

@@ -27,7 +27,7 @@ from pocketzo.cli.console import (
     say,
     size_text,
 )
-from pocketzo.cli.head import refuse_options_of_steps, train_head
+from pocketzo.cli.head import is_given, refuse_options_of_steps, train_and_say
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -38,7 +38,6 @@ from pocketzo.cli.options import (
     threads_option,
 )
 from pocketzo.cli.progress import fit_shown
-from pocketzo.cli.runs import check_new
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
@@ -61,7 +60,7 @@ from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
 from pocketzo.train.resume import resume as resume_run
 from pocketzo.train.resume import use_threads
-from pocketzo.train.run import JOURNAL, Run
+from pocketzo.train.run import JOURNAL, Run, check_new
 from pocketzo.train.trainer import Trainer
 from pocketzo.train.tuned import load_adapter
 from pocketzo.train.verdict import verdict
@@ -75,7 +74,9 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
 @click.option("--data", type=PATH, metavar="FILE", help="Training examples: .jsonl, .tsv, .csv, .npz or .txt.")
 @click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples for evaluation.")
 @click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new or hold this run.")
-@click.option("--steps", type=int, default=1000, help="Length of the run in steps.")
+@click.option(
+    "--steps", type=int, default=1000, help="Length of the run in steps.  [a side head with --objective: 300]"
+)
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
@@ -163,7 +164,8 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
     type=click.Choice(list(METRICS)),
     default="loss",
     help="Metric of each step's batch to minimise; 1 - metric where higher is better. accuracy, f1 and matthews are "
-    "piecewise constant: with small batches and a small --eps they do not change.",
+    "piecewise constant: with small batches and a small --eps they do not change. A side head is fitted by the loss, "
+    "and then moved by zeroth order over what is kept of the backbone.",
 )
 @click.option("--patience", type=int, metavar="N", help="Stop after N consecutive evaluations without improvement.")
 @click.option(
@@ -276,7 +278,17 @@ def train(
         )
     if read.side is not None and context.get_parameter_source("method") == ParameterSource.DEFAULT:
         refuse_options_of_steps(context)
-        train_head(read, data, eval_data, output, seed=seed, threads=threads, columns=columns)
+        train_and_say(
+            read,
+            data,
+            eval_data,
+            output,
+            objective=objective,
+            steps=steps if is_given(context, "steps") else None,
+            seed=seed,
+            threads=threads,
+            columns=columns,
+        )
         return
     check_integer("batch_size", batch_size, 1)
     examples = load_dataset(data, read, columns=columns)

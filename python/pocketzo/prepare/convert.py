@@ -17,7 +17,15 @@ from pocketzo.formats.probe import PROBE, given_probe, write_probe
 from pocketzo.formats.safetensors import read_header, write
 from pocketzo.packages import require
 from pocketzo.prepare.base import check_base, quantised
-from pocketzo.prepare.options import LOSSES, check_class_names, check_tokenizer, checked_names
+from pocketzo.prepare.options import (
+    HEAD_ONLY,
+    LOSSES,
+    PER,
+    SIDE_HEAD,
+    check_class_names,
+    check_tokenizer,
+    checked_names,
+)
 from pocketzo.tasks.registry import loss_text, task_for
 from pocketzo.trainable.spec import Choice, Prefix, parse
 
@@ -35,11 +43,11 @@ def prepare(
     tokenizer: str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
-    train: str = "all",
+    train: str | None = None,
     dtype: Literal["float32", "float16"] | None = None,
     base: str | None = None,
     loss: Literal["cross-entropy", "bce", "mse", "none"] | None = None,
-    task: Literal["prompt", "causal-lm", "choice"] | None = None,
+    task: Literal["prompt", "causal-lm", "choice", "classification", "multi-label", "regression"] | None = None,
     template: str | None = None,
     label_words: Sequence[str] | None = None,
     per: Literal["sum", "token"] = "sum",
@@ -97,9 +105,13 @@ def prepare(
         The names of the classes, as many as the logits have.
     max_length : int, optional
         Texts are truncated to this number of tokens.
-    train : str
-        What is trained: sets, joined by ``+``. The others of the model's tensors are counted in :attr:`Bundle.frozen`,
-        with the reason. Those that choose among its weights are
+    train : str, optional
+        What is trained. ``"side-head"``: the model is frozen, and a small head reads the outputs of its last layers,
+        which :func:`pocketzo.train_head` fits in seconds; it has the options `task`, `template`, `tokenizer`, `labels`,
+        `max_length`, `dtype` and `probe`. That is the default of the tasks ``"classification"``, ``"multi-label"`` and
+        ``"regression"``, and of ``"prompt"`` without `label_words`. Else the default is ``"all"``. Or sets, joined by
+        ``+``. The others of the model's tensors are counted in :attr:`Bundle.frozen`, with the reason. Those that
+        choose among its weights are
 
         - ``all``: matrices, embedding tables, biases and scales, if the runtime sees their changes,
         - ``bias``, ``norm``: the biases; the scales and biases of norms,
@@ -125,9 +137,11 @@ def prepare(
         32, 64, 128 or 256. They are frozen: what is trained has to be sets that are added, ``norm`` or ``bias``.
     loss : {"cross-entropy", "bce", "mse", "none"}, optional
         The loss to add. ``"none"`` adds none, for training by an objective of your own.
-    task : {"prompt", "causal-lm", "choice"}, optional
-        Prepare a language model, with an input ``input_ids`` [batch, sequence] and an output ``logits`` [batch,
-        sequence, vocabulary]. The graph that is trained has no caches, and computes logits only at the positions that
+    task : {"prompt", "causal-lm", "choice", "classification", "multi-label", "regression"}, optional
+        The last three are for side heads: each text has a class, several labels, or numbers. The names of the classes
+        are those of the training data if `labels` are left out; ``"multi-label"`` needs `labels`. The others prepare
+        a language model, with an input ``input_ids`` [batch, sequence] and an output ``logits`` [batch, sequence,
+        vocabulary]. The graph that is trained has no caches, and computes logits only at the positions that
         an int64 input ``positions`` [n] names, as row * sequence + column. For ``"causal-lm"``, continuing texts, and
         ``"choice"``, choosing between continuations, it has an int64 input ``targets`` [n], the token that each
         position should predict, and the outputs ``token_losses``, float32 [n], and ``loss``, their mean. For
@@ -175,6 +189,34 @@ def prepare(
     TypeError, ValueError
         If an option is of the wrong type, or out of range, or ``probe`` does not fit to the model's inputs.
     """
+    if train is None:
+        train = SIDE_HEAD if task in HEAD_ONLY or (task == "prompt" and label_words is None) else "all"
+    if train == SIDE_HEAD:
+        from pocketzo.prepare.head import prepare_head
+
+        refused: dict[str, object] = {"base": base, "share_base": share_base, "loss": loss, "label_words": label_words}
+        refused |= {"calibrate": calibrate, "per": None if per == PER[0] else per}
+        if name := next((name for name, value in refused.items() if value is not None), None):
+            raise ValueError(
+                f"{name} is not an option of train={SIDE_HEAD!r}: its backbone is frozen, its loss the task's"
+            )
+        return prepare_head(
+            model,
+            out,
+            task=task,
+            template=template,
+            tokenizer=tokenizer,
+            labels=labels,
+            max_length=max_length,
+            dtype=dtype,
+            probe=probe,
+            note=note,
+            overwrite=overwrite,
+        )
+    if task in HEAD_ONLY:
+        raise ValueError(
+            f"the task {task!r} is for train={SIDE_HEAD!r}, got {train!r}: state the loss instead of a task"
+        )
     require("onnx", "onnx-ir")
     from pocketzo.graph.compare import Origin, begin_as_tokens, check_language_graphs, check_same_function
     from pocketzo.graph.extract import extract_weights, point_to_weights

@@ -22,7 +22,7 @@ from pocketzo.formats.side import SideHead
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.packages import require
 from pocketzo.prepare.convert import prepare
-from pocketzo.prepare.options import checked_names
+from pocketzo.prepare.options import SIDE_HEAD, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
 from pocketzo.tasks.template import Template
 
@@ -40,10 +40,6 @@ HEAD_TASKS: Final[Mapping[str, str]] = {
     "prompt": "cross-entropy",
 }
 """The tasks that a side head learns, and the loss of each."""
-HEAD_ONLY: Final = ("classification", "multi-label", "regression")
-"""Those of them that are none of :data:`TASKS`."""
-SIDE_HEAD: Final = "side-head"
-"""The name of its trainable set."""
 
 
 def prepare_head(

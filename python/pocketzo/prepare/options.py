@@ -17,6 +17,10 @@ LOSSES: Final = ("cross-entropy", "bce", "mse", "none")
 """What :func:`pocketzo.prepare` takes as the loss."""
 TASKS: Final = ("prompt", "causal-lm", "choice")
 """The tasks of language models, for which it derives a training graph."""
+HEAD_ONLY: Final = ("classification", "multi-label", "regression")
+"""Tasks that are for side heads alone; ``"prompt"`` is for both."""
+SIDE_HEAD: Final = "side-head"
+"""What the trainable set of a side head is called."""
 PER: Final = ("sum", "token")
 """What the log-likelihood of a choice is: that of all its tokens, or its mean over them."""
 

@@ -19,6 +19,7 @@ from pocketzo.formats.bundle_writer import check_target, copy_bundle
 from pocketzo.formats.journal import Journal
 from pocketzo.formats.safetensors import file_sha256, map_tensors
 from pocketzo.formats.snapshot import check_snapshot, snapshots
+from pocketzo.formats.staging import is_staged
 from pocketzo.optim.groups import Tunable
 from pocketzo.optim.methods import from_settings
 from pocketzo.optim.optimizer import Optimizer
@@ -31,6 +32,14 @@ METRICS = "metrics.jsonl"
 INIT = "init.safetensors"
 EVAL, SAMPLE = "eval", "sample"  # kinds of its lines: evaluations on evaluation data, or on some training data
 SNAPSHOTS = "snapshots"
+
+
+def check_new(output: Path) -> None:
+    """Refuse a place for a run where there is something; what a killed process has not finished does not count."""
+    entries = output.iterdir() if output.is_dir() else ()
+    unfinished = output.is_dir() and all(is_staged(entry.name) or entry.name == INIT for entry in entries)
+    if os.path.lexists(output) and not unfinished:
+        raise JournalError(f"{output}: already exists and is no empty folder: choose another place for the run")
 
 
 class Run:

@@ -78,12 +78,12 @@ def forward(heads: Heads, tokens: Tokens, kept: NDArray[np.bool_] | None = None)
     scores = np.broadcast_to(heads.bias, (len(tokens.starts), *heads.bias.shape)).copy()
     attention, values = [], []
     for tap, query, weight in zip(tokens.taps, heads.queries, heads.weights, strict=True):
-        at = _product(tap, query) * np.float32(tap.shape[1] ** -0.5)
+        at = product(tap, query) * np.float32(tap.shape[1] ** -0.5)
         if kept is not None:
             at[~kept] = _NEVER
         at = np.exp(at - np.maximum.reduceat(at, tokens.starts)[owner])
         at /= np.add.reduceat(at, tokens.starts)[owner]
-        value = _product(tap, weight)
+        value = product(tap, weight)
         scores += np.add.reduceat(at * value, tokens.starts)
         attention.append(at)
         values.append(value)
@@ -100,7 +100,7 @@ def gradient(found: Pass, tokens: Tokens, by_score: Singles) -> list[Singles]:
             by_attention = by_attention.sum(axis=2, keepdims=True)
         weighted = attention * by_attention
         slope = weighted - attention * np.add.reduceat(weighted, tokens.starts)[owner]
-        gradients.append(_product(np.ascontiguousarray(tap.T), slope) * np.float32(tap.shape[1] ** -0.5))
+        gradients.append(product(np.ascontiguousarray(tap.T), slope) * np.float32(tap.shape[1] ** -0.5))
     return gradients
 
 
@@ -173,7 +173,7 @@ def _adam(query: Singles, slope: Singles, moment: tuple[Singles, Singles], rate:
     query -= np.float32(rate / (1 - _DECAY[0] ** step)) * first / size
 
 
-def _product(states: Singles, by_head: Singles) -> Singles:
+def product(states: Singles, by_head: Singles) -> Singles:
     """Multiply [rows, size] by [size, heads, columns]."""
     flat: Singles = states @ by_head.reshape(len(by_head), -1)
     return flat.reshape(len(states), *by_head.shape[1:])

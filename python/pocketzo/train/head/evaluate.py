@@ -41,7 +41,13 @@ LOSSES: Final[Mapping[str, Callable[[Floats, NDArray[Any]], float]]] = {
 
 
 def evaluate_heads(
-    bundle: Bundle, heads: Sequence[Head], data: Dataset, *, threads: int, told: Told | None = None
+    bundle: Bundle,
+    heads: Sequence[Head],
+    data: Dataset,
+    *,
+    threads: int,
+    told: Told | None = None,
+    metrics: Sequence[str] = (),
 ) -> list[dict[str, float]]:
     """Return the metrics of each head, as :func:`pocketzo.evaluate` gives them.
 
@@ -54,6 +60,8 @@ def evaluate_heads(
         With labels.
     threads : int
     told : callable, optional
+    metrics : sequence of str
+        Names of others than the task's own.
     """
     backbone = Backbone(bundle, sorted({layer for head in heads for layer in head.layers}), threads)
     scores = [np.empty((len(data), len(head.bias)), np.float32) for head in heads]
@@ -65,8 +73,9 @@ def evaluate_heads(
     assert labels is not None, "loaded with labels"
     assert task.loss is not None, "prepare gives a side head's task a loss"
     results, loss = [], LOSSES[task.loss]
+    names = dict.fromkeys([*task.shown, *metrics])
     for array in scores:
         found = Found(loss(array.astype(np.float64), labels), task.predictions(array), task.targets(labels))
-        values = {metric.name: float(metric(found)) for metric in map(task.metric, task.shown)}
+        values = {metric.name: float(metric(found)) for metric in map(task.metric, names)}
         results.append({"count": len(data), **values})
     return results

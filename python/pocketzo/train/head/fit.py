@@ -1,31 +1,55 @@
-"""Fit a side head: states once, the choice by cross-validation, the closed form, and the queries where they pay."""
+"""Fit a side head: states once, the choice by cross-validation, the closed form, and the queries where they pay.
+
+Where a metric is the objective, queries and bias then move by zeroth order, if that pays.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pocketzo.data.dataset import Dataset
+from pocketzo.errors import DataError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.side import queries_of
+from pocketzo.tasks.metrics import Found, Metric
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.head.attention import Heads, Singles, Tokens, forward, learn
 from pocketzo.train.head.choose import FOLDS, Chooser, Trial, candidates, folds_of
 from pocketzo.train.head.head import Head
+from pocketzo.train.head.kept import MOST_STATES, Kept
 from pocketzo.train.head.losses import Floats
 from pocketzo.train.head.pooled import Features, Pooled, Pooling
-from pocketzo.train.head.states import Backbone, TokenStates
+from pocketzo.train.head.states import TokenStates
 from pocketzo.train.head.targets import Targets
-
-MOST_STATES: Final = 4_000_000_000
-"""Bytes of token states on storage; where they would take more, there is no attention pooling."""
+from pocketzo.train.head.zeroth import DIRECTIONS, STEPS, Zeroth
 
 Told = Callable[[str, int, int, float | None], None]
 """Called with a stage, how much of it is done, of how much, and the seconds that are left, if that is known."""
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """What zeroth order has made of a metric, on examples that were held out.
+
+    Attributes
+    ----------
+    metric : Metric
+    before, after : float
+    evaluations : int
+        Of the head, on a batch; the backbone does not run.
+    pays : bool
+        Whether the head has what was learnt.
+    """
+
+    metric: Metric
+    before: float
+    after: float
+    evaluations: int
+    pays: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +69,8 @@ class Fit:
         The losses of held-out examples with attention pooling; None if it was not tried.
     pays : bool
         Whether the head has attention pooling.
+    by_metric : ByMetric or None
+        Zeroth order, where a metric is the objective.
     """
 
     head: Head
@@ -53,6 +79,7 @@ class Fit:
     probe_trial: Trial
     attention: Floats | None
     pays: bool
+    by_metric: ByMetric | None = None
 
 
 class Parts(NamedTuple):
@@ -84,43 +111,63 @@ class Parts(NamedTuple):
 
 
 class Fitter:
-    """Fits a head to a dataset.
+    """Fits a head to examples.
 
     Parameters
     ----------
     bundle : Bundle
         With a side head, and the labels of the data.
-    data : Dataset
-        With labels.
+    kept : Kept
+        The examples.
     seed : int
-        Of the folds, the order of the examples and the dropped tokens.
-    threads : int
-        For the backbone.
-    folder : Path
-        For temporary files of token states.
+        Of the folds, the order of the examples, the dropped tokens and the directions.
     told : callable
+    choices : sequence of Features, optional
+        Layers and poolings among which to choose; by default all.
+    objective : str
+        A metric, which zeroth order then minimises or maximises. The loss, and what is a function of it, has a gradient
+        and needs none.
+    steps : int
+        Of zeroth order.
+
+    Raises
+    ------
+    ValueError
+        The metric is unknown, or not one of the task.
     """
 
-    def __init__(self, bundle: Bundle, data: Dataset, *, seed: int, threads: int, folder: Path, told: Told) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        kept: Kept,
+        *,
+        seed: int,
+        told: Told,
+        choices: Sequence[Features] | None = None,
+        objective: str = "loss",
+        steps: int = STEPS,
+    ) -> None:
         assert bundle.side is not None
+        self._task = task_of(bundle)
+        self._metric = self._task.metric(objective)
+        self._steps = steps
         self._side = bundle.side
-        self._data = data
+        self._kept = kept
         self._seed = seed
-        self._folder = folder
         self._told = told
-        self._targets = Targets.of(data, task_of(bundle))
-        self._folds = folds_of(self._targets.classes, len(data), seed)
-        self._layers = [tap.layer for tap in self._side.taps]
-        self._backbone = Backbone(bundle, self._layers, threads)
+        self._targets = Targets.of(kept.labels, self._task)
+        self._folds = folds_of(self._targets.classes, len(kept), seed)
+        self._choices = candidates(bundle.side) if choices is None else choices
 
     def fit(self) -> Fit:
-        """Run the backbone over the data, choose, and fit."""
-        pooled, tokens = self._states()
+        """Choose, and fit."""
+        pooled, tokens = self._kept.features(), self._kept.tokens
         chooser = Chooser(pooled, self._targets, self._folds)
-        choices = candidates(self._side)
+        choices = self._choices
         trials = chooser.best(choices, lambda done: self._told("cross-validation", done, len(choices), None))
         best = trials[0]
-        probe = next(one for one in trials if one.features.layers == (self._layers[-1],))
+        last = self._side.taps[-1].layer
+        probe = next((one for one in trials if one.features.layers == (last,)), best)
         parts = self._parts(pooled, chooser, best)
         heads = parts.heads(best.features)
         losses = None
@@ -142,6 +189,9 @@ class Fitter:
             losses = self._held_out(learnt, others, tokens, layers)
             pays = bool(losses.mean() < best.loss)
             heads = learnt if pays else heads
+        by_metric = None
+        if not self._metric.of_loss:
+            heads, by_metric = self._by_metric(heads, parts.of_last(pooled), tokens, best.features.layers)
         of_probe = self._parts(pooled, chooser, probe)
         return Fit(
             self._head(heads, parts, best.features),
@@ -150,27 +200,39 @@ class Fitter:
             probe,
             losses,
             pays,
+            by_metric,
         )
 
-    def _states(self) -> tuple[Pooled, TokenStates | None]:
-        sizes = [tap.size for tap in self._side.taps]
-        rows = len(self._data)
-        poolings: tuple[Pooling, ...] = ("mean", "last") if self._side.causal else ("mean",)
-        states = {
-            (layer, pooling): np.empty((rows, size), np.float32)
-            for layer, size in zip(self._layers, sizes, strict=True)
-            for pooling in poolings
-        }
-        lengths = self._data.lengths
-        tokens = None
-        if lengths is not None and 2 * sum(sizes) * int(lengths.sum()) <= MOST_STATES:
-            tokens = TokenStates(self._layers, sizes, lengths, self._folder)
-        for found in self._backbone.run(self._data, lambda *done: self._told("backbone", *done)):
-            for (layer, pooling), array in states.items():
-                array[found.examples] = found.pooled(self._layers.index(layer), pooling)
-            if tokens is not None:
-                tokens.put(found)
-        return Pooled(states), tokens
+    def _by_metric(
+        self, heads: Heads, others: Singles, tokens: TokenStates | None, layers: tuple[int, ...]
+    ) -> tuple[Heads, ByMetric]:
+        """Move queries and bias by zeroth order, and return the heads that are better on held-out examples."""
+        if tokens is None:
+            raise DataError(
+                f"the states of all tokens would take more than {MOST_STATES:,} bytes, and the objective "
+                f"{self._metric.name!r} needs them: train on fewer examples, or name a --method"
+            )
+        labels = self._kept.labels
+
+        def value(scores: Floats, rows: NDArray[np.int64]) -> float:
+            predictions = self._task.predictions(self._targets.scores(scores))
+            return self._metric(Found(None, predictions, self._task.targets(labels[rows])))
+
+        zeroth = Zeroth(heads, others, tokens, layers, self._folds)
+        shifts = zeroth.learn(
+            lambda scores, rows: self._metric.cost(value(scores, rows)),
+            self._seed,
+            self._steps,
+            lambda done, count: self._told("zeroth order", done, count, None),
+        )
+        rows = np.arange(len(labels))
+        after, before = (value(scores, rows) for scores in zeroth.held_out(shifts))
+        pays = self._metric.cost(after) < self._metric.cost(before)
+        if pays:
+            queries: list[Singles] = [query + shift for query, shift in zip(heads.queries, shifts.queries, strict=True)]
+            heads = Heads(heads.weights, queries, heads.bias + shifts.bias)
+        evaluations = 2 * DIRECTIONS * self._steps
+        return heads, ByMetric(self._metric, before, after, evaluations, pays)
 
     def _parts(self, pooled: Pooled, chooser: Chooser, trial: Trial) -> Parts:
         """Return the models of the folds and of all rows, of states as they are: not standardised."""

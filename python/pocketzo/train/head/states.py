@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -107,27 +108,40 @@ class TokenStates:
 
     Attributes
     ----------
-    starts : ndarray of int64, shape [examples + 1]
+    total : int
+        How many tokens there are.
     """
 
     def __init__(self, layers: Sequence[int], sizes: Sequence[int], lengths: NDArray[np.integer], folder: Path) -> None:
-        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self._lengths = lengths.astype(np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self.total = int(self._lengths.sum())
         self._maps: dict[int, NDArray[np.float16]] = {}
         for layer, size in zip(layers, sizes, strict=True):
             with tempfile.TemporaryFile(dir=folder) as file:
-                self._maps[layer] = np.memmap(file, np.float16, "w+", shape=(int(self.starts[-1]), size))
+                self._maps[layer] = np.memmap(file, np.float16, "w+", shape=(self.total, size))
+
+    def take(self, examples: NDArray[np.int64]) -> TokenStates:
+        """Return the states of some examples, in the same memory; tokens keep their numbers."""
+        taken = copy(self)
+        taken._lengths, taken._starts = self._lengths[examples], self._starts[examples]
+        return taken
 
     def put(self, states: States) -> None:
         """Keep the states of some examples."""
-        rows = np.concatenate([np.arange(self.starts[one], self.starts[one + 1]) for one in states.examples])
+        rows, _ = self.rows_of(states.examples)
         for kept, tap in zip(self._maps.values(), states.taps, strict=True):
             kept[rows] = tap[states.real]
 
     def rows_of(self, examples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the numbers of the tokens of some examples, and where each example begins among them."""
-        rows = [np.arange(self.starts[one], self.starts[one + 1]) for one in examples]
-        counts = np.array([len(one) for one in rows])
-        return np.concatenate(rows), np.cumsum(counts) - counts
+        counts = self._lengths[examples]
+        firsts = np.cumsum(counts) - counts
+        return np.arange(counts.sum()) + np.repeat(self._starts[examples] - firsts, counts), firsts
+
+    def size(self, layer: int) -> int:
+        """Return the size of a token's state."""
+        return int(self._maps[layer].shape[1])
 
     def at(self, layer: int, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the states of some tokens, [tokens, size]."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocketzo.data.dataset import Dataset
 from pocketzo.errors import DataError
 from pocketzo.tasks.base import Task
 from pocketzo.train.head.losses import LOSSES, Floats, Loss
@@ -39,17 +38,14 @@ class Targets:
     shift: float = 0.0
 
     @classmethod
-    def of(cls, data: Dataset, task: Task) -> Self:
-        """Return the labels of a dataset.
+    def of(cls, labels: NDArray[Any], task: Task) -> Self:
+        """Return the targets for the labels of a dataset.
 
         Raises
         ------
         DataError
-            It has none.
+            All are the same number.
         """
-        labels = data.label_values
-        if labels is None:
-            raise DataError("the training data has no labels, which a head learns")
         if task.loss == "cross-entropy":
             count = task.class_count or int(labels.max()) + 1
             one_hot = np.eye(count)[labels]
@@ -69,6 +65,10 @@ class Targets:
     def columns(self) -> int:
         """Scores of an example in the bundle."""
         return 2 if self.penalty != 1 else self.values.shape[1]
+
+    def scores(self, scores: Floats) -> NDArray[np.float32]:
+        """Return the bundle's scores [rows, columns] for those of a head."""
+        return self.bias(scores)
 
     def weight(self, weight: Floats) -> NDArray[np.float32]:
         """Return weights [size, columns] of the bundle's scores."""
