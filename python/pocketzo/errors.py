@@ -63,6 +63,10 @@ class NotPrepackableError(Error):
     """Prepacked weights cannot be live on this system; the plain layout is used instead."""
 
 
+class NotCuttableError(Error):
+    """What is computed before the first trained tensor cannot be kept, or there is nothing; says why."""
+
+
 class NothingToPrepackError(NotPrepackableError):
     """No weight has a layout that would make the graph faster."""
 
