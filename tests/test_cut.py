@@ -175,7 +175,7 @@ def test_values_that_padding_changes_are_refused(tmp_path: Path) -> None:
         node("Gather", "table input_ids", "x"),
         node("MatMul", "x frozen", "y"),
         node("ReduceMean", "y", "mean", axes=[1], keepdims=1),  # over padding, too
-        node("Sub", "y mean", "h"),
+        node("Add", "y mean", "h"),
         node("MatMul", "h frozen2", "h2"),
         node("Relu", "h2", "k"),
         node("MatMul", "k head.weight", "scores"),

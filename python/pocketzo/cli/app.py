@@ -11,6 +11,7 @@ import click
 
 from pocketzo._core import __version__
 from pocketzo.cli.adapter import adapter
+from pocketzo.cli.cache import cache
 from pocketzo.cli.command import Commands, one_line
 from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
@@ -72,5 +73,5 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, info, doctor, demo):
+for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, info, cache, doctor, demo):
     cli.add_command(command)

@@ -194,7 +194,7 @@ class Optimizer(ABC):
         self.exact = share is not None or bool(frozen_base(model.bundle)) if exact is None else exact
         self.step_number = 0
         self.next_draw = 0
-        self._tensors = select(model, trainable)
+        self._tensors = select(model.bundle, trainable)
         self.names = tuple(tensor.name for tensor in self._tensors)
         self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
         for group in self.groups:

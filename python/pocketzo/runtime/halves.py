@@ -32,8 +32,11 @@ class Store(Protocol):
     def get(self, key: bytes) -> Values | None:
         """Return the values of an example; None if there are none."""
 
-    def put(self, key: bytes, tokens: int, values: Values) -> None:
-        """Keep the values of an example of so many tokens, if there is room."""
+    def put(self, key: bytes, tokens: int, values: Values) -> Values:
+        """Keep the values of an example of so many tokens, if there is room; return them as they will be read."""
+
+    def flush(self) -> None:
+        """Put on storage what is in memory only."""
 
 
 class InMemory:
@@ -57,7 +60,7 @@ class InMemory:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def put(self, key: bytes, tokens: int, values: Values) -> None:
+    def put(self, key: bytes, tokens: int, values: Values) -> Values:
         """Keep the values of an example in place of those that were not used for the longest time."""
         del tokens
         self._kept[key] = values
@@ -65,6 +68,10 @@ class InMemory:
         while self._size > self._most:
             _, gone = self._kept.popitem(last=False)
             self._size -= sum(value.nbytes for value in gone)
+        return values
+
+    def flush(self) -> None:
+        """Do nothing: there is no storage."""
 
 
 class Halves:
@@ -128,8 +135,7 @@ class Halves:
         if missing:
             rows = np.array([keys.index(key) for key in missing])
             for key, row, values in zip(missing, rows, self._computed(feed, rows, lengths, options), strict=True):
-                found[key] = values
-                self.store.put(key, int(lengths[row]), values)
+                found[key] = self.store.put(key, int(lengths[row]), values)
         joined = []
         for place, kept in enumerate(self.cut.values):
             rows_of = [found[key] for key in keys]

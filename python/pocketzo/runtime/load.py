@@ -135,8 +135,6 @@ def load(
         queries=queries,
         cut=cut,
     ).load()
-    if model.halves is not None:
-        model.halves.check_rows()
     model.bundle = bundle  # as it is on disk
     trim_heap()
     return model

@@ -224,7 +224,9 @@ class Loader:
         cut = self.cut
         if cut is None:
             return session
-        return Halves(cut, lambda: open_with_constants(cut.bundle, cut.front_model(), {}, self.threads), session)
+        halves = Halves(cut, lambda: open_with_constants(cut.bundle, cut.front_model(), {}, self.threads), session)
+        halves.check_rows()  # before other checks, which would find the same and not say why
+        return halves
 
     def _model(self, weights: Weights, session: Session, reason: str | None, **more: Any) -> Model:
         return Model(
