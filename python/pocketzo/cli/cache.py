@@ -13,9 +13,9 @@ from pocketzo.cli.console import duration, err, note, out, quoted, say, size_tex
 from pocketzo.cli.options import PATH
 from pocketzo.data.dataset import Dataset
 from pocketzo.errors import CacheError, Error, NotCuttableError
-from pocketzo.formats.activations import Dtype
+from pocketzo.formats.activations import Dtype, Layout
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.activations import LIMIT, clear, default_folder, segments
+from pocketzo.runtime.activations import LIMIT, clear, default_folder, layout_of, segments
 from pocketzo.runtime.cut import Cut, plan_cut
 from pocketzo.runtime.model import Model
 from pocketzo.train.cached import fill, open_cache, plan
@@ -37,7 +37,7 @@ class Kept:
     where: str
     dtype: Dtype | None
     limit: int | None
-    _opened: tuple[Path, Dtype] | None = field(default=None, init=False)
+    _opened: tuple[Path, Layout] | None = field(default=None, init=False)
 
     def plan(
         self,
@@ -92,10 +92,10 @@ class Kept:
                 note(f"{share}; their results are not kept: {lacks}")
             return None
         note(
-            f"{share}: they are run once for each example, and kept as {planned.dtype}: {size_text(planned.nbytes)} in "
-            f"{planned.folder}"
+            f"{share}: they are run once for each example, and kept as {planned.layout.dtype}: "
+            f"{size_text(planned.nbytes)} in {planned.folder}"
         )
-        self._opened = planned.folder, planned.dtype
+        self._opened = planned.folder, planned.layout
         return planned.cut
 
     def as_before(self, past: Run, bundle: Bundle) -> Cut | None:
@@ -103,9 +103,10 @@ class Kept:
         session = past.recipe.session
         if session.cache is None:
             return None
+        cut = plan_cut(bundle, past.recipe.method["trained"])
         if session.cache_folder is not None:
-            self._opened = Path(session.cache_folder), cast("Dtype", session.cache)
-        return plan_cut(bundle, past.recipe.method["trained"])
+            self._opened = Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache))
+        return cut
 
     def fill(self, model: Model, data: Dataset, activation_memory: int | None) -> None:
         """Open the cache, and compute what it does not hold yet of the training data."""

@@ -125,7 +125,7 @@ class Layout:
             return data
         flat = array.astype(np.float32).reshape(-1)
         largest = float(np.abs(flat).max(initial=0))
-        if not math.isfinite(largest) or (self.dtype == "fp16" and largest > np.finfo(np.float16).max):
+        if not math.isfinite(largest) or (self.dtype == "fp16" and largest > float(np.finfo(np.float16).max)):
             raise CacheError(
                 f"{value.name} has the element {largest:.6g}, which {self.dtype} cannot keep: give --cache-dtype fp32"
             )

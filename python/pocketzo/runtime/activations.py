@@ -66,8 +66,8 @@ class ActivationCache:
     ----------
     folder : Path
         Of the cache; it is created, for its owner only, if it does not exist.
-    cut : Cut
-    dtype : {"fp32", "fp16", "int8"}
+    layout : Layout
+        See :func:`layout_of`.
     limit : int
         Bytes of the whole cache. Segments of other cuts that were not used for the longest time are removed to stay
         within it.
@@ -88,13 +88,13 @@ class ActivationCache:
         The folder cannot be created or read.
     """
 
-    def __init__(self, folder: Path, cut: Cut, dtype: Dtype = "fp32", limit: int = LIMIT) -> None:
+    def __init__(self, folder: Path, layout: Layout, limit: int = LIMIT) -> None:
         self.folder = folder
-        self.layout = layout_of(cut, dtype)
+        self.layout = layout
         self.limit = limit
         self.is_full = False
         self.error: OSError | None = None
-        self._own = folder / f"{self.layout.front[:16].hex()}-{dtype}"
+        self._own = folder / f"{layout.front[:16].hex()}-{layout.dtype}"
         self._at: dict[bytes, Segment] = {}
         self._new: dict[bytes, New] = {}
         self._size = 0

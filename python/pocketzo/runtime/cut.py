@@ -148,7 +148,9 @@ class Cut:
             if tensor.name in tensors:
                 del tensor.external_data[:]  # where the weights are in their file says nothing of the values
         found.update(repr([(kept.name, kept.sizes) for kept in self.values]).encode())
-        found.update(model.SerializeToString(deterministic=True))
+        graph = model.graph
+        for part in (*model.opset_import, *graph.input, *graph.node, *graph.initializer):
+            found.update(part.SerializeToString(deterministic=True))
         return found.digest()
 
 

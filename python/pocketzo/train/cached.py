@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.data.dataset import Dataset, fixed_batch
-from pocketzo.formats.activations import Dtype
+from pocketzo.formats.activations import Dtype, Layout
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes
 from pocketzo.optim.groups import select
@@ -46,7 +46,7 @@ class Plan:
     cut : Cut
     folder : Path
         Of the cache.
-    dtype : {"fp32", "fp16", "int8"}
+    layout : Layout
     limit : int
         Bytes of the whole cache.
     saved : float
@@ -59,7 +59,7 @@ class Plan:
 
     cut: Cut
     folder: Path
-    dtype: Dtype
+    layout: Layout
     limit: int
     saved: float
     nbytes: int
@@ -130,7 +130,7 @@ def plan(
     return Plan(
         cut=cut,
         folder=folder or default_folder(),
-        dtype=dtype,
+        layout=layout,
         limit=limit,
         saved=1 - back / whole,
         nbytes=nbytes,
@@ -142,10 +142,10 @@ def _row_lengths(data: Dataset) -> NDArray[np.int64]:
     return np.ones(len(data), np.int64) if data.row_lengths is None else data.row_lengths.astype(np.int64)
 
 
-def open_cache(model: Model, folder: Path, dtype: Dtype, limit: int = LIMIT) -> ActivationCache:
+def open_cache(model: Model, folder: Path, layout: Layout, limit: int = LIMIT) -> ActivationCache:
     """Have a model that is cut keep values in a folder."""
     assert model.halves is not None
-    cache = ActivationCache(folder, model.halves.cut, dtype, limit)
+    cache = ActivationCache(folder, layout, limit)
     model.halves.store = cache
     return cache
 
@@ -214,6 +214,6 @@ def load_as(bundle: Bundle, recipe: Recipe, *, threads: int | None = None, max_m
         queries=recipe.takes_queries,
         cut=cut,
     )
-    if session.cache is not None and session.cache_folder is not None:
-        open_cache(model, Path(session.cache_folder), cast("Dtype", session.cache))
+    if cut is not None and session.cache_folder is not None:
+        open_cache(model, Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache)))
     return model
