@@ -24,6 +24,11 @@ if SIZE == "small":
     settings.load_profile("small")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # for child processes, too
+
+
 def write_tiny_onnx(path: Path, classes: int = CLASSES) -> None:
     """A bag-of-words classifier with a hidden layer: small, but with every kind of weight that a transformer has."""
     rng = np.random.default_rng(7)

@@ -129,3 +129,35 @@ def replay(
             w[...] = apply(w, todo, tensor=tensor["id"], m=m)
         else:
             w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], tensor=tensor["id"], m=m)
+
+
+def read_activations(path: Path) -> tuple[dict[str, Any], dict[bytes, list[Any]]]:
+    """Return what a segment of an activation cache says, and its values by key."""
+    data = path.read_bytes()
+    assert data[:8] == b"PZACTIVE"
+    size = int.from_bytes(data[8:12], "little")
+    about = json.loads(data[12 : 12 + size])
+    assert (about["format"], about["version"]) == ("pocketzo-activations", 1)
+    begin, found = 12 + size, {}
+    end = begin + 40 * about["count"]
+    assert int.from_bytes(data[end : end + 4], "little") == crc32(data[:end])
+    for at in range(begin, end, 40):
+        key, start, length, tokens, crc = struct.unpack("<16sQQII", data[at : at + 40])
+        assert start % 64 == 0
+        assert crc32(data[start : start + length]) == crc
+        arrays = []
+        for value in about["values"]:
+            shape = [tokens if axis is None else axis for axis in value["axes"]]
+            count = math.prod(shape)
+            if about["dtype"] == "int8":
+                scales = np.frombuffer(data, "<f4", -(-count // 64), start)
+                start += scales.nbytes
+                elements = np.frombuffer(data, "i1", count, start)
+                array = elements * np.repeat(scales, 64)[:count]
+            else:
+                stored = "<f2" if "16" in (about["dtype"] + value["dtype"]) else "<f4"
+                array = elements = np.frombuffer(data, stored, count, start)
+            start += elements.nbytes
+            arrays.append(array.reshape(shape).astype(value["dtype"]))
+        found[key] = arrays
+    return about, found

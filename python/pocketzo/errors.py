@@ -67,6 +67,14 @@ class NotPrepackableError(Error):
     """Prepacked weights cannot be live on this system; the plain layout is used instead."""
 
 
+class NotCuttableError(Error):
+    """What is computed before the first trained tensor cannot be kept, or there is nothing; says why."""
+
+
+class CacheError(Error):
+    """A segment of an activation cache is damaged, or a value cannot be kept in one."""
+
+
 class NothingToPrepackError(NotPrepackableError):
     """No weight has a layout that would make the graph faster."""
 

@@ -11,6 +11,7 @@ import click
 
 from pocketzo._core import __version__
 from pocketzo.cli.adapter import adapter
+from pocketzo.cli.cache import cache
 from pocketzo.cli.command import Commands, one_line
 from pocketzo.cli.console import note, print_any_text
 from pocketzo.cli.demo import demo
@@ -73,5 +74,6 @@ def cli() -> None:
     """
 
 
-for command in (export, prepare, train, evaluate, generate, replay, merge, adapter, federate, info, doctor, demo):
+commands = (export, prepare, train, evaluate, generate, replay, merge, adapter, federate, info, cache, doctor, demo)
+for command in commands:
     cli.add_command(command)

@@ -13,7 +13,6 @@ import click
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import note, quoted, say
 from pocketzo.cli.options import PATH, column_options, groups_option, regex, threads_option
-from pocketzo.cli.runs import check_new
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.federated.app import write_app
@@ -31,7 +30,7 @@ from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.recipe import Source
-from pocketzo.train.run import Run
+from pocketzo.train.run import Run, check_new
 
 _round_seconds = click.option(
     "--round-seconds",

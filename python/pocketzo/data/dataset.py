@@ -154,6 +154,11 @@ class Dataset:
             batch["row_examples"] = np.repeat(np.arange(indices.size), np.diff(self._tokens.row_starts)[indices])
         return Batch(batch, indices.astype(np.int64))
 
+    @property
+    def row_lengths(self) -> NDArray[np.int32] | None:
+        """The number of tokens of each row of all examples; None for a model that takes no tokens."""
+        return None if self._tokens is None else self._tokens.lengths
+
     def extremes(self) -> list[int]:
         """Return the numbers of the examples that hold the largest value of each integer input."""
         found = []

@@ -41,9 +41,9 @@ class ParamGroup:
         compile_pattern("a group's pattern", self.pattern)
 
 
-def select(model: Tunable, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
+def select(bundle: Bundle, trainable: str | Callable[[str], bool] | None) -> list[TensorSpec]:
     """Return the tensors to train."""
-    tensors = [tensor for tensor in model.bundle.tensors if tensor.trainable]
+    tensors = [tensor for tensor in bundle.tensors if tensor.trainable]
     if trainable is None:
         chosen = tensors
     elif callable(trainable):

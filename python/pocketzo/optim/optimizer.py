@@ -225,7 +225,7 @@ class Optimizer(ABC):
         self._last: Entry | None = None  # that was not undone
         self._usual = MeanSquare()
         self._choice: tuple[int, Sequence[int]] = -1, ()
-        self._tensors = select(model, trainable)
+        self._tensors = select(model.bundle, trainable)
         self.names = tuple(tensor.name for tensor in self._tensors)
         self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
         for group in self.groups:

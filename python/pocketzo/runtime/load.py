@@ -18,6 +18,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe, check_probe
 from pocketzo.machine import cores
 from pocketzo.machine.memory import trim_heap
+from pocketzo.runtime.cut import Cut
 from pocketzo.runtime.liveness import Verify
 from pocketzo.runtime.loader import Loader, check_room
 from pocketzo.runtime.model import Batch, Model
@@ -33,6 +34,7 @@ def load(
     verify: Verify = "auto",
     max_memory: int | None = None,
     queries: bool = False,
+    cut: Cut | None = None,
 ) -> Model:
     """Load a bundle into a session that shares one buffer with the weights, and check that it does.
 
@@ -70,6 +72,9 @@ def load(
         Whether a forward pass may take several directions at once, as an optimizer with ``share`` evaluates them. The
         trained tensors must be those that ``prepare --train lora``, ``ia3``, ``adapter:R`` or ``prefix:N`` adds, or be
         used in the same way. Constants are prepacked, and trained tensors are not.
+    cut : Cut, optional
+        The result of :func:`plan_cut` for this bundle: what comes before the first trained tensor is run once for each
+        example and kept, in memory or in ``model.halves.store``. Only the cut's tensors can then be trained.
 
     Returns
     -------
@@ -81,6 +86,8 @@ def load(
         The bundle is incomplete or damaged; or its trained tensors are not such that ``queries`` are possible.
     DeadWeightError
         The session does not see what is written to a trainable weight; names it.
+    NotCuttableError
+        What comes before the cut depends on padding, or on other examples of a batch.
     MemoryLimitError
         ``max_memory`` is less than loading takes, with figures.
     Error
@@ -103,16 +110,18 @@ def load(
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'auto', 'fast' or 'full', got {verify!r}")
     trim_heap()
-    checked = bundle
+    if cut is not None and cut.bundle.path != bundle.path:
+        raise ValueError(f"{bundle.path}: the cut is of another bundle, {cut.bundle.path}")
+    checked = bundle if cut is None else cut.bundle
     if bundle.probe is None and batch is not None:
-        checked = replace(bundle, probe=_fitting(bundle, batch))
+        checked = replace(checked, probe=_fitting(bundle, batch))
     if max_memory is not None:
         check_room(bundle, max_memory)
     seconds: dict[int, float] = {}
     if threads is None:
         counts = cores.thread_counts()
         if batch is not None and len(counts) > 1:
-            seconds = time_forwards(bundle, batch, counts, max_memory)
+            seconds = time_forwards(checked, batch, counts, max_memory)
             threads = quickest(seconds)
         else:
             threads = min(cores.fast(), kernel_threads())
@@ -124,6 +133,7 @@ def load(
         max_memory=max_memory,
         forward_seconds=seconds,
         queries=queries,
+        cut=cut,
     ).load()
     model.bundle = bundle  # as it is on disk
     trim_heap()

@@ -19,7 +19,9 @@ from pocketzo.errors import (
 )
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes, resident_memory
+from pocketzo.runtime.cut import Cut
 from pocketzo.runtime.frozen import frozen_base, model_over_base, trained_weights
+from pocketzo.runtime.halves import Halves
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.liveness import Verify, check_groups, check_plain, check_prepacked, noise_outputs
 from pocketzo.runtime.matrices import Matrix
@@ -29,7 +31,7 @@ from pocketzo.runtime.outputs import unoptimised_outputs
 from pocketzo.runtime.prepack import open_session, plan_prepacking
 from pocketzo.runtime.queries import GroupLoss, group_loss, group_rows, one_of_each
 from pocketzo.runtime.session import Session, open_plain, open_with_constants
-from pocketzo.runtime.variables import has_constants, model_with_variables
+from pocketzo.runtime.variables import declare_inputs, has_constants, model_with_variables
 from pocketzo.runtime.weights import Weights
 
 
@@ -47,6 +49,8 @@ class Loader:
     forward_seconds : mapping of int to float
         See :class:`Model`.
     queries : bool
+    cut : Cut or None
+        Of `bundle`, whose front is run once for each example.
     """
 
     bundle: Bundle
@@ -56,6 +60,7 @@ class Loader:
     max_memory: int | None
     forward_seconds: Mapping[int, float]
     queries: bool = False
+    cut: Cut | None = None
 
     def load(self) -> Model:
         """Load the bundle. Warnings are attributed to the caller of :func:`pocketzo.load`."""
@@ -83,6 +88,8 @@ class Loader:
                 reason, missed = first_line(error), not isinstance(error, NothingToPrepackError)
         if self.prepack is True:
             raise Error(f"{self.bundle.path}: the weights cannot be prepacked: {reason}")
+        if self.cut is not None:
+            return self._load_back(self.cut, reason)
         loaded = None
         constants = self.prepack and has_constants(self.bundle)
         if constants:
@@ -117,7 +124,9 @@ class Loader:
         write_noise(weights, trainable(self.bundle))
         reference = unoptimised_outputs(self.bundle, weights.image.values, graph)  # unmaps the base before it is packed
         write_noise(weights, trainable(self.bundle), draw=4)  # a prepacked copy must not be of the noise of the check
-        session = open_with_constants(self.bundle, graph, weights.image.values, self.threads)
+        if self.cut is not None:
+            graph = model_over_base(self.bundle, edit=self._back)
+        session = self._whole(open_with_constants(self.bundle, graph, weights.image.values, self.threads))
         write_noise(weights, trainable(self.bundle))
         model = self._model(weights, session, None)
         return model, check_plain(model, *reference, self.verify)
@@ -130,6 +139,8 @@ class Loader:
         losses: list[GroupLoss | None] = []
 
         def edit(model: Any) -> None:
+            if self.cut is not None:
+                self.cut.back(model)
             group_rows(model, bundle)
             losses.append(group_loss(model.graph, bundle))
 
@@ -143,12 +154,25 @@ class Loader:
         write_noise(weights, trainable(bundle), draw=4)
         values = one_of_each(weights)
         try:
-            session = open_with_constants(bundle, graph, values, self.threads)
+            session = self._whole(open_with_constants(bundle, graph, values, self.threads))
         except NotPrepackableError as error:
             raise Error(f"{bundle.path}: several directions cannot be run in one forward pass: {error}") from None
         model = self._model(weights, session, None, takes_queries=True, group_loss=losses[0], values=values)
         check_groups(model)
         write_noise(weights, trainable(bundle))
+        return model, check_plain(model, *reference, self.verify)
+
+    def _load_back(self, cut: Cut, reason: str) -> tuple[Model, tuple[str, ...]]:
+        """Load a model that is cut, whose back is in the plain layout but for constants."""
+        back = cut.back_model()
+        declare_inputs(back.graph, self.bundle)
+        weights = Weights(self.bundle, Image.allocate(self.bundle, without=self._unread(back)))
+        read_as_noise(weights, self.bundle)
+        reference = unoptimised_outputs(self.bundle, weights.image.values, model_over_base(self.bundle))
+        write_noise(weights, trainable(self.bundle), draw=4)
+        session = open_with_constants(self.bundle, back.SerializeToString(), weights.image.values, self.threads)
+        write_noise(weights, trainable(self.bundle))
+        model = self._model(weights, self._whole(session), reason)
         return model, check_plain(model, *reference, self.verify)
 
     def _load_with_constants(self, reason: str) -> tuple[Model, tuple[str, ...]]:
@@ -166,21 +190,43 @@ class Loader:
         return loaded, check_plain(loaded, *reference, self.verify)
 
     def _load_prepacked(self) -> tuple[Model, tuple[str, ...]]:
-        plan = plan_prepacking(self.bundle)
+        plan = plan_prepacking(self.bundle, None if self.cut is None else self.cut.back_model())
         if self.max_memory is not None:
             try:
                 check_room(self.bundle, self.max_memory, plan.matrices)
             except MemoryLimitError as error:
                 raise NotPrepackableError(str(error)) from None
         batches, expected = noise_outputs(self.bundle)  # freed before there is prepacked memory: never two copies
-        image = Image.allocate(self.bundle, without=plan.only_prepacked)
+        image = Image.allocate(self.bundle, without=plan.only_prepacked | self._unread(plan.model))
         if not all(tensor.trainable for tensor in self.bundle.tensors):
             Weights(self.bundle, image).read()  # the session prepacks and folds constants
-        session, locations, slices = open_session(plan, image.values, self.threads)
+        back, locations, slices = open_session(plan, image.values, self.threads)
+        session = self._whole(back)
         weights = Weights(self.bundle, image, locations)
         read_as_noise(weights, self.bundle)
         model = self._model(weights, session, None, slices=slices)
         return model, check_prepacked(model, batches, expected, self.verify)
+
+    def _back(self, model: Any) -> None:
+        assert self.cut is not None
+        self.cut.back(model)
+        declare_inputs(model.graph, self.bundle)
+
+    def _unread(self, model: Any) -> set[str]:
+        """Return the weights that the back does not read: they stay in the file."""
+        if self.cut is None:
+            return set()
+        read = {tensor.name for tensor in model.graph.initializer}
+        return {tensor.name for tensor in self.bundle.tensors if not tensor.trainable and tensor.name not in read}
+
+    def _whole(self, session: Session) -> Session:
+        """Return a session of the whole graph, if `session` is of the back of one that is cut."""
+        cut = self.cut
+        if cut is None:
+            return session
+        halves = Halves(cut, lambda: open_with_constants(cut.bundle, cut.front_model(), {}, self.threads), session)
+        halves.check_rows()  # before other checks, which would find the same and not say why
+        return halves
 
     def _model(self, weights: Weights, session: Session, reason: str | None, **more: Any) -> Model:
         return Model(

@@ -19,6 +19,7 @@ from pocketzo.formats.bundle_writer import copy_bundle
 from pocketzo.machine.memory import megabytes, watch
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.generate import Generator, Stream
+from pocketzo.runtime.halves import Halves
 from pocketzo.runtime.queries import GroupLoss, check_values
 from pocketzo.runtime.session import Session
 from pocketzo.runtime.slices import WHOLE, Slices
@@ -53,6 +54,8 @@ class Model:
         How the loss of some rows of a batch is computed, where `takes_queries`.
     takes_queries : bool
         Whether a run takes the values of several directions.
+    halves : Halves or None
+        The session, where the graph is cut.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Model:
         self.group_loss = group_loss
         self._values = values  # the session uses them
         self._session = session
+        self.halves = session if isinstance(session, Halves) else None
         self._inputs = {value.name: value for value in bundle.inputs}
         self._outputs = [value.name for value in bundle.outputs]
 

@@ -60,8 +60,8 @@ class Plan:
         return {matrix.name for matrix in self.matrices if not matrix.shared}
 
 
-def plan_prepacking(bundle: Bundle) -> Plan:
-    """Read a bundle's graph and find the weights to prepack.
+def plan_prepacking(bundle: Bundle, model: Any = None) -> Plan:
+    """Find the weights to prepack in a bundle's graph, or in another one over its weights.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def plan_prepacking(bundle: Bundle) -> Plan:
         The graph, onnxruntime or the system does not allow it; says why.
     """
     layout = detect_layout()
-    model = read_graph(bundle.model_path)
+    model = read_graph(bundle.model_path) if model is None else model
     return Plan(bundle, model, layout, find_matrices(bundle, model.graph, layout))
 
 

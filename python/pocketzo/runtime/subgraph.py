@@ -61,7 +61,7 @@ def remove_unused(graph: Any) -> set[str]:
     for node in reversed(graph.node):
         if not needed.isdisjoint(node.output):
             nodes.append(node)
-            needed.update(node.input)
+            needed.update(filter(None, node.input))  # an optional input that is left out has no name
             for attribute in node.attribute:
                 for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                     needed |= remove_unused(inner)

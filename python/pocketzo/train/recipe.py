@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Self, get_args, get_origin, get_type_hints
 
 from pocketzo.arguments import check_integer, plain
 from pocketzo.data.columns import Columns
@@ -98,11 +98,17 @@ class Session:
     forward_seconds : dict or None
         Seconds per forward pass by number of threads, if these timings chose the number.
     prepacked : bool
+    cache : str or None
+        How activations at the cut were kept, fp32, fp16 or int8; None if the whole model was run.
+    cache_folder : str or None
+        Of the activation cache.
     """
 
     threads: int
     forward_seconds: dict[str, float] | None
     prepacked: bool
+    cache: str | None = None
+    cache_folder: str | None = None
 
     @property
     def prepack(self) -> Literal["auto", False]:
@@ -172,6 +178,8 @@ class Recipe:
         fields = asdict(self)
         if self.loop.activation_memory is None:  # the header is then that of journals before there was such a figure
             del fields["loop"]["activation_memory"]
+        if self.session.cache is None:
+            del fields["session"]["cache"], fields["session"]["cache_folder"]
         if self.model.adapter_sha256 is None:
             del fields["model"]["adapter_sha256"]
         if self.model.init_sha256 is None:
@@ -194,10 +202,13 @@ class Recipe:
         return recipe
 
 
+_FOLDER: Final = ("session", "cache_folder")
+
+
 def _with_paths(header: Mapping[str, Any], convert: Callable[[str], str]) -> dict[str, Any]:
     """Return a copy of a header with its paths converted."""
     copied = copy.deepcopy(dict(header))
-    for *parents, name in (("model", "bundle"), ("data", "source", "train"), ("data", "source", "eval")):
+    for *parents, name in (("model", "bundle"), ("data", "source", "train"), ("data", "source", "eval"), _FOLDER):
         part: Any = copied
         for parent in parents:
             part = part.get(parent) if isinstance(part, dict) else None

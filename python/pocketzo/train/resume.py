@@ -9,7 +9,7 @@ from pocketzo import kernels
 from pocketzo.data.load import load_dataset
 from pocketzo.errors import JournalError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.load import load
+from pocketzo.train.cached import load_as
 from pocketzo.train.recipe import Session
 from pocketzo.train.run import Run
 from pocketzo.train.trainer import Trainer
@@ -47,8 +47,7 @@ def resume(
     threads = use_threads(session)
     model = None
     if bundle is not None or max_memory is not None:
-        queries = past.recipe.takes_queries
-        model = load(read, threads=threads, prepack=session.prepack, max_memory=max_memory, queries=queries)
+        model = load_as(read, past.recipe, threads=threads, max_memory=max_memory)
     return Trainer.resume(run, train_data, eval=eval_data, model=model)
 
 

@@ -16,12 +16,12 @@ import numpy as np
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
 from pocketzo.optim.optimizer import Optimizer, StepInfo
-from pocketzo.runtime.load import load
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import BatchObjective, Objective, OnBatch, metric_objective
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.cached import described, load_as
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
 from pocketzo.train.progress import Progress
@@ -213,8 +213,7 @@ class Trainer:
                 )
         base = past.base(None if model is None else model.bundle.path)
         if model is None:
-            session = recipe.session
-            model = load(base, threads=session.threads, prepack=session.prepack, queries=recipe.takes_queries)
+            model = load_as(base, recipe)
         warn_of_another_session(model, past)
         loop = asdict(recipe.loop)
         minimised: str | BatchObjective | None = loop.pop("objective")
@@ -329,6 +328,8 @@ class Trainer:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+            if self.model.halves is not None:
+                self.model.halves.store.flush()
 
     def _train(self, helper: ThreadPoolExecutor) -> None:
         optimizer, loop = self.optimizer, self.loop
@@ -420,6 +421,7 @@ class Trainer:
                 threads=model.threads,
                 forward_seconds={str(n): seconds for n, seconds in model.forward_seconds.items()} or None,
                 prepacked=model.prepacked,
+                **described(model),
             ),
             data=DataUsed(
                 train=self.train.fingerprint,

@@ -1,0 +1,156 @@
+"""The activation cache on the command line: how `pocketzo train` uses it, and ``pocketzo cache``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import click
+
+from pocketzo.cli.command import Command, Commands
+from pocketzo.cli.console import duration, err, note, out, quoted, say, size_text
+from pocketzo.cli.options import PATH
+from pocketzo.data.dataset import Dataset
+from pocketzo.errors import CacheError, Error, NotCuttableError
+from pocketzo.formats.activations import Dtype, Layout
+from pocketzo.formats.bundle import Bundle
+from pocketzo.runtime.activations import LIMIT, clear, default_folder, layout_of, segments
+from pocketzo.runtime.cut import Cut, plan_cut
+from pocketzo.runtime.model import Model
+from pocketzo.train.cached import fill, open_cache, plan
+from pocketzo.train.run import Run
+
+
+@dataclass
+class Kept:
+    """The cache of one `pocketzo train`.
+
+    Attributes
+    ----------
+    where : str
+        ``--cache``.
+    dtype : {"fp32", "fp16", "int8"} or None
+    limit : int or None
+    """
+
+    where: str
+    dtype: Dtype | None
+    limit: int | None
+    _opened: tuple[Path, Layout] | None = field(default=None, init=False)
+
+    def plan(
+        self,
+        bundle: Bundle,
+        trainable: str | None,
+        data: Dataset,
+        held_out: Dataset | None,
+        *,
+        steps: int,
+        evaluations: int,
+    ) -> Cut | None:
+        """Return where to cut a new run's model, after saying what that saves; None without a cache.
+
+        Parameters
+        ----------
+        bundle : Bundle
+        trainable : str or None
+        data : Dataset
+        held_out : Dataset or None
+        steps : int
+            Examples that all steps run, each time counted.
+        evaluations : int
+            Of the held-out data.
+        """
+        if self.where == "off":
+            if self.dtype is not None or self.limit is not None:
+                raise click.UsageError("--cache-dtype and --cache-limit are of a cache: leave --cache off out")
+            return None
+        asked = self.where != "auto"
+        others = [] if held_out is None else [held_out]
+        try:
+            planned = plan(
+                bundle,
+                trainable,
+                data,
+                others,
+                forwards=steps + evaluations * sum(map(len, others)),
+                folder=Path(self.where) if asked else None,
+                dtype=self.dtype or "fp32",
+                limit=self.limit or LIMIT,
+            )
+        except NotCuttableError:
+            if asked:
+                raise
+            return None
+        lacks = planned.lacks()
+        share = f"{planned.saved:.0%} of a forward pass come before what is trained"
+        if asked and lacks:
+            raise CacheError(f"{planned.folder}: the activations do not fit: {lacks}")
+        if not asked and not planned.pays:
+            if lacks and planned.saved >= 0.3:
+                note(f"{share}; their results are not kept: {lacks}")
+            return None
+        note(
+            f"{share}: they are run once for each example, and kept as {planned.layout.dtype}: "
+            f"{size_text(planned.nbytes)} in {planned.folder}"
+        )
+        self._opened = planned.folder, planned.layout
+        return planned.cut
+
+    def as_before(self, past: Run, bundle: Bundle) -> Cut | None:
+        """Return where a run's model is cut."""
+        session = past.recipe.session
+        if session.cache is None:
+            return None
+        cut = plan_cut(bundle, past.recipe.method["trained"])
+        if session.cache_folder is not None:
+            self._opened = Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache))
+        return cut
+
+    def fill(self, model: Model, data: Dataset, activation_memory: int | None) -> None:
+        """Open the cache, and compute what it does not hold yet of the training data."""
+        if model.halves is None or self._opened is None:
+            return
+        cache = open_cache(model, *self._opened, self.limit or LIMIT)
+        held = len(cache)
+        with err.status("filling the cache") as status:
+
+            def told(done: int, count: int, left: float) -> None:
+                status.update(f"filling the cache: {done:,} of {count:,} examples, {duration(left)} left")
+
+            computed = fill(model, data, told, activation_memory)
+        if cache.error is not None and self.where != "auto":
+            raise Error(f"{cache.error}: the activations could not be kept: choose another --cache, or off")
+        found = f"{held:,} rows were kept before, {computed:,} were computed" if held else f"{computed:,} rows computed"
+        note(f"{cache.folder}: {found}")
+
+
+@click.group(cls=Commands)
+def cache() -> None:
+    """Show or clear the activation cache of `pocketzo train`.
+
+    It holds what models compute from training examples, from which texts may be guessed.
+    """
+
+
+_folder = click.option("--dir", "folder", type=PATH, metavar="DIR", help="The cache.  [default: that of the user]")
+
+
+@cache.command(cls=Command)
+@_folder
+def info(folder: Path | None) -> None:
+    """Print where the cache is, and how much it holds."""
+    folder = folder or default_folder()
+    found = segments(folder)
+    total = sum(state.st_size for _, state in found)
+    out.print(f"{folder}: {size_text(total)} in {len(found)} files", soft_wrap=True)
+
+
+@cache.command("clear", cls=Command)
+@_folder
+def clear_all(folder: Path | None) -> None:
+    """Remove all activations. Runs go on without: they compute them anew."""
+    folder = folder or default_folder()
+    count, total = clear(folder)
+    say(f"{quoted(folder)}: removed {count} files, {size_text(total)}")

@@ -1,0 +1,170 @@
+"""The sizes of a graph's values, and the multiply-adds of its nodes, found by two runs on small batches.
+
+Exporters differ in what they declare, and phones have no package that infers shapes. Two runs with different numbers of
+rows, tokens and positions show which axes follow which of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketzo.errors import BundleError, joined_lines
+from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.probe import Probe
+from pocketzo.runtime.frozen import model_over_base
+from pocketzo.runtime.outputs import probe_batch
+from pocketzo.runtime.session import open_unoptimised
+
+ROWS: Final = "batch"
+TOKENS: Final = "tokens"
+ALL_TOKENS: Final = "batch * tokens"
+POSITIONS: Final = "positions"
+TOKEN_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+"""Inputs with an element for each token, [batch, tokens] or [sections, batch, tokens]."""
+
+_SHAPES: Final = (2, 5, 4), (3, 7, 11)  # rows, tokens and positions of the two runs
+_BY_WEIGHT: Final = ("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul")
+_FUSED: Final = ("FusedMatMul", "FusedGemm")
+_ATTENTION: Final = ("MultiHeadAttention", "GroupQueryAttention", "Attention", "QAttention")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a value is like.
+
+    Attributes
+    ----------
+    dtype : dtype
+    axes : tuple of int or str
+        A number, or what the size follows: :data:`ROWS`, :data:`TOKENS`, :data:`ALL_TOKENS`, :data:`POSITIONS`; "?" if
+        it is none of these.
+    """
+
+    dtype: np.dtype[Any]
+    axes: tuple[int | str, ...]
+
+    def count(self, rows: float, tokens: float, positions: float) -> float:
+        """Return the number of elements for a batch."""
+        named = {ROWS: rows, TOKENS: tokens, ALL_TOKENS: rows * tokens, POSITIONS: positions, "?": 1.0}
+        return math.prod(axis if isinstance(axis, int) else named[axis] for axis in self.axes)
+
+
+def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
+    """Return the sizes of the values of a graph that are dense tensors.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        With a probing batch.
+    model : message Model
+        The bundle's graph, of :func:`read_graph`.
+
+    Raises
+    ------
+    BundleError
+        The graph cannot be run on batches of such sizes.
+    """
+    declared = {value.name for value in model.graph.output}
+    names = [name for node in model.graph.node for name in node.output if name]
+
+    def edit(copy: Any) -> None:
+        for name in names:
+            if name not in declared:
+                copy.graph.output.add(name=name)
+
+    session = open_unoptimised(bundle, {}, model_over_base(bundle, edit=edit))
+    found: list[dict[str, NDArray[Any]]] = []
+    for rows, tokens, positions in _SHAPES:
+        batch = _batch(bundle, rows, tokens, positions)
+        try:
+            values = session.run(names, batch)
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise BundleError(
+                f"{bundle.path}: the graph cannot be run on {rows} x {tokens} tokens: {joined_lines(error)}"
+            ) from error
+        found.append(
+            {
+                **{name: value for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)},
+                **batch,
+            }
+        )
+    first, second = found
+    return {name: _sizes(first[name], second[name]) for name in first if name in second}
+
+
+def _sizes(first: NDArray[Any], second: NDArray[Any]) -> Sizes:
+    (b, t, p), (b2, t2, p2) = _SHAPES
+    known = {(b, b2): ROWS, (t, t2): TOKENS, (b * t, b2 * t2): ALL_TOKENS, (p, p2): POSITIONS}
+    if first.ndim != second.ndim:
+        return Sizes(first.dtype, ("?",))
+    axes = [
+        known.get((one, other), "?") if one != other else one
+        for one, other in zip(first.shape, second.shape, strict=True)
+    ]
+    return Sizes(first.dtype, tuple(axes))
+
+
+def _batch(bundle: Bundle, rows: int, tokens: int, positions: int) -> Probe:
+    """Return the probing batch with other numbers of rows, tokens and positions, where the graph does not fix them."""
+    probe = probe_batch(bundle)
+    ids = next((spec for spec in bundle.inputs if spec.name in TOKEN_INPUTS and spec.name in probe), None)
+    names = {} if ids is None else dict(zip(ids.shape[-2:], (rows, tokens), strict=True))
+    placed = "positions" in probe
+    batch: Probe = {}
+    for spec in bundle.inputs:
+        array = probe[spec.name]
+        by_position = placed and spec.name in ("positions", "targets", "labels")
+        for axis, (size, now) in enumerate(zip(spec.shape, array.shape, strict=True)):
+            if isinstance(size, int) or not now:
+                continue
+            wanted = positions if by_position else names.get(size, rows if axis == 0 and ids is None else now)
+            if spec.name in TOKEN_INPUTS:  # of which exporters give the same axis several names
+                wanted = {array.ndim - 2: rows, array.ndim - 1: tokens}.get(axis, wanted)
+            array = np.take(array, np.arange(wanted) % now, axis)
+        batch[spec.name] = array
+    if "attention_mask" in batch:
+        batch["attention_mask"] = np.ones_like(batch["attention_mask"])
+    if placed:
+        batch["positions"] = np.arange(positions, dtype=batch["positions"].dtype)
+    return batch
+
+
+def multiply_adds(
+    node: Any, sizes: Mapping[str, Sizes], weights: Mapping[str, Iterable[int]], rows: float, tokens: float, p: float
+) -> float:
+    """Return the multiply-adds of a node for a batch of ``rows`` x ``tokens`` with ``p`` positions that count.
+
+    Those of other nodes than products, convolutions and attention are taken to be one for each element of their
+    outputs.
+    """
+    made = [sizes[name] for name in node.output if name in sizes]
+    if not made:
+        return 0.0
+    elements = made[0].count(rows, tokens, p)
+    numbers = {attribute.name: attribute.i for attribute in node.attribute}
+
+    def size(place: int, axis: int) -> float:
+        name = node.input[place]
+        if name in weights:
+            return list(weights[name])[axis]
+        own = sizes.get(name)
+        return Sizes(own.dtype, own.axes[axis : axis + 1 or None]).count(rows, tokens, p) if own else 1.0
+
+    kind = node.op_type
+    if kind in _BY_WEIGHT or kind in _FUSED or kind == "Gemm":
+        transposed = kind in ("Gemm", *_FUSED) and numbers.get("transA", 0)
+        return elements * size(0, -2 if transposed else -1)
+    if kind == "MatMulNBits":
+        return elements * float(numbers["K"])
+    if kind in _ATTENTION:
+        projected = 3 * size(0, -1) if kind in ("Attention", "QAttention") and node.domain else 0
+        return elements * (2 * tokens + projected)
+    if kind.startswith(("Conv", "QLinearConv")) and node.input[1] in weights:
+        return elements * math.prod(list(weights[node.input[1]])[1:])
+    return float(sum(one.count(rows, tokens, p) for one in made))
