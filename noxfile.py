@@ -203,7 +203,8 @@ def aarch64(session: nox.Session) -> None:
     run_pytest(session, "here, of aarch64", "host", here, *pytest, "tests/test_runs.py", **env)
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
-        *("adapter", "arguments", "bert", "bundle", "chat", "cli", "cores", "data", "decoders", "demo", "demo_data"),
+        *("adapter", "arguments", "bert", "bundle", "cache", "chat", "cli", "cores", "cut", "data"),
+        *("decoders", "demo", "demo_data"),
         *("exact_match", "federate_cli", "federated", "fences", "frozen_base", "fuzzed", "generate", "generate_cli"),
         *("guarantees", "head", "head_solver", "head_zeroth", "init", "journal", "kills", "language_cli"),
         *("language_models", "language_tasks", "levers", "locale", "losses", "merge", "metrics", "noise_statistics"),

@@ -24,7 +24,7 @@ from test_language_tasks import DATA, lines, prepared
 import pocketzo as pz
 from pocketzo.cli.app import cli
 from pocketzo.errors import CacheError
-from pocketzo.formats.activations import Dtype, Layout, New, Segment, ValueSpec, write_segment
+from pocketzo.formats.activations import Dtype, Layout, New, Segment, StoredValue, write_segment
 from pocketzo.runtime.activations import ActivationCache, layout_of, segments
 from pocketzo.runtime.cut import plan_cut
 from pocketzo.runtime.load import load
@@ -36,7 +36,7 @@ ERRORS: dict[Dtype, float] = {"fp32": 0.0, "fp16": 2**-11, "int8": 0.5 / 127}
 
 
 def layout(dtype: Dtype = "fp32", front: bytes = bytes(32)) -> Layout:
-    values = ValueSpec("hidden", "float32", (None, 40)), ValueSpec("other", "float16", (3, None))
+    values = StoredValue("hidden", "float32", (None, 40)), StoredValue("other", "float16", (3, None))
     return Layout(front, dtype, values)
 
 

@@ -34,6 +34,7 @@ if _problem is None:
     from pocketzo.optim.pace import Pace
     from pocketzo.optim.schedule import Schedule
     from pocketzo.prepare import prepare
+    from pocketzo.runtime.cut import Cut, plan_cut
     from pocketzo.runtime.load import load
     from pocketzo.runtime.model import Model
     from pocketzo.tasks.evaluate import evaluate
@@ -60,6 +61,7 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Columns",
+    "Cut",
     "DataError",
     "Dataset",
     "DeadWeightError",
@@ -91,6 +93,7 @@ __all__ = [
     "load_adapter",
     "load_dataset",
     "merge",
+    "plan_cut",
     "prepare",
     "train_head",
     "write_adapter",

@@ -17,6 +17,7 @@ from described import described_bundle
 import pocketzo as pz
 from pocketzo.export.bert import Checkpoint
 from pocketzo.formats import safetensors
+from pocketzo.formats.activations import Layout, New, StoredValue, write_segment
 from pocketzo.formats.bundle import TaskSpec, ValueSpec
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -28,6 +29,7 @@ TASKS = ("classification", "token-classification", "multi-label", "regression")
 def build(folder: Path) -> None:
     """Write a valid file of each kind."""
     write_tiny_onnx(folder / "tiny.onnx")
+    _build_segment(folder / "activations.pza")
     (folder / "models").mkdir()
     for path in (*MODELS.glob("*.onnx"), *MODELS.glob("*.onnx.data"), folder / "tiny.onnx"):
         shutil.copy(path, folder / "models")
@@ -126,6 +128,18 @@ def _build_data(folder: Path, task: str) -> None:
         attention_mask=np.ones((12, 6), np.int64),
         labels=labels.astype(np.float32) if task == "regression" else labels,
     )
+
+
+def _build_segment(path: Path) -> None:
+    rng = np.random.default_rng(2)
+    layout = Layout(
+        bytes(32), "int8", (StoredValue("hidden", "float32", (None, 20)), StoredValue("x", "float16", (3,)))
+    )
+    entries = {}
+    for tokens in range(1, 6):
+        arrays = [rng.normal(size=value.shape(tokens)).astype(value.dtype) for value in layout.values]
+        entries[bytes([tokens] * 16)] = New(tokens, layout.encode(arrays))
+    write_segment(path, layout, entries)
 
 
 def _build_run(bundle: pz.Bundle, folder: Path) -> None:

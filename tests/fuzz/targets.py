@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from fuzz.mutate import (
     mutate_text,
 )
 from pocketzo.export.bert import build_onnx
+from pocketzo.formats.activations import Segment
 
 PACKAGE = Path(pz.__file__).parent
 DATA = "data/classification/data.tsv"
@@ -128,6 +131,23 @@ def use_sealed_snapshot(path: Path, folder: Path) -> None:
     use_run(path, folder)
 
 
+def use_segment(path: Path, _: Path) -> None:
+    segment = Segment(path)
+    for key in segment.entries:
+        segment.read(key)
+
+
+def use_sealed_segment(path: Path, folder: Path) -> None:
+    """Use a segment of activations that has the right checksum of its description, if its end can be found."""
+    data = bytearray(path.read_bytes())
+    end = 12 + int.from_bytes(data[8:12], "little")
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
+        end += 40 * json.loads(data[12:end])["count"]
+        data[end : end + 4] = zlib.crc32(data[:end]).to_bytes(4, "little")
+        path.write_bytes(data)
+    use_segment(path, folder)
+
+
 def use_data(path: Path, folder: Path) -> None:
     bundle = data_bundle(folder, path.parent.name)
     for require in (True, False):
@@ -158,6 +178,8 @@ TARGETS: dict[str, Target] = {
         use_sealed_snapshot,
     ),
     "snapshot.json": Target(under("run/snapshots/*/*.json"), (mutate_json, mutate_bytes), use_run),
+    "segment": Target(under("activations.pza"), (mutate_bytes,), use_segment),
+    "sealed segment": Target(under("activations.pza"), (mutate_bytes,), use_sealed_segment),
     "metrics": Target(under("run/metrics.jsonl"), (mutate_jsonl, mutate_jsonl, mutate_text, mutate_bytes), use_run),
     "npz": Target(under("data/*/data.npz"), (mutate_npz, mutate_npz, mutate_bytes), use_data),
     "jsonl": Target(under("data/*/data.jsonl"), (mutate_jsonl, mutate_jsonl, mutate_text), use_data),

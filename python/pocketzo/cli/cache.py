@@ -18,7 +18,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.activations import LIMIT, clear, default_folder, layout_of, segments
 from pocketzo.runtime.cut import Cut, plan_cut
 from pocketzo.runtime.model import Model
-from pocketzo.train.cached import fill, open_cache, plan
+from pocketzo.train.cached import WORTHWHILE, fill, open_cache, plan
 from pocketzo.train.run import Run
 
 
@@ -78,6 +78,7 @@ class Kept:
                 folder=Path(self.where) if asked else None,
                 dtype=self.dtype or "fp32",
                 limit=self.limit or LIMIT,
+                least=0.0 if asked else WORTHWHILE / 2,  # few of the logits may be computed, which counts them fully
             )
         except NotCuttableError:
             if asked:
@@ -88,7 +89,7 @@ class Kept:
         if asked and lacks:
             raise CacheError(f"{planned.folder}: the activations do not fit: {lacks}")
         if not asked and not planned.pays:
-            if lacks and planned.saved >= 0.3:
+            if lacks and planned.saved >= WORTHWHILE:
                 note(f"{share}; their results are not kept: {lacks}")
             return None
         note(

@@ -18,14 +18,18 @@ from pocketzo.cli.head import is_head_run
 from pocketzo.cli.options import PATH, json_option
 from pocketzo.cli.runs import as_run
 from pocketzo.doctor import prepacking
-from pocketzo.errors import Error
+from pocketzo.errors import Error, NotCuttableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.frozen import elements_by_kind
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.runtime.cut import plan_cut
 from pocketzo.tasks.registry import loss_text, task_of
+from pocketzo.train.cached import WORTHWHILE
 from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun
 from pocketzo.train.run import JOURNAL, Run
 from pocketzo.train.verdict import verdict
+
+_TOKENS = 32  # of a text, for which the share of a forward pass is told that a cache saves
 
 
 @click.command(cls=Command)
@@ -50,6 +54,7 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         facts = bundle_facts(bundle)
         facts["tuned"] = file_sha256(bundle.trained_path) != bundle.prepared_sha256
         facts["prepacking"] = prepacking(bundle)
+        facts["before_trained"] = _before_trained(bundle)
         if as_json:
             facts["tensors"] = [asdict(tensor) | {"trainable": tensor.trainable} for tensor in bundle.tensors]
             facts["frozen_tensors"] = [asdict(tensor) for tensor in bundle.frozen]
@@ -63,9 +68,20 @@ def info(path: Path, as_json: bool, tensors: bool) -> None:
         _print_run(run, facts)
         return
     facts["loss"] = loss_text(bundle)
+    if facts["before_trained"] is not None:
+        facts["before_trained"] = f"{facts['before_trained']:.0%} of a forward pass, see train --cache"
     print_facts({name: value for name, value in facts.items() if value is not None})
     if tensors:
         click.echo("\n".join(tensor_lines(bundle)))
+
+
+def _before_trained(bundle: Bundle) -> float | None:
+    """Return the share of a forward pass that comes before all that is trained; None if it is not worth keeping."""
+    try:
+        cut = plan_cut(bundle, least=WORTHWHILE / 2)
+    except NotCuttableError:
+        return None
+    return round(cut.saved(1, _TOKENS), 3)
 
 
 def _print_head(facts: dict[str, Any], *, as_json: bool) -> None:

@@ -54,7 +54,7 @@ _LENGTH: Final = struct.Struct("<I")
 _MOST: Final = 1 << 24  # bytes of a description
 
 
-class ValueSpec(NamedTuple):
+class StoredValue(NamedTuple):
     """A value at the cut.
 
     Attributes
@@ -83,12 +83,12 @@ class Layout:
     front : bytes
         Identifies all that the values depend on besides the example, 32 bytes.
     dtype : {"fp32", "fp16", "int8"}
-    values : tuple of ValueSpec
+    values : tuple of StoredValue
     """
 
     front: bytes
     dtype: Dtype
-    values: tuple[ValueSpec, ...]
+    values: tuple[StoredValue, ...]
 
     def nbytes(self, tokens: int) -> int:
         """Return the size of an entry of an example of so many tokens."""
@@ -114,12 +114,12 @@ class Layout:
             at += size
         return arrays
 
-    def _size(self, value: ValueSpec, count: int) -> int:
+    def _size(self, value: StoredValue, count: int) -> int:
         if self.dtype == "int8":
             return 4 * -(-count // BLOCK) + count
         return count * (2 if self.dtype == "fp16" else np.dtype(value.dtype).itemsize)
 
-    def _encoded(self, value: ValueSpec, array: NDArray[Any]) -> bytes:
+    def _encoded(self, value: StoredValue, array: NDArray[Any]) -> bytes:
         if self.dtype == "fp32":
             data: bytes = np.ascontiguousarray(array, np.dtype(value.dtype).newbyteorder("<")).tobytes()
             return data
@@ -137,7 +137,7 @@ class Layout:
         numbers = np.rint(blocks / np.where(scales == 0, 1, scales)).astype(np.int8).reshape(-1)[: len(flat)]
         return bytes(scales.astype("<f4").tobytes() + numbers.tobytes())
 
-    def _decoded(self, value: ValueSpec, data: memoryview, shape: tuple[int, ...]) -> NDArray[Any]:
+    def _decoded(self, value: StoredValue, data: memoryview, shape: tuple[int, ...]) -> NDArray[Any]:
         dtype = np.dtype(value.dtype)
         if self.dtype == "fp32":
             array: NDArray[Any] = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape).astype(dtype, copy=False)
@@ -278,7 +278,7 @@ def _parse(path: Path, data: memoryview) -> tuple[Layout, dict[bytes, Entry]]:
     for key, entry in _entries(data[at:end]):
         if entry.start < end + 4 or entry.start + entry.length > len(data):
             raise damaged(entry.start, "an entry is not within the file")
-        if entry.length != layout.nbytes(entry.tokens):
+        if not entry.tokens or entry.length != layout.nbytes(entry.tokens):
             raise damaged(entry.start, f"an entry of {entry.tokens} tokens has {entry.length} bytes")
         entries[key] = entry
     return layout, entries
@@ -302,7 +302,7 @@ def _layout(fields: Any) -> tuple[Layout, int]:
         axes = tuple(value["axes"])
         if value["dtype"] not in ("float32", "float16") or not isinstance(value["name"], str):
             raise ValueError(f"a value is {value!r}")
-        if any(axis is not None and (type(axis) is not int or not 0 <= axis < 1 << 31) for axis in axes):
+        if any(axis is not None and (type(axis) is not int or not 0 < axis < 1 << 31) for axis in axes):
             raise ValueError(f"the axes of a value are {axes}")
-        values.append(ValueSpec(value["name"], value["dtype"], axes))
+        values.append(StoredValue(value["name"], value["dtype"], axes))
     return Layout(bytes.fromhex(fields["front"]), dtype, tuple(values)), count

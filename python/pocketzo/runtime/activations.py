@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import onnxruntime as ort
 
 from pocketzo.errors import CacheError
-from pocketzo.formats.activations import SUFFIX, Dtype, Layout, New, Segment, ValueSpec, write_segment
+from pocketzo.formats.activations import SUFFIX, Dtype, Layout, New, Segment, StoredValue, write_segment
 from pocketzo.formats.files import make_folder
 from pocketzo.machine.memory import megabytes
 from pocketzo.runtime.cut import Cut
@@ -55,7 +55,7 @@ def layout_of(cut: Cut, dtype: Dtype) -> Layout:
     for kept in cut.values:
         axes = kept.sizes.axes if kept.sizes.axes[0] == ALL_TOKENS else kept.sizes.axes[1:]
         sizes = tuple(axis if isinstance(axis, int) else None for axis in axes)
-        values.append(ValueSpec(kept.name, kept.sizes.dtype.name, sizes))
+        values.append(StoredValue(kept.name, kept.sizes.dtype.name, sizes))
     return Layout(front, dtype, tuple(values))
 
 

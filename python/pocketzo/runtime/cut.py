@@ -23,6 +23,10 @@ from pocketzo.runtime.onnx_proto import all_nodes, declare, read_graph
 from pocketzo.runtime.subgraph import keep_values, remove_unused
 
 _TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
+_PRODUCTS: Final = (
+    *("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+    *("QLinearMatMul", "Attention", "QAttention"),
+)
 _LENGTH: Final = 32  # tokens of the example for which the cut is chosen
 
 
@@ -154,7 +158,7 @@ class Cut:
         return found.digest()
 
 
-def plan_cut(bundle: Bundle, trained: Collection[str] | None = None) -> Cut:
+def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: float = 0.0) -> Cut:
     """Find where to cut a bundle's graph.
 
     Of each value that is computed without a trained tensor, the back gets it as an input, or computes it, or does not
@@ -168,6 +172,9 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None) -> Cut:
         With a probing batch.
     trained : collection of str, optional
         The names of the tensors that are trained; by default all that are trainable.
+    least : float
+        The least share of the products of a forward pass, by the sizes of their matrices, that come before what is
+        trained. This is found without running the model, which takes about as long as loading it.
 
     Raises
     ------
@@ -183,13 +190,23 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None) -> Cut:
     )
     try:
         model = read_graph(bundle.model_path)
-        sizes = measure(bundle, model)
-    except (BundleError, NotPrepackableError) as error:
+    except NotPrepackableError as error:
         raise NotCuttableError(str(error)) from None
     graph = model.graph
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     dependent = _dependents(graph.node, names)
     before = [node for node in graph.node if dependent.isdisjoint(node.output)]
+    nothing = NotCuttableError(
+        f"{bundle.path}: too little is computed before the first trained tensor to be worth keeping; train later "
+        "layers only, as with prepare --train lora:layers=20-"
+    )
+    products = sum(_elements(node, weights) for node in before)
+    if not products or products < least * sum(_elements(node, weights) for node in graph.node):
+        raise nothing
+    try:
+        sizes = measure(bundle, model)
+    except (BundleError, NotPrepackableError) as error:
+        raise NotCuttableError(str(error)) from None
     outputs = [value.name for value in graph.output]
     behind = [node for node in graph.node if not dependent.isdisjoint(node.output)]
     wanted = {name for node in _needed(behind, {*outputs} & dependent) for name in _reads(node)}
@@ -209,10 +226,7 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None) -> Cut:
         _weights=weights,
     )
     if not kept:
-        raise NotCuttableError(
-            f"{bundle.path}: nothing is computed before the first trained tensor that would be worth keeping; train "
-            "later layers only, as with prepare --train lora:layers=20-"
-        )
+        raise nothing
     for node in _ancestors(made, kept, ()):
         if node.op_type.startswith("DynamicQuantize"):
             raise NotCuttableError(
@@ -292,12 +306,24 @@ def _price(nodes: list[Any], weights: Mapping[str, tuple[int, ...]]) -> int:
     It is the usual number of rows of a matrix, which makes a hidden vector of float32 worth a third of a layer:
     products of unchanged projections are repeated, and their results not kept.
     """
-    rows = sorted(
-        next((one.i for one in node.attribute if one.name == "K"), weights.get(node.input[1], (1, 1))[0])
-        for node in nodes
-        if node.op_type in ("MatMul", "Gemm", "MatMulNBits", "MatMulInteger") and node.input[1] in weights
-    )
+    rows = sorted(size[0] for node in nodes if (size := _matrix(node, weights)))
     return max(1, rows[len(rows) // 2]) if rows else 1
+
+
+def _matrix(node: Any, weights: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """Return the rows and columns of the weight that a node multiplies by; None if it does something else."""
+    if node.op_type == "MatMulNBits":
+        numbers = {one.name: one.i for one in node.attribute}
+        return numbers["K"], numbers["N"]
+    if node.op_type not in _PRODUCTS:
+        return None
+    shape = next((weights[name] for name in node.input[1:] if len(weights.get(name, ())) == 2), None)
+    return None if shape is None else (shape[0], shape[1])
+
+
+def _elements(node: Any, weights: Mapping[str, tuple[int, ...]]) -> int:
+    rows, columns = _matrix(node, weights) or (0, 0)
+    return rows * columns
 
 
 def _cost(sizes: Sizes | None) -> float:

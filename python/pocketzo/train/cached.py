@@ -91,6 +91,7 @@ def plan(
     folder: Path | None = None,
     dtype: Dtype = "fp32",
     limit: int = LIMIT,
+    least: float = 0.0,
 ) -> Plan:
     """Plan training behind a cut.
 
@@ -110,13 +111,15 @@ def plan(
     dtype : {"fp32", "fp16", "int8"}
     limit : int
         Bytes of the whole cache.
+    least : float
+        As for :func:`plan_cut`.
 
     Raises
     ------
     NotCuttableError
         There is nothing to keep, or it cannot be kept.
     """
-    cut = plan_cut(bundle, {tensor.name for tensor in select(bundle, trainable)})
+    cut = plan_cut(bundle, {tensor.name for tensor in select(bundle, trainable)}, least=least)
     lengths = np.concatenate([_row_lengths(one) for one in (data, *others)])
     first = data.batch(np.arange(min(len(data), fixed_batch(bundle) or _FILL)))
     rows = count_rows(bundle, first)
