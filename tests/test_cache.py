@@ -361,6 +361,15 @@ def test_a_run_resumes_with_its_cache(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["train", "--resume", str(tmp_path / "run")])
     assert result.exit_code == 0, result.stderr
     assert pz.Run(tmp_path / "run").entries == pz.Run(tmp_path / "whole").entries
+    for more, said in (
+        (["--cache", "off"], f"cache is {tmp_path / 'cache'} there and off here"),
+        (["--cache-dtype", "fp16"], "cache_dtype is int8 there and fp16 here"),
+    ):
+        result = CliRunner().invoke(cli, [*map(str, words), *more, "-o", str(tmp_path / "run")])
+        assert result.exit_code == 1
+        assert said in result.stderr
+    again = CliRunner().invoke(cli, [*map(str, words), "-o", str(tmp_path / "run")])
+    assert again.exit_code == 0, again.stderr
 
 
 def test_a_tiny_run_keeps_nothing_unless_it_is_asked_to(tmp_path: Path) -> None:

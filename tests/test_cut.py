@@ -128,6 +128,8 @@ def test_less_can_be_trained_than_the_bundle_allows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{first} is frozen"):
         model.weights[first] = 0.0
     model.weights.read()
+    with pytest.raises(ValueError, match=f"'{first}' cannot be trained, as the model was loaded with a cut behind it"):
+        pz.MeZO(model, lr=1e-2)
     data = Sentences(tmp_path / "m.onnx")
     pz.Trainer(
         model, pz.MeZO(model, lr=1e-2, trainable="layers.1"), data, steps=3, batch_size=4, run=tmp_path / "run"

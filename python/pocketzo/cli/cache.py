@@ -109,6 +109,18 @@ class Kept:
             self._opened = Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache))
         return cut
 
+    def differences(self, past: Run) -> list[str]:
+        """Return the settings that were given and are not those of a run, which goes on with its own."""
+        session = past.recipe.session
+        found = []
+        if self.where != "auto":
+            here = None if self.where == "off" else str(Path(self.where).absolute())
+            if here != session.cache_folder:
+                found.append(f"cache is {session.cache_folder or 'off'} there and {here or 'off'} here")
+        if self.dtype is not None and self.dtype != session.cache:
+            found.append(f"cache_dtype is {session.cache} there and {self.dtype} here")
+        return found
+
     def fill(self, model: Model, data: Dataset, activation_memory: int | None) -> None:
         """Open the cache, and compute what it does not hold yet of the training data."""
         if model.halves is None or self._opened is None:

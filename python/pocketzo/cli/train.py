@@ -325,9 +325,10 @@ def train(
     cut = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
+        others += kept.differences(past)
         cut = kept.as_before(past, read)
         pairs = ("threads", session.threads, threads), ("prepacked", session.prepacked, prepack)
-        others = [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
+        others += [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
         threads = use_threads(session)
         prepack = prepack or (None if session.prepacked else False)
     else:

@@ -226,6 +226,12 @@ class Optimizer(ABC):
         self._usual = MeanSquare()
         self._choice: tuple[int, Sequence[int]] = -1, ()
         self._tensors = select(model.bundle, trainable)
+        before = [tensor.name for tensor in self._tensors if not model.weights.segments(tensor.name)]
+        if before:
+            raise ValueError(
+                f"{model.bundle.path}: {before[0]!r} cannot be trained, as the model was loaded with a cut behind it: "
+                f"name what is trained in plan_cut, or give trainable"
+            )
         self.names = tuple(tensor.name for tensor in self._tensors)
         self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
         for group in self.groups:

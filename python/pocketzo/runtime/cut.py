@@ -8,6 +8,7 @@ positions, is computed by both parts, so that little is kept of each example: se
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.frozen import model_over_base
-from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds
+from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds, read_by
 from pocketzo.runtime.min_cut import INFINITE, Network
 from pocketzo.runtime.onnx_proto import all_nodes, declare, read_graph
 from pocketzo.runtime.subgraph import keep_values, remove_unused
@@ -200,8 +201,9 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
         f"{bundle.path}: too little is computed before the first trained tensor to be worth keeping; train later "
         "layers only, as with prepare --train lora:layers=20-"
     )
-    products = sum(_elements(node, weights) for node in before)
-    if not products or products < least * sum(_elements(node, weights) for node in graph.node):
+    constants = _constants(graph.node, weights)
+    products = sum(_elements(node, constants) for node in before)
+    if not products or products < least * sum(_elements(node, constants) for node in graph.node):
         raise nothing
     try:
         sizes = measure(bundle, model)
@@ -209,12 +211,12 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
         raise NotCuttableError(str(error)) from None
     outputs = [value.name for value in graph.output]
     behind = [node for node in graph.node if not dependent.isdisjoint(node.output)]
-    wanted = {name for node in _needed(behind, {*outputs} & dependent) for name in _reads(node)}
+    wanted = {name for node in _needed(behind, {*outputs} & dependent) for name in read_by(node)}
     kept = _cheapest(before, wanted, sizes, weights)
     made = {name: node for node in before for name in node.output}
     repeated = _ancestors(made, wanted - kept, kept)
     again = {name for node in repeated for name in node.output} | dependent
-    read = {name for node in graph.node if not again.isdisjoint(node.output) for name in _reads(node)}
+    read = {name for node in graph.node if not again.isdisjoint(node.output) for name in read_by(node)}
     cut = Cut(
         bundle=narrow,
         values=tuple(Kept(name, sizes[name]) for node in before for name in node.output if name in kept),
@@ -237,18 +239,11 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
     return cut
 
 
-def _reads(node: Any) -> set[str]:
-    graphs = [graph for one in node.attribute for graph in (one.g, *one.graphs)]
-    return {name for name in node.input if name}.union(
-        *({name for inner in all_nodes(graph) for name in inner.input if name} for graph in graphs)
-    )
-
-
 def _dependents(nodes: Iterable[Any], names: Iterable[str]) -> set[str]:
     """Return tensors, and the values that depend on them."""
     found = {*names}
     for node in nodes:
-        if not found.isdisjoint(_reads(node)):
+        if not found.isdisjoint(read_by(node)):
             found.update(name for name in node.output if name)
     return found
 
@@ -258,7 +253,7 @@ def _needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
     wanted, found = {*outputs}, []
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):
-            wanted |= _reads(node)
+            wanted |= read_by(node)
             found.append(node)
     return found
 
@@ -276,7 +271,7 @@ def _ancestors(made: Mapping[str, Any], names: Iterable[str], given: Collection[
         if id(node) not in done:
             done.add(id(node))
             found.append(node)
-            left += _reads(node)
+            left += read_by(node)
     return found
 
 
@@ -288,7 +283,7 @@ def _cheapest(
     for number, node in enumerate(nodes):
         count = multiply_adds(node, sizes, weights, 1, _LENGTH, 1)
         network.connect(("run", number), "end", 1 + int(count / price))
-        for name in _reads(node):
+        for name in read_by(node):
             network.connect(("run", number), name, INFINITE)
         for name in node.output:
             if name:
@@ -319,6 +314,16 @@ def _matrix(node: Any, weights: Mapping[str, tuple[int, ...]]) -> tuple[int, int
         return None
     shape = next((weights[name] for name in node.input[1:] if len(weights.get(name, ())) == 2), None)
     return None if shape is None else (shape[0], shape[1])
+
+
+def _constants(nodes: Iterable[Any], weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of weights, and of what is computed from them alone, as by DequantizeLinear, about."""
+    found = dict(weights)
+    for node in nodes:
+        given = [found[name] for name in node.input if name in found]
+        if given and len(given) == sum(1 for name in node.input if name):
+            found.update(dict.fromkeys(node.output, max(given, key=math.prod)))
+    return found
 
 
 def _elements(node: Any, weights: Mapping[str, tuple[int, ...]]) -> int:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+import onnxruntime as ort
 
 from pocketzo.errors import BundleError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe
 from pocketzo.runtime.frozen import model_over_base
+from pocketzo.runtime.onnx_proto import all_nodes
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import open_unoptimised
 
@@ -28,7 +29,9 @@ POSITIONS: Final = "positions"
 TOKEN_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 """Inputs with an element for each token, [batch, tokens] or [sections, batch, tokens]."""
 
-_SHAPES: Final = (2, 5, 4), (3, 7, 11)  # rows, tokens and positions of the two runs
+Shape: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]
+
+_SHAPES: Final = (2, 3, 4), (3, 5, 7)  # rows, tokens and positions of the two runs
 _BY_WEIGHT: Final = ("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul")
 _FUSED: Final = ("FusedMatMul", "FusedGemm")
 _ATTENTION: Final = ("MultiHeadAttention", "GroupQueryAttention", "Attention", "QAttention")
@@ -56,7 +59,7 @@ class Sizes:
 
 
 def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
-    """Return the sizes of the values of a graph that are dense tensors.
+    """Return the sizes of the values of a graph that are dense tensors and depend on its inputs.
 
     Parameters
     ----------
@@ -71,7 +74,7 @@ def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
         The graph cannot be run on batches of such sizes.
     """
     declared = {value.name for value in model.graph.output}
-    names = [name for node in model.graph.node for name in node.output if name]
+    names = _from_inputs(model.graph)
 
     def edit(copy: Any) -> None:
         for name in names:
@@ -79,35 +82,52 @@ def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
                 copy.graph.output.add(name=name)
 
     session = open_unoptimised(bundle, {}, model_over_base(bundle, edit=edit))
-    found: list[dict[str, NDArray[Any]]] = []
-    for rows, tokens, positions in _SHAPES:
-        batch = _batch(bundle, rows, tokens, positions)
-        try:
-            values = session.run(names, batch)
-        except Exception as error:  # onnxruntime's own exceptions share no public base
-            raise BundleError(
-                f"{bundle.path}: the graph cannot be run on {rows} x {tokens} tokens: {joined_lines(error)}"
-            ) from error
-        found.append(
-            {
-                **{name: value for name, value in zip(names, values, strict=True) if isinstance(value, np.ndarray)},
-                **batch,
-            }
-        )
-    first, second = found
+    first, second = (_shapes(bundle, session, names, *shape) for shape in _SHAPES)
     return {name: _sizes(first[name], second[name]) for name in first if name in second}
 
 
-def _sizes(first: NDArray[Any], second: NDArray[Any]) -> Sizes:
+def _shapes(
+    bundle: Bundle, session: ort.InferenceSession, names: list[str], rows: int, tokens: int, positions: int
+) -> dict[str, Shape]:
+    """Run a graph on a batch, and return the types and shapes of its values that are dense tensors."""
+    batch = _batch(bundle, rows, tokens, positions)
+    try:
+        values = session.run(names, batch)
+    except Exception as error:  # onnxruntime's own exceptions share no public base
+        raise BundleError(
+            f"{bundle.path}: the graph cannot be run on {rows} x {tokens} tokens: {joined_lines(error)}"
+        ) from error
+    arrays = {**dict(zip(names, values, strict=True)), **batch}
+    tensors = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+    return {name: (array.dtype, array.shape) for name, array in tensors.items()}
+
+
+def _from_inputs(graph: Any) -> list[str]:
+    """Return the values that depend on inputs: others, such as dequantised weights, may be large."""
+    found = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    names = []
+    for node in graph.node:
+        if not found.isdisjoint(read_by(node)):
+            made = [name for name in node.output if name]
+            names += made
+            found.update(made)
+    return names
+
+
+def read_by(node: Any) -> set[str]:
+    """Return the names of the values that a node reads, also in the graphs inside it."""
+    graphs = [graph for one in node.attribute for graph in (one.g, *one.graphs)]
+    inner = (name for graph in graphs for inside in all_nodes(graph) for name in inside.input)
+    return {name for name in (*node.input, *inner) if name}
+
+
+def _sizes(first: Shape, second: Shape) -> Sizes:
+    (dtype, one), (_, other) = first, second
     (b, t, p), (b2, t2, p2) = _SHAPES
     known = {(b, b2): ROWS, (t, t2): TOKENS, (b * t, b2 * t2): ALL_TOKENS, (p, p2): POSITIONS}
-    if first.ndim != second.ndim:
-        return Sizes(first.dtype, ("?",))
-    axes = [
-        known.get((one, other), "?") if one != other else one
-        for one, other in zip(first.shape, second.shape, strict=True)
-    ]
-    return Sizes(first.dtype, tuple(axes))
+    if len(one) != len(other):
+        return Sizes(dtype, ("?",))
+    return Sizes(dtype, tuple(known.get((m, n), "?") if m != n else m for m, n in zip(one, other, strict=True)))
 
 
 def _batch(bundle: Bundle, rows: int, tokens: int, positions: int) -> Probe:
