@@ -190,7 +190,8 @@ class Loader:
         return loaded, check_plain(loaded, *reference, self.verify)
 
     def _load_prepacked(self) -> tuple[Model, tuple[str, ...]]:
-        plan = plan_prepacking(self.bundle, None if self.cut is None else self.cut.back_model())
+        graph = () if self.cut is None else (self.cut.back_model(),)
+        plan = plan_prepacking(self.bundle, *graph)
         if self.max_memory is not None:
             try:
                 check_room(self.bundle, self.max_memory, plan.matrices)
