@@ -32,6 +32,7 @@ if _problem is None:
     from pocketzo.optim.momentum import Momentum
     from pocketzo.optim.optimizer import Optimizer, StepInfo
     from pocketzo.optim.schedule import Schedule
+    from pocketzo.optim.sign import Sign
     from pocketzo.prepare import prepare
     from pocketzo.runtime.load import load
     from pocketzo.runtime.model import Model
@@ -73,6 +74,7 @@ __all__ = [
     "Progress",
     "Run",
     "Schedule",
+    "Sign",
     "StepInfo",
     "Trainer",
     "TrainingError",

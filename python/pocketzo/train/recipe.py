@@ -151,6 +151,8 @@ class Recipe:
     loop : Loop
     session : Session
     data : DataUsed
+    sweep : dict or None
+        How the learning rate was found (:class:`pocketzo.train.sweep.Sweep`); None if it was given.
     """
 
     model: BaseModel
@@ -158,6 +160,7 @@ class Recipe:
     loop: Loop
     session: Session
     data: DataUsed
+    sweep: dict[str, Any] | None = None
 
     @property
     def takes_queries(self) -> bool:
@@ -173,6 +176,8 @@ class Recipe:
             del fields["model"]["adapter_sha256"]
         if self.model.init_sha256 is None:
             del fields["model"]["init_sha256"]
+        if self.sweep is None:
+            del fields["sweep"]
         return _with_paths(plain(fields), portable_path)
 
     @classmethod
