@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -24,6 +24,16 @@ def regex(_: click.Context, param: click.Parameter, value: str | None) -> str | 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
+
+
+def learning_rate(_: click.Context, __: click.Parameter, value: str) -> float | Literal["auto"]:
+    """Parse a number, or auto."""
+    if value == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 def groups_option(_context: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
@@ -88,6 +98,12 @@ def threads_option(default: str) -> Callable[[Any], Any]:
 base_option = click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")
 step_option = click.option(
     "--step", type=int, metavar="N", help="Use the weights after N steps of a run.  [default: all steps]"
+)
+average_option = click.option(
+    "--average",
+    type=float,
+    metavar="SHARE",
+    help="Use the mean of the weights over the last share of the steps, such as 0.25.",
 )
 best_option = click.option("--best", is_flag=True, help="Use the weights at the run's best evaluation.")
 
