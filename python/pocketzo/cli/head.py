@@ -15,12 +15,12 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.staging import scratch_folder
 from pocketzo.train.head.choose import standard_error
 from pocketzo.train.head.fit import Fit
-from pocketzo.train.head.run import PARAMETERS, RECORD, HeadRun
+from pocketzo.train.head.run import KEPT, PARAMETERS, RECORD, HeadRun
 from pocketzo.train.head.train import train_head
 from pocketzo.train.head.zeroth import STEPS
 
 _SHOWN = 3
-_OPTIONS = {"bundle", "data", "eval_data", "output", "objective", "seed", "threads"}
+_OPTIONS = {"bundle", "data", "eval_data", "output", "objective", "seed", "threads", "after", "keep"}
 
 
 def refuse_options_of_steps(context: click.Context) -> None:
@@ -40,6 +40,12 @@ def is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
+def base_of(run: Path) -> Path:
+    """Return the bundle that the head of a run belongs to."""
+    described, _ = HeadRun.read(run)
+    return described.base().path
+
+
 def train_and_say(
     base: Bundle,
     data: Path,
@@ -51,8 +57,12 @@ def train_and_say(
     seed: int,
     threads: int | None,
     columns: Columns,
+    keep: bool,
+    after: Path | None,
 ) -> None:
     """Fit the side head of a bundle to examples, print what was chosen and what it achieves, and write the run."""
+    if after is not None and not (after / KEPT).is_file():
+        note(f"{after}: has kept no states (--keep): its data is read again, and costs its forward passes")
     with err.status("loading") as status:
 
         def told(stage: str, done: int, count: int, left: float | None) -> None:
@@ -69,6 +79,8 @@ def train_and_say(
             seed=seed,
             threads=threads,
             columns=columns,
+            keep=keep,
+            after=after,
             told=told,
         )
     labels = found.bundle.labels
@@ -79,6 +91,9 @@ def train_and_say(
         out.print(evaluation_table({"linear probe": found.probe, "side head": found.evaluation}))
     size = sum((output / name).stat().st_size for name in (RECORD, PARAMETERS))
     say(f"{output}: a head of {size_text(size)}")
+    if keep:
+        size = (output / KEPT).stat().st_size
+        say(f"{output / KEPT}: labels and states of the examples, {size_text(size)}: personal data, of mode 0600")
     say(f"get the tuned bundle:  pocketzo replay {quoted(output)} -o tuned")
 
 

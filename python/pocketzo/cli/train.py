@@ -30,7 +30,7 @@ from pocketzo.cli.console import (
     size_text,
     sweep_text,
 )
-from pocketzo.cli.head import is_given, refuse_options_of_steps, train_and_say
+from pocketzo.cli.head import base_of, is_given, refuse_options_of_steps, train_and_say
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -74,6 +74,20 @@ from pocketzo.train.verdict import verdict
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--resume", type=PATH, metavar="RUN", help="Resume a run. All settings come from its journal.")
+@click.option(
+    "--continue",
+    "after",
+    type=PATH,
+    metavar="RUN",
+    help="Of a side head: fit a new one to the examples of RUN and to those of --data. Examples that RUN kept cost no "
+    "forward pass; else its data file is read again. BUNDLE may be left out.",
+)
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Of a side head: keep labels and states of the examples in RUN, for --continue. They are personal data; the "
+    "file is readable by its owner alone.",
+)
 @click.option("--data", type=PATH, metavar="FILE", help="Training examples: .jsonl, .tsv, .csv, .npz or .txt.")
 @click.option("--eval", "eval_data", type=PATH, metavar="FILE", help="Held-out examples for evaluation.")
 @click.option("-o", "--output", type=PATH, metavar="RUN", help="Folder for the run; must be new or hold this run.")
@@ -226,6 +240,8 @@ def train(
     context: click.Context,
     bundle: Path | None,
     resume: Path | None,
+    after: Path | None,
+    keep: bool,
     data: Path | None,
     eval_data: Path | None,
     output: Path | None,
@@ -280,6 +296,7 @@ def train(
       pocketzo train base --data train.tsv --eval dev.tsv -o runs/first \\
           --steps 400 --group classifier:lr=10,eps=10
       pocketzo train --resume runs/first
+      pocketzo train --continue runs/head --data more.tsv -o runs/more
     """
     if resume is not None:
         allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
@@ -290,6 +307,8 @@ def train(
         trainer = resume_run(resume, bundle=bundle, train=data, eval=eval_data, max_memory=max_memory)
         _train(_noted(trainer), resume)
         return
+    if after is not None and bundle is None:
+        bundle = base_of(after)
     if bundle is None or data is None or output is None:
         missing = "BUNDLE" if bundle is None else "--data" if data is None else "-o"
         raise click.UsageError(f"{missing} is missing: a new run needs BUNDLE, --data and -o; an old one --resume")
@@ -322,8 +341,12 @@ def train(
             seed=seed,
             threads=threads,
             columns=columns,
+            keep=keep,
+            after=after,
         )
         return
+    if keep or after is not None:
+        raise click.UsageError(f"{'--keep' if keep else '--continue'} is for a side head that is fitted at once")
     check_integer("batch_size", batch_size, 1)
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)

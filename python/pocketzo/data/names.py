@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,12 @@ def class_names(path: Path, bundle: Bundle, columns: Columns) -> tuple[str, ...]
             found.add(str(label))
     if not found:
         raise DataError(f"{path}: no labels, from which the classes would follow")
+    return in_order(found)
+
+
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Return names of classes, each once: in numerical order if all are integers, else in alphabetical order."""
+    found = set(names)
     return tuple(sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found))
 
 

@@ -1,4 +1,4 @@
-"""The built-in example: fine-tune all-MiniLM-L6-v2 to classify phone messages into eight intents, on this machine.
+"""An example: all weights of all-MiniLM-L6-v2 learn to classify phone messages, by zeroth order, on this machine.
 
 It covers all stages, from the checkpoint's file to a tuned model that plain onnxruntime opens, and uses functions that
 any program can call. It prints nothing itself: ``pocketzo demo`` does.
@@ -216,7 +216,7 @@ def run_demo(
     after = evaluate(model, test)
     tuned = _guesses(model, test)
     model.save(output / "tuned")
-    plain = _plain_guesses(output / "tuned" / "model.onnx", test)
+    plain = plain_guesses(output / "tuned" / "model.onnx", test)
     assert train.label_ids is not None
     assert test.label_ids is not None
     return Outcome(
@@ -259,7 +259,7 @@ def _guesses(model: Model, data: Dataset) -> NDArray[np.int64]:
     return np.concatenate([model.run(batch, ["logits"])["logits"].argmax(-1) for batch in _batches(data)])
 
 
-def _plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
+def plain_guesses(path: Path, data: Dataset) -> NDArray[np.int64]:
     """Classify with onnxruntime alone, from the saved file."""
     session = ort.InferenceSession(utf8_path(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], batch)[0].argmax(-1) for batch in _batches(data)])

@@ -43,6 +43,8 @@ class ByMetric:
         Of the head, on a batch; the backbone does not run.
     pays : bool
         Whether the head has what was learnt.
+    start : Head
+        The head before it.
     """
 
     metric: Metric
@@ -50,6 +52,7 @@ class ByMetric:
     after: float
     evaluations: int
     pays: bool
+    start: Head
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ class Fitter:
             heads = learnt if pays else heads
         by_metric = None
         if not self._metric.of_loss:
-            heads, by_metric = self._by_metric(heads, parts.of_last(pooled), tokens, best.features.layers)
+            start = self._head(heads, parts, best.features)
+            heads, by_metric = self._by_metric(heads, parts.of_last(pooled), tokens, start)
         of_probe = self._parts(pooled, chooser, probe)
         return Fit(
             self._head(heads, parts, best.features),
@@ -204,7 +208,7 @@ class Fitter:
         )
 
     def _by_metric(
-        self, heads: Heads, others: Singles, tokens: TokenStates | None, layers: tuple[int, ...]
+        self, heads: Heads, others: Singles, tokens: TokenStates | None, start: Head
     ) -> tuple[Heads, ByMetric]:
         """Move queries and bias by zeroth order, and return the heads that are better on held-out examples."""
         if tokens is None:
@@ -218,7 +222,7 @@ class Fitter:
             predictions = self._task.predictions(self._targets.scores(scores))
             return self._metric(Found(None, predictions, self._task.targets(labels[rows])))
 
-        zeroth = Zeroth(heads, others, tokens, layers, self._folds)
+        zeroth = Zeroth(heads, others, tokens, start.layers, self._folds)
         shifts = zeroth.learn(
             lambda scores, rows: self._metric.cost(value(scores, rows)),
             self._seed,
@@ -232,7 +236,7 @@ class Fitter:
             queries: list[Singles] = [query + shift for query, shift in zip(heads.queries, shifts.queries, strict=True)]
             heads = Heads(heads.weights, queries, heads.bias + shifts.bias)
         evaluations = 2 * DIRECTIONS * self._steps
-        return heads, ByMetric(self._metric, before, after, evaluations, pays)
+        return heads, ByMetric(self._metric, before, after, evaluations, pays, start)
 
     def _parts(self, pooled: Pooled, chooser: Chooser, trial: Trial) -> Parts:
         """Return the models of the folds and of all rows, of states as they are: not standardised."""

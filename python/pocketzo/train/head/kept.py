@@ -5,6 +5,7 @@ They are personal data: a text can be guessed from them. So files of them are re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -13,13 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.data.dataset import Dataset
-from pocketzo.errors import DataError
+from pocketzo.errors import DataError, JournalError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.safetensors import map_tensors, write
+from pocketzo.formats.side import SideHead, tap_name
 from pocketzo.train.head.pooled import Pooled, Pooling
 from pocketzo.train.head.states import Backbone, TokenStates, Told
 
 MOST_STATES: Final = 4_000_000_000
 """Bytes of token states on storage; where they would take more, only pooled states are kept."""
+
+_LABELS: Final = "labels"
+_LENGTHS: Final = "lengths"
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,10 @@ class Kept:
             raise DataError("the training data has no labels, which a head learns")
         layers = [tap.layer for tap in side.taps]
         sizes = [tap.size for tap in side.taps]
-        poolings: tuple[Pooling, ...] = ("mean", "last") if side.causal else ("mean",)
         pooled = {
             (layer, pooling): np.empty((len(data), size), np.float32)
             for layer, size in zip(layers, sizes, strict=True)
-            for pooling in poolings
+            for pooling in _poolings(side)
         }
         tokens = None
         if data.lengths is not None and 2 * sum(sizes) * int(data.lengths.sum()) <= MOST_STATES:
@@ -89,6 +94,59 @@ class Kept:
         pooled = {key: array[rows] for key, array in self.pooled.items()}
         return Kept(self.labels[rows], pooled, None if self.tokens is None else self.tokens.take(rows))
 
+    def save(self, path: Path) -> None:
+        """Write a file that its owner alone may read."""
+        arrays: dict[str, NDArray[Any]] = {_LABELS: self.labels}
+        arrays |= {f"{tap_name(layer)}.{pooling}": array for (layer, pooling), array in self.pooled.items()}
+        if self.tokens is not None:
+            arrays[_LENGTHS] = self.tokens.lengths
+            arrays |= {tap_name(layer): array for layer, array in self.tokens.maps.items()}
+        path.touch(mode=0o600, exist_ok=False)
+        write(path, arrays.items())
+        path.chmod(0o600)
+
+    @classmethod
+    def read(cls, path: Path, bundle: Bundle) -> Self:
+        """Read what :meth:`save` wrote; token states stay in the file.
+
+        Raises
+        ------
+        JournalError
+            It is not of this bundle.
+        """
+        side = bundle.side
+        assert side is not None
+        found = map_tensors(path)
+        layers = [tap.layer for tap in side.taps]
+        try:
+            pooled = {
+                (layer, pooling): np.array(found[f"{tap_name(layer)}.{pooling}"])
+                for layer in layers
+                for pooling in _poolings(side)
+            }
+            tokens = None
+            if _LENGTHS in found:
+                tokens = TokenStates.of(found[_LENGTHS], {layer: found[tap_name(layer)] for layer in layers})
+            return cls(np.array(found[_LABELS]), pooled, tokens)
+        except KeyError as error:
+            raise JournalError(
+                f"{path}: no tensor {error} in it: not the examples of a head of {bundle.path}"
+            ) from None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Kept], folder: Path) -> Self:
+        """Return the examples of several sets, one after the other; token states are copied to temporary files."""
+        pooled = {key: np.concatenate([part.pooled[key] for part in parts]) for key in parts[0].pooled}
+        states = [part.tokens for part in parts if part.tokens is not None]
+        tokens = None
+        if len(states) == len(parts) and sum(one.nbytes for one in states) <= MOST_STATES:
+            tokens = TokenStates.joined(states, folder)
+        return cls(np.concatenate([part.labels for part in parts]), pooled, tokens)
+
     def features(self) -> Pooled:
         """Return the pooled states as features."""
         return Pooled(self.pooled)
+
+
+def _poolings(side: SideHead) -> tuple[Pooling, ...]:
+    return ("mean", "last") if side.causal else ("mean",)

@@ -74,14 +74,17 @@ class Basis(NamedTuple):
 
     x: Floats
     back: list[Floats]  # by tap, [size, directions]
+    joint: bool = False  # whether the directions are those of all taps together
 
     @classmethod
     def joined(cls, bases: Sequence[Basis]) -> Basis:
-        """Return the features of several taps."""
+        """Return the features of several taps, each along its own directions."""
         return cls(np.concatenate([one.x for one in bases], axis=1), [back for one in bases for back in one.back])
 
     def by_tap(self, weight: Floats) -> list[Floats]:
         """Return the weights of standardised features, by tap, for weights [directions, ...]."""
+        if self.joint:
+            return [np.tensordot(one, weight, axes=1) for one in self.back]
         edges = np.cumsum([back.shape[1] for back in self.back])[:-1]
         return [np.tensordot(one, part, axes=1) for one, part in zip(self.back, np.split(weight, edges), strict=True)]
 
@@ -99,6 +102,7 @@ class Pooled:
         self._states = states
         self._standard = {key: Standard.of(array) for key, array in states.items()}
         self._bases: dict[tuple[int, Pooling], Basis] = {}
+        self._kernels: dict[tuple[int, Pooling], Floats] = {}
         self.rows = len(next(iter(states.values())))
 
     def states(self, layer: int, pooling: Pooling) -> NDArray[np.float32]:
@@ -110,20 +114,38 @@ class Pooled:
         return [self._standard[key] for key in features.keys]
 
     def basis(self, features: Features) -> Basis:
-        """Return the features of some taps, each tap's along its own principal directions."""
-        return Basis.joined([self._basis_of(*key) for key in features.keys])
+        """Return the features of some taps, along as many principal directions as there are rows at most."""
+        keys = features.keys
+        if sum(self._states[key].shape[1] for key in keys) <= self.rows:
+            return Basis.joined([self._basis_of(*key) for key in keys])
+        products = sum((self._products(*key) for key in keys), np.zeros((self.rows, self.rows)))
+        x, turned = _directions(products)
+        return Basis(x, [self._standardised(*key).T @ turned for key in keys], joint=True)
+
+    def _standardised(self, layer: int, pooling: Pooling) -> Floats:
+        return self._standard[layer, pooling](self._states[layer, pooling])
+
+    def _products(self, layer: int, pooling: Pooling) -> Floats:
+        """Return the products of all rows of a tap's standardised features."""
+        key = layer, pooling
+        if key not in self._kernels:
+            wide = self._standardised(*key)
+            self._kernels[key] = wide @ wide.T
+        return self._kernels[key]
 
     def _basis_of(self, layer: int, pooling: Pooling) -> Basis:
         key = layer, pooling
         if key not in self._bases:
-            wide = self._standard[key](self._states[key])
-            if wide.shape[1] <= self.rows:
-                values, vectors = np.linalg.eigh(wide.T @ wide)
-                kept = values > _LEAST_VARIANCE * values[-1]
-                self._bases[key] = Basis(wide @ vectors[:, kept], [vectors[:, kept]])
-            else:
-                values, vectors = np.linalg.eigh(wide @ wide.T)
-                kept = values > _LEAST_VARIANCE * values[-1]
-                roots = np.sqrt(values[kept])
-                self._bases[key] = Basis(vectors[:, kept] * roots, [wide.T @ (vectors[:, kept] / roots)])
+            wide = self._standardised(*key)
+            values, vectors = np.linalg.eigh(wide.T @ wide)
+            kept = values > _LEAST_VARIANCE * values[-1]
+            self._bases[key] = Basis(wide @ vectors[:, kept], [vectors[:, kept]])
         return self._bases[key]
+
+
+def _directions(products: Floats) -> tuple[Floats, Floats]:
+    """Return features of rows whose products are these, and what takes the transposed features to their directions."""
+    values, vectors = np.linalg.eigh(products)
+    kept = values > _LEAST_VARIANCE * values[-1]
+    roots = np.sqrt(values[kept])
+    return vectors[:, kept] * roots, vectors[:, kept] / roots

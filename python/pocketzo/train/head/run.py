@@ -22,10 +22,13 @@ from pocketzo.machine.paths import local_path, portable_path
 from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.subgraph import keep_taps, point_to, set_columns
 from pocketzo.train.head.head import Head
+from pocketzo.train.head.kept import Kept
 from pocketzo.train.run import check_file
 
 RECORD: Final = "head.json"
 PARAMETERS: Final = "head.safetensors"
+KEPT: Final = "examples.safetensors"
+"""What is kept of the examples, if it was asked for."""
 FORMAT: Final = "pocketzo-head"
 VERSION: Final = 1
 
@@ -78,12 +81,14 @@ class HeadRun:
             results,
         )
 
-    def write(self, folder: Path, head: Head) -> None:
+    def write(self, folder: Path, head: Head, kept: Kept | None = None) -> None:
         """Write the folder of a run, new or in the place of an empty one."""
         target = folder.resolve()
         make_folder(target.parent)
-        with staged_folder(target, (RECORD, PARAMETERS), replace=True) as staged:
+        with staged_folder(target, (RECORD, PARAMETERS, KEPT), replace=True) as staged:
             head.save(staged / PARAMETERS)
+            if kept is not None:
+                kept.save(staged / KEPT)
             digest = file_sha256(staged / PARAMETERS)
             fields = {"format": FORMAT, "version": VERSION, "head_sha256": digest, **asdict(self)}
             write_file(staged / RECORD, f"{json.dumps(fields, indent=1, ensure_ascii=False)}\n".encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -120,6 +120,46 @@ class TokenStates:
         for layer, size in zip(layers, sizes, strict=True):
             with tempfile.TemporaryFile(dir=folder) as file:
                 self._maps[layer] = np.memmap(file, np.float16, "w+", shape=(self.total, size))
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.integer], maps: Mapping[int, NDArray[np.float16]]) -> TokenStates:
+        """Return states that are there already: by layer, of all tokens, [tokens, size]."""
+        found = cls.__new__(cls)
+        found._lengths = lengths.astype(np.int64)
+        found._starts = np.cumsum(found._lengths) - found._lengths
+        found.total = int(found._lengths.sum())
+        found._maps = dict(maps)
+        return found
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenStates], folder: Path) -> TokenStates:
+        """Return a copy of the states of several sets of examples, one after the other."""
+        layers = [*parts[0]._maps]
+        lengths = np.concatenate([part._lengths for part in parts])
+        found = cls(layers, [parts[0].size(layer) for layer in layers], lengths, folder)
+        for layer, states in found._maps.items():
+            at = 0
+            for part in parts:
+                numbers, _ = part.rows_of(np.arange(len(part._lengths)))
+                for chosen in np.array_split(numbers, -(-len(numbers) // 4096)):
+                    states[at : at + len(chosen)] = part._maps[layer][chosen]
+                    at += len(chosen)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the states of these examples in bytes."""
+        return int(self._lengths.sum()) * sum(2 * self.size(layer) for layer in self._maps)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """How many tokens each example has."""
+        return self._lengths
+
+    @property
+    def maps(self) -> Mapping[int, NDArray[np.float16]]:
+        """The memory, by layer."""
+        return self._maps
 
     def take(self, examples: NDArray[np.int64]) -> TokenStates:
         """Return the states of some examples, in the same memory; tokens keep their numbers."""
