@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,15 @@ from network import Network, wait_for
 from sizes import full_or_small
 
 import pocketzo as pz
+from pocketzo.data.order import Order
+from pocketzo.federated.draws import merge
+from pocketzo.federated.plan import Plan
+from pocketzo.federated.protocol import Answer
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.optim.methods import from_settings
+from pocketzo.optim.program import float32
+from pocketzo.tasks.objective import Objective, OnBatch, metric_objective
+from pocketzo.tasks.registry import task_of
 
 NAMES = ("ann", "bob", "cid")
 STEPS = full_or_small(20, 6)
@@ -93,6 +102,7 @@ def test_three_nodes_train_together(network: Network, tmp_path: Path, tiny_bundl
         pz.Run(tmp_path / name).replay(tmp_path / f"tuned-{name}", bundle=tiny_bundle)
         tuned.add(file_sha256(tmp_path / f"tuned-{name}" / "weights.safetensors"))
     assert len(tuned) == 1
+    check_alone(tiny_bundle, tmp_path)
     directions = [len(entry.coefficients) for entry in entries["server"]]
     assert directions[0] == 2 * QUERIES
     assert 3 * QUERIES in directions  # cid came, and its answers counted
@@ -110,6 +120,41 @@ def test_three_nodes_train_together(network: Network, tmp_path: Path, tiny_bundl
         for path in (tiny_bundle, tmp_path / "tuned-server")
     )
     assert after < before
+
+
+def check_alone(bundle: Path, folder: Path) -> None:
+    """Evaluate the same directions on one device that holds all data: each step has to be the same, bit for bit.
+
+    Who had which draws follows from the numbers of Flower's nodes, so that all orders are tried.
+    """
+    run = pz.Run(folder / "server")
+    plan = Plan.of(run.recipe, run.path)
+    model = pz.load(bundle, threads=1)
+    optimizer = from_settings(model, plan.method)
+    objective = Objective(metric_objective(plan.objective, model.bundle), task_of(model.bundle))
+    data = {name: pz.load_dataset(folder / f"{name}.npz", model.bundle) for name in NAMES}
+    for step, entry in enumerate(run.entries):
+        taken = list(entry.coefficients)
+        ranges = [range(taken[at], taken[at] + QUERIES) for at in range(0, len(taken), QUERIES)]
+        found: dict[tuple[str, int], Answer] = {}
+        for name, examples in data.items():
+            order = Order(seed=optimizer.seed, size=len(examples), batch_size=min(plan.batch_size, len(examples)))
+            batch = OnBatch(objective, examples.batch(order(step)), 1)
+            for draws in ranges:
+                estimate, _ = optimizer.estimate(draws, batch)
+                found[name, draws.start] = Answer(1, [float32(estimate[draw]) for draw in draws], len(examples))
+        steps = [
+            merge(
+                {name: found[name, draws.start] for name, draws in zip(names, ranges, strict=True)},
+                dict(zip(names, ranges, strict=True)),
+                lr=optimizer.lr_of(step),
+                clip=plan.clip,
+            )
+            for names in itertools.permutations(NAMES, len(ranges))
+        ]
+        assert entry in steps
+        optimizer.replay([entry])
+    assert model.weights.sha256() == file_sha256(folder / "tuned-server" / "weights.safetensors")
 
 
 def test_a_node_without_a_key_is_refused(network: Network, tmp_path: Path) -> None:
