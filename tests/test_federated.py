@@ -503,7 +503,9 @@ def test_folders_of_another_kind_are_refused(
 def test_the_server_refuses_settings_that_clients_could_not_share(tmp_path: Path, tiny_bundle: Path) -> None:
     for settings, message in (
         ({"exact": False}, "exact=True"),
-        ({"share": "batch"}, "share=None"),
+        ({"share": "batch"}, "share is for one device"),
+        ({"pace": pz.Pace(0.1)}, "pace is for one device"),
+        ({"candidates": 8}, "candidates is for one device"),
         ({"clip": math.inf}, "clip must be finite"),
         ({"clip": 1e38, "lr": 1e3}, "give steps beyond float32"),
         ({"objective": "joy"}, "joy"),

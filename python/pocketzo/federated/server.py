@@ -159,13 +159,13 @@ class Server:
             The optimizer's, as lr, eps, seed and queries: the directions of a client in a round.
         """
         base = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-        if settings.get("exact") is False or settings.get("share") is not None:
-            raise ValueError("a federation needs exact=True and share=None, or its clients' weights would differ")
+        if settings.get("exact") is False:
+            raise ValueError("a federation needs exact=True, or its clients' weights would differ")
         task = task_of(base)
         task.metric(objective)
         if objective == "loss" and base.loss is None:
             raise ValueError(f"{base.path}: the graph has no loss output; give an objective")
-        optimizer = METHODS[method](Unloaded(base), **{**settings, "exact": True, "share": None})
+        optimizer = METHODS[method](Unloaded(base), **{**settings, "exact": True})
         check_start(optimizer, steps)
         plan = Plan(
             version=VERSION,
