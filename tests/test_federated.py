@@ -272,6 +272,24 @@ def test_clients_come_late_are_killed_and_fail(fleet_of: Callable[..., Fleet]) -
     same(fleet)
 
 
+def test_snapshots_make_no_difference(fleet_of: Callable[..., Fleet]) -> None:
+    fleet = fleet_of(method="momentum")
+    fleet.server.close()
+    fleet.server = Server.resume(fleet.folder / "server", snapshot_every=2)
+    fleet.start("ann", snapshot_every=2)
+    for _ in range(3):
+        fleet.round()
+    fleet.round("bob", "cid")
+    fleet.server.close()
+    fleet.server = Server.resume(fleet.folder / "server")
+    fleet.start("ann")
+    assert fleet.clients["ann"].step == 2
+    assert [path.name for path in (fleet.folder / "ann" / "snapshots").iterdir()] == ["step-00000002"]
+    assert [path.name for path in (fleet.folder / "server" / "snapshots").iterdir()] == ["step-00000004"]
+    assert fleet.round().clients == NAMES
+    same(fleet)
+
+
 def test_a_round_without_answers_takes_no_step(fleet_of: Callable[..., Fleet]) -> None:
     fleet = fleet_of()
     fleet.round()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pocketzo.arguments import plain
+from pocketzo.arguments import check_integer, plain
 from pocketzo.errors import FederationError, JournalError
 from pocketzo.federated.draws import draws_of_round, merge
 from pocketzo.federated.plan import VERSION, Base, Plan, start_of_chain
@@ -103,7 +103,10 @@ class Server:
         The run's folder. It is one as of :class:`pocketzo.Trainer`, so that ``pocketzo replay`` rebuilds the model.
     """
 
-    def __init__(self, run: Run, base: Bundle) -> None:
+    def __init__(self, run: Run, base: Bundle, snapshot_every: int | None = None) -> None:
+        if snapshot_every is not None:
+            check_integer("snapshot_every", snapshot_every, 1)
+        self._snapshot_every = snapshot_every
         self.path = run.path
         self.plan = Plan.of(run.recipe, run.path)
         self._plan_text = self.plan.text
@@ -193,7 +196,13 @@ class Server:
         return cls.resume(path, base)
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], bundle: str | os.PathLike[str] | Bundle | None = None) -> Self:
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        bundle: str | os.PathLike[str] | Bundle | None = None,
+        *,
+        snapshot_every: int | None = None,
+    ) -> Self:
         """Return the server of a run that was begun, after its last step.
 
         Parameters
@@ -202,11 +211,13 @@ class Server:
             The run's folder.
         bundle : path or Bundle, optional
             Where the bundle is, if it was moved.
+        snapshot_every : int, optional
+            Number of steps between snapshots of the weights, which make the next resume fast.
         """
         run = Run(path)
         Plan.of(run.recipe, run.path)
         where = bundle.path if isinstance(bundle, Bundle) else bundle
-        return cls(run, run.base(where))
+        return cls(run, run.base(where), snapshot_every)
 
     @property
     def step(self) -> int:
@@ -329,6 +340,8 @@ class Server:
             self._optimizer.replay([entry])
             self._keep(entry)
             self._state = state_sha256(self._optimizer)
+            if self._snapshot_every is not None and self.step % self._snapshot_every == 0:
+                self._writer.snapshot(self._optimizer)
         silent = current.draws.keys() - answers.keys() - current.rejected.keys()
         rejected = current.rejected | dict.fromkeys(silent, "no answer in time")
         info = RoundInfo(
