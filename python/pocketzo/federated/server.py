@@ -115,8 +115,7 @@ class Server:
             raise JournalError(f"{base.path}: not the bundle that the run {run.path} started from")
         self._optimizer = run.replay_onto(Unloaded(base))
         self._writer = RunWriter.resume(run, run.steps)
-        self._entries: list[bytes] = []
-        self._all: list[Entry] = []
+        self._entries: list[Entry] = []
         self._running = start_of_chain(self._plan_text)
         self._chains = [self._running.digest()]
         for entry in run.entries:
@@ -378,10 +377,8 @@ class Server:
         self.close()
 
     def _keep(self, entry: Entry) -> None:
-        packed = pack_entry(entry)
-        self._entries.append(packed)
-        self._all.append(entry)
-        self._running.update(packed)
+        self._entries.append(entry)
+        self._running.update(pack_entry(entry))
         self._chains.append(self._running.digest())
 
     def _offer(self, client: str, step: int, *, with_plan: bool = False) -> bytes:
@@ -391,7 +388,7 @@ class Server:
         message = Offer(
             id=number,
             step=step,
-            entries=self._all[step:],
+            entries=self._entries[step:],
             draws=self._round.draws[client],
             wants_evaluation=self._round.wants_evaluation,
             chain=self._chains[-1],
