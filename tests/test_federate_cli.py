@@ -84,6 +84,17 @@ def test_processes_train_together_over_folders(files: Path, started: list[subpro
     files_of = [pz.Run(files / name).entries for name in ("server", "ann", "bob")]
     assert files_of[0] == files_of[1] == files_of[2]
     assert len(files_of[0]) == 6
+    for command in (
+        ["replay", str(files / "bob"), "-o", str(files / "tuned")],
+        ["eval", str(files / "server"), "--data", str(files / "ann.npz")],
+        ["info", str(files / "server")],
+        ["info", str(files / "ann")],
+    ):
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 0, done.output
+    refused = CliRunner().invoke(cli, ["train", "--resume", str(files / "server"), "--data", str(files / "ann.npz")])
+    assert refused.exit_code == 1
+    assert "expected of the clients of a federation" in refused.output
 
 
 def test_one_offer_is_answered_by_a_file(files: Path) -> None:

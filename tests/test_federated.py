@@ -272,6 +272,24 @@ def test_clients_come_late_are_killed_and_fail(fleet_of: Callable[..., Fleet]) -
     same(fleet)
 
 
+def test_snapshots_make_no_difference(fleet_of: Callable[..., Fleet]) -> None:
+    fleet = fleet_of(method="momentum")
+    fleet.server.close()
+    fleet.server = Server.resume(fleet.folder / "server", snapshot_every=2)
+    fleet.start("ann", snapshot_every=2)
+    for _ in range(3):
+        fleet.round()
+    fleet.round("bob", "cid")
+    fleet.server.close()
+    fleet.server = Server.resume(fleet.folder / "server")
+    fleet.start("ann")
+    assert fleet.clients["ann"].step == 2
+    assert [path.name for path in (fleet.folder / "ann" / "snapshots").iterdir()] == ["step-00000002"]
+    assert [path.name for path in (fleet.folder / "server" / "snapshots").iterdir()] == ["step-00000004"]
+    assert fleet.round().clients == NAMES
+    same(fleet)
+
+
 def test_a_round_without_answers_takes_no_step(fleet_of: Callable[..., Fleet]) -> None:
     fleet = fleet_of()
     fleet.round()
@@ -503,7 +521,9 @@ def test_folders_of_another_kind_are_refused(
 def test_the_server_refuses_settings_that_clients_could_not_share(tmp_path: Path, tiny_bundle: Path) -> None:
     for settings, message in (
         ({"exact": False}, "exact=True"),
-        ({"share": "batch"}, "share=None"),
+        ({"share": "batch"}, "share is for one device"),
+        ({"pace": pz.Pace(0.1)}, "pace is for one device"),
+        ({"candidates": 8}, "candidates is for one device"),
         ({"clip": math.inf}, "clip must be finite"),
         ({"clip": 1e38, "lr": 1e3}, "give steps beyond float32"),
         ({"objective": "joy"}, "joy"),

@@ -170,5 +170,18 @@ class Network:
         for name in list(self.processes):
             if self.processes[name].poll() is None:
                 self.kill(name)
+        for pid in self._left():  # Flower starts apps in sessions of their own, which outlive the SuperLink
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
         for counter in self._counters:
             counter.close()
+
+    def _left(self) -> list[int]:
+        """Return the processes with this network's FLWR_HOME."""
+        mark = f"FLWR_HOME={self.env['FLWR_HOME']}".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found

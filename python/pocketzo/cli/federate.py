@@ -41,6 +41,12 @@ _round_seconds = click.option(
 _least_clients = click.option(
     "--least-clients", type=int, default=2, metavar="N", help="A round begins as soon as N clients can be reached."
 )
+_snapshot_every = click.option(
+    "--snapshot-every",
+    type=int,
+    metavar="STEPS",
+    help="Steps between snapshots of the weights, which make the next start faster.",
+)
 
 
 @click.group()
@@ -143,7 +149,10 @@ def begin(
 @click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")
 @_round_seconds
 @_least_clients
-def serve(run: Path, mailbox: Path, base: Path | None, round_seconds: float, least_clients: int) -> None:
+@_snapshot_every
+def serve(
+    run: Path, mailbox: Path, base: Path | None, round_seconds: float, least_clients: int, snapshot_every: int | None
+) -> None:
     """Run the rounds of RUN over folders: offer.bin goes to a client, answer.bin comes back.
 
     Folders that other programs carry (ssh, rsync, a shared disk) need no Flower, on the server or on a phone. The same
@@ -154,7 +163,7 @@ def serve(run: Path, mailbox: Path, base: Path | None, round_seconds: float, lea
       mkdir -p mail/phone mail/tablet
       pocketzo federate serve server --mailbox mail
     """
-    with Server.resume(run, base) as server:
+    with Server.resume(run, base, snapshot_every=snapshot_every) as server:
         run_rounds(
             server,
             Mailboxes(mailbox),
@@ -178,6 +187,7 @@ def serve(run: Path, mailbox: Path, base: Path | None, round_seconds: float, lea
 @click.option("--once", is_flag=True, help="Answer one offer, and end.")
 @click.option("--most-directions", type=int, default=1024, metavar="N", help="Refuse a plan with more in a round.")
 @click.option("--plan", type=PATH, metavar="FILE", help="Refuse any plan but this one, as `plan` prints it.")
+@_snapshot_every
 @threads_option("as many as there are fast cores")
 @column_options
 def client(
@@ -189,6 +199,7 @@ def client(
     once: bool,
     most_directions: int,
     plan: Path | None,
+    snapshot_every: int | None,
     threads: int | None,
     columns: Columns,
 ) -> None:
@@ -207,7 +218,14 @@ def client(
     source = Source(train=str(data.resolve()), eval=None, columns=columns)
     expected = None if plan is None else plan.read_bytes().strip()
     with Client(
-        output, model, examples, eval=held_out, most_directions=most_directions, source=source, plan=expected
+        output,
+        model,
+        examples,
+        eval=held_out,
+        most_directions=most_directions,
+        source=source,
+        plan=expected,
+        snapshot_every=snapshot_every,
     ) as one:
         folder = output / "mailbox" if mailbox is None else mailbox
         note(f"{output}: {len(examples)} examples, after step {one.step}; offers come to {folder}")

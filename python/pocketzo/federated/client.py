@@ -54,6 +54,8 @@ class Client:
         Location of the data, saved in the header.
     plan : bytes, optional
         If given, any other plan than this one (:attr:`Plan.text`) is refused.
+    snapshot_every : int, optional
+        Number of steps between snapshots of the weights, which make a start with a long journal fast.
 
     Attributes
     ----------
@@ -75,8 +77,11 @@ class Client:
         most_directions: int = 1024,
         source: Source | None = None,
         plan: bytes | None = None,
+        snapshot_every: int | None = None,
     ) -> None:
         check_integer("most_directions", most_directions, 1)
+        if snapshot_every is not None:
+            check_integer("snapshot_every", snapshot_every, 1)
         if not len(train):
             raise ValueError("train has no examples")
         self.path = Path(path)
@@ -90,6 +95,7 @@ class Client:
         self._source = source or Source()
         self._base = Base.of(model.bundle)
         self._only = plan
+        self._snapshot_every = snapshot_every
         self._optimizer: Optimizer | None = None
         self._writer: RunWriter | None = None
         self._evaluator: Evaluator | None = None
@@ -202,6 +208,9 @@ class Client:
         for entry in fresh:
             self._writer.append(entry)
             self._running.update(pack_entry(entry))
+        every = self._snapshot_every
+        if every is not None and optimizer.step_number // every > step // every:
+            self._writer.snapshot(optimizer)
 
     def _follow(self, plan: Plan, optimizer: Optimizer) -> None:
         self.plan, self._text, self._optimizer = plan, plan.text, optimizer

@@ -21,6 +21,8 @@ from pocketzo.train.recipe import BaseModel, DataUsed, Loop, Recipe, Session, So
 VERSION: Final = 1
 _OWN: Final = ("task", "max_length", "tokenizer_sha256", "clip", "noise", "most_examples", "shared_draws")
 """What a journal's header has in ``federation``; it has the rest elsewhere."""
+ALONE: Final = ("share", "pace", "candidates")
+"""Settings of an optimizer that a federation does not have."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ class Plan:
         check_number("clip", self.clip, positive=True)
         check_number("noise", self.noise)
         check_integer("most_examples", self.most_examples, 1, 2**32 - 1)
-        if self.method.get("exact") is not True or self.method.get("share") is not None:
-            raise ValueError("a federation needs a method with exact=True and without share")
+        if self.method.get("exact") is not True:
+            raise ValueError("a federation needs a method with exact=True, or its clients' weights would differ")
+        for name in ALONE:
+            if self.method.get(name) is not None:
+                raise ValueError(f"{name} is for one device: a client of a federation takes the draws that it is given")
         check_integer("queries", self.method.get("queries"), 1, 2**20)
         self.loop()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pocketzo.arguments import plain
+from pocketzo.arguments import check_integer, plain
 from pocketzo.errors import FederationError, JournalError
 from pocketzo.federated.draws import draws_of_round, merge
 from pocketzo.federated.plan import VERSION, Base, Plan, start_of_chain
@@ -103,7 +103,10 @@ class Server:
         The run's folder. It is one as of :class:`pocketzo.Trainer`, so that ``pocketzo replay`` rebuilds the model.
     """
 
-    def __init__(self, run: Run, base: Bundle) -> None:
+    def __init__(self, run: Run, base: Bundle, snapshot_every: int | None = None) -> None:
+        if snapshot_every is not None:
+            check_integer("snapshot_every", snapshot_every, 1)
+        self._snapshot_every = snapshot_every
         self.path = run.path
         self.plan = Plan.of(run.recipe, run.path)
         self._plan_text = self.plan.text
@@ -112,8 +115,7 @@ class Server:
             raise JournalError(f"{base.path}: not the bundle that the run {run.path} started from")
         self._optimizer = run.replay_onto(Unloaded(base))
         self._writer = RunWriter.resume(run, run.steps)
-        self._entries: list[bytes] = []
-        self._all: list[Entry] = []
+        self._entries: list[Entry] = []
         self._running = start_of_chain(self._plan_text)
         self._chains = [self._running.digest()]
         for entry in run.entries:
@@ -159,13 +161,13 @@ class Server:
             The optimizer's, as lr, eps, seed and queries: the directions of a client in a round.
         """
         base = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-        if settings.get("exact") is False or settings.get("share") is not None:
-            raise ValueError("a federation needs exact=True and share=None, or its clients' weights would differ")
+        if settings.get("exact") is False:
+            raise ValueError("a federation needs exact=True, or its clients' weights would differ")
         task = task_of(base)
         task.metric(objective)
         if objective == "loss" and base.loss is None:
             raise ValueError(f"{base.path}: the graph has no loss output; give an objective")
-        optimizer = METHODS[method](Unloaded(base), **{**settings, "exact": True, "share": None})
+        optimizer = METHODS[method](Unloaded(base), **{**settings, "exact": True})
         check_start(optimizer, steps)
         plan = Plan(
             version=VERSION,
@@ -193,7 +195,13 @@ class Server:
         return cls.resume(path, base)
 
     @classmethod
-    def resume(cls, path: str | os.PathLike[str], bundle: str | os.PathLike[str] | Bundle | None = None) -> Self:
+    def resume(
+        cls,
+        path: str | os.PathLike[str],
+        bundle: str | os.PathLike[str] | Bundle | None = None,
+        *,
+        snapshot_every: int | None = None,
+    ) -> Self:
         """Return the server of a run that was begun, after its last step.
 
         Parameters
@@ -202,11 +210,13 @@ class Server:
             The run's folder.
         bundle : path or Bundle, optional
             Where the bundle is, if it was moved.
+        snapshot_every : int, optional
+            Number of steps between snapshots of the weights, which make the next resume fast.
         """
         run = Run(path)
         Plan.of(run.recipe, run.path)
         where = bundle.path if isinstance(bundle, Bundle) else bundle
-        return cls(run, run.base(where))
+        return cls(run, run.base(where), snapshot_every)
 
     @property
     def step(self) -> int:
@@ -329,6 +339,8 @@ class Server:
             self._optimizer.replay([entry])
             self._keep(entry)
             self._state = state_sha256(self._optimizer)
+            if self._snapshot_every is not None and self.step % self._snapshot_every == 0:
+                self._writer.snapshot(self._optimizer)
         silent = current.draws.keys() - answers.keys() - current.rejected.keys()
         rejected = current.rejected | dict.fromkeys(silent, "no answer in time")
         info = RoundInfo(
@@ -365,10 +377,8 @@ class Server:
         self.close()
 
     def _keep(self, entry: Entry) -> None:
-        packed = pack_entry(entry)
-        self._entries.append(packed)
-        self._all.append(entry)
-        self._running.update(packed)
+        self._entries.append(entry)
+        self._running.update(pack_entry(entry))
         self._chains.append(self._running.digest())
 
     def _offer(self, client: str, step: int, *, with_plan: bool = False) -> bytes:
@@ -378,7 +388,7 @@ class Server:
         message = Offer(
             id=number,
             step=step,
-            entries=self._all[step:],
+            entries=self._entries[step:],
             draws=self._round.draws[client],
             wants_evaluation=self._round.wants_evaluation,
             chain=self._chains[-1],
