@@ -489,7 +489,8 @@ def levers_table(report: Report) -> list[str]:
 
         def mean(name: str, digits: str, own: list[Report] = own) -> str:
             values = [row[name] for row in own]
-            return f"{statistics.mean(values):{digits}} ± {statistics.stdev(values) / math.sqrt(len(values)):{digits}}"
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            return f"{statistics.mean(values):{digits}} ± {error:{digits}}"
 
         directions = statistics.mean(row["directions"] for row in own)
         losses = mean("training_loss", ".3f"), mean("loss", ".3f")
