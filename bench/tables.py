@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -479,6 +481,34 @@ def second_moment_table(report: Report) -> list[str]:
     ]
 
 
+def levers_table(report: Report) -> list[str]:
+    about, rows = report["results"]["settings"], report["results"]["rows"]
+    body = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+
+        def mean(name: str, digits: str, own: list[Report] = own) -> str:
+            values = [row[name] for row in own]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            return f"{statistics.mean(values):{digits}} ± {error:{digits}}"
+
+        directions = statistics.mean(row["directions"] for row in own)
+        losses = mean("training_loss", ".3f"), mean("loss", ".3f")
+        milliseconds = 1e3 * statistics.mean(row["cpu_seconds"] for row in own) / about["forwards"]
+        lr = f"{own[0]['lr']:.2g}"
+        body.append([arm, lr, f"{directions:.1f}", *losses, mean("accuracy", ".1%"), f"{milliseconds:.2f} ms"])
+    task = {"messages": "the demo's messages", "sst2": "SST-2, 1,024 sentences"}[about["task"]]
+    heads = ["", "lr", "directions a step", "training loss", "held-out loss", "accuracy", "CPU time a forward"]
+    return [
+        caption(report),
+        "",
+        f"MiniLM on {task}, {about['train']} trained from a zero head ({report['results']['parameters']:,} numbers), "
+        f"{about['forwards']:,} forward passes of 16; means and standard errors of {about['seeds']} seeds.",
+        "",
+        *markdown(heads, body),
+    ]
+
+
 def generation_table(report: Report) -> list[str]:
     rows = report["results"]["rows"]
     speed = {name: row["tokens a second"] for name, row in rows.items()}
@@ -814,6 +844,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "second_moment": (("second_moment",), second_moment_table),
+    "levers": (("levers",), levers_table),
     "generation": (("generation",), generation_table),
     "notes": (("notes",), notes_table),
 }

@@ -133,6 +133,16 @@ def test_what_does_not_go_together_is_refused(tiny_bundle: Path, arguments: dict
         pz.MeZO(pz.load(tiny_bundle, threads=1), lr=1e-3, **arguments)
 
 
+def test_what_a_step_takes_is_known_before(tiny_bundle: Path) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    plain = pz.MeZO(model, lr=1e-3, queries=2)
+    assert (plain.forwards, plain.passes) == (4, 4)
+    chosen = pz.MeZO(model, lr=1e-3, queries=2, candidates=9)
+    assert (chosen.forwards, chosen.passes) == (4, 4 + 9 + 2)
+    paced = pz.MeZO(model, lr=1e-3, queries=2, candidates=9, pace=Pace(0.5))
+    assert (paced.forwards, paced.passes) == (8, 8 + 2 * (9 + 4))
+
+
 def test_no_draws_are_left_for_candidates(tiny_bundle: Path) -> None:
     opt = pz.MeZO(pz.load(tiny_bundle, threads=1), lr=1e-3, candidates=4, trainable=SMALL)
     opt.next_draw = 2**64 - 3

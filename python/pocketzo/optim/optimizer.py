@@ -438,6 +438,14 @@ class Optimizer(ABC):
         points = sum(1 for _ in self._points(range(draws)))
         return points if self.share != "split" else -(-points // self.queries)
 
+    @property
+    def passes(self) -> int:
+        """Passes of the kernels over the trained weights per step: one for each evaluation, and those for cosines."""
+        if self.candidates is None:
+            return self.forwards
+        directions = self.queries if self.pace is None else self.pace.usual(self.queries)
+        return self.forwards + directions // self.queries * (self.candidates + directions)
+
     def points(self) -> tuple[dict[str, NDArray[Any]], list[int | None]]:
         """Return the values of the trained tensors at the points of the next step, and the shares of a batch there.
 

@@ -152,7 +152,7 @@ class Rehearsal:
             Seconds of an evaluation, if one was timed.
         """
         forward = self.mean(steps, order) / (1 if optimizer.share is None else optimizer.forwards)
-        seconds = len(steps) * optimizer.forwards * (forward + pass_seconds(optimizer))
+        seconds = len(steps) * (optimizer.forwards * forward + optimizer.passes * pass_seconds(optimizer))
         if evaluation_seconds is None:
             evaluation_seconds = forward * examples / self._batch_size
         seconds += evaluations * evaluation_seconds
