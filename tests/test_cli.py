@@ -219,6 +219,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["train", "{base}", "--data", "range.tsv", "-o", "new"], "range.tsv, line 1"),
         ([*NEW, "--eval", "bad.jsonl"], "bad.jsonl, line 2"),
         ([*NEW, "--steps", "0"], "steps must be at least 1, got 0"),
+        ([*NEW, "--lr", "much"], "'much' is neither a number nor auto"),
         ([*NEW, "--lr", "-1"], "lr must be finite and at least 0, got -1"),
         ([*NEW, "--eps", "0"], "eps must be finite and greater than 0"),
         ([*NEW, "--batch-size", "0"], "batch_size must be at least 1"),
@@ -703,6 +704,26 @@ def test_the_same_command_goes_on_with_a_run_that_was_killed(
     again = pocketzo(*command)
     assert again.returncode == 0
     assert f"{run}: all {LONG} steps are done" in again.stderr
+
+
+def test_the_learning_rate_is_found_once(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ("train", workspace.base, "--data", workspace.train, "-o", run, "--steps", 60, "--threads", 1)
+    process = pocketzo(*command)
+    assert process.returncode == 0, process.stderr
+    lr = pz.Run(run).recipe.method["lr"]
+    assert f"lr {lr:g}, found in " in process.stderr
+    again = pocketzo(*command)
+    assert again.returncode == 0, again.stderr
+    assert "found in" not in again.stderr
+    assert "all 60 steps are done" in again.stderr
+    assert f"lr is {lr} there and 0.5 here" in refused(*command, "--lr", 0.5)
+    assert "lr is 0.001 there and auto here" in refused(
+        "train", workspace.base, "--data", workspace.train, "--eval", workspace.dev, "-o", workspace.run, "--steps", 60,
+        "--eval-every", 20, "--threads", 1, "--group", "classifier:lr=5,eps=2",
+    )  # fmt: skip
+    short = pocketzo(*command[:5], tmp_path / "short", *command[6:7], 5, *command[8:])
+    assert "lr 0.0005, the default of the method: the 45 forward passes of the run are too few" in short.stderr
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,18 @@ METHODS: dict[str, Make] = {
         groups=[pz.ParamGroup("classifier", lr=3, eps=3), pz.ParamGroup("norm", lr=0)],
         schedule=pz.Schedule("cosine", steps=50, warmup=3),
     ),
+    "sign": lambda m: pz.Sign(m, lr=0.01, seed=5),
+    "sign-everything": lambda m: pz.Sign(
+        m,
+        lr=0.005,
+        eps=3e-3,
+        seed=6,
+        queries=3,
+        distribution="gaussian",
+        weight_decay=0.1,
+        groups=[pz.ParamGroup("classifier", lr=3, eps=3)],
+        schedule=pz.Schedule("linear", steps=50),
+    ),
     "fzoo": lambda m: pz.FZOO(m, lr=0.01, seed=5),
     "fzoo-block": lambda m: pz.FZOO(m, lr=0.01, seed=5, queries=3, weight_decay=0.01, subset=pz.Block(0.5)),
     "fzoo-everything": lambda m: pz.FZOO(
@@ -145,6 +157,25 @@ def test_fzoo_is_the_published_algorithm(model: pz.Model, fresh: pz.Model) -> No
         for i in range(n):
             expected -= lr * (losses[1 + i] - losses[0]) / (n * spread) * u[i][name]
         np.testing.assert_allclose(view, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sign_is_the_sign_of_each_element_of_the_estimate(model: pz.Model) -> None:
+    start, lr = dict(model.weights), 2.0**-6
+    slopes = []
+    for scale in (1e-6, 1.0, -1e6):
+        opt = pz.Sign(model, lr=lr, eps=1e-2, seed=3)
+        info = opt.step(lambda m, scale=scale: scale * loss(m))  # type: ignore[misc]
+        slopes.append(info.losses[0] - info.losses[1])
+        assert info.coefficients == {0: math.copysign(lr, slopes[-1])}
+        for name, view in model.weights.items():
+            u = pz.kernels.noise(
+                view.size, seed=3, tensor=tensor_id(model, name), draw=0, distribution="rademacher"
+            ).reshape(view.shape)
+            expected = -lr * np.sign(slopes[-1] * u)
+            np.testing.assert_allclose(view - start[name], expected, rtol=1e-4)
+            model.weights[name] = start[name]
+    assert slopes[0] * slopes[2] < 0
+    assert pz.Sign(model, lr=lr).step(lambda _: 1.0).coefficients == {0: 0.0}
 
 
 @methods

@@ -33,6 +33,7 @@ if _problem is None:
     from pocketzo.optim.optimizer import Optimizer, StepInfo
     from pocketzo.optim.pace import Pace
     from pocketzo.optim.schedule import Schedule
+    from pocketzo.optim.sign import Sign
     from pocketzo.prepare import prepare
     from pocketzo.runtime.cut import Cut, plan_cut
     from pocketzo.runtime.load import load
@@ -78,6 +79,7 @@ __all__ = [
     "Progress",
     "Run",
     "Schedule",
+    "Sign",
     "StepInfo",
     "TrainedHead",
     "Trainer",

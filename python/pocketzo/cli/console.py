@@ -17,6 +17,7 @@ from pocketzo.formats.files import named
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.train.rehearsal import Forecast
 from pocketzo.train.run import Run
+from pocketzo.train.sweep import NOISE, Sweep
 from pocketzo.train.trainer import Trainer
 
 
@@ -154,6 +155,16 @@ def forecast_text(trainer: Trainer, forecast: Forecast) -> str:
         f"{longest}a forward pass of the largest batch{together} takes {forward}{memory}\n"
         f"{steps}{evaluations} will take {time}"
     )
+
+
+def sweep_text(sweep: Sweep) -> str:
+    """Return how a learning rate was found."""
+    if sweep.because is not None:
+        return f"lr {sweep.lr:g}, the default of the method: {sweep.because}"
+    limits = (
+        f"one step is best at {sweep.minimum:g}, the noise of the run costs {NOISE:.0%} of the loss at {sweep.noise:g}"
+    )
+    return f"lr {sweep.lr:g}, found in {sweep.forwards} forward passes: {limits}"
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -24,6 +24,16 @@ def regex(_: click.Context, param: click.Parameter, value: str | None) -> str | 
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
     return value
+
+
+def learning_rate(_: click.Context, __: click.Parameter, value: str) -> float | Literal["auto"]:
+    """Parse a number, or auto."""
+    if value == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 def groups_option(_context: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 import numpy as np
@@ -27,6 +28,7 @@ from pocketzo.cli.console import (
     quoted,
     say,
     size_text,
+    sweep_text,
 )
 from pocketzo.cli.head import is_given, refuse_options_of_steps, train_and_say
 from pocketzo.cli.options import (
@@ -34,6 +36,7 @@ from pocketzo.cli.options import (
     activation_memory_option,
     column_options,
     groups_option,
+    learning_rate,
     memory_size,
     regex,
     threads_option,
@@ -67,8 +70,6 @@ from pocketzo.train.trainer import Trainer
 from pocketzo.train.tuned import load_adapter
 from pocketzo.train.verdict import verdict
 
-_LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
-
 
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH, required=False)
@@ -84,9 +85,17 @@ _LR = {"fzoo": 5e-4, "mezo": 1e-5, "momentum": 3e-3}
     type=click.Choice(list(METHODS)),
     default="fzoo",
     help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries; momentum: as mezo, with steps of "
-    "a size that does not depend on the loss, and 4 bytes of memory for each trained parameter.",
+    "a size that does not depend on the loss, and 4 bytes of memory for each trained parameter; sign: as mezo, by the "
+    "sign of the slope alone.",
 )
-@click.option("--lr", type=float, help="Learning rate.  [default: 5e-4 for fzoo, 1e-5 for mezo, 3e-3 for momentum]")
+@click.option(
+    "--lr",
+    callback=learning_rate,
+    default="auto",
+    metavar="NUMBER|auto",
+    help="Learning rate. auto: found before the first step, by at most a tenth of the forward passes of the run; the "
+    "journal keeps it.",
+)
 @click.option("--momentum", type=float, metavar="SHARE", help="Share of the mean that a step keeps.  [default: 0.9]")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--batch-size", type=int, default=32, help="Examples per step.")
@@ -222,7 +231,7 @@ def train(
     output: Path | None,
     steps: int,
     method: str,
-    lr: float | None,
+    lr: float | Literal["auto"],
     momentum: float | None,
     eps: float,
     batch_size: int,
@@ -329,6 +338,8 @@ def train(
         cut = kept.as_before(past, read)
         pairs = ("threads", session.threads, threads), ("prepacked", session.prepacked, prepack)
         others += [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
+        if lr == "auto" and past.recipe.sweep is not None:
+            lr = past.recipe.method["lr"]
         threads = use_threads(session)
         prepack = prepack or (None if session.prepacked else False)
     else:
@@ -361,7 +372,7 @@ def train(
     own: dict[str, Any] = {} if momentum is None else {"momentum": momentum}
     optimizer = METHODS[method](
         model,
-        lr=_LR[method] if lr is None else lr,
+        lr=lr,
         eps=eps,
         seed=seed,
         weight_decay=weight_decay,
@@ -443,6 +454,9 @@ def _train(trainer: Trainer, run: Path) -> None:
                 forecast = trainer.rehearse()
             note(forecast_text(trainer, forecast))
             _note_untrained(trainer)
+            if math.isnan(trainer.optimizer.lr):
+                with err.status("finding the learning rate"):
+                    note(sweep_text(trainer.find_lr()))
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():

@@ -23,6 +23,7 @@ class FZOO(Optimizer):
     """
 
     method: ClassVar[str] = "fzoo"
+    default_lr: ClassVar[float] = 5e-4
     default_distribution: ClassVar[Distribution] = "rademacher"
     default_queries: ClassVar[int] = 8
     least_queries: ClassVar[int] = 2

@@ -14,11 +14,13 @@ from pocketzo.optim.momentum import Momentum
 from pocketzo.optim.optimizer import Optimizer, Subset
 from pocketzo.optim.pace import Pace
 from pocketzo.optim.schedule import Schedule
+from pocketzo.optim.sign import Sign
 
 METHODS: Mapping[str, type[Optimizer]] = {
     "fzoo": FZOO,
     "mezo": MeZO,
     "momentum": Momentum,
+    "sign": Sign,
 }
 SUBSETS: Mapping[str, type[Subset]] = {
     "block": Block,

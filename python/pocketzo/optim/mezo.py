@@ -19,6 +19,7 @@ class MeZO(Optimizer):
     """
 
     method: ClassVar[str] = "mezo"
+    default_lr: ClassVar[float] = 1e-5
     default_distribution: ClassVar[Distribution] = "gaussian"
     default_queries: ClassVar[int] = 1
 

@@ -51,6 +51,7 @@ class Momentum(MeZO):
     """
 
     method: ClassVar[str] = "momentum"
+    default_lr: ClassVar[float] = 3e-3
 
     def __init__(self, model: Tunable, *, momentum: float = 0.9, **settings: Any) -> None:
         check_number("momentum", momentum, most=1.0)
@@ -64,6 +65,11 @@ class Momentum(MeZO):
         """See :meth:`Optimizer.update`."""
         gains = self._gains(entry) if entry.lr else {}
         return partial(Program.follow, gains=gains, forget=1.0 - self.momentum, lr=entry.lr)
+
+    def multiples(self, entry: Entry) -> Mapping[int, float]:
+        """See :meth:`Optimizer.multiples`."""
+        gains = self._gains(entry) if entry.lr else {}
+        return {draw: entry.lr * gain / (1.0 - self.momentum) for draw, gain in gains.items()}
 
     def _gains(self, entry: Entry) -> dict[int, float]:
         """Return the multiples of the directions that the momentum takes in."""

@@ -109,8 +109,9 @@ class Optimizer(ABC):
     ----------
     model : Model
         Its trainable weights are updated in place.
-    lr : float
-        Peak learning rate.
+    lr : float or "auto"
+        Peak learning rate. With "auto", :class:`pocketzo.Trainer` finds it before the first step
+        (:mod:`pocketzo.train.sweep`).
     eps : float
         Size of the perturbation along a direction.
     seed : int
@@ -146,6 +147,8 @@ class Optimizer(ABC):
 
     Attributes
     ----------
+    lr : float
+        NaN before it is found.
     step_number : int
         Steps taken so far.
     next_draw : int
@@ -162,12 +165,14 @@ class Optimizer(ABC):
     least_queries: ClassVar[int] = 1
     no_pace: ClassVar[str] = "it does not estimate slopes"
     """Why the method cannot have a pace, if it has no :meth:`slopes`."""
+    default_lr: ClassVar[float]
+    """For runs that are too short to find one."""
 
     def __init__(
         self,
         model: Tunable,
         *,
-        lr: float,
+        lr: float | Literal["auto"] = "auto",
         eps: float = 1e-3,
         seed: int = 0,
         weight_decay: float = 0.0,
@@ -182,12 +187,15 @@ class Optimizer(ABC):
         pace: Pace | None = None,
         candidates: int | None = None,
     ) -> None:
-        check_number("lr", lr)
+        if isinstance(lr, str) and lr != "auto":
+            raise ValueError(f"lr must be a number or 'auto', got {lr!r}")
+        self.lr = math.nan if lr == "auto" else lr
+        if lr != "auto":
+            check_number("lr", lr)
         check_number("weight_decay", weight_decay)
         check_number("eps", eps, positive=True)
         check_integer("seed", seed, 0, 2**64 - 1)
         self.model = model
-        self.lr = lr
         self.eps = eps
         self.seed = seed
         self.weight_decay = weight_decay
@@ -280,6 +288,10 @@ class Optimizer(ABC):
         """Return the update of a step. It is called once a step, in order, also in replay."""
         return lambda program, at: program.update(at, entry.coefficients, entry.lr)
 
+    def multiples(self, entry: Entry) -> Mapping[int, float]:
+        """Return by draw what a step moves the weights by in the end. It is called once a step, in order."""
+        return entry.coefficients
+
     def segments(self, name: str) -> Sequence[tuple[NDArray[Any], int, Packing | None, NDArray[Any] | None]]:
         """Return the memory of a trained weight, and its momentum or None, as :class:`_core.Segments` takes them."""
         return [(*segment, None) for segment in self.model.weights.segments(name)]
@@ -315,6 +327,10 @@ class Optimizer(ABC):
             undone.
         """
         number = self.step_number
+        if math.isnan(self.lr):
+            raise ValueError(
+                "lr is 'auto', and no step can be taken before a Trainer has found it: give a number, or fit"
+            )
         most = self.queries if self.pace is None else self.pace.most
         if self.next_draw + -(-most // self.queries) * self._span > _DRAWS:
             raise ValueError(f"no draws are left after draw {self.next_draw - 1}: they are 64-bit numbers")
@@ -566,7 +582,7 @@ class Optimizer(ABC):
         settings: dict[str, Any] = plain(
             {
                 "method": self.method,
-                "lr": self.lr,
+                "lr": "auto" if math.isnan(self.lr) else self.lr,
                 "eps": self.eps,
                 "seed": self.seed,
                 "weight_decay": self.weight_decay,

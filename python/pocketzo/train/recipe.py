@@ -159,6 +159,8 @@ class Recipe:
     data : DataUsed
     federation : dict or None
         What else the devices of a federation agree on; None for a run of one device.
+    sweep : dict or None
+        How the learning rate was found (:class:`pocketzo.train.sweep.Sweep`); None if it was given.
     """
 
     model: BaseModel
@@ -167,6 +169,7 @@ class Recipe:
     session: Session
     data: DataUsed
     federation: dict[str, Any] | None = None
+    sweep: dict[str, Any] | None = None
 
     @property
     def takes_queries(self) -> bool:
@@ -186,6 +189,8 @@ class Recipe:
             del fields["model"]["init_sha256"]
         if self.federation is None:
             del fields["federation"]
+        if self.sweep is None:
+            del fields["sweep"]
         return _with_paths(plain(fields), portable_path)
 
     @classmethod

@@ -30,6 +30,7 @@ from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of
 from pocketzo.train.ruin import explain
 from pocketzo.train.run import EVAL, SAMPLE, Run
 from pocketzo.train.soundness import base_of, check_start
+from pocketzo.train.sweep import Sweep, find_lr
 from pocketzo.train.writer import RunWriter
 
 
@@ -83,6 +84,8 @@ class Trainer:
     ----------
     forecast : Forecast or None
         Result of :meth:`rehearse`; None before it.
+    sweep : Sweep or None
+        Result of :meth:`find_lr`; None if the learning rate was given.
     evaluations : dict of int to mapping
         The values of each evaluation, by the number of steps before it.
     samples : dict of int to mapping
@@ -167,6 +170,7 @@ class Trainer:
         self.stop_requested = False
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self.forecast: Forecast | None = None
+        self.sweep: Sweep | None = None
         self.evaluations: dict[int, Mapping[str, float | None]] = {}
         self.samples: dict[int, Mapping[str, float | None]] = {}
         self._unlogged: list[Mapping[str, Any]] = []
@@ -293,6 +297,34 @@ class Trainer:
         self.forecast = rehearsal.forecast(optimizer, left, self._order, len(due), examples, seconds)
         return self.forecast
 
+    def find_lr(self) -> Sweep:
+        """Find the learning rate of the run, and give it to the optimizer; :meth:`fit` does so if it is "auto".
+
+        It takes at most a tenth of the forward passes of the run's steps; of a run that is too short, it is the default
+        of the method. The weights are then those before, bit for bit. The journal keeps the rate and how it was found,
+        so that neither replay nor resuming needs another sweep. A custom objective is called.
+
+        Raises
+        ------
+        ValueError
+            The optimizer has taken steps, or the weights in memory are not those of the bundle. They are read again
+            from its file, unless few are trained (``exact``).
+        """
+        optimizer, loop = self.optimizer, self.loop
+        if optimizer.step_number:
+            raise ValueError("the optimizer has taken steps already: its learning rate is found before the first one")
+        self.sweep = find_lr(
+            optimizer,
+            self.model,
+            self.train,
+            self._on,
+            lambda batch: self.objective(self.model, batch),
+            batch_size=loop.batch_size,
+            steps=loop.steps,
+        )
+        optimizer.lr = self.sweep.lr
+        return self.sweep
+
     def fit(self) -> None:
         """Train until the last step, until :attr:`stop_requested` is set or until ``patience`` runs out.
 
@@ -314,6 +346,8 @@ class Trainer:
         try:
             if self.forecast is None and self.optimizer.step_number < self.loop.steps:
                 self.rehearse()
+            if math.isnan(self.optimizer.lr):
+                self.find_lr()
             if began:
                 self._writer = self._begin()
             while self._unlogged and self._writer is not None:
@@ -428,6 +462,7 @@ class Trainer:
                 eval=None if self.eval is None else self.eval.fingerprint,
                 source=replace(self.source, before=all_finite(self.evaluations.get(0))),
             ),
+            sweep=None if self.sweep is None else self.sweep.settings(),
         )
         return RunWriter.begin(self.run, recipe, model.init)
 
