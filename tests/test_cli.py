@@ -240,6 +240,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["train", "--resume", "{run}", "cut"], "cut/weights.safetensors"),
         (["eval", "nowhere", "--data", "{dev}"], "nowhere: no such bundle or run"),
         (["eval", "folder", "--data", "{dev}"], "folder: neither a bundle"),
+        (["eval", "{run}", "--data", "{dev}", "--average", "2"], "average must be greater than 0 and at most 1, got 2"),
         (["eval", "{run}", "--data", "{dev}", "--step", "61"], "--step must be 0 to 60"),
         (["eval", "{base}", "--data", "bad.jsonl"], "bad.jsonl, line 2"),
         (["eval", "{base}", "--data", "{dev}", "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -398,6 +399,11 @@ def test_train_eval_replay_eval_agree(workspace: Workspace, tmp_path: Path) -> N
     assert weights_after(workspace.run, tmp_path / "start", "--step", 0) == pz.Bundle.read(workspace.base).base_sha256
     before = file_sha256(tmp_path / "tuned" / "weights.safetensors")
     assert weights_after(workspace.run, tmp_path / "tuned", "--step", 30, "--force") != before
+    before = weights_after(workspace.run, tmp_path / "tuned", "--step", 40, "--average", 0.5, "--force")
+    assert evaluation(tmp_path / "tuned") == evaluation(workspace.run, "--step", 40, "--average", 0.5)
+    said = good("eval", workspace.run, "--data", workspace.dev, "--average", 0.25)
+    assert said.rstrip().endswith("mean after steps 46 to 60")
+    assert before != weights_after(workspace.run, tmp_path / "tuned", "--step", 40, "--force")
 
 
 def test_eval_for_people(workspace: Workspace) -> None:

@@ -18,6 +18,7 @@ from pocketzo.cli.head import is_head_run, tuned
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
+    average_option,
     base_option,
     best_option,
     column_options,
@@ -27,7 +28,7 @@ from pocketzo.cli.options import (
     threads_option,
     unescaped,
 )
-from pocketzo.cli.runs import as_run, chosen_step
+from pocketzo.cli.runs import as_run, chosen_step, over_steps
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.errors import DataError
@@ -56,6 +57,7 @@ from pocketzo.train.evaluator import all_finite
 @json_option
 @step_option
 @best_option
+@average_option
 @base_option
 @click.option("--batch-size", type=int, default=32, help="Examples per forward pass.")
 @click.option(
@@ -88,6 +90,7 @@ def evaluate(
     as_json: bool,
     step: int | None,
     best: bool,
+    average: float | None,
     base: Path | None,
     batch_size: int,
     templates: Path | None,
@@ -116,14 +119,14 @@ def evaluate(
     if generate and templates is not None:
         raise click.UsageError("--generate and --templates belong to different tasks")
     if is_head_run(model):
-        if step is not None or best:
-            raise click.UsageError(f"--step and --best belong to a run of steps; {model} is a head")
+        if step is not None or best or average is not None:
+            raise click.UsageError(f"--step, --best and --average belong to a run of steps; {model} is a head")
         with tuned(model, base) as folder:
             context.invoke(evaluate, **{**context.params, "model": folder, "base": None})
         return
     run = as_run(model)
-    if run is None and (step is not None or best or base is not None):
-        raise click.UsageError(f"--step, --best and --base belong to a run; {model} is a bundle")
+    if run is None and (step is not None or best or average is not None or base is not None):
+        raise click.UsageError(f"--step, --best, --average and --base belong to a run; {model} is a bundle")
     number = None if run is None else chosen_step(run, step, best)
     bundle = Bundle.read(model) if run is None else run.base(base)
     variants = {"": bundle} if templates is None else _variants(bundle, templates)
@@ -132,7 +135,7 @@ def evaluate(
         kernels.set_threads(threads)
     loaded = load(bundle, threads=threads, prepack=False if generate else "auto")  # one copy for both graphs
     if run is not None:
-        run.replay_onto(loaded, step=number)
+        run.replay_onto(loaded, step=number, average=average)
     completions = complete(loaded, sets[""], max_tokens=max_tokens) if generate else None
     names = metrics or (task_of(bundle).default_metric, "loss")
     results = {
@@ -156,7 +159,7 @@ def evaluate(
         " · ".join(f"{name} {metric_text(name, result)}" for name in names)
         + ("" if found is None else f" · {found}")
         + f" · {len(examples)} examples"
-        + ("" if run is None else f" · after step {number}")
+        + ("" if run is None or number is None else f" · {over_steps(run, number, average)}")
     )
     if found is not None:
         out.print(found.table())

@@ -99,6 +99,12 @@ base_option = click.option("--base", type=PATH, metavar="BUNDLE", help="The run'
 step_option = click.option(
     "--step", type=int, metavar="N", help="Use the weights after N steps of a run.  [default: all steps]"
 )
+average_option = click.option(
+    "--average",
+    type=float,
+    metavar="SHARE",
+    help="Use the mean of the weights over the last share of the steps, such as 0.25.",
+)
 best_option = click.option("--best", is_flag=True, help="Use the weights at the run's best evaluation.")
 
 

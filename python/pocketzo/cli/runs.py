@@ -37,3 +37,9 @@ def chosen_step(run: Run, step: int | None, best: bool) -> int:
             raise JournalError(f"{run.path}: --best chooses by evaluations, and the run has none with a finite value")
         return found
     return run.steps if step is None else step
+
+
+def over_steps(run: Run, step: int, average: float | None) -> str:
+    """Return in words the steps whose weights are used."""
+    first = run.averaged(step, average) + 1
+    return f"after step {step}" if first >= step else f"mean after steps {first} to {step}"

@@ -61,10 +61,10 @@ class Momentum(MeZO):
         self._mean_square = MeanSquare()  # of the slopes
         super().__init__(model, **settings)
 
-    def update(self, entry: Entry) -> Update:
+    def update(self, entry: Entry, share: float = 1.0) -> Update:
         """See :meth:`Optimizer.update`."""
         gains = self._gains(entry) if entry.lr else {}
-        return partial(Program.follow, gains=gains, forget=1.0 - self.momentum, lr=entry.lr)
+        return partial(Program.follow, gains=gains, forget=1.0 - self.momentum, lr=float32(share * entry.lr))
 
     def multiples(self, entry: Entry) -> Mapping[int, float]:
         """See :meth:`Optimizer.multiples`."""

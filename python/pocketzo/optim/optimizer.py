@@ -284,8 +284,11 @@ class Optimizer(ABC):
         """
         raise NotImplementedError
 
-    def update(self, entry: Entry) -> Update:
-        """Return the update of a step. It is called once a step, in order, also in replay."""
+    def update(self, entry: Entry, share: float = 1.0) -> Update:
+        """Return the update of a step, or a share of it. It is called once a step, in order, also in replay."""
+        if share != 1.0:
+            shared = {draw: float32(share * value) for draw, value in entry.coefficients.items()}
+            entry = Entry(float32(share * entry.lr), shared)
         return lambda program, at: program.update(at, entry.coefficients, entry.lr)
 
     def multiples(self, entry: Entry) -> Mapping[int, float]:
@@ -542,18 +545,23 @@ class Optimizer(ABC):
 
     # ---- replay ------------------------------------------------------------------------------------------------------
 
-    def replay(self, entries: Sequence[Entry]) -> None:
+    def replay(self, entries: Sequence[Entry], *, average: bool = False) -> None:
         """Apply the steps of a journal to the weights, in one pass over them.
 
         Parameters
         ----------
         entries : sequence of Entry
             The steps after those taken so far.
+        average : bool
+            Set the weights to the mean of those after each of these steps instead: each update counts by the share of
+            them that come after it, and no shift is repeated. No step can follow.
         """
-        walks = [
-            (self.step_number + i, self.update(entry), [] if self.exact else list(self._points([*entry.coefficients])))
-            for i, entry in enumerate(entries)
-        ]
+        count = len(entries)
+        walks = []
+        for i, entry in enumerate(entries):
+            update = self.update(entry, (count - i) / count if average else 1.0)
+            points = [] if self.exact or average else list(self._points([*entry.coefficients]))
+            walks.append((self.step_number + i, update, points))
         parts, steps = self._parts, None
         if self.subset is not None:
             parts = [part for tensor in self._tensors for part in self._make_parts([tensor])]

@@ -12,6 +12,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from pocketzo.arguments import check_number
 from pocketzo.errors import BundleError, JournalError
 from pocketzo.formats import strict_json
 from pocketzo.formats.bundle import Bundle
@@ -155,15 +156,31 @@ class Run:
             raise JournalError(f"{path}: not the values that the run began with: SHA-256 is {got}, expected {expected}")
         return map_tensors(path)
 
-    def replay_onto(self, model: Tunable, *, step: int | None = None) -> Optimizer:
+    def averaged(self, step: int, average: float | None) -> int:
+        """Return the number of steps before the last share of ``step`` steps, which is at least one of them."""
+        if average is None:
+            return step
+        check_number("average", average, positive=True, most=1.0)
+        return step - min(step, max(1, round(average * step)))
+
+    def replay_onto(self, model: Tunable, *, step: int | None = None, average: float | None = None) -> Optimizer:
         """Set a model's weights to those after ``step`` steps, in one pass over them.
 
-        The replay begins at the last usable snapshot that is not past ``step``, else at the base bundle.
+        The replay begins at the last usable snapshot that is not past what is needed, else at the base bundle.
+
+        Parameters
+        ----------
+        model : Tunable
+        step : int, optional
+            By default all steps.
+        average : float, optional
+            Set them to the mean of the weights after each step of the last share of these steps, 0 < average <= 1.
+            No copy is needed: each update counts by the share of the steps that come after it.
 
         Returns
         -------
         Optimizer
-            Its state after ``step`` steps.
+            Its state after ``step`` steps. From an average no step can be taken.
         """
         step = self.steps if step is None else step
         if not 0 <= step <= self.steps:
@@ -172,8 +189,9 @@ class Run:
             optimizer = from_settings(model, self.recipe.method)
         except ValueError as error:
             raise JournalError(f"{self._journal.path}: header.method: {error}") from None
+        start = self.averaged(step, average)
         for number, path in snapshots(self.path / SNAPSHOTS):
-            if number > step:
+            if number > start:
                 continue
             try:
                 weights, state = check_snapshot(path, self._journal.position(number))
@@ -188,7 +206,9 @@ class Run:
             model.weights.read()
             for name, values in self.init().items():
                 model.weights[name] = values
-        optimizer.replay(self.entries[optimizer.step_number : step])
+        optimizer.replay(self.entries[optimizer.step_number : start])
+        if start < step:
+            optimizer.replay(self.entries[start:step], average=True)
         return optimizer
 
     def replay(
@@ -196,17 +216,19 @@ class Run:
         out: str | os.PathLike[str],
         *,
         step: int | None = None,
+        average: float | None = None,
         bundle: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> None:
         """Write the bundle after ``step`` steps (by default all), bit for bit as training left it.
 
-        With ``overwrite``, a bundle at ``out`` is replaced, unless it is the base bundle of the run.
+        With ``average``, write the mean over the last share of these steps, see :meth:`replay_onto`. With
+        ``overwrite``, a bundle at ``out`` is replaced, unless it is the base bundle of the run.
         """
         base = self.base(bundle)
         check_target(out, overwrite=overwrite, base=base)
         model = Unloaded(base)
-        self.replay_onto(model, step=step)
+        self.replay_onto(model, step=step, average=average)
         copy_bundle(base, out, model.weights.save, overwrite=overwrite)
 
 
