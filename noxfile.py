@@ -211,6 +211,7 @@ def aarch64(session: nox.Session) -> None:
         *("quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot"),
         *("soundness", "staging", "sweep", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
+    elsewhere += ("average", "baselines", "sweep")
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
         "--deselect=tests/test_quantised_liveness.py::test_dead_weights_of_quantised_models_are_found",

@@ -164,6 +164,7 @@ def test_version() -> None:
         (["train", "base", "--steps", "many"], "'many' is not a valid integer"),
         (["train", "base", "--method", "adam"], "'adam' is not one of"),
         (["train", "base", "--trainable", "("], "trainable must be a regular expression, got '(': missing )"),
+        (["train", "base", "--lr", "much"], "'much' is neither a number nor auto"),
         (["train", "base", "--group", "classifier"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
         (["train", "base", "--group", "classifier:lr=much"], "expected PATTERN:lr=NUMBER,eps=NUMBER"),
         (["train", "base", "--group", "(:lr=1"], "a group's pattern must be a regular expression, got '(': missing )"),
@@ -352,7 +353,7 @@ def test_force_replaces_a_bundle_and_nothing_else(workspace: Workspace, tmp_path
 
 
 def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
-    *table, moved, fell, journal, evaluate, replay = workspace.output.splitlines()
+    *table, majority, moved, fell, journal, evaluate, replay = workspace.output.splitlines()
     header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table)
     assert header[:2] == ["before", "after step 60"]
     assert header[2].startswith("best, step ")
@@ -362,6 +363,7 @@ def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
     assert float(loss[3]) < float(loss[1])
     figures = rf"from {accuracy[1]} to {accuracy[2]}, a difference of [\d.]+ % with a standard error of [\d.]+ %"
     assert re.fullmatch(f"accuracy rose: {figures}", moved)
+    assert re.fullmatch(r"always '\w+', the most frequent class of the training data: accuracy \d\d\.\d %", majority)
     figures = rf"from {loss[1]} to {loss[2]}, a difference of [\d.]+ with a standard error of [\d.]+"
     assert re.fullmatch(f"loss fell: {figures}", fell)
     size = (workspace.run / "journal.pzj").stat().st_size

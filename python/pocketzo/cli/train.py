@@ -56,10 +56,10 @@ from pocketzo.optim.optimizer import Share
 from pocketzo.optim.pace import Pace
 from pocketzo.optim.schedule import Schedule
 from pocketzo.runtime.load import load
-from pocketzo.tasks.base import Task
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.parts import parts
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.baselines import Majority
 from pocketzo.train.differences import differences
 from pocketzo.train.plot import plot_run
 from pocketzo.train.recipe import Source
@@ -492,7 +492,7 @@ def _train(trainer: Trainer, run: Path) -> None:
     past = Run(run)
     if trainer.model.max_memory is None:  # matplotlib takes some 50 MB
         plot_or_note(run)
-    _print_summary(past, trainer.objective.task)
+    _print_summary(past, trainer)
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
@@ -528,9 +528,13 @@ def _note_untrained(trainer: Trainer) -> None:
         note(f"{name}{on}: {values}")
 
 
-def _print_summary(past: Run, task: Task) -> None:
-    if columns := evaluations_of(past, task.untrained):
+def _print_summary(past: Run, trainer: Trainer) -> None:
+    if columns := evaluations_of(past, trainer.objective.task.untrained):
         out.print(evaluation_table(columns))
+    found = past.evaluations()
+    majority = Majority.of(trainer.train, trainer.eval)
+    if majority is not None and found:
+        say(majority.text(trainer.model.bundle.labels, found[max(found)]))
     for line in verdict(past):
         say(line)
     journal = past.path / JOURNAL

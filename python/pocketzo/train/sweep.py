@@ -147,7 +147,8 @@ def find_lr(
         The weights in memory are not those of the bundle, so that they could not be read again.
     """
     budget = int(MOST * steps * optimizer.forwards)
-    plan = _Plan.of(budget, optimizer, len(train), batch_size)
+    scratch = _scratch(optimizer, _NONE)
+    plan = _Plan.of(budget, scratch, len(train), batch_size)
     if plan is None:
         return Sweep(
             optimizer.default_lr,
@@ -158,12 +159,11 @@ def find_lr(
     start = Start(optimizer, model)
     try:
         entries: list[Entry] = []
-        scratch = _scratch(optimizer, _NONE)
         for batch in batches:
             scratch.step(on(train.batch(batch)), entries.append)
         moves = map(_scratch(optimizer, _NONE).multiples, entries)
         length = math.sqrt(sum((multiple / _NONE) ** 2 for move in moves for multiple in move.values()))
-        forwards = len(entries) * optimizer.forwards
+        forwards = len(entries) * scratch.forwards
         found = _Curve(optimizer.default_lr, forwards, len(entries), np.unique(np.concatenate(held)).size)
         if not length:
             return found.default("all losses of a step were equal, or not finite, so that nothing was learnt from them")
@@ -232,6 +232,8 @@ def _scratch(optimizer: Optimizer, lr: float) -> Optimizer:
     Without momentum, a step moves the weights at once by what it moves them with momentum in many steps.
     """
     settings = optimizer.settings() | {"lr": lr, "schedule": asdict(Schedule())}
+    for name in "pace", "candidates":  # which depend on the steps before
+        settings.pop(name, None)
     return from_settings(optimizer.model, settings | ({"momentum": 0.0} if "momentum" in settings else {}))
 
 

@@ -1,0 +1,299 @@
+"""What is learnt: every method, trained set and budget on four tasks, beside the baselines; accuracy or perplexity.
+
+    python bench/learning.py JSON [SST2_FOLDER] [--decoder model.onnx] [--only REGEX] [--seeds 3] [--forwards 1000 5000]
+
+    MiniLM, SST-2       1,024 training sentences of sst2.py, dev; a new head and all weights, or the last two layers
+    MiniLM, messages    the demo's
+    SmolLM2, SST-2      the same sentences behind a prompt; LoRA on the last third of the layers, or norms
+    SmolLM2, page       the demo's notes: perplexity of what is trained on
+
+A row is a task, a set, a method, a number of forward passes of 16 examples and a seed. It is written to JSON as soon as
+it is measured, and a row that is there is not measured again: stop the script at any time, and start it again. --only
+takes rows by their names, as 'SmolLM2.*momentum'. The learning rate is that of `--lr auto`, found on the training data;
+its forward passes are part of the budget. --table prints what is there: mean and standard deviation over seeds.
+
+Baselines: the most frequent class, the model before training, the linear probe and the side head of `--train side-head`
+(chosen by cross-validation), and for MiniLM AdamW by backpropagation in torch with the lowest training loss of three
+learning rates. The decoder is an export of SmolLM2, as `pocketzo export` writes it; without it its tasks are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from machine import machine, peer, rounded
+from models import SHAPES
+from sst2 import SST2, split, subset
+
+import pocketzo as pz
+from pocketzo.demo import minilm, notes
+from pocketzo.demo.run import LABELS, messages
+from pocketzo.export.bert import build_onnx
+from pocketzo.prepare.head import prepare_head
+from pocketzo.train.baselines import Majority
+from pocketzo.train.head.evaluate import evaluate_heads
+from pocketzo.train.head.fit import Fitter
+
+PROMPT = "Review: {text}\nSentiment:"
+BATCH = 16
+EPS = {"all": 1e-3, "last:2+head": 1e-3, "norm": 1e-3, "lora:train=B,layers=20-": 5e-2, "lora:train=B": 1e-2}
+NEW_HEAD = (pz.ParamGroup("^classifier", lr=10, eps=10),)
+METHODS: dict[str, Callable[..., pz.Optimizer]] = {
+    "mezo": pz.MeZO,
+    "fzoo": pz.FZOO,
+    "momentum": pz.Momentum,
+    "sign": pz.Sign,
+}
+FORWARDS = {"mezo": 2, "fzoo": 9, "momentum": 2, "sign": 2}  # of a step
+ADAMW = (1e-5, 3e-5, 1e-4)  # learning rates
+EPOCHS = 3
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and data. ``sets`` are what `--train` takes; the metric is that of its column in the table."""
+
+    name: str
+    model: Path
+    train: Path
+    held_out: Path
+    sets: tuple[str, ...]
+    options: dict[str, Any]
+    metric: str = "accuracy"
+    groups: tuple[pz.ParamGroup, ...] = ()
+
+    def bundle(self, trained: str, folder: Path) -> pz.Bundle:
+        """Prepare the model once for each set."""
+        path = folder / re.sub(r"\W+", "-", f"{self.name} {trained}")
+        return pz.Bundle.read(path) if path.exists() else pz.prepare(self.model, path, train=trained, **self.options)
+
+
+def tasks_of(arguments: argparse.Namespace, folder: Path) -> list[Task]:
+    chosen, _ = split(arguments.data / "train.tsv")
+    train = subset(arguments.data / "train.tsv", chosen, folder / "train.tsv")
+    dev = arguments.data / "dev.tsv"
+    checkpoint = minilm.find_checkpoint(arguments.checkpoint)
+    for classes in (2, 8):
+        build_onnx(checkpoint, folder / f"minilm-{classes}.onnx", num_labels=classes)
+    encoder: dict[str, Any] = {"tokenizer": checkpoint.tokenizer, "max_length": 128}
+    sets = ("all", "last:2+head")
+    two, eight = ({**encoder, "labels": labels} for labels in (("0", "1"), LABELS))
+    found = [
+        Task("MiniLM, SST-2", folder / "minilm-2.onnx", train, dev, sets, two, groups=NEW_HEAD),
+        Task(
+            "MiniLM, messages",
+            folder / "minilm-8.onnx",
+            messages("train"),
+            messages("test"),
+            sets,
+            eight,
+            groups=NEW_HEAD,
+        ),
+    ]
+    if arguments.decoder is not None:
+        words = {"task": "prompt", "template": PROMPT, "label_words": ("negative", "positive"), "labels": ("0", "1")}
+        sets = ("lora:train=B,layers=20-", "norm")
+        found.append(Task("SmolLM2, SST-2", arguments.decoder, train, dev, sets, {**words, "max_length": 64}))
+        page = {"task": "causal-lm", "max_length": 64}
+        found.append(
+            Task("SmolLM2, page", arguments.decoder, notes.PAGE, notes.PAGE, ("lora:train=B",), page, "perplexity")
+        )
+    return found
+
+
+# ---- rows
+
+
+def trained_row(task: Task, trained: str, method: str, forwards: int, seed: int, folder: Path, threads: int) -> Row:
+    """Train with the learning rate that is found, and evaluate the last weights, their mean, and those before."""
+    bundle = task.bundle(trained, folder)
+    train, held_out = (pz.load_dataset(path, bundle) for path in (task.train, task.held_out))
+    model = pz.load(bundle, threads=threads)
+    steps = round(forwards / 1.1 / FORWARDS[method])  # a tenth for finding the learning rate
+    optimizer = METHODS[method](
+        model, eps=EPS[trained], seed=seed, groups=task.groups, schedule=pz.Schedule("cosine", steps)
+    )
+    with tempfile.TemporaryDirectory() as run:
+        before = pz.evaluate(model, held_out)[task.metric]
+        trainer = pz.Trainer(model, optimizer, train, batch_size=min(BATCH, len(train)), steps=steps, run=f"{run}/run")
+        began, used = time.perf_counter(), time.process_time()
+        error = None
+        try:
+            trainer.fit()
+        except pz.TrainingError as ended:
+            error = str(ended)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - used
+        after = pz.evaluate(model, held_out)
+        pz.Run(f"{run}/run").replay_onto(model, average=0.25)
+        averaged = pz.evaluate(model, held_out)[task.metric]
+    assert trainer.sweep is not None
+    return {
+        "before": before,
+        "value": after[task.metric],
+        "loss": after["loss"],
+        "averaged": averaged,
+        "lr": trainer.sweep.lr,
+        "because": trainer.sweep.because,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "error": error,
+    }
+
+
+def heads(task: Task, seed: int, folder: Path, threads: int) -> dict[str, Row]:
+    """Return the rows of the linear probe and of the side head, by name."""
+    path = folder / re.sub(r"\W+", "-", f"{task.name} side head")
+    options = {
+        name: task.options[name] for name in task.options.keys() & {"tokenizer", "max_length", "labels", "template"}
+    }
+    bundle = pz.Bundle.read(path) if path.exists() else prepare_head(task.model, path, **options)
+    began, used = time.perf_counter(), time.process_time()
+    data = pz.load_dataset(task.train, bundle)
+    found = Fitter(bundle, data, seed=seed, threads=threads, folder=folder, told=lambda *_: None).fit()
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
+    head, probe = evaluate_heads(
+        bundle, [found.head, found.probe], pz.load_dataset(task.held_out, bundle), threads=threads
+    )
+    return {
+        f"{task.name} | {name} | {seed}": {"value": result["accuracy"], "loss": result["loss"], **spent}
+        for name, result in (("linear probe", probe), ("side head", head))
+    }
+
+
+def adamw(task: Task, seed: int, folder: Path, threads: int) -> Row:
+    """Train all weights of an encoder by backpropagation; the learning rate has the lowest loss of the last epoch."""
+    torch = peer("torch")
+    if torch is None:
+        return {"skipped": "torch is not installed"}
+    import torch_peers
+
+    torch.set_num_threads(threads)
+    bundle = task.bundle("all", folder)
+    train, held_out = (pz.load_dataset(path, bundle) for path in (task.train, task.held_out))
+    found = []
+    for lr in ADAMW:
+        peer_model = torch_peers.AdamW(torch, bundle.path, SHAPES["minilm"], lr=lr)
+        random, losses = np.random.default_rng(seed), list[float]()
+        began, used = time.perf_counter(), time.process_time()
+        for _ in range(EPOCHS):
+            order = random.permutation(len(train))
+            batches = np.array_split(order, len(train) // BATCH)
+            losses = [peer_model.step(train.batch(batch)) for batch in batches]
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
+        found.append((float(np.mean(losses)), lr, peer_model, spent))
+    _, lr, peer_model, spent = min(found, key=lambda row: row[0])
+    right = 0
+    for at in range(0, len(held_out), 32):
+        batch = held_out.batch(np.arange(at, min(at + 32, len(held_out))))
+        right += int((peer_model.logits(batch).argmax(-1).numpy() == batch["labels"]).sum())
+    return {"value": right / len(held_out), "lr": lr, **spent}
+
+
+def measures(
+    tasks: list[Task], arguments: argparse.Namespace, folder: Path
+) -> Iterator[tuple[str, Callable[[], Row | dict[str, Row]]]]:
+    """Yield the name of each row, and what measures it; the side head's measures the linear probe, too."""
+    threads = arguments.threads
+    for task in tasks:
+        if task.metric == "accuracy":
+            yield f"{task.name} | majority", partial(majority, task, folder)
+        for seed in range(arguments.seeds):
+            if task.metric == "accuracy":
+                yield f"{task.name} | side head | {seed}", partial(heads, task, seed, folder, threads)
+            if task.name.startswith("MiniLM"):
+                yield f"{task.name} | AdamW | {seed}", partial(adamw, task, seed, folder, threads)
+            for trained, method, forwards in itertools.product(task.sets, METHODS, arguments.forwards):
+                name = f"{task.name} | {trained} | {method} | {forwards} | {seed}"
+                yield name, partial(trained_row, task, trained, method, forwards, seed, folder, threads)
+
+
+def majority(task: Task, folder: Path) -> Row:
+    bundle = task.bundle(task.sets[0], folder)
+    found = Majority.of(*(pz.load_dataset(path, bundle) for path in (task.train, task.held_out)))
+    assert found is not None
+    return {"value": found.accuracy}
+
+
+# ---- the file, and the table
+
+
+def table(rows: dict[str, Row]) -> list[str]:
+    """Return a line for each group of seeds."""
+    groups: dict[str, list[Row]] = {}
+    for name, row in rows.items():
+        groups.setdefault(re.sub(r" \| \d+$", "", name), []).append(row)
+    lines = [
+        "| task, set, method, forwards | value | spread | mean of the last quarter | lr | seconds |",
+        "|---" * 6 + "|",
+    ]
+    for label, found in groups.items():
+        values = [row["value"] for row in found if row.get("value") is not None]
+        if not values:
+            continue
+        averaged = [row["averaged"] for row in found if "averaged" in row]
+        rates = ", ".join(f"{row['lr']:g}" for row in found if "lr" in row)
+        spent = statistics.mean(row.get("seconds", 0.0) for row in found)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        mean = f"{statistics.mean(averaged):.4g}" if averaged else ""
+        text = label.replace(" | ", ", ")
+        lines.append(f"| {text} | {statistics.mean(values):.4g} | {spread:.2g} | {mean} | {rates} | {spent:.0f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="file of the rows, which is extended")
+    parser.add_argument("data", nargs="?", type=Path, default=SST2, help="folder with train.tsv and dev.tsv")
+    parser.add_argument("--checkpoint", type=Path, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--decoder", type=Path, help="an export of SmolLM2")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
+    )
+    parser.add_argument("--only", default="", metavar="REGEX", help="measure rows whose names contain a match")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[1000, 5000], help="budgets")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="print the names of the rows that are missing, and end")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and end")
+    arguments = parser.parse_args()
+    report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"results": {}}
+    rows: dict[str, Row] = report["results"]
+    if arguments.table:
+        print("\n".join(table(rows)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, measure in measures(tasks_of(arguments, folder), arguments, folder):
+            if name in rows or not re.search(arguments.only, name):
+                continue
+            if arguments.list:
+                print(name)
+                continue
+            found = measure()
+            for key, row in found.items() if name in found else [(name, found)]:
+                rows[key] = rounded({**row, "threads": arguments.threads})
+                print(key, rows[key], file=sys.stderr, flush=True)
+            written = arguments.json.with_suffix(".new")
+            written.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
+            written.replace(arguments.json)
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
