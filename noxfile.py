@@ -203,15 +203,14 @@ def aarch64(session: nox.Session) -> None:
     run_pytest(session, "here, of aarch64", "host", here, *pytest, "tests/test_runs.py", **env)
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
-        *("adapter", "arguments", "average", "bert", "bundle", "cache", "chat", "cli", "cores", "cut", "data"),
-        *("decoders", "demo", "demo_data", "exact_match", "federate_cli", "federated", "fences", "frozen_base"),
+        *("adapter", "arguments", "average", "baselines", "bert", "bundle", "cache", "chat", "cli", "cores", "cut"),
+        *("data", "decoders", "demo", "demo_data", "exact_match", "federate_cli", "federated", "fences", "frozen_base"),
         *("fuzzed", "generate", "generate_cli", "guarantees", "head", "head_continue", "head_demo", "head_solver"),
         *("head_zeroth", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "levers"),
         *("locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe"),
         *("quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot"),
         *("soundness", "staging", "sweep", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
-    elsewhere += ("average", "baselines", "sweep")
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
         "--deselect=tests/test_quantised_liveness.py::test_dead_weights_of_quantised_models_are_found",
