@@ -46,6 +46,7 @@ from pocketzo.prepare.head import prepare_head
 from pocketzo.train.baselines import Majority
 from pocketzo.train.head.evaluate import evaluate_heads
 from pocketzo.train.head.fit import Fitter
+from pocketzo.train.head.kept import Kept
 
 PROMPT = "Review: {text}\nSentiment:"
 BATCH = 16
@@ -164,7 +165,8 @@ def heads(task: Task, seed: int, folder: Path, threads: int) -> dict[str, Row]:
     bundle = pz.Bundle.read(path) if path.exists() else prepare_head(task.model, path, **options)
     began, used = time.perf_counter(), time.process_time()
     data = pz.load_dataset(task.train, bundle)
-    found = Fitter(bundle, data, seed=seed, threads=threads, folder=folder, told=lambda *_: None).fit()
+    kept = Kept.of(bundle, data, threads=threads, folder=folder)
+    found = Fitter(bundle, kept, seed=seed, told=lambda *_: None).fit()
     spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
     head, probe = evaluate_heads(
         bundle, [found.head, found.probe], pz.load_dataset(task.held_out, bundle), threads=threads
