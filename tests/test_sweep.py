@@ -185,6 +185,23 @@ def test_no_step_is_taken_without_a_rate(tiny_bundle: Path) -> None:
         pz.MeZO(optimizer.model, lr="much")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("more", [{"pace": pz.Pace(0.1, most=8)}, {"candidates": 5}, {"subset": pz.Block(0.5)}])
+def test_a_sweep_with_other_ways_to_take_directions(tiny_bundle: Path, data: pz.Dataset, more: dict[str, Any]) -> None:
+    model = pz.load(tiny_bundle, threads=1)
+    before, calls = image(model), 0
+
+    def objective(outputs: Any, batch: Any) -> float:
+        nonlocal calls
+        calls += 1
+        return float(np.square(outputs["logits"]).mean())
+
+    optimizer = pz.MeZO(model, **more)
+    sweep = pz.Trainer(model, optimizer, data, batch_size=8, steps=150, objective=objective).find_lr()
+    assert sweep.because is None
+    assert calls == sweep.forwards <= MOST * 150 * optimizer.forwards
+    assert image(model) == before
+
+
 def test_a_run_keeps_its_rate_and_resumes_without_a_sweep(
     tiny_bundle: Path, data: pz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,6 +184,10 @@ class Server:
             most_examples=most_examples,
             shared_draws=shared_draws,
         )
+        if math.isnan(optimizer.lr):
+            raise ValueError(
+                "lr must be a number in a federation, got 'auto': no device has all the data to find it on"
+            )
         largest = max(optimizer.group_of(name).lr for name in optimizer.names)
         if not math.isfinite(float32(largest * plan.clip * optimizer.lr)):
             raise ValueError(f"clip {clip:g} and lr {optimizer.lr:g} give steps beyond float32")

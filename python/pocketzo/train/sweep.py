@@ -204,7 +204,8 @@ class _Plan:
     def of(cls, budget: int, optimizer: Optimizer, examples: int, batch_size: int) -> _Plan | None:
         """Return the plan for so many forward passes; None if they are too few."""
         forwards = optimizer.forwards
-        steps = min(min(budget // 2, budget - _EVALUATIONS) // forwards, _MOST_STEPS)
+        spent = min(max(budget // 2, _LEAST_STEPS * forwards), budget - _EVALUATIONS)
+        steps = min(spent // forwards, _MOST_STEPS)
         batches = min((budget - steps * forwards) // _EVALUATIONS, _MOST_BATCHES)
         batches = min(batches, max(1, int(_HELD_BACK * examples) // batch_size))
         if steps < _LEAST_STEPS or steps * optimizer.queries < _LEAST_QUERIES or batches < 1:
