@@ -218,6 +218,8 @@ class _Past(NamedTuple):
                 numbers = np.array([(bundle.labels or ()).index(name) for name in self.run.labels])
                 kept = replace(kept, labels=numbers[kept.labels])
             return [kept]
+        if not self.files:
+            raise JournalError(f"{self.folder}: neither keeps its examples nor names their files")
         found = []
         for file, fingerprint in zip(self.files, self.data, strict=True):
             if file["path"] is None:
