@@ -361,7 +361,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert (described["kind"], described["eval"]) == ("side head", results["eval"])
     assert described["parameters"] == sum(array.size for array in HeadRun.read(tmp_path / "run")[1].tensors().values())
     assert "it generates no text" in command("generate", folder, "--prompt", "a", code=1)
-    assert "--step and --best" in command("eval", folder, "--data", str(data), "--best", code=2)
+    assert "--average belong to a run of steps" in command("eval", folder, "--data", str(data), "--best", code=2)
     assert "no empty folder" in command("train", base, "--data", str(data), "-o", folder, code=1)
 
 
