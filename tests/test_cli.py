@@ -39,8 +39,8 @@ pytest.importorskip("rich", reason="the command line needs it")
 pytest.importorskip("tokenizers", reason="the data is text")
 
 COMMANDS = (
-    *("export", "prepare", "train", "eval", "generate", "replay", "merge", "adapter", "federate", "info", "doctor"),
-    "demo",
+    *("export", "prepare", "train", "eval", "generate", "replay", "merge", "adapter", "federate", "info", "cache"),
+    *("doctor", "demo"),
 )
 LABELS = ("red", "green", "blue")
 LONG = full_or_small(1000, 300)  # steps

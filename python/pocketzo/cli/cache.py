@@ -144,6 +144,11 @@ def cache() -> None:
     """Show or clear the activation cache of `pocketzo train`.
 
     It holds what models compute from training examples, from which texts may be guessed.
+
+    \b
+    Examples:
+      pocketzo cache info
+      pocketzo cache clear
     """
 
 
