@@ -840,7 +840,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "fp16": (("fp16",), fp16_table),
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
-    "bases": (("bases", "bases_int8"), bases_table),
+    "bases": (("bases", "bases_int4", "bases_int8"), bases_table),
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "second_moment": (("second_moment",), second_moment_table),
