@@ -220,7 +220,6 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         (["train", "{base}", "--data", "range.tsv", "-o", "new"], "range.tsv, line 1"),
         ([*NEW, "--eval", "bad.jsonl"], "bad.jsonl, line 2"),
         ([*NEW, "--steps", "0"], "steps must be at least 1, got 0"),
-        ([*NEW, "--lr", "much"], "'much' is neither a number nor auto"),
         ([*NEW, "--lr", "-1"], "lr must be finite and at least 0, got -1"),
         ([*NEW, "--eps", "0"], "eps must be finite and greater than 0"),
         ([*NEW, "--batch-size", "0"], "batch_size must be at least 1"),
@@ -353,7 +352,7 @@ def test_force_replaces_a_bundle_and_nothing_else(workspace: Workspace, tmp_path
 
 
 def test_training_tells_what_came_of_it(workspace: Workspace) -> None:
-    *table, majority, moved, fell, journal, evaluate, replay = workspace.output.splitlines()
+    *table, moved, fell, journal, majority, evaluate, replay = workspace.output.splitlines()
     header, accuracy, loss = (re.split(r"  +", line.strip()) for line in table)
     assert header[:2] == ["before", "after step 60"]
     assert header[2].startswith("best, step ")

@@ -205,8 +205,8 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert code == 1
     assert "train a set that is added" in " ".join(text.split())
     code, text = command("--train", "side-head", "--base", "int4")
-    assert code == 2
-    assert "--base is not for a side head" in text
+    assert code == 1
+    assert "base is not an option of train='side-head'" in text
     code, text = command("--task", "causal-lm", "--base", "int4:block=16", "--train", "ia3")
     assert code == 0, text
     assert "quantised as int4 in blocks of 16" in text

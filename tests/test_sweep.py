@@ -181,7 +181,7 @@ def test_no_step_is_taken_without_a_rate(tiny_bundle: Path) -> None:
     optimizer = pz.MeZO(pz.load(tiny_bundle, threads=1))
     with pytest.raises(ValueError, match="lr is 'auto', and no step can be taken before a Trainer has found it"):
         optimizer.step(lambda _: 1.0)
-    with pytest.raises(ValueError, match="lr must be a number or 'auto', got 'much'"):
+    with pytest.raises(TypeError, match="lr must be a number or 'auto', got 'much'"):
         pz.MeZO(optimizer.model, lr="much")  # type: ignore[arg-type]
 
 

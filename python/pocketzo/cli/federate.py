@@ -55,6 +55,12 @@ def federate() -> None:
 
     The server runs `begin` and then `serve`, or Flower; each device runs `client`. All have a copy of the same bundle.
     docs/federated.md shows all commands.
+
+    \b
+    Example, over a shared folder:
+      pocketzo federate begin base -o server --lr 1e-3 --steps 200
+      pocketzo federate serve server --mailbox mail
+      pocketzo federate client base --data own.tsv -o client --mailbox mail/own
     """
 
 

@@ -531,11 +531,11 @@ def _note_untrained(trainer: Trainer) -> None:
 def _print_summary(past: Run, trainer: Trainer) -> None:
     if columns := evaluations_of(past, trainer.objective.task.untrained):
         out.print(evaluation_table(columns))
-    found = past.evaluations()
-    majority = Majority.of(trainer.train, trainer.eval)
-    if majority is not None and found:
-        say(majority.text(trainer.model.bundle.labels, found[max(found)]))
     for line in verdict(past):
         say(line)
     journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")
+    found = past.evaluations()
+    majority = Majority.of(trainer.train, trainer.eval)
+    if majority is not None and found:
+        say(majority.text(trainer.model.bundle.labels, found[max(found)]))

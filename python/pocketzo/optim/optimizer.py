@@ -188,7 +188,7 @@ class Optimizer(ABC):
         candidates: int | None = None,
     ) -> None:
         if isinstance(lr, str) and lr != "auto":
-            raise ValueError(f"lr must be a number or 'auto', got {lr!r}")
+            raise TypeError(f"lr must be a number or 'auto', got {lr!r}")
         self.lr = math.nan if lr == "auto" else lr
         if lr != "auto":
             check_number("lr", lr)
