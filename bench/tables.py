@@ -413,7 +413,8 @@ def bases_table(*reports: Report) -> list[str]:
         caption(*reports),
         "",
         f"SmolLM2-135M on {about['rows']} sentences of SST-2's training data; {about['directions']} directions of "
-        f"LoRA-B on queries and values, eps {about['eps']:g}.",
+        f"LoRA-B on queries and values, eps {about['eps']:g}."
+        + (f" Under qemu as {about['emulated']}: the time is an emulator's." if "emulated" in about else ""),
         "",
         *markdown(["base", "accuracy level", "size", "loss", "slopes", "noise", "CPU time"], body),
     ]
@@ -841,6 +842,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
     "bases": (("bases", "bases_int4", "bases_int8"), bases_table),
+    "bases_arm": (("bases_arm", "bases_arm_more"), bases_table),
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "second_moment": (("second_moment",), second_moment_table),

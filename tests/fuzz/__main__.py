@@ -38,6 +38,7 @@ from pocketzo.runtime import image
 
 LIMIT = 10.0  # seconds that a case may take
 BUILD = "import pathlib, sys; from fuzz.files import build; build(pathlib.Path(sys.argv[1]))"
+FLOWER = "pocketzo.federated.flower"
 SANITIZED = "ASAN_OPTIONS" in os.environ
 MEMORY = 8 << 30  # bytes of address space beyond what the process has at its start
 
@@ -118,9 +119,8 @@ def main() -> int:
         source.mkdir()
         os.environ["OMP_NUM_THREADS"] = "1"
         for module in pkgutil.walk_packages(pz.__path__, "pocketzo."):  # here, and not again in each case
-            if (
-                "__main__" not in module.name and ".export." not in module.name
-            ):  # which needs torch, and reads no file here
+            # The others need torch or flwr, and read no file here.
+            if "__main__" not in module.name and ".export." not in module.name and module.name != FLOWER:
                 importlib.import_module(module.name)
         if SANITIZED:  # which watches the ends of what malloc returns, not those of mappings
             image._allocate = lambda size: np.zeros(size, np.uint8)
