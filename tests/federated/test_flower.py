@@ -82,7 +82,7 @@ def test_three_nodes_train_together(network: Network, tmp_path: Path, bundle: Pa
         network.register(name)
     network.run(
         *(sys.executable, "-m", "pocketzo", "federate", "begin", bundle, "-o", tmp_path / "server"),
-        *("--method", "fzoo", "--lr", 1e-4, "--eps", 5e-4, "--group", "classifier:lr=1000,eps=100", "--batch-size", 8),
+        *("--method", "fzoo", "--lr", 1e-4, "--eps", 5e-4, "--group", "classifier:lr=300,eps=100", "--batch-size", 8),
         *("--steps", STEPS, "--queries", QUERIES, "--round-seconds", 90),
     )
 
