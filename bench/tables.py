@@ -412,8 +412,8 @@ def bases_table(*reports: Report) -> list[str]:
     return [
         caption(*reports),
         "",
-        f"SmolLM2-135M on {about['rows']} sentence{'s' * (about['rows'] > 1)} of SST-2's training data; {about['directions']} directions of "
-        f"LoRA-B on queries and values, eps {about['eps']:g}."
+        f"SmolLM2-135M on {about['rows']} sentence{'s' * (about['rows'] > 1)} of SST-2's training data; "
+        f"{about['directions']} directions of LoRA-B on queries and values, eps {about['eps']:g}."
         + (f" Under qemu as {about['emulated']}: the time is an emulator's." if "emulated" in about else ""),
         "",
         *markdown(["base", "accuracy level", "size", "loss", "slopes", "noise", "CPU time"], body),
