@@ -13,6 +13,7 @@ import numpy as np
 
 from pocketzo.data.batch import Batch
 from pocketzo.errors import DataError
+from pocketzo.formats.inputs import TOKEN_INPUTS, sections
 from pocketzo.formats.past import at_beginning, is_flag
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from pocketzo.formats.bundle import Bundle, ValueSpec
     from pocketzo.tasks.base import Task
 
-TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 IMPLIED = {"attention_mask": 1, "token_type_ids": 0}  # the values of each token that the data leaves out
 
 
@@ -272,12 +272,6 @@ class Tokens:
 def is_by_token(spec: ValueSpec) -> bool:
     """Whether an input has the shape of the tokens, [batch, length], or repeats it by sections."""
     return len(spec.shape) == 2 or sections(spec) is not None
-
-
-def sections(spec: ValueSpec) -> int | None:
-    """Return 3 for positions in time, height and width, as of Qwen-VL: [sections, batch, length]; else None."""
-    first = spec.shape[0] if spec.name == "position_ids" and len(spec.shape) == 3 else None
-    return first if isinstance(first, int) else None
 
 
 def fixed_batch(bundle: Bundle) -> int | None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pocketzo.data.columns import Columns, LineError, find_column, missing_column
-from pocketzo.data.dataset import TOKEN_INPUTS, Dataset, Tokens, token_limit
+from pocketzo.data.dataset import Dataset, Tokens, token_limit
 from pocketzo.data.examples import Problems
 from pocketzo.data.sequences import Sequences
 from pocketzo.data.tokens import keep_tokens
 from pocketzo.errors import DataError
+from pocketzo.formats.inputs import TOKEN_INPUTS
 from pocketzo.formats.npz import read_arrays
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.padding import COUNTING, pads_right_only

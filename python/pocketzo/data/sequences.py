@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pocketzo.data.dataset import TOKEN_INPUTS, is_by_token, token_limit
+from pocketzo.data.dataset import is_by_token, token_limit
 from pocketzo.errors import DataError
+from pocketzo.formats.inputs import TOKEN_INPUTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

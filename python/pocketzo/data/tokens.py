@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.data.dataset import IMPLIED, TOKEN_INPUTS, Dataset, Tokens, token_limit
+from pocketzo.data.dataset import IMPLIED, Dataset, Tokens, token_limit
 from pocketzo.data.examples import Encoded, Example, Problems, Row
 from pocketzo.data.readers import read_txt
 from pocketzo.data.windows import windows
 from pocketzo.errors import BundleError, DataError, joined_lines
+from pocketzo.formats.inputs import TOKEN_INPUTS
 from pocketzo.runtime.embeddings import embedding_rows
 from pocketzo.runtime.padding import pads_right_only
 from pocketzo.runtime.tokenizer import load_tokenizer

@@ -18,10 +18,10 @@ import numpy as np
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.runtime.frozen import model_over_base
-from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds, read_by
+from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds
 from pocketzo.runtime.min_cut import INFINITE, Network
-from pocketzo.runtime.onnx_proto import all_nodes, declare, read_graph
-from pocketzo.runtime.subgraph import keep_values, remove_unused
+from pocketzo.runtime.onnx_proto import all_nodes, declare, read_by, read_graph
+from pocketzo.runtime.subgraph import keep_values, remove_unused_inputs
 
 _TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
 _PRODUCTS: Final = (
@@ -119,10 +119,7 @@ class Cut:
         outputs = [value for value in graph.output if value.name in self.outputs]
         del graph.output[:]
         graph.output.extend(outputs)
-        needed = remove_unused(graph)
-        inputs = [value for value in graph.input if value.name in needed]
-        del graph.input[:]
-        graph.input.extend(inputs)
+        remove_unused_inputs(graph)
         for kept in self.values:
             axes = [axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in kept.sizes.axes]
             declare(graph.input, kept.name, _TENSOR_TYPES[kept.sizes.dtype.name], axes)

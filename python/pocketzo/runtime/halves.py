@@ -12,9 +12,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo.errors import NotCuttableError
+from pocketzo.formats.inputs import TOKEN_INPUTS, row_axis
 from pocketzo.machine.memory import trim_heap
 from pocketzo.runtime.cut import Cut, Kept
-from pocketzo.runtime.measure import ALL_TOKENS, TOKEN_INPUTS, TOKENS
+from pocketzo.runtime.measure import ALL_TOKENS, TOKENS
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import Session
 
@@ -104,9 +105,8 @@ class Halves:
         self._back = back
         self._names = [kept.name for kept in cut.values]
         self._inputs: frozenset[str] | None = None
-        sections = {spec.name for spec in cut.bundle.inputs if spec.name == "position_ids" and len(spec.shape) == 3}
         self._specs = {spec.name: spec for spec in cut.bundle.inputs}
-        self._row_axes = {spec.name: int(spec.name in sections) for spec in cut.bundle.inputs}
+        self._row_axes = {spec.name: row_axis(spec) for spec in cut.bundle.inputs}
 
     def release(self) -> None:
         """Close the front's session, which is created anew if it is needed again."""

@@ -16,9 +16,10 @@ import onnxruntime as ort
 
 from pocketzo.errors import BundleError, joined_lines
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.inputs import TOKEN_INPUTS
 from pocketzo.formats.probe import Probe
 from pocketzo.runtime.frozen import model_over_base
-from pocketzo.runtime.onnx_proto import all_nodes
+from pocketzo.runtime.onnx_proto import read_by
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import open_unoptimised
 
@@ -26,8 +27,6 @@ ROWS: Final = "batch"
 TOKENS: Final = "tokens"
 ALL_TOKENS: Final = "batch * tokens"
 POSITIONS: Final = "positions"
-TOKEN_INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-"""Inputs with an element for each token, [batch, tokens] or [sections, batch, tokens]."""
 
 Shape: TypeAlias = tuple[np.dtype[Any], tuple[int, ...]]
 
@@ -112,13 +111,6 @@ def _from_inputs(graph: Any) -> list[str]:
             names += made
             found.update(made)
     return names
-
-
-def read_by(node: Any) -> set[str]:
-    """Return the names of the values that a node reads, also in the graphs inside it."""
-    graphs = [graph for one in node.attribute for graph in (one.g, *one.graphs)]
-    inner = (name for graph in graphs for inside in all_nodes(graph) for name in inside.input)
-    return {name for name in (*node.input, *inner) if name}
 
 
 def _sizes(first: Shape, second: Shape) -> Sizes:

@@ -127,3 +127,14 @@ def all_nodes(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for subgraph in (attribute.g, *attribute.graphs):
                 yield from all_nodes(subgraph)
+
+
+def inner_inputs(node: Any) -> list[str]:
+    """Return what the nodes of the graphs inside a node read, by name; "" for an input that is left out."""
+    graphs = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
+    return [name for graph in graphs for one in all_nodes(graph) for name in one.input]
+
+
+def read_by(node: Any) -> set[str]:
+    """Return the names of the values that a node reads, also in the graphs inside it."""
+    return {name for name in (*node.input, *inner_inputs(node)) if name}

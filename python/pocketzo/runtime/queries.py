@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.inputs import row_axis
 from pocketzo.formats.past import is_flag
-from pocketzo.runtime.onnx_proto import INT, INT64, all_nodes, declare, onnx_messages, opset_of
+from pocketzo.runtime.onnx_proto import INT, INT64, all_nodes, declare, inner_inputs, onnx_messages, opset_of
 from pocketzo.runtime.weights import Weights
 
 INSTEAD: Final = (
@@ -92,7 +93,7 @@ class _Grouping:
     def edit(self) -> None:
         """Rewrite the graph."""
         graph = self._graph
-        inner = {name for node in graph.node for name in _inner_inputs(node)}
+        inner = {name for node in graph.node for name in inner_inputs(node)}
         if hidden := sorted(inner & self._tensors.keys()):
             raise _refused(self._bundle, f"{hidden[0]!r} is read in a branch")
         nodes = list(graph.node)
@@ -119,7 +120,7 @@ class _Grouping:
             if self._keeps_groups(node):
                 self._by_groups(node, next(name for name in node.input if name in self._grouped))
                 return
-            for name in (*node.input, *_inner_inputs(node)):
+            for name in (*node.input, *inner_inputs(node)):
                 self._ungroup(name)
             self._nodes.append(node)
             return
@@ -227,11 +228,6 @@ class _Grouping:
         self._nodes.append(node)
         self._done[key] = name
         return name
-
-
-def _inner_inputs(node: Any) -> list[str]:
-    graphs = [graph for attribute in node.attribute for graph in (attribute.g, *attribute.graphs)]
-    return [name for graph in graphs for one in all_nodes(graph) for name in one.input]
 
 
 # ---- the loss of each group ------------------------------------------------------------------------------------------
@@ -360,6 +356,5 @@ def repeated(bundle: Bundle, batch: Mapping[str, NDArray[Any]], times: int) -> d
         elif not spec.shape or is_flag(spec):
             found[spec.name] = array
         else:
-            has_sections = spec.name == "position_ids" and len(spec.shape) == 3 and isinstance(spec.shape[0], int)
-            found[spec.name] = np.concatenate([array] * times, int(has_sections))
+            found[spec.name] = np.concatenate([array] * times, row_axis(spec))
     return found

@@ -33,10 +33,7 @@ def keep_values(graph: Any, names: Collection[str]) -> None:
     graph.output.extend(kept)
     for name in added:
         graph.output.add(name=name).type.tensor_type.elem_type = FLOAT
-    needed = remove_unused(graph)
-    inputs = [value for value in graph.input if value.name in needed]
-    del graph.input[:]
-    graph.input.extend(inputs)
+    remove_unused_inputs(graph)
 
 
 def keep_taps(graph: Any, layers: Sequence[int]) -> None:
@@ -71,6 +68,14 @@ def remove_unused(graph: Any) -> set[str]:
     graph.node.extend(nodes)
     graph.initializer.extend(tensors)
     return needed
+
+
+def remove_unused_inputs(graph: Any) -> None:
+    """Remove the nodes, initializers and inputs that no output needs."""
+    needed = remove_unused(graph)
+    inputs = [value for value in graph.input if value.name in needed]
+    del graph.input[:]
+    graph.input.extend(inputs)
 
 
 def point_to(graph: Any, entries: Mapping[str, Entry]) -> None:

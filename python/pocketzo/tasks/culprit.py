@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pocketzo.data.dataset import TOKEN_INPUTS, fixed_batch
+from pocketzo.data.dataset import fixed_batch
 from pocketzo.errors import DataError, Error, MemoryLimitError
+from pocketzo.formats.inputs import TOKEN_INPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

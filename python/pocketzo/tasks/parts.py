@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from pocketzo.data.dataset import TOKEN_INPUTS, fixed_batch, is_by_token, sections
+from pocketzo.data.dataset import fixed_batch, is_by_token
+from pocketzo.formats.inputs import TOKEN_INPUTS, row_axis
 from pocketzo.runtime.slices import LOGITS_MEMORY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pocketzo.formats.bundle import Bundle, ValueSpec
+    from pocketzo.formats.bundle import Bundle
     from pocketzo.runtime.model import Batch, Model
     from pocketzo.tasks.base import Task
 
@@ -156,11 +157,6 @@ def count_rows(bundle: Bundle, batch: Batch) -> int:
     placed = "positions" in batch
     by_row = [spec for spec in bundle.inputs if spec.shape and not (placed and spec.name in BY_POSITION)]
     return max((batch[spec.name].shape[row_axis(spec)] for spec in by_row if spec.name in batch), default=1)
-
-
-def row_axis(spec: ValueSpec) -> int:
-    """Return the axis of rows of an input."""
-    return 0 if sections(spec) is None else 1
 
 
 def sizes(bundle: Bundle, batch: Batch, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pocketzo.data.dataset import fixed_batch
-from pocketzo.tasks.parts import BY_POSITION, Budget, count_rows, row_axis, sizes, take_rows
+from pocketzo.formats.inputs import row_axis
+from pocketzo.tasks.parts import BY_POSITION, Budget, count_rows, sizes, take_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
