@@ -222,6 +222,7 @@ AS_RUN = ("--eval", "{dev}", "--threads", "1", "--lr", "1e-3", "--group", "class
         ([*NEW, "--steps", "0"], "steps must be at least 1, got 0"),
         ([*NEW, "--lr", "-1"], "lr must be finite and at least 0, got -1"),
         ([*NEW, "--eps", "0"], "eps must be finite and greater than 0"),
+        ([*NEW, "--eval-every", "0"], "eval_every must be at least 1, got 0"),
         ([*NEW, "--batch-size", "0"], "batch_size must be at least 1"),
         ([*NEW, "--threads", "0"], "threads must be"),
         ([*NEW, "--seed", "-1"], "seed must be in"),

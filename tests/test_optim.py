@@ -195,7 +195,7 @@ def test_what_the_objective_sees_is_live_and_between_steps_the_weights_are_back(
     start = dict(model.weights)
     seen: list[dict[str, Any]] = []
     opt.step(watching(seen))
-    assert len(seen) == opt.forwards
+    assert len(seen) == opt.forwards == type(opt).evaluations(opt.queries)
     shifted = seen[1:] if opt.method == "fzoo" else seen
     names = opt.names
     if opt.subset is not None:

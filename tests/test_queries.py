@@ -176,6 +176,7 @@ def test_a_run_replays_and_resumes_to_the_same_bits(method: str, share: Share, t
         )
 
     whole = trainer("whole", share)
+    assert whole.optimizer.forwards == type(whole.optimizer).evaluations(3, share)
     whole.fit()
     whole.model.save(tmp_path / "tuned")
     past = pz.Run(tmp_path / "whole")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import click
 
@@ -15,15 +14,15 @@ from pocketzo.data.dataset import Dataset
 from pocketzo.errors import CacheError, Error, NotCuttableError
 from pocketzo.formats.activations import Dtype, Layout
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.activations import LIMIT, clear, default_folder, layout_of, segments
-from pocketzo.runtime.cut import Cut, plan_cut
+from pocketzo.runtime.activations import LIMIT, clear, default_folder, segments
+from pocketzo.runtime.cut import Cut
 from pocketzo.runtime.model import Model
-from pocketzo.train.cached import WORTHWHILE, fill, open_cache, plan
+from pocketzo.train.cached import WORTHWHILE, cut_as, fill, open_cache, plan
 from pocketzo.train.run import Run
 
 
 @dataclass
-class Kept:
+class RunCache:
     """The cache of one `pocketzo train`.
 
     Attributes
@@ -101,12 +100,7 @@ class Kept:
 
     def as_before(self, past: Run, bundle: Bundle) -> Cut | None:
         """Return where a run's model is cut."""
-        session = past.recipe.session
-        if session.cache is None:
-            return None
-        cut = plan_cut(bundle, past.recipe.method["trained"])
-        if session.cache_folder is not None:
-            self._opened = Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache))
+        cut, self._opened = cut_as(bundle, past.recipe)
         return cut
 
     def differences(self, past: Run) -> list[str]:

@@ -10,9 +10,18 @@ from typing import Any
 
 import click
 
-from pocketzo.cli.command import Command
+from pocketzo.cli.command import Command, Commands
 from pocketzo.cli.console import note, quoted, say
-from pocketzo.cli.options import PATH, column_options, groups_option, regex, threads_option
+from pocketzo.cli.options import (
+    PATH,
+    column_options,
+    groups_option,
+    regex,
+    schedule_option,
+    threads_option,
+    warmup_option,
+    weight_decay_option,
+)
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.federated.app import write_app
@@ -49,7 +58,7 @@ _snapshot_every = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Commands)
 def federate() -> None:
     """Train one model on several devices, which send numbers, and no weights, gradients or data.
 
@@ -74,7 +83,7 @@ def federate() -> None:
 @click.option("--queries", type=int, default=4, metavar="N", help="Directions that a client evaluates in a round.")
 @click.option("--batch-size", type=int, default=16, help="Examples on which a client evaluates them.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions.")
-@click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix.")
+@weight_decay_option
 @click.option("--trainable", callback=regex, metavar="REGEX", help="Train only weights whose names contain a match.")
 @click.option(
     "--group",
@@ -85,10 +94,8 @@ def federate() -> None:
     help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies.",
 )
 @click.option("--block", type=float, metavar="SHARE", help="Move only a random share of the tensors each step.")
-@click.option(
-    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Schedule of the lr."
-)
-@click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises linearly.")
+@schedule_option
+@warmup_option
 @click.option("--objective", type=click.Choice(list(METRICS)), default="loss", help="What is minimised.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="Steps between evaluations by clients with --eval.")
 @click.option("--clip", type=float, default=100.0, help="Largest absolute value of a client's number for a direction.")

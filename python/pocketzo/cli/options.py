@@ -95,6 +95,13 @@ def threads_option(default: str) -> Callable[[Any], Any]:
     return click.option("--threads", type=int, metavar="N", help=f"Number of threads.  [default: {default}]")
 
 
+weight_decay_option = click.option(
+    "--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix."
+)
+schedule_option = click.option(
+    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Schedule of the lr."
+)
+warmup_option = click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises linearly.")
 base_option = click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")
 step_option = click.option(
     "--step", type=int, metavar="N", help="Use the weights after N steps of a run.  [default: all steps]"

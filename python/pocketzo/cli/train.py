@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
-from pocketzo.cli.cache import Kept
+from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import (
     err,
@@ -39,7 +39,10 @@ from pocketzo.cli.options import (
     learning_rate,
     memory_size,
     regex,
+    schedule_option,
     threads_option,
+    warmup_option,
+    weight_decay_option,
 )
 from pocketzo.cli.progress import fit_shown
 from pocketzo.data.columns import Columns
@@ -114,7 +117,7 @@ from pocketzo.train.verdict import verdict
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--batch-size", type=int, default=32, help="Examples per step.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
-@click.option("--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix.")
+@weight_decay_option
 @click.option(
     "--init",
     type=PATH,
@@ -172,10 +175,8 @@ from pocketzo.train.verdict import verdict
     help="Perturb and update only a random share of the tensors each step, such as 0.25. Useful for short texts and "
     "small batches, where updating weights takes as long as the forward passes.  [default: all tensors]",
 )
-@click.option(
-    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Schedule of the lr."
-)
-@click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises linearly.")
+@schedule_option
+@warmup_option
 @click.option(
     "--eval-every", type=int, metavar="STEPS", help="Steps between evaluations.  [default: 10 evaluations per run]"
 )
@@ -351,14 +352,14 @@ def train(
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []
-    own_queries = queries or (8 if method == "fzoo" else 1)
-    passes = (own_queries + 1 if method == "fzoo" else 2 * own_queries) if share != "split" else 2
-    kept = Kept(cache, cache_dtype, cache_limit)
+    eval_every = max(1, steps // 10) if eval_every is None else eval_every
+    check_integer("eval_every", eval_every, 1)
+    activations = RunCache(cache, cache_dtype, cache_limit)
     cut = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
-        others += kept.differences(past)
-        cut = kept.as_before(past, read)
+        others += activations.differences(past)
+        cut = activations.as_before(past, read)
         pairs = ("threads", session.threads, threads), ("prepacked", session.prepacked, prepack)
         others += [f"{name} is {there} there and {now} here" for name, there, now in pairs if now not in (None, there)]
         if lr == "auto" and past.recipe.sweep is not None:
@@ -370,9 +371,13 @@ def train(
             kernels.set_threads(threads)
         # What an adapter writes at the beginning may be in any of the layers.
         narrowed = None if init is not None else trainable
-        every = max(1, steps // 10) if eval_every is None else eval_every
-        cut = kept.plan(
-            read, narrowed, examples, held_out, steps=steps * batch_size * passes, evaluations=steps // every + 1
+        cut = activations.plan(
+            read,
+            narrowed,
+            examples,
+            held_out,
+            steps=steps * batch_size * METHODS[method].evaluations(queries, share),
+            evaluations=steps // eval_every + 1,
         )
     # Only timing needs a batch.
     first = None
@@ -389,7 +394,7 @@ def train(
             queries=share is not None,
             cut=cut,
         )
-    kept.fill(model, examples, activation_memory)
+    activations.fill(model, examples, activation_memory)
     if init is not None:
         load_adapter(model, init)
     own: dict[str, Any] = {} if momentum is None else {"momentum": momentum}
@@ -418,7 +423,7 @@ def train(
         batch_size=batch_size,
         steps=steps,
         run=output,
-        eval_every=max(1, steps // 10) if eval_every is None else eval_every,
+        eval_every=eval_every,
         metric=metric,
         objective=objective,
         patience=patience,

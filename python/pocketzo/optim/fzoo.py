@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from pocketzo.kernels import Distribution
-from pocketzo.optim.optimizer import Optimizer
+from pocketzo.optim.optimizer import Optimizer, Share
 from pocketzo.optim.program import Point
 
 
@@ -50,6 +50,11 @@ class FZOO(Optimizer):
         if spread == 0.0:  # all directions have the same loss: no information, and a division by 0
             return dict.fromkeys(draws, 0.0)
         return {draw: lr * change / (len(draws) * spread) for draw, change in zip(draws, moved, strict=True)}
+
+    @classmethod
+    def evaluations(cls, queries: int | None = None, share: Share | None = None) -> int:
+        """See :meth:`Optimizer.evaluations`."""
+        return super().evaluations(queries, share) if share == "split" else 1 + (queries or cls.default_queries)
 
     def loss(self, losses: Sequence[float]) -> float:
         """Return the loss at the weights."""

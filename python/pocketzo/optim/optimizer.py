@@ -423,6 +423,11 @@ class Optimizer(ABC):
         finally:
             self._move(parts, at, {})
 
+    @classmethod
+    def evaluations(cls, queries: int | None = None, share: Share | None = None) -> int:
+        """Return what :attr:`forwards` is without a pace, for planning before a model is loaded."""
+        return 2 if share == "split" else 2 * (queries or cls.default_queries)
+
     def lr_of(self, step: int) -> float:
         """Return the learning rate of a step, a float32."""
         return float32(self.lr * self.schedule(step))

@@ -203,12 +203,21 @@ def described(model: Model) -> dict[str, Any]:
     return {"cache": "fp32"}
 
 
+def cut_as(bundle: Bundle, recipe: Recipe) -> tuple[Cut | None, tuple[Path, Layout] | None]:
+    """Return where the model of a run is cut, and the folder and the layout of its cache; None for what it has not."""
+    session = recipe.session
+    if session.cache is None:
+        return None, None
+    cut = plan_cut(bundle, recipe.method["trained"])
+    if session.cache_folder is None:
+        return cut, None
+    return cut, (Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache)))
+
+
 def load_as(bundle: Bundle, recipe: Recipe, *, threads: int | None = None, max_memory: int | None = None) -> Model:
     """Load the base of a run as the run did, and open its cache."""
     session = recipe.session
-    cut = None
-    if session.cache is not None:
-        cut = plan_cut(bundle, recipe.method["trained"])
+    cut, opened = cut_as(bundle, recipe)
     model = load(
         bundle,
         threads=session.threads if threads is None else threads,
@@ -217,6 +226,6 @@ def load_as(bundle: Bundle, recipe: Recipe, *, threads: int | None = None, max_m
         queries=recipe.takes_queries,
         cut=cut,
     )
-    if cut is not None and session.cache_folder is not None:
-        open_cache(model, Path(session.cache_folder), layout_of(cut, cast("Dtype", session.cache)))
+    if opened is not None:
+        open_cache(model, *opened)
     return model
