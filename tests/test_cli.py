@@ -745,8 +745,8 @@ def test_the_learning_rate_is_found_once(workspace: Workspace, tmp_path: Path) -
         (["--threads", "2"], "threads is 1 there and 2 here"),
         (["--steps", "70"], "steps is 60 there and 70 here. Give"),
         (
-            ["--no-prepack", "--group-by-length"],
-            "prepacked is True there and False here; group_by_length is False there",
+            ["--no-prepack", "--no-group-by-length"],
+            "prepacked is True there and False here; group_by_length is True there",
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -200,7 +200,11 @@ from pocketzo.train.verdict import verdict
     metavar="STEPS",
     help="Steps between snapshots of the weights, which make a resume faster.",
 )
-@click.option("--group-by-length", is_flag=True, help="Batch texts of similar length, which reduces padding.")
+@click.option(
+    "--group-by-length/--no-group-by-length",
+    default=None,
+    help="Batch texts of similar length, which reduces padding.  [default: wherever the examples are texts]",
+)
 @click.option(
     "--prepack/--no-prepack",
     default=None,
@@ -271,7 +275,7 @@ def train(
     objective: str,
     patience: int | None,
     snapshot_every: int | None,
-    group_by_length: bool,
+    group_by_length: bool | None,
     prepack: bool | None,
     max_memory: int | None,
     activation_memory: int | None,
@@ -354,6 +358,8 @@ def train(
     others: list[str] = []
     eval_every = max(1, steps // 10) if eval_every is None else eval_every
     check_integer("eval_every", eval_every, 1)
+    if group_by_length is None:
+        group_by_length = examples.lengths is not None
     activations = RunCache(cache, cache_dtype, cache_limit)
     cut = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given

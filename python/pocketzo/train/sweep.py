@@ -123,6 +123,7 @@ def find_lr(
     *,
     batch_size: int,
     steps: int,
+    lengths: NDArray[np.integer[Any]] | None = None,
 ) -> Sweep:
     """Find the learning rate of a run.
 
@@ -140,6 +141,8 @@ def find_lr(
         Returns the value to minimise on a batch, of the model as it is.
     batch_size, steps : int
         Those of the run.
+    lengths : array of int, shape [len(train)], optional
+        Of the examples, if the run batches by length.
 
     Raises
     ------
@@ -155,7 +158,7 @@ def find_lr(
             because=f"the {steps * optimizer.forwards} forward passes of the run are too few to try others in a tenth "
             "of them",
         )
-    held, batches = _divide(train, optimizer.seed, batch_size, plan)
+    held, batches = _divide(train, optimizer.seed, batch_size, plan, lengths)
     start = Start(optimizer, model)
     try:
         entries: list[Entry] = []
@@ -214,7 +217,7 @@ class _Plan:
 
 
 def _divide(
-    train: Data, seed: int, batch_size: int, plan: _Plan
+    train: Data, seed: int, batch_size: int, plan: _Plan, lengths: NDArray[np.integer[Any]] | None
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Return the batches that are held back, and those of the steps; all are whole."""
     shuffled = Order(seed=seed, size=len(train), batch_size=len(train))(0)
@@ -222,8 +225,12 @@ def _divide(
     held, others = shuffled[:count], shuffled[count:]
     if not count:
         held = others
-    order = Order(seed=seed, size=len(others), batch_size=batch_size)
+    order = Order(
+        seed=seed, size=len(others), batch_size=batch_size, lengths=None if lengths is None else lengths[others]
+    )
     held = np.resize(held, -(-min(len(held), plan.batches * batch_size) // batch_size) * batch_size)
+    if lengths is not None:
+        held = held[np.argsort(lengths[held], kind="stable")]
     return list(held.reshape(-1, batch_size)), [others[order(step)] for step in range(plan.steps)]
 
 

@@ -321,6 +321,7 @@ class Trainer:
             lambda batch: self.objective(self.model, batch),
             batch_size=loop.batch_size,
             steps=loop.steps,
+            lengths=lengths_of(self.train) if loop.group_by_length else None,
         )
         optimizer.lr = self.sweep.lr
         return self.sweep
