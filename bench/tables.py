@@ -482,6 +482,21 @@ def second_moment_table(report: Report) -> list[str]:
     ]
 
 
+def night_table(report: Report) -> list[str]:
+    results = report["results"]
+    body = [[f"{row['forwards']:,}", f"{100 * row['accuracy']:.1f}", f"{row['loss']:.3f}"] for row in results["points"]]
+    beside = ", ".join(f"{name} {100 * value:.1f} %" for name, value in results["levels"].items())
+    return [
+        caption(report),
+        "",
+        f"`--method {results['method']}`, lr {results['lr']:g} found by `--lr auto`, "
+        + f"{results['seconds'] / 60:.0f} minutes"
+        + (f". Beside it, mean of the table's seeds: {beside}" if beside else ""),
+        "",
+        *markdown(["forward passes of 16 sentences", "accuracy, %", "loss"], body),
+    ]
+
+
 def levers_table(report: Report) -> list[str]:
     about, rows = report["results"]["settings"], report["results"]["rows"]
     body = []
@@ -845,6 +860,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "bases_arm": (("bases_arm", "bases_arm_more"), bases_table),
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
+    "night": (("night",), night_table),
     "second_moment": (("second_moment",), second_moment_table),
     "levers": (("levers",), levers_table),
     "generation": (("generation",), generation_table),
