@@ -128,6 +128,16 @@ def test_the_rate_follows_the_scale_of_the_loss(tiny_bundle: Path, data: pz.Data
     assert rates[1] == pytest.approx(rates[0] * 1024.0**power, rel=0.1)
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-4, 1e-3, 1e-1])
+def test_the_rate_does_not_depend_on_eps(tiny_bundle: Path, data: pz.Dataset, eps: float) -> None:
+    # Where the sweep begins does; too few evaluations are left to come near the limit by a factor of 3 each.
+    model = pz.load(tiny_bundle, threads=1)
+    sweeps = [found(pz.MeZO(model, eps=each), data, bowl(1.0)) for each in (eps, 1e-2)]
+    assert sweeps[0].noise == pytest.approx(sweeps[1].noise, rel=0.05)
+    assert sweeps[0].minimum == pytest.approx(sweeps[1].minimum, rel=0.1)
+    assert sweeps[0].lr == pytest.approx(sweeps[1].lr, rel=0.1)
+
+
 def test_a_long_run_gets_a_lower_rate(tiny_bundle: Path, data: pz.Dataset) -> None:
     model = pz.load(tiny_bundle, threads=1)
     short, long = (found(pz.FZOO(model, eps=1e-2), data, bowl(1.0), steps=steps) for steps in (200, 20_000))

@@ -40,7 +40,9 @@ _MOST_STEPS, _LEAST_STEPS = 32, 2
 _LEAST_QUERIES = 4
 _MOST_BATCHES = 16  # on which the loss is evaluated at each rate
 _EVALUATIONS = 11  # that are planned for: at the start, and forth and back at five rates
-_FACTOR = 3.0  # between two rates
+_FACTOR = 3.0  # between two rates, the loss having risen too much
+_FARTHEST = 10.0  # factor between two rates
+_BEYOND = 1.2  # how far behind the expected limit a rate is tried
 _SHARE = 0.5  # of the rate at the minimum; it has three quarters of the decrease
 _HELD_BACK = 0.2  # most of the training data
 _LEAST = 0.25  # of the second limit, where the first is lower
@@ -267,15 +269,19 @@ class _Curve:
 
         The first rate moves the weights by about as much as a perturbation does.
         """
-        lr, factor = first, _FACTOR
+        lr, falls = first, False
         for number in range(most):
             lr = _rounded(lr)
             self._changes[lr] = changes(lr)
-            if not number and not self._is_low(lr):
-                factor = 1.0 / _FACTOR
-            if self._is_low(lr) == (factor < 1.0):
+            falls = falls or (not number and not self._is_low(lr))
+            if self._is_low(lr) == falls:
                 return
-            lr *= factor
+            lr *= 1 / _FACTOR if falls else max(_BEYOND * self._to_limit(lr), _BEYOND)
+
+    def _to_limit(self, lr: float) -> float:
+        """Return the factor from a rate to that at which the loss rises by :data:`NOISE`, in the quadratic model."""
+        rise = self._rise(lr)
+        return min(math.sqrt(NOISE * abs(self.start) / rise), _FARTHEST) if rise > 0 else _FARTHEST
 
     def _rise(self, lr: float) -> float:
         forth, back = self._changes[lr]
@@ -293,8 +299,10 @@ class _Curve:
         limit = NOISE * abs(self.start)
         reached = max(low)  # the rate at which the loss rises by the limit: no less than this one
         above = [lr for lr in self._changes if lr > reached]
-        if above and math.isfinite(self._rise(min(above))):
-            reached = max(reached, min(above) * math.sqrt(limit / self._rise(min(above))))
+        if not above:
+            reached *= self._to_limit(reached) if self._rise(reached) > 0 else 1
+        elif math.isfinite(self._rise(min(above))):
+            reached = max(reached, min(above) * self._to_limit(min(above)))
         minimum = max(0.0, gain) * reached**2 / (2.0 * limit) if limit else 0.0
         noise = reached * math.sqrt(self._steps / sum(schedule(step) ** 2 for step in range(steps)))
         lr = min(max(_SHARE * minimum, _LEAST * noise), noise)
