@@ -737,7 +737,7 @@ def test_the_learning_rate_is_found_once(workspace: Workspace, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--batch-size", "16"], "batch_size is 32 there and 16 here"),
+        (["--batch-size", "8"], "batch_size is 16 there and 8 here"),
         (["--seed", "1"], "seed is 0 there and 1 here"),
         (["--method", "mezo"], "method is fzoo there and mezo here"),
         (["--method", "momentum", "--momentum", "0.5"], "method is fzoo there and momentum here"),

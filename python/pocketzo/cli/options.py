@@ -99,7 +99,10 @@ weight_decay_option = click.option(
     "--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix."
 )
 schedule_option = click.option(
-    "--schedule", type=click.Choice(["constant", "linear", "cosine"]), default="constant", help="Schedule of the lr."
+    "--schedule",
+    type=click.Choice(["constant", "linear", "cosine"]),
+    default="linear",
+    help="Schedule of the lr; linear and cosine fall to 0.",
 )
 warmup_option = click.option("--warmup", type=int, default=0, help="Steps over which the lr first rises linearly.")
 base_option = click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")

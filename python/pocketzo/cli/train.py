@@ -115,7 +115,7 @@ from pocketzo.train.verdict import verdict
 )
 @click.option("--momentum", type=float, metavar="SHARE", help="Share of the mean that a step keeps.  [default: 0.9]")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
-@click.option("--batch-size", type=int, default=32, help="Examples per step.")
+@click.option("--batch-size", type=int, default=16, help="Examples per step.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
 @weight_decay_option
 @click.option(
@@ -353,6 +353,7 @@ def train(
     if keep or after is not None:
         raise click.UsageError(f"{'--keep' if keep else '--continue'} is for a side head that is fitted at once")
     check_integer("batch_size", batch_size, 1)
+    check_integer("steps", steps, 1)
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
     others: list[str] = []
