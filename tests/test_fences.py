@@ -22,6 +22,7 @@ BROKEN = [
     ("__init__.py", "pocketzo.cli"),
     ("cli/new.py", "transformers"),
     ("data/new.py", "flwr"),
+    ("pipeline/new.py", "ray"),
     ("data/new.py", "pocketzo.optim"),
     ("data/new.py", "pocketzo.train"),
     ("demo/new.py", "pocketzo.cli"),

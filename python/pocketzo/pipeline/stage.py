@@ -149,6 +149,10 @@ class Stage:
             tensor.name: self.model.weights[tensor.name] for tensor in self.model.bundle.tensors if tensor.trainable
         }
 
+    def process(self) -> int:
+        """Return the id of the process."""
+        return os.getpid()
+
     def peak(self) -> int | None:
         """Return the largest memory of this process so far, in bytes; None if the system does not report it."""
         return process_memory()[1]

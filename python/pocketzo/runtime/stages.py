@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
@@ -70,6 +70,14 @@ class StagePlan:
         at_once = (sum(map(size, {*node.input, *node.output})) for node in self._nodes)
         return int(max(at_once, default=0.0))
 
+    def readers(self) -> dict[str, set[str]]:
+        """Return the kinds of the nodes that read each weight."""
+        found: dict[str, set[str]] = {name: set() for name in self.tensors}
+        for node in self._nodes:
+            for name in read_by(node) & found.keys():
+                found[name].add(node.op_type)
+        return found
+
     def reduce(self, model: Any) -> None:
         """Reduce a graph of :func:`read_graph` to the stage, in place."""
         graph = model.graph
@@ -94,7 +102,36 @@ def axes_of(kept: Kept) -> tuple[int | str, ...]:
     return tuple(axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in kept.sizes.axes)
 
 
-def plan_stages(bundle: Bundle, count: int, shares: Sequence[float] | None = None) -> list[StagePlan]:
+class MeasuredGraph(NamedTuple):
+    """A bundle's graph, and the sizes of its values."""
+
+    nodes: list[Any]
+    outputs: tuple[str, ...]
+    sizes: Mapping[str, Sizes]
+    weights: Mapping[str, tuple[int, ...]]
+
+
+def measured(bundle: Bundle) -> MeasuredGraph:
+    """Read and measure a bundle's graph.
+
+    Raises
+    ------
+    NotCuttableError
+        It cannot be read or run.
+    """
+    try:
+        model = read_graph(bundle.model_path)
+        sizes = measure(bundle, model)
+    except (BundleError, NotPrepackableError) as error:
+        raise NotCuttableError(str(error)) from None
+    graph = model.graph
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return MeasuredGraph(list(graph.node), tuple(value.name for value in graph.output), sizes, weights)
+
+
+def plan_stages(
+    bundle: Bundle, count: int, shares: Sequence[float] | None = None, *, graph: MeasuredGraph | None = None
+) -> list[StagePlan]:
     """Cut a bundle's graph into stages.
 
     The cuts are made where few values cross, and such that the largest stage, measured by the bytes of its weights over
@@ -108,6 +145,8 @@ def plan_stages(bundle: Bundle, count: int, shares: Sequence[float] | None = Non
         How many stages, at least 1.
     shares : sequence of float, optional
         The share of the weights that each stage should have, in any unit; equal ones by default.
+    graph : MeasuredGraph, optional
+        Of :func:`measured`, which is called by default.
 
     Raises
     ------
@@ -117,13 +156,7 @@ def plan_stages(bundle: Bundle, count: int, shares: Sequence[float] | None = Non
     shares = [1.0] * count if shares is None else list(shares)
     if len(shares) != count or not all(share > 0 and math.isfinite(share) for share in shares):
         raise ValueError(f"shares must be {count} positive numbers, one for each stage, got {shares}")
-    try:
-        model = read_graph(bundle.model_path)
-        sizes = measure(bundle, model)
-    except (BundleError, NotPrepackableError) as error:
-        raise NotCuttableError(str(error)) from None
-    nodes = list(model.graph.node)
-    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    nodes, outputs, sizes, weights = measured(bundle) if graph is None else graph
     stored = stored_bytes(bundle)
     places = _places(nodes, sizes, stored, count, shares)
     if places is None:
@@ -131,7 +164,6 @@ def plan_stages(bundle: Bundle, count: int, shares: Sequence[float] | None = Non
             f"{bundle.path}: its graph has fewer than {count - 1} places where it could be cut into {count} stages; "
             "take fewer stages"
         )
-    outputs = tuple(value.name for value in model.graph.output)
     made = {name: node for node in nodes for name in node.output if name}
     stages: list[StagePlan] = []
     gives: set[str] = set()
