@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from decoders import Array
 from test_language_models import Sentences
 from test_queries import on
 from test_trainable import DECODERS, words_of
 
 import pocketzo as pz
+from pocketzo.cli.app import cli
 from pocketzo.errors import BundleError, NotCuttableError
 from pocketzo.formats import bundle as bundles_module
 from pocketzo.formats.bundle_writer import copy_bundle
@@ -243,8 +249,6 @@ def test_an_error_of_a_stage_reaches_the_caller(llama: Case) -> None:
 
 def test_the_first_stage_computes_ahead(llama: Case) -> None:
     """While the second stage waits with the first point, the first stage computes the others."""
-    import threading
-
     with llama.threads() as workers:
         optimizer = pooled_method("mezo")(pooled_model(llama.bundle, workers), lr=1e-2, queries=2)
         first, second = workers.stages
@@ -339,3 +343,38 @@ def test_the_share_of_a_step_in_which_stages_compute() -> None:
     assert busy(1, 2) == 1
     assert busy(2, 2) == pytest.approx(2 / 3)
     assert busy(3, 16) == pytest.approx(16 / 18)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"number": 2}, "'number' is 2, expected an integer of 0 to 1"),
+        ({"count": 1}, "'count' is 1, expected an integer of 2 to"),
+        ({"takes": ["x"]}, "'takes' is .*, expected names of values, of every stage but the first"),
+        ({"gives": []}, r"'gives' is \[\], expected names of values, of every stage but the last"),
+        ({"graph_sha256": "0"}, "'graph_sha256' is '0', expected a SHA-256"),
+    ],
+)
+def test_a_damaged_stage_is_refused(changes: Mapping[str, Any], message: str, llama: Case, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stage_path(llama.folder, 0), tmp_path / "stage"))
+    described = json.loads((folder / "bundle.json").read_text())
+    described["stage"] |= changes
+    (folder / "bundle.json").write_text(json.dumps(described))
+    with pytest.raises(BundleError, match=message):
+        pz.Bundle.read(folder)
+
+
+def test_the_command_splits_and_names_what_is_missing(
+    llama: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*arguments: Any) -> Any:
+        return CliRunner().invoke(cli, ["pipeline", *map(str, arguments)])
+
+    shown = command("split", llama.bundle.path, "-o", tmp_path / "stages", "--stages", 2, "--shares", "2,1")
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"stage-0: \d+ tensors, \d+ of them trainable, .* kB; gives /", shown.output)
+    assert "of 2" in CliRunner().invoke(cli, ["info", str(tmp_path / "stages" / "stage-1")]).output
+    assert "are not numbers" in command("split", llama.bundle.path, "-o", tmp_path / "x", "--shares", "a").output
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = ("run", llama.bundle.path, tmp_path / "stages", "--data", tmp_path / "d", "-o", tmp_path / "r", "--lr", 1)
+    assert "pip install 'pocketzo[pipeline]'" in command(*run).output

@@ -15,6 +15,7 @@ from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
     column_options,
+    group_by_length_option,
     groups_option,
     memory_size,
     regex,
@@ -128,6 +129,7 @@ def split(bundle: Path, output: Path, count: int, shares: list[float] | None) ->
 @click.option("--objective", type=click.Choice(list(METRICS)), default="loss", help="What is minimised.")
 @click.option("--metric", type=click.Choice(list(METRICS)), help="Metric that selects the best evaluation.")
 @click.option("--eval-every", type=int, metavar="STEPS", help="Steps between evaluations.  [default: a tenth of them]")
+@group_by_length_option
 @activation_memory_option
 @click.option("--max-memory", callback=memory_size, metavar="SIZE", help="Limit of each stage's process, such as 1.5G.")
 @threads_option("of each stage, as many as its device has fast cores")
@@ -149,6 +151,7 @@ def run(
     objective: str,
     metric: str | None,
     eval_every: int | None,
+    group_by_length: bool | None,
     activation_memory: int | None,
     max_memory: int | None,
     threads: int | None,
@@ -203,6 +206,7 @@ def run(
             eval_every=max(1, steps // 10) if eval_every is None else eval_every,
             metric=metric,
             objective=objective,
+            group_by_length=examples.lengths is not None if group_by_length is None else group_by_length,
             activation_memory=activation_memory,
             source=Source(
                 train=os.fspath(data.resolve()),

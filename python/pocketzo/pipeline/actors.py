@@ -7,6 +7,7 @@ were made. Two calls that follow each other took 2 ms. A SuperNode of Flower ask
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -15,9 +16,9 @@ from pocketzo.errors import Error, joined_lines
 from pocketzo.pipeline.split import stage_path
 from pocketzo.pipeline.stage import Stage
 
-# Ray reads them when it is imported: it would report to its makers, and take part in a cluster without a token.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+if "ray" not in sys.modules:  # it reads this when it is imported, and its processes when they start: both have to agree
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 

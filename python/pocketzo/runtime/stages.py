@@ -214,11 +214,8 @@ def _places(
     """Return before which nodes to cut, so that the largest stage over its share is smallest; None if it cannot be."""
     crossing = _crossing(nodes, sizes, stored)
     inner = [at for at in range(1, len(nodes)) if 0 < crossing[at] < INFINITE]
-    least = min((crossing[at] for at in inner), default=INFINITE)
-    middle = _middle(nodes, stored)
-    usual = sorted(crossing[at] for at in inner if middle(at)) or [least]
-    inner = [at for at in inner if crossing[at] <= _WIDER * usual[0]]
-    inner = sorted(sorted(inner, key=lambda at: crossing[at])[:_MOST_PLACES])
+    few = _WIDER * min((crossing[at] for at in _middle(nodes, stored, inner) or inner), default=0)
+    inner = sorted(sorted((at for at in inner if crossing[at] <= few), key=lambda at: crossing[at])[:_MOST_PLACES])
     edges = [0, *inner, len(nodes)]
     size = _sizes_between(nodes, stored, edges)
     # best[k][e]: of k stages up to edge e, the largest over its share, and the edge where the last of them begins
@@ -264,15 +261,15 @@ def _crossing(nodes: Sequence[Any], sizes: Mapping[str, Sizes], stored: Mapping[
     ]
 
 
-def _middle(nodes: Sequence[Any], stored: Mapping[str, int]) -> Any:
-    """Return whether a place has a tenth of the weights on either side of it."""
+def _middle(nodes: Sequence[Any], stored: Mapping[str, int], places: Sequence[int]) -> list[int]:
+    """Return those of some places that have a tenth of the weights or more on either side."""
     seen: set[str] = set()
     sums = [0]
     for node in nodes:
         fresh = (read_by(node) & stored.keys()) - seen
         seen |= fresh
         sums.append(sums[-1] + sum(stored[name] for name in fresh))
-    return lambda at: sums[-1] / 10 <= sums[at] <= 9 * sums[-1] / 10
+    return [at for at in places if sums[-1] / 10 <= sums[at] <= 9 * sums[-1] / 10]
 
 
 def _sizes_between(nodes: Sequence[Any], stored: Mapping[str, int], edges: Sequence[int]) -> dict[tuple[int, int], int]:
