@@ -64,7 +64,7 @@ def objective(bundle: pz.Bundle, batch: dict[str, Any]) -> OnBatch:
 def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Any]:
     batch = batch_of(bundle, *shape)
     with tempfile.TemporaryDirectory() as folder:
-        stages = split(bundle, folder, count)
+        sizes = [round(stage.weights_nbytes / 1e6, 1) for stage in split(bundle, folder, count)]
         with Actors(folder, count, threads=[1] * count) as workers:
             model = pooled_model(bundle, workers)
             one: Any = ray.remote(One).options(num_cpus=0).remote()
@@ -99,7 +99,7 @@ def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: ar
         "passes": passes,
         "largest difference": off,
         "losses of all steps the same": same,
-        "weights MB": [round(stage.weights_nbytes / 1e6, 1) for stage in stages],
+        "weights MB": sizes,
         "peak MB of each stage": [round(peak / 1e6, 1) for peak in peaks],
         "predicted MB": [round(stage_memory(bundle, plan, *shape, shape[0]) / 1e6, 1) for plan in plans],
         "peak MB of one process": round(peak / 1e6, 1),
