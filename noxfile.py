@@ -207,9 +207,9 @@ def aarch64(session: nox.Session) -> None:
         *("data", "decoders", "demo", "demo_data", "exact_match", "federate_cli", "federated", "fences", "frozen_base"),
         *("fuzzed", "generate", "generate_cli", "guarantees", "head", "head_continue", "head_demo", "head_solver"),
         *("head_zeroth", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "levers"),
-        *("locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages", "prepare", "probe"),
-        *("quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips", "slices", "snapshot"),
-        *("soundness", "staging", "sweep", "tasks", "train_spec", "trainable", "verdict", "zoo"),
+        *("locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages", "pipeline", "plan"),
+        *("prepare", "probe", "quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips"),
+        *("slices", "snapshot", "soundness", "staging", "sweep", "tasks", "train_spec", "trainable", "verdict", "zoo"),
     )
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),
@@ -268,6 +268,13 @@ def federated(session: nox.Session) -> None:
     # 6 rounds instead of 20: Flower starts a process for each message.
     env = {"POCKETZO_TEST_SIZE": "small"}
     run_pytest(session, "a federation over Flower", "host", "pytest", "-q", "tests/federated", **env)
+
+
+@nox.session(venv_backend="virtualenv")
+def pipeline(session: nox.Session) -> None:
+    """Test the stages of a pipeline as processes of Ray, in an environment with Ray's dependencies."""
+    session.install("-q", ".[pipeline,prepare]", "--group=test")
+    run_pytest(session, "a pipeline over Ray", "host", "pytest", "-q", "tests/pipeline")
 
 
 @nox.session(default=False)

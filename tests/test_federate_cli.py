@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from test_trainable import words_of
 
 import pocketzo as pz
 from pocketzo.cli.app import cli
 from pocketzo.federated.mailbox import ANSWER, OFFER, Mailboxes, exchange, put, take
-from pocketzo.federated.protocol import Reason, Refusal, decode_reply
+from pocketzo.federated.protocol import Answer, Reason, Refusal, decode_reply
 from pocketzo.federated.server import Server
 
 
@@ -164,3 +165,26 @@ def test_a_mailbox_drops_what_is_not_for_it(tmp_path: Path, files: Path) -> None
     with Server.resume(files / "server") as server:
         assert exchange(tmp_path / "mail" / "ann", server.open(["ann"])["ann"], 0.1) is None
     assert list((tmp_path / "mail" / "ann").iterdir()) == []  # no client took it
+
+
+def test_a_client_keeps_what_comes_before_what_is_trained(tmp_path: Path, files: Path) -> None:
+    base, cache, data = tmp_path / "last", tmp_path / "cache", tmp_path / "words.npz"
+    feed, source = words_of("bert-old")
+    pz.prepare(source, base, train="last:1+head")
+    np.savez(data, **feed)  # type: ignore[arg-type]
+    federate("begin", base, "-o", tmp_path / "run", "--lr", 0.01, "--steps", 2, "--shared-draws")
+    answers = []
+    with Server.resume(tmp_path / "run") as server:
+        offer = server.open(["ann"])["ann"]
+        for number, more in enumerate(((), ("--cache", cache))):
+            (tmp_path / f"in-{number}").mkdir()
+            put(tmp_path / f"in-{number}" / OFFER, offer)
+            to = ("-o", tmp_path / f"client-{number}", "--mailbox", tmp_path / f"in-{number}", "--once", *more)
+            said = federate("client", base, "--data", data, *to)
+            answers.append(decode_reply((tmp_path / f"in-{number}" / ANSWER).read_bytes()))
+    assert "of a forward pass come before what is trained" in said
+    assert any(cache.iterdir())
+    scalars = [list(answer.scalars) for answer in answers if isinstance(answer, Answer)]
+    np.testing.assert_allclose(scalars[0], scalars[1], rtol=1e-3)
+    refused = federate("client", *client(files, "ann", "--cache", cache)[2:], code=1)
+    assert "too little is computed before the first trained tensor" in refused

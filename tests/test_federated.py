@@ -189,6 +189,32 @@ def test_pooled_data_on_one_device_gives_the_same_bits(
     fleet.close()
 
 
+def test_devices_share_a_step_and_one_that_leaves_costs_its_share(
+    tmp_path: Path, tiny_bundle: Path, data: pz.Dataset, model: pz.Model
+) -> None:
+    """Data parallel: the step of three devices along the same directions is that of one on all their examples."""
+    parts = dict(zip(NAMES, shares(data, 3, size=30), strict=True))
+    fleet = Fleet(tmp_path / "fleet", tiny_bundle, list(parts.values()), batch_size=30, shared_draws=True)
+    everything = [NAMES, NAMES, (NAMES[0], NAMES[2]), NAMES]  # the second device is lost in the third step
+    alone = pz.MeZO(model, lr=SETTINGS["lr"], seed=5, queries=2, exact=True)
+    objective = Objective(metric_objective("loss", model.bundle), task_of(model.bundle))
+    for step, names in enumerate(everything):
+        info = fleet.round(spoil=lambda name, answer, names=names: answer if name in names else None)  # type: ignore[misc]
+        assert info.entry is not None
+        batches = [parts[name].batch(Order(seed=5, size=30, batch_size=30)(step)) for name in names]
+
+        def mean(model: pz.Model, batches: Sequence[Any] = batches) -> float:
+            return float(np.mean([OnBatch(objective, batch, 1)(model) for batch in batches]))
+
+        expected = alone.step(mean)
+        assert len(info.entry.coefficients) == 2
+        for draw, value in expected.coefficients.items():
+            assert info.entry.coefficients[draw] == pytest.approx(value, rel=1e-4, abs=1e-9)
+    fleet.round()
+    same(fleet)
+    fleet.close()
+
+
 def test_training_helps(fleet_of: Callable[..., Fleet], data: pz.Dataset) -> None:
     fleet = fleet_of(steps=60, lr=3e-2, queries=4, eval_every=30)
     fleet.start("ann", eval=data)

@@ -50,7 +50,7 @@ def test_the_core_depends_on_numpy_and_onnxruntime_alone() -> None:
     requirements = [Requirement(text) for text in metadata.requires("pocketzo") or []]
     assert {r.name for r in requirements if r.marker is None} == {"numpy", "onnxruntime"}
     extras = set(metadata.metadata("pocketzo").get_all("Provides-Extra") or [])
-    assert extras == {"cli", "text", "prepare", "plot", "demo", "export", "federated"}
+    assert extras == {"cli", "text", "prepare", "plot", "demo", "export", "federated", "pipeline"}
     for r in requirements:
         assert r.marker is None or "extra ==" in str(r.marker)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pocketzo import kernels
@@ -21,10 +22,10 @@ from pocketzo.machine import cores
 from pocketzo.machine.memory import system_memory
 from pocketzo.packages import EXTRAS, broken, version
 from pocketzo.runtime.frozen import frozen_base
-from pocketzo.runtime.layout import detect_layout
+from pocketzo.runtime.layout import detect_layout, product_model
 from pocketzo.runtime.prepack import plan_prepacking
 
-__all__ = ["examine", "prepacking", "self_test", "speed"]
+__all__ = ["examine", "prepacking", "products", "self_test", "speed"]
 
 _SEED, _TENSOR, _DRAW = 20250101, 0x5EED, 41
 _NEAR: Final[dict[str, Any]] = {"seed": _SEED, "tensor": _TENSOR, "draw": _DRAW}
@@ -123,15 +124,42 @@ def speed(count: int = 1 << 22, repeats: int = 3) -> dict[str, dict[str, float]]
     return result
 
 
+def products(rows: int = 128, size: int = 1024, repeats: int = 5) -> dict[str, float] | None:
+    """Time onnxruntime's product of [rows, size] and [size, size] in float32 on the fast cores; the best of some runs.
+
+    Returns
+    -------
+    dict of str to float or None
+        ``threads``, and ``multiply_adds_per_second``; None without the package protobuf.
+    """
+    threads = cores.fast()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    weight = np.ones((size, size), np.float32)
+    try:
+        model = product_model("MatMul", weight, transposed=False).SerializeToString()
+    except NotPrepackableError:
+        return None
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    x = {"x": np.ones((rows, size), np.float32)}
+    times = []
+    for _ in range(repeats + 1):  # the first run allocates
+        started = time.perf_counter()
+        session.run(None, x)
+        times.append(time.perf_counter() - started)
+    return {"threads": threads, "multiply_adds_per_second": round(rows * size * size / min(times))}
+
+
 def examine() -> dict[str, Any]:
     """Collect everything that ``pocketzo doctor`` prints; this takes a few seconds.
 
     Returns
     -------
     dict
-        Values for JSON. ``ok`` is whether the self-test passed and every package that is installed can be
-        imported; ``broken`` has the reason for each that cannot. Sizes are in bytes; ``speed`` is in nanoseconds per
-        weight.
+        Values for JSON, which ``pocketzo plan`` takes for a device. ``ok`` is whether the self-test passed and every
+        package that is installed can be imported; ``broken`` has the reason for each that cannot. Sizes are in bytes;
+        ``speed`` is in nanoseconds per weight.
     """
     failed, reasons = self_test(), broken()
     total, available = system_memory()
@@ -162,6 +190,7 @@ def examine() -> dict[str, Any]:
         "memory": {"total": total, "available": available},
         "self_test": {name: {"ok": not names, "failed": names} for name, names in failed.items()},
         "speed": speed(),
+        "products": products(),
     }
 
 

@@ -22,6 +22,7 @@ EXTRAS: Final = {
     "demo": ("scikit-learn",),
     "export": ("torch", "transformers", "accelerate", "gguf", "mobius-onnx", "onnxscript"),
     "federated": ("flwr", "dp-accounting"),
+    "pipeline": ("ray",),
 }
 """The packages of each extra."""
 _MODULES: Final = {

@@ -22,6 +22,8 @@ from pocketzo.cli.federate import federate
 from pocketzo.cli.generate import generate
 from pocketzo.cli.info import info
 from pocketzo.cli.merge import merge
+from pocketzo.cli.pipeline import pipeline
+from pocketzo.cli.plan import plan
 from pocketzo.cli.prepare import prepare
 from pocketzo.cli.replay import replay
 from pocketzo.cli.train import train
@@ -74,6 +76,9 @@ def cli() -> None:
     """
 
 
-commands = (export, prepare, train, evaluate, generate, replay, merge, adapter, federate, info, cache, doctor, demo)
+commands = (
+    *(export, prepare, train, evaluate, generate, replay, merge, adapter, federate, pipeline, plan),
+    *(info, cache, doctor, demo),
+)
 for command in commands:
     cli.add_command(command)

@@ -69,4 +69,7 @@ def _doctor_lines(facts: Mapping[str, Any]) -> dict[str, str]:
             f"speed, {direction}": ", ".join(f"{ns:.2f} ns a weight ({threads})" for threads, ns in times.items())
             for direction, times in facts["speed"].items()
         },
+        "speed, products": "unknown: the Python package protobuf is not installed"
+        if facts["products"] is None
+        else f"{facts['products']['multiply_adds_per_second'] / 1e9:.1f} G multiply-adds a second",
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command, Commands
 from pocketzo.cli.console import note, quoted, say
 from pocketzo.cli.options import (
@@ -197,6 +198,12 @@ def serve(
 @click.option(
     "--mailbox", type=PATH, metavar="FOLDER", help="Where offers come and answers go.  [default: CLIENT/mailbox]"
 )
+@click.option(
+    "--cache",
+    default="off",
+    metavar="off|DIR",
+    help="Keep what the model computes of each example before what is trained; see --cache of train.",
+)
 @click.option("--once", is_flag=True, help="Answer one offer, and end.")
 @click.option("--most-directions", type=int, default=1024, metavar="N", help="Refuse a plan with more in a round.")
 @click.option("--plan", type=PATH, metavar="FILE", help="Refuse any plan but this one, as `plan` prints it.")
@@ -209,6 +216,7 @@ def client(
     eval_data: Path | None,
     output: Path,
     mailbox: Path | None,
+    cache: str,
     once: bool,
     most_directions: int,
     plan: Path | None,
@@ -227,7 +235,10 @@ def client(
     read = Bundle.read(bundle)
     examples = load_dataset(data, read, columns=columns)
     held_out = None if eval_data is None else load_dataset(eval_data, read, columns=columns)
-    model = load(read, threads=threads)
+    activations = RunCache(cache, None, None)
+    cut = activations.plan(read, None, examples, held_out, steps=len(examples), evaluations=1)
+    model = load(read, threads=threads, cut=cut)
+    activations.fill(model, examples, None)
     source = Source(train=str(data.resolve()), eval=None, columns=columns)
     expected = None if plan is None else plan.read_bytes().strip()
     with Client(

@@ -118,7 +118,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
     """Return the facts about a bundle that ``pocketzo info`` prints."""
     trainable = sum(math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable)
     return {
-        "kind": "bundle",
+        "kind": "bundle" if bundle.stage is None else f"stage {bundle.stage.number} of {bundle.stage.count}",
         "path": os.fspath(bundle.path),
         "parameters": trainable + sum(tensor.elements for tensor in bundle.frozen if tensor.is_weight),
         "trainable": trainable,

@@ -98,6 +98,11 @@ def threads_option(default: str) -> Callable[[Any], Any]:
 weight_decay_option = click.option(
     "--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix."
 )
+group_by_length_option = click.option(
+    "--group-by-length/--no-group-by-length",
+    default=None,
+    help="Batch texts of similar length, which reduces padding.  [default: wherever the examples are texts]",
+)
 schedule_option = click.option(
     "--schedule",
     type=click.Choice(["constant", "linear", "cosine"]),

@@ -35,6 +35,7 @@ from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
     column_options,
+    group_by_length_option,
     groups_option,
     learning_rate,
     memory_size,
@@ -200,11 +201,7 @@ from pocketzo.train.verdict import verdict
     metavar="STEPS",
     help="Steps between snapshots of the weights, which make a resume faster.",
 )
-@click.option(
-    "--group-by-length/--no-group-by-length",
-    default=None,
-    help="Batch texts of similar length, which reduces padding.  [default: wherever the examples are texts]",
-)
+@group_by_length_option
 @click.option(
     "--prepack/--no-prepack",
     default=None,

@@ -37,6 +37,7 @@ from pocketzo.formats.generation import CHAT_TEMPLATE, GENERATE, Generation
 from pocketzo.formats.probe import PROBE, Probe, check_probe, read_probe
 from pocketzo.formats.safetensors import ALIGNMENT, DTYPES, Entry, file_sha256, header_bytes, map_tensors, read_header
 from pocketzo.formats.side import SideHead
+from pocketzo.formats.stage import StageSpec
 from pocketzo.formats.staging import sweep
 
 FORMAT: Final = "pocketzo-bundle"
@@ -176,6 +177,8 @@ class Bundle:
         The file of what is trained; None if that is the weights file.
     added : tuple of AddedSpec
         What sets such as LoRA added to the model; empty in bundles from before it was described.
+    stage : StageSpec or None
+        Which stage of a pipeline this is; None for a whole model. Nothing in a stage may be trainable.
     """
 
     path: Path
@@ -196,6 +199,7 @@ class Bundle:
     side: SideHead | None = None
     adapter: Adapter | None = None
     added: tuple[AddedSpec, ...] = ()
+    stage: StageSpec | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -338,6 +342,7 @@ class Bundle:
             **({} if self.side is None else {"side": self.side.described()}),
             **({} if self.adapter is None else {"adapter": asdict(self.adapter)}),
             **({"added": [item.described() for item in self.added]} if self.added else {}),
+            **({} if self.stage is None else {"stage": self.stage.described()}),
             "task": None if self.task is None else {"name": self.task.name, "settings": dict(self.task.settings)},
             "trainable": [{"name": name, "tensors": tensors} for name, tensors in self.trainable.items()],
             "frozen": [vars(tensor) for tensor in self.frozen],
@@ -371,7 +376,8 @@ class Bundle:
             outputs = _values(fields, "outputs")
             generation = fields.optional_object("generation")
             side = fields.object("side") if "side" in values else None
-            tensors = _tensors(fields)
+            stage = fields.object("stage") if "stage" in values else None
+            tensors = _tensors(fields, may_be_frozen=stage is not None)
             shapes = {tensor.name: tensor.shape for tensor in tensors}
             return cls(
                 path=path,
@@ -392,6 +398,7 @@ class Bundle:
                 side=None if side is None else SideHead.parse(side),
                 adapter=None if adapter is None else Adapter(adapter.sha256("sha256"), adapter.sha256("header_sha256")),
                 added=parse_added(fields, shapes) if "added" in values else (),
+                stage=None if stage is None else StageSpec.parse(stage),
             )
         except FieldError as error:
             raise BundleError(f"{file}: damaged: {error}") from None
@@ -465,7 +472,7 @@ def _header_sha256(path: Path) -> str:
     return hashlib.sha256(header_bytes(path)).hexdigest()
 
 
-def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:
+def _tensors(fields: Fields, *, may_be_frozen: bool) -> tuple[TensorSpec, ...]:
     tensors = [
         TensorSpec(
             item.text("name"),
@@ -486,7 +493,7 @@ def _tensors(fields: Fields) -> tuple[TensorSpec, ...]:
                 found = f"is {dtypes[tensor]}, expected {' or '.join(FLOATS)}" if tensor in dtypes else "does not exist"
                 raise FieldError(f"set {name!r} of 'trainable': tensor {tensor!r} {found}")
         sets[name] = set(item.names("tensors"))
-    if not sets:
+    if not sets and not may_be_frozen:
         raise fields.error("trainable", "at least one set")
     return tuple(
         replace(tensor, sets=tuple(name for name, members in sets.items() if tensor.name in members))

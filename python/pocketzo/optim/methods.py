@@ -27,7 +27,9 @@ SUBSETS: Mapping[str, type[Subset]] = {
 }
 
 
-def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
+def from_settings(
+    model: Tunable, settings: Mapping[str, Any], methods: Mapping[str, type[Optimizer]] = METHODS
+) -> Optimizer:
     """Make the optimizer with the given :meth:`Optimizer.settings`.
 
     Parameters
@@ -36,6 +38,8 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
         Its weights are those that the original optimizer began with, or a copy of them.
     settings : mapping
         As returned by :meth:`Optimizer.settings`, also after a round trip through JSON.
+    methods : mapping of str to type
+        The optimizers by name.
 
     Raises
     ------
@@ -44,7 +48,7 @@ def from_settings(model: Tunable, settings: Mapping[str, Any]) -> Optimizer:
     """
     arguments = dict(settings)
     try:
-        method = METHODS[arguments.pop("method")]
+        method = methods[arguments.pop("method")]
         trained = frozenset(arguments.pop("trained"))
         subset = arguments.pop("subset")
         if subset is not None:

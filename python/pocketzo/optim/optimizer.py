@@ -234,13 +234,8 @@ class Optimizer(ABC):
         self._usual = MeanSquare()
         self._choice: tuple[int, Sequence[int]] = -1, ()
         self._tensors = select(model.bundle, trainable)
-        before = [tensor.name for tensor in self._tensors if not model.weights.segments(tensor.name)]
-        if before:
-            raise ValueError(
-                f"{model.bundle.path}: {before[0]!r} cannot be trained, as the model was loaded with a cut behind it: "
-                f"name what is trained in plan_cut, or give trainable"
-            )
         self.names = tuple(tensor.name for tensor in self._tensors)
+        self._check_held()
         self.parameters = sum(math.prod(tensor.shape) for tensor in self._tensors)
         for group in self.groups:
             if not any(re.search(group.pattern, name) for name in self.names):
@@ -624,6 +619,15 @@ class Optimizer(ABC):
             }
         )
         return settings | {name: value for name, value in added.items() if value is not None}  # as journals before them
+
+    def _check_held(self) -> None:
+        """Check that all trained weights are in memory that the kernels write."""
+        before = [name for name in self.names if not self.model.weights.segments(name)]
+        if before:
+            raise ValueError(
+                f"{self.model.bundle.path}: {before[0]!r} cannot be trained, as the model was loaded with a cut behind "
+                f"it: name what is trained in plan_cut, or give trainable"
+            )
 
     # ---- passes over the weights -------------------------------------------------------------------------------------
 

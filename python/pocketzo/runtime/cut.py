@@ -23,7 +23,7 @@ from pocketzo.runtime.min_cut import INFINITE, Network
 from pocketzo.runtime.onnx_proto import all_nodes, declare, read_by, read_graph
 from pocketzo.runtime.subgraph import keep_values, remove_unused_inputs
 
-_TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
+TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
 _PRODUCTS: Final = (
     *("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("QLinearMatMul", "Attention", "QAttention"),
@@ -104,7 +104,7 @@ class Cut:
     def front(self, model: Any) -> None:
         """Reduce a graph of :func:`read_graph` to the front, in place."""
         keep_values(model.graph, [*(kept.name for kept in self.values), *self.others])
-        types = {kept.name: _TENSOR_TYPES[kept.sizes.dtype.name] for kept in self.values}
+        types = {kept.name: TENSOR_TYPES[kept.sizes.dtype.name] for kept in self.values}
         for value in model.graph.output:
             if value.name in types:
                 value.type.tensor_type.elem_type = types[value.name]
@@ -122,7 +122,7 @@ class Cut:
         remove_unused_inputs(graph)
         for kept in self.values:
             axes = [axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in kept.sizes.axes]
-            declare(graph.input, kept.name, _TENSOR_TYPES[kept.sizes.dtype.name], axes)
+            declare(graph.input, kept.name, TENSOR_TYPES[kept.sizes.dtype.name], axes)
 
     def front_model(self) -> bytes:
         """Return the file of the front's graph, over the weights in the bundle."""
@@ -208,10 +208,10 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
         raise NotCuttableError(str(error)) from None
     outputs = [value.name for value in graph.output]
     behind = [node for node in graph.node if not dependent.isdisjoint(node.output)]
-    wanted = {name for node in _needed(behind, {*outputs} & dependent) for name in read_by(node)}
-    kept = _cheapest(before, wanted, sizes, weights)
+    wanted = {name for node in needed(behind, {*outputs} & dependent) for name in read_by(node)}
+    kept = cheapest(before, wanted, sizes, weights)
     made = {name: node for node in before for name in node.output}
-    repeated = _ancestors(made, wanted - kept, kept)
+    repeated = ancestors(made, wanted - kept, kept)
     again = {name for node in repeated for name in node.output} | dependent
     read = {name for node in graph.node if not again.isdisjoint(node.output) for name in read_by(node)}
     cut = Cut(
@@ -226,7 +226,7 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
     )
     if not kept:
         raise nothing
-    for node in _ancestors(made, kept, ()):
+    for node in ancestors(made, kept, ()):
         if node.op_type.startswith("DynamicQuantize"):
             raise NotCuttableError(
                 f"{bundle.path}: {node.op_type} ({node.name or node.output[0]}) rounds each row of a batch by all of "
@@ -245,7 +245,7 @@ def _dependents(nodes: Iterable[Any], names: Iterable[str]) -> set[str]:
     return found
 
 
-def _needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
+def needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
     """Return the nodes that outputs need."""
     wanted, found = {*outputs}, []
     for node in reversed(nodes):
@@ -255,7 +255,7 @@ def _needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
     return found
 
 
-def _ancestors(made: Mapping[str, Any], names: Iterable[str], given: Collection[str]) -> list[Any]:
+def ancestors(made: Mapping[str, Any], names: Iterable[str], given: Collection[str]) -> list[Any]:
     """Return the nodes that compute some values from others that are given."""
     left, seen, found = [*names], {*given}, []
     done: set[int] = set()
@@ -272,19 +272,27 @@ def _ancestors(made: Mapping[str, Any], names: Iterable[str], given: Collection[
     return found
 
 
-def _cheapest(
-    nodes: list[Any], wanted: set[str], sizes: Mapping[str, Sizes], weights: Mapping[str, tuple[int, ...]]
+def cheapest(
+    nodes: list[Any],
+    wanted: set[str],
+    sizes: Mapping[str, Sizes],
+    weights: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, int] | None = None,
 ) -> set[str]:
-    """Return the values of nodes to keep, so that those that are wanted can be computed from them and the inputs."""
+    """Return the values of nodes to keep, so that those that are wanted can be computed from them and the inputs.
+
+    A node that is repeated costs its multiply-adds, and the bytes of the tensors in ``stored`` that it reads.
+    """
     network, price = Network(), _price(nodes, weights)
     for number, node in enumerate(nodes):
         count = multiply_adds(node, sizes, weights, 1, _LENGTH, 1)
-        network.connect(("run", number), "end", 1 + int(count / price))
+        again = sum(stored.get(name, 0) for name in read_by(node)) if stored else 0
+        network.connect(("run", number), "end", 1 + int(count / price) + again)
         for name in read_by(node):
             network.connect(("run", number), name, INFINITE)
         for name in node.output:
             if name:
-                network.connect(name, ("run", number), _cost(sizes.get(name)))
+                network.connect(name, ("run", number), cost_of(sizes.get(name)))
     makers = {name: number for number, node in enumerate(nodes) for name in node.output}
     for name in wanted & makers.keys():
         network.connect("begin", name, INFINITE)
@@ -328,9 +336,9 @@ def _elements(node: Any, weights: Mapping[str, tuple[int, ...]]) -> int:
     return rows * columns
 
 
-def _cost(sizes: Sizes | None) -> float:
+def cost_of(sizes: Sizes | None) -> float:
     """Return the bytes of a value of one example; infinite if it cannot be kept by example, or has no elements."""
-    if sizes is None or sizes.dtype.name not in _TENSOR_TYPES or not sizes.axes:
+    if sizes is None or sizes.dtype.name not in TENSOR_TYPES or not sizes.axes:
         return INFINITE
     first, *others = sizes.axes
     if first not in (ROWS, ALL_TOKENS) or {ROWS, ALL_TOKENS, "positions", "?"} & {*others}:

@@ -108,7 +108,7 @@ def _operator_layout(operator: str, *, transposed: bool) -> Layout:
 
 def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> NDArray[np.float32]:
     """Return a weight as onnxruntime prepacks it."""
-    model = _product(operator, weight, transposed=transposed)
+    model = product_model(operator, weight, transposed=transposed)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -143,7 +143,7 @@ def _prepack(operator: str, weight: NDArray[np.float32], *, transposed: bool) ->
     return packed
 
 
-def _product(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> Any:
+def product_model(operator: str, weight: NDArray[np.float32], *, transposed: bool) -> Any:
     """Return a model that multiplies its input by a weight."""
     messages = onnx_messages()
     model = messages.Model(ir_version=8, opset_import=[messages.Opset(version=17)])

@@ -262,10 +262,23 @@ def check_room(bundle: Bundle, most: int, matrices: Sequence[Matrix] = (), copie
     resident = resident_memory()
     weights = bundle.weights_nbytes
     weights += copies + sum(matrix.nbytes for matrix in matrices if matrix.shared)
-    room = weights // 16 + SMALL  # sessions and checks took 15 to 54 MB with 23 M to 355 M parameters
-    room += max((3 * matrix.nbytes for matrix in matrices), default=0)  # as onnxruntime packs one
+    room = room_to_load(weights, max((matrix.nbytes for matrix in matrices), default=0))
     if resident + weights + room > most:
         raise MemoryLimitError(
             f"{bundle.path}: loading takes {megabytes(resident + weights + room)} ({megabytes(weights)} of weights, "
             f"{megabytes(room)} to work with, {megabytes(resident)} in use already), and the limit is {megabytes(most)}"
         )
+
+
+def room_to_load(weights: int, largest: int) -> int:
+    """Return the bytes that loading takes beside the weights.
+
+    Parameters
+    ----------
+    weights : int
+        Bytes of all weights.
+    largest : int
+        Bytes of the largest matrix that is prepacked; 0 if none is.
+    """
+    # sessions and checks took 15 to 54 MB with 23 M to 355 M parameters; onnxruntime packs one matrix at a time
+    return weights // 16 + SMALL + 3 * largest

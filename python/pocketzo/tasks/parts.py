@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from math import nan
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -108,14 +108,24 @@ def run(
     names = None if outputs is None else list(outputs)
     if len(cut) == 1:
         return model.run(batch, names, logits_memory=activation_memory)
-    results = [model.run(part.batch, names, logits_memory=activation_memory) for part in cut]
-    loss = model.bundle.loss
+    return joined(
+        model.bundle, task, cut, [model.run(part.batch, names, logits_memory=activation_memory) for part in cut]
+    )
+
+
+def joined(
+    bundle: Bundle, task: Task, cut: Sequence[Part], results: Sequence[Mapping[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
+    """Return the outputs of a whole batch from those of its parts; see :func:`run`."""
+    if len(cut) == 1:
+        return dict(results[0])
+    loss = bundle.loss
     total = sum(part.at.size for part in cut)
-    joined: dict[str, NDArray[Any]] = {}
+    found: dict[str, NDArray[Any]] = {}
     for name, first in results[0].items():
         if name == loss:
             weights = [task.weight(part.batch, part.at.size) for part in cut]
-            joined[name] = np.array(mean_loss((float(result[name]) for result in results), weights))
+            found[name] = np.array(mean_loss((float(result[name]) for result in results), weights))
             continue
         values = np.empty((total, *first.shape[1:]), first.dtype)
         for part, result in zip(cut, results, strict=True):
@@ -125,8 +135,8 @@ def run(
                     "from parts of a batch: leave activation_memory out"
                 )
             values[part.at] = result[name]
-        joined[name] = values
-    return joined
+        found[name] = values
+    return found
 
 
 def mean_loss(losses: Iterable[float], weights: Iterable[int]) -> float:

@@ -6,6 +6,7 @@ import math
 import os
 import reprlib
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pocketzo.formats.safetensors import file_sha256, map_tensors
 from pocketzo.formats.snapshot import check_snapshot, snapshots
 from pocketzo.formats.staging import is_staged
 from pocketzo.optim.groups import Tunable
-from pocketzo.optim.methods import from_settings
+from pocketzo.optim.methods import METHODS, from_settings
 from pocketzo.optim.optimizer import Optimizer
 from pocketzo.runtime.frozen import trained_weights
 from pocketzo.tasks.metrics import metric_named
@@ -163,7 +164,14 @@ class Run:
         check_number("average", average, positive=True, most=1.0)
         return step - min(step, max(1, round(average * step)))
 
-    def replay_onto(self, model: Tunable, *, step: int | None = None, average: float | None = None) -> Optimizer:
+    def replay_onto(
+        self,
+        model: Tunable,
+        *,
+        step: int | None = None,
+        average: float | None = None,
+        methods: Mapping[str, type[Optimizer]] = METHODS,
+    ) -> Optimizer:
         """Set a model's weights to those after ``step`` steps, in one pass over them.
 
         The replay begins at the last usable snapshot that is not past what is needed, else at the base bundle.
@@ -176,6 +184,8 @@ class Run:
         average : float, optional
             Set them to the mean of the weights after each step of the last share of these steps, 0 < average <= 1.
             No copy is needed: each update counts by the share of the steps that come after it.
+        methods : mapping of str to type
+            The optimizers by name.
 
         Returns
         -------
@@ -186,7 +196,7 @@ class Run:
         if not 0 <= step <= self.steps:
             raise ValueError(f"step must be in 0 .. {self.steps}, the steps in the journal of {self.path}; got {step}")
         try:
-            optimizer = from_settings(model, self.recipe.method)
+            optimizer = from_settings(model, self.recipe.method, methods)
         except ValueError as error:
             raise JournalError(f"{self._journal.path}: header.method: {error}") from None
         start = self.averaged(step, average)

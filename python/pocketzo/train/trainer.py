@@ -15,6 +15,7 @@ import numpy as np
 
 from pocketzo.data.order import Data, Order
 from pocketzo.errors import JournalError, TrainingError
+from pocketzo.optim.methods import METHODS
 from pocketzo.optim.optimizer import Optimizer, StepInfo
 from pocketzo.runtime.model import Batch, Model
 from pocketzo.tasks.culprit import naming_culprit
@@ -187,6 +188,7 @@ class Trainer:
         model: Model | None = None,
         objective: BatchObjective | None = None,
         callback: Callable[[Progress], None] | None = None,
+        methods: Mapping[str, type[Optimizer]] = METHODS,
     ) -> Trainer:
         """Resume a run after its last step; on the same machine the final weights equal those of an unbroken run.
 
@@ -205,6 +207,8 @@ class Trainer:
             The function that the run minimised, if it did not minimise a metric.
         callback : callable, optional
             Called after every step with a :class:`Progress`.
+        methods : mapping of str to type
+            The optimizers by name.
         """
         past = Run(run)
         recipe = past.recipe
@@ -228,7 +232,7 @@ class Trainer:
             raise JournalError(f"{past.path}: the run minimised a function of its caller: give it as the objective")
         trainer = cls(
             model,
-            past.replay_onto(model),
+            past.replay_onto(model, methods=methods),
             train,
             eval=eval,
             run=run,
