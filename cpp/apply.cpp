@@ -68,10 +68,12 @@ void apply_contiguous(const Job& job, const Segment& s, std::uint64_t unit) noex
 
 std::uint64_t units_of(const Job& job, const Segment& s) noexcept {
   if (s.size == 0) return 0;
+  if (is_low_rank(job, s)) return low_rank_units_of(s);
   return s.packing != nullptr ? packed_units_of(job, s) : ranges_of(s);
 }
 
 void apply_unit(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
+  if (is_low_rank(job, s)) return apply_low_rank(job, s, unit);
   if (s.storage != Storage::float32) return apply_16bit(job, s, unit);
   if (s.packing != nullptr) return apply_packed(job, s, unit);
   apply_contiguous(job, s, unit);
@@ -117,12 +119,13 @@ void apply_terms(const Job& job, const Keys& keys, float* w, float* m, std::uint
 
 void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept {
   const bool momentum = std::any_of(terms, terms + term_count, [](const Term& t) { return t.role != Role::shift; });
-  run_job({&current(), segments, segment_count, terms, term_count, false, momentum});
+  const bool low_rank = term_count != 0 && terms[0].rank != 0;
+  run_job({&current(), segments, segment_count, terms, term_count, false, momentum, low_rank});
 }
 
 void generate(const Segment& segment, std::uint64_t seed, std::uint64_t draw, Distribution distribution) noexcept {
-  const Term term = {seed, draw, {}, 0.0f, 0, distribution, Rounding::nearest, Role::shift, {}};
-  run_job({&current(), &segment, 1, &term, 1, true, false});
+  const Term term = {seed, draw, {}, 0.0f, 0, distribution, Rounding::nearest, Role::shift, 0, {}, 0};
+  run_job({&current(), &segment, 1, &term, 1, true, false, false});
 }
 
 }  // namespace pocketzo

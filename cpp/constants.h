@@ -79,5 +79,18 @@ inline void axpy_rest(float* w, const float* z, float scale, std::size_t n) noex
   for (std::size_t i = 0; i < n; ++i) w[i] = std::fmaf(scale, z[i], w[i]);
 }
 
+// The columns of a row of `outer` from `column` on, likewise.
+template <unsigned Count>
+inline void outer_rest(const Outer& o, const float* scale, std::size_t row, std::size_t column) noexcept {
+  for (; column < o.columns; ++column) {
+    float z = o.a[row] * o.b[column];
+    for (std::size_t k = 1; k < o.rank; ++k)
+      z = std::fmaf(o.a[k * kFactorStride + row], o.b[k * kFactorStride + column], z);
+    float& w = o.w[row * o.stride + column];
+    if (Count == 0) w = z;
+    for (unsigned i = 0; i < Count; ++i) w = std::fmaf(scale[i], z, w);
+  }
+}
+
 }  // namespace
 }  // namespace pocketzo

@@ -26,6 +26,7 @@ struct Job {
   std::size_t term_count;
   bool write;     // store the single term's z instead of applying it
   bool momentum;  // a term gathers or follows the momentum
+  bool low_rank;  // the terms have a rank
 
   bool uses_noise(const Term& term) const noexcept { return write || (term.count != 0 && term.role != Role::follow); }
   // Whether the term after term t applies the same z.
@@ -96,6 +97,13 @@ void apply_terms(const Job& job, const Keys& keys, float* w, float* m, std::uint
 // The number of units of a segment with a packing, and the work on one of them.
 std::uint64_t packed_units_of(const Job& job, const Segment& s) noexcept;
 void apply_packed(const Job& job, const Segment& s, std::uint64_t unit) noexcept;
+
+// The same of a matrix, for terms with a rank.
+inline bool is_low_rank(const Job& job, const Segment& s) noexcept {
+  return job.low_rank && (s.packing != nullptr || s.columns != 0);
+}
+std::uint64_t low_rank_units_of(const Segment& s) noexcept;
+void apply_low_rank(const Job& job, const Segment& s, std::uint64_t unit) noexcept;
 
 // The work on one unit of 16-bit weights.
 void apply_16bit(const Job& job, const Segment& s, std::uint64_t unit) noexcept;

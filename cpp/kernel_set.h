@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "pocketzo/kernels.h"  // kMaxRank
+
 namespace pocketzo {
 
 // The four subkey words K[0..3] of SPEC.md.
@@ -32,6 +34,17 @@ struct Across {
   std::uint64_t first, apart;
   std::size_t tiles;
 };
+
+// A rectangle of a matrix and the factors of its z. Element (row, column) is at w + row * stride + column; its z is the
+// sum of a[k * kFactorStride + row] * b[k * kFactorStride + column] over k = 0 .. rank - 1, as SPEC.md, section 7,
+// says.
+struct Outer {
+  float* w;
+  std::size_t stride, rows, columns;
+  const float *a, *b;
+  unsigned rank;
+};
+inline constexpr std::size_t kFactorStride = 256;
 
 // A set's operations on 16-bit weights of one format, over n elements, a multiple of 64. Values are processed in fp32.
 struct Format16 {
@@ -65,6 +78,8 @@ struct KernelSet {
   // sums[lane] += a[i] b[i] in fp64, in the order of i, with lane = i % 16; n is a multiple of 16. The product is
   // exact.
   void (*dot)(double* sums, const float* a, const float* b, std::size_t n) noexcept;
+  // As `gaussian`, on a rectangle with the given factors.
+  void (*outer[4])(const Outer& outer, const float* scale) noexcept;
   // out[16 i + lane] = in[64 lane + i]: sixteen blocks, one in a lane.
   void (*transpose)(float* out, const float* in) noexcept;
   Format16 fp16, bf16;

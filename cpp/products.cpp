@@ -46,7 +46,7 @@ void reduce_unit(const Products& p, std::uint64_t unit) noexcept {
     const std::uint64_t n = std::min(end - e, kSection - e % kSection);
     const Term* terms = p.terms;
     for (std::size_t i = 0; i < p.vectors; terms += p.counts[i++]) {
-      const Job job = {p.set, nullptr, 0, terms, p.counts[i], false, false};
+      const Job job = {p.set, nullptr, 0, terms, p.counts[i], false, false, false};
       float* const x = i == 0 ? first : other;
       const std::size_t all = regenerate(x, job, p.segment.tensor, e, n);
       const double square = dot(*p.set, x, x, all);

@@ -131,6 +131,18 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
   for (std::size_t i = 0; i < n; ++i) sums[i % 16] = std::fma(double{a[i]}, double{b[i]}, sums[i % 16]);
 }
 
+template <unsigned Count>
+void outer(const Outer& o, const float* scale) noexcept {
+  for (std::size_t row = 0; row < o.rows; ++row)
+    for (std::size_t column = 0; column < o.columns; ++column) {
+      float z = o.a[row] * o.b[column];
+      for (std::size_t k = 1; k < o.rank; ++k)
+        z = std::fma(o.a[k * kFactorStride + row], o.b[k * kFactorStride + column], z);
+      float& w = o.w[row * o.stride + column];
+      w = apply_scales<Count>(w, z, scale);
+    }
+}
+
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t i = 0; i < 64; ++i)
     for (std::size_t lane = 0; lane < 16; ++lane) out[16 * i + lane] = in[64 * lane + i];
@@ -220,6 +232,7 @@ const KernelSet kScalar = {
     shrink,
     axpy,
     dot,
+    {outer<0>, outer<1>, outer<2>, outer<3>},
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

@@ -42,7 +42,9 @@ void step(py::handle w, py::handle seed, py::handle tensor,
                      distribution_of(distribution),
                      pz::Rounding::nearest,
                      pz::Role::shift,
-                     {}});
+                     0,
+                     {},
+                     0});
   terms.front().decay = finite_float(decay, "decay");
   terms.front().rounding = rounding_of(rounding);
   const py::gil_scoped_release release;  // so that other Python threads run meanwhile

@@ -40,7 +40,9 @@ py::array_t<double> products(py::handle n, py::handle seed, py::handle tensor, c
                        kind,
                        pz::Rounding::nearest,
                        pz::Role::shift,
-                       {}});
+                       0,
+                       {},
+                       0});
   }
   py::array_t<double> found({static_cast<py::ssize_t>(counts.size()), py::ssize_t{2}});
   double* const out = found.mutable_data();

@@ -26,6 +26,8 @@ class Segments {
         throw py::value_error("each item must be (array, tensor id[, packing[, momentum]]), got " + shown(item));
       auto array = checked(parts[0], "weight", true);
       segments_.push_back(segment_of(array, parts[1], py::int_(0)));
+      if (array.ndim() > 1 && array.size() != 0)
+        segments_.back().columns = segments_.back().size / static_cast<std::uint64_t>(array.shape(0));
       if (parts.size() > 2 && !parts[2].is_none()) {
         const auto& packing = parts[2].cast<const pz::Packing&>();
         checked_packed(array, packing);
@@ -60,9 +62,23 @@ class Segments {
                               " scales, distribution " + std::to_string(distribution) + ", rounding " +
                               std::to_string(rounding) + " and role " + std::to_string(role) +
                               "; at most 3, 1, 2 and 2 are known");
+      if (data[t].rank > pz::kMaxRank || data[t].rank != data[0].rank || (data[t].rank != 0 && role != 0))
+        throw py::value_error("term " + std::to_string(t) + " has rank " + std::to_string(data[t].rank) + " and role " +
+                              std::to_string(role) + "; all terms must have the rank of the first, " +
+                              std::to_string(data[0].rank) + ", which is at most " + std::to_string(pz::kMaxRank) +
+                              ", and role 0 unless it is 0");
       if (role != 0 && lacking)
         throw py::value_error("term " + std::to_string(t) + " has role " + std::to_string(role) +
                               ", which needs the momentum of every tensor; one was given without");
+    }
+    // A factor's elements for all k have one subkey.
+    for (const pz::Segment& s : segments_) {
+      const std::uint64_t columns = s.packing != nullptr ? s.packing->columns : s.columns;
+      const std::uint64_t longer = columns == 0 ? 0 : std::max(columns, s.size / columns);
+      if (count != 0 && data[0].rank * ((longer + 63) / 64) > std::uint64_t{1} << 28)
+        throw py::value_error("a matrix with " + std::to_string(longer) +
+                              " rows or columns is too long for terms of rank " + std::to_string(data[0].rank) +
+                              ": at most 2**34 / rank are possible");
     }
     // Other Python threads run meanwhile. The arrays stay alive; guarding the weights is up to the caller.
     const py::gil_scoped_release release;
@@ -85,7 +101,8 @@ class Segments {
 
 void add_segments(py::module_& m) {
   using pz::Term;
-  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, distribution, rounding, role, unused);
+  PYBIND11_NUMPY_DTYPE(Term, seed, draw, scale, decay, count, distribution, rounding, role, rank, unused, basis);
+  m.attr("MAX_RANK") = pz::kMaxRank;
   m.attr("TERM") = py::dtype::of<Term>();
   py::class_<Segments>(m, "Segments")
       .def(py::init<const py::sequence&>(), py::arg("tensors"))

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -438,7 +439,7 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
     assert segments.size == sum(sizes)
     terms = np.zeros(12, _core.TERM)  # more than the kernels keep the subkeys of
     for i in range(len(terms)):
-        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, 0, (0,) * 4)
+        terms[i] = (5, i, (0.5, -1.0, 0.25), 0.01 * (i % 2), i % 4, i % 2, 0, 0, 0, (0,) * 3, 0)
     segments.apply(terms)
     for tensor, w in enumerate(expected):
         program = [
@@ -454,8 +455,9 @@ def test_segments_apply_terms_in_order_to_every_tensor() -> None:
 
 def test_terms_as_the_optimizers_write_them_are_those_of_the_kernels() -> None:
     values: dict[str, Any] = {"seed": 2**64 - 1, "draw": 2**63 + 1, "scale": (1.5, -2.5, 3.5), "decay": 0.125}
-    values |= {"count": 3, "distribution": 1, "rounding": 2, "role": 1}
-    assert _core.TERM.names == (*values, "unused")
+    values |= {"count": 3, "distribution": 1, "rounding": 2, "role": 1, "rank": 7, "basis": 2**62 + 1}
+    assert _core.TERM.names is not None
+    assert {*_core.TERM.names} == {*values, "unused"}
     assert TERM_STRUCT.size == _core.TERM.itemsize
     seed, draw, scales, *rest = values.values()
     (term,) = np.frombuffer(TERM_STRUCT.pack(seed, draw, *scales, *rest), _core.TERM)
@@ -493,6 +495,14 @@ def test_segments_refuse_what_they_cannot_work_on() -> None:
         segments.apply(terms)
     terms["role"][1] = 2
     with pytest.raises(ValueError, match="term 1 has role 2, which needs the momentum of every tensor"):
+        segments.apply(terms)
+    terms["role"] = 0
+    for ranks, wrong in ((0, 2), 1), ((17, 17), 0):
+        terms["rank"] = ranks
+        with pytest.raises(ValueError, match=f"term {wrong} has rank {ranks[wrong]} and role 0; all .* at most 16"):
+            segments.apply(terms)
+    terms["rank"], terms["role"] = 2, 1
+    with pytest.raises(ValueError, match=r"term 0 has rank 2 and role 1; .* role 0 unless it is 0"):
         segments.apply(terms)
     assert_same_bits(w, before)
     for momentum, error, message in (
@@ -539,7 +549,7 @@ def as_terms(program: list[reference.Term]) -> NDArray[np.void]:
     for i, term in enumerate(program):
         scale = (*term.scales, 0.0, 0.0, 0.0)[:3]
         codes = DISTRIBUTIONS.index(term.distribution), ROUNDINGS.index(term.rounding), ROLES.index(term.role)
-        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), *codes, (0,) * 4)
+        terms[i] = (term.seed, term.draw, scale, term.decay, len(term.scales), *codes, term.rank, (0,) * 3, term.basis)
     return terms
 
 
@@ -561,6 +571,65 @@ def test_terms_of_the_momentum_are_those_of_the_specification(
     _core.Segments([(got, 7, None, momentum)]).apply(as_terms(program))
     assert_same_bits(momentum, expected_momentum)
     assert got.tobytes() == expected.tobytes()
+
+
+@st.composite
+def low_rank_programs(draw: st.DrawFn) -> list[reference.Term]:
+    rank = draw(st.sampled_from([1, 2, 3, 4, 5, 16]))
+    return [
+        replace(term, rank=rank, basis=draw(st.sampled_from([0, 1, 2**64 - 1])), role="shift")
+        for term in draw(st.lists(moving, min_size=1, max_size=4))
+    ]
+
+
+@settings(deadline=None, max_examples=full_or_small(60, 10))
+@given(
+    shape=st.tuples(st.integers(1, 330), st.integers(1, 330)),
+    program=low_rank_programs(),
+    dtype=st.sampled_from(["float32", *STORAGES]),
+    isa=st.sampled_from(SETS),
+    threads=st.integers(1, 3),
+)
+def test_terms_with_a_rank_are_those_of_the_specification(
+    shape: tuple[int, int], program: list[reference.Term], dtype: Any, isa: str, threads: int
+) -> None:
+    rows, columns = shape
+    w = weights(rows * columns, 3).reshape(shape)
+    pz.kernels.use(isa)
+    pz.kernels.set_threads(threads)
+    if dtype != "float32":
+        got = w.astype(STORAGES[dtype])
+        _core.Segments([(got, 5)]).apply(as_terms(program))
+        before = w.astype(STORAGES[dtype]).astype(np.float32).ravel()
+        expected = reference.apply16(before, program, storage=dtype, tensor=5, columns=columns)
+        np.testing.assert_array_equal(got.view(np.uint16).ravel(), expected)
+        return
+    want = reference.apply(w.ravel(), program, tensor=5, columns=columns).reshape(shape)
+    depth = 64
+    packed = []
+    for transposed in False, True:  # the same tensor in both kinds of packed memory
+        height, width = shape[::-1] if transposed else shape
+        stride = -(-width // 16) * 16
+        layout = _core.Packing(rows=height, columns=width, stride=stride, depth=depth, transposed=transposed)
+        packed.append((packed_by_hand(w, transposed, stride, depth), layout, transposed, stride))
+    deep = w.reshape(rows, 1, columns).copy()  # all dimensions but the first are columns
+    _core.Segments([(w, 5), (deep, 5), *((memory, 5, layout) for memory, layout, *_ in packed)]).apply(
+        as_terms(program)
+    )
+    assert_same_bits(w.ravel(), want.ravel())
+    assert_same_bits(deep.ravel(), want.ravel())
+    for memory, _, transposed, stride in packed:
+        assert memory.tobytes() == packed_by_hand(want, transposed, stride, depth).tobytes()
+
+
+@given(arrays, st.lists(terms16, max_size=3))
+def test_a_rank_is_nothing_to_vectors(w: F32, program: list[reference.Term]) -> None:
+    got, want = w.copy(), w.copy()
+    _core.Segments([(want, 5)]).apply(as_terms(program))
+    _core.Segments([(got, 5), (np.zeros((0, 3), np.float32), 6)]).apply(
+        as_terms([replace(term, rank=2, basis=7) for term in program])
+    )
+    assert got.tobytes() == want.tobytes()
 
 
 @given(storages, arrays, st.lists(terms16, max_size=4))
@@ -711,7 +780,7 @@ def test_packed_memory_gets_the_bits_of_contiguous_memory(
     memory = packed_by_hand(tensor, transposed, stride, depth)
     program = np.zeros(len(terms), _core.TERM)
     for i, (draw, count, decay) in enumerate(terms):
-        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, 0, (0,) * 4)
+        program[i] = (3, draw, (0.5, -1.0, 0.25), decay, count, distribution, 0, 0, 0, (0,) * 3, 0)
     pz.kernels.use(isa)
     pz.kernels.set_threads(threads)
     _core.Segments([(tensor, 9)]).apply(program)

@@ -238,6 +238,22 @@ def test_apply_is_a_chain_of_fmas() -> None:
     np.testing.assert_array_equal(ref.bits(ref.apply(w, terms, tensor=4, offset=10)), ref.bits(want))
 
 
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("rank", [1, 3, 16])
+def test_low_rank_is_a_product_of_two_factors(rank: int, distribution: ref.Distribution) -> None:
+    rows, columns = 40, 70
+    z = ref.low_rank(distribution, 1, 2, 3, 4, rank, (rows, columns)).astype(np.float64)
+    assert np.linalg.matrix_rank(z, tol=1e-3) == rank
+    assert abs((z**2).mean() - 1) < 4 * np.sqrt(6 / (min(rows, columns) * rank))
+    # Another draw has another U but the same V: they span the same rows. Another basis has another V.
+    others = [ref.low_rank(distribution, 1, 2, *pair, rank, (rows, columns)) for pair in ((5, 4), (3, 5))]
+    joined = [np.linalg.matrix_rank(np.concatenate([z, other]), tol=1e-3) for other in others]
+    assert joined == [rank, 2 * rank]
+    # A larger matrix does not have other elements where its sides take as many blocks.
+    larger = ref.low_rank(distribution, 1, 2, 3, 4, rank, (64, 128))
+    np.testing.assert_array_equal(larger[:rows, :columns], z)
+
+
 @pytest.mark.parametrize(("offset", "n"), [(0, 1), (5, 40), (2040, 300), (65_530, 4200)])
 def test_products_are_sums_of_products(offset: int, n: int) -> None:
     vectors = [[ref.Term(1, 2, (0.5,)), ref.Term(1, 3, (-2.0,))], [ref.Term(1, 4, (1.0,), distribution="rademacher")]]

@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 SPEC_VERSION: int
 MAX_THREADS: int
+MAX_RANK: int
 __version__: str
 TERM: np.dtype[np.void]
 

@@ -85,9 +85,50 @@ inline Term term(Distribution distribution, std::uint64_t seed, std::uint64_t dr
   return t;
 }
 
+inline Term with_rank(unsigned rank, std::uint64_t basis, Term t) {
+  t.rank = static_cast<std::uint8_t>(rank);
+  t.basis = basis;
+  return t;
+}
+
 inline Term with_role(Role role, Term t) {
   t.role = role;
   return t;
+}
+
+// z of a matrix, by SPEC.md, section 7, from the scalar set's z of its factors.
+inline std::vector<float> low_rank_noise(const Term& t, std::uint32_t tensor, std::size_t rows, std::size_t columns) {
+  const bool gaussian = t.distribution == Distribution::gaussian;
+  const auto factor = [&](std::uint64_t draw, std::uint32_t window, std::size_t length) {
+    const std::size_t blocks = t.rank * ((length + kBlock - 1) / kBlock);
+    std::vector<float> z(blocks * kBlock);
+    const Key key = subkey(t.seed, tensor, draw, (1u << 30 | window) | (gaussian ? 0 : 1u << 31));
+    (gaussian ? scalar().gaussian : scalar().rademacher)[0]({z.data(), 16, 64, 0, 1, blocks}, key, nullptr);
+    return z;
+  };
+  auto u = factor(t.draw, 0, rows), v = factor(t.basis, 1, columns);
+  for (float& value : u) value *= 1 / std::sqrt(static_cast<float>(t.rank));
+  std::vector<float> z(rows * columns);
+  for (std::size_t i = 0; i < rows; ++i)
+    for (std::size_t j = 0; j < columns; ++j) {
+      float& sum = z[i * columns + j];
+      for (std::size_t k = 0; k < t.rank; ++k) {
+        const float a = u[u.size() / t.rank * k + i], b = v[v.size() / t.rank * k + j];
+        sum = k == 0 ? a * b : std::fma(a, b, sum);
+      }
+    }
+  return z;
+}
+
+inline void expect_low_rank(std::vector<float>& w, std::uint32_t tensor, std::size_t columns,
+                            const std::vector<Term>& terms) {
+  for (const Term& t : terms) {
+    const auto z = low_rank_noise(t, tensor, w.size() / columns, columns);
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      for (unsigned k = 0; k < t.count; ++k) w[i] = std::fma(t.scale[k], z[i], w[i]);
+      if (t.decay != 0) w[i] = std::fma(-t.decay, w[i], w[i]);
+    }
+  }
 }
 
 // The definition of `apply`, with std::fma and the scalar set's z.

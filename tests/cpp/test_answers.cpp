@@ -185,6 +185,28 @@ void check_apply16(const Answer& a) {
   check_crcs_of(a, kApplyValues, w.data(), n, sizeof(std::uint16_t));
 }
 
+void check_low_rank(const Answer& a) {
+  const Storage storage = storage_of(a.request.at(0));
+  std::vector<Term> terms;
+  std::size_t at = 5;
+  for (std::uint64_t i = 0; i < a.integer(4); ++i, at += 3) {
+    Term t = term_at(a, at);
+    t.rounding = rounding_of(a.request.at(at));
+    terms.push_back(with_rank(static_cast<unsigned>(a.integer(at + 1)), a.integer(at + 2), t));
+  }
+  CHECK(at == a.request.size());
+  const auto n = static_cast<std::size_t>(a.integer(2) * a.integer(3));
+  auto w = weights(n);
+  auto w16 = weights16(storage == Storage::float32 ? 0 : n, storage);
+  Segment segment{w.data(), n, 0, a.tensor(1), nullptr, storage, nullptr, a.integer(3)};
+  if (storage != Storage::float32) segment.data = w16.data();
+  apply(&segment, 1, terms.data(), terms.size());
+  if (storage == Storage::float32) return check_values_and_crcs(a, w);
+  for (std::size_t i = 0; i < std::min(n, kApplyValues); ++i)
+    if (w16[i] != Answer::word(a.answer.at(i))) FAIL(say(a.where(), ": element ", i, " is ", hex(w16[i])));
+  check_crcs_of(a, kApplyValues, w16.data(), n, sizeof(std::uint16_t));
+}
+
 TEST(answers_of_the_specification) {
   const KernelSet& set = current();
   for (const Answer& a : answers()) {
@@ -219,6 +241,8 @@ TEST(answers_of_the_specification) {
       check_momentum(a);
     } else if (a.kind == "products") {
       check_products(a);
+    } else if (a.kind == "low_rank") {
+      check_low_rank(a);
     } else {
       FAIL(a.where() + ": unknown kind");
     }

@@ -10,6 +10,7 @@ import argparse
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -40,6 +41,8 @@ HEADER = f"""\
 #     the momentum as FP32*{APPLY_VALUES} CRC..., then the weights as apply or apply16 gives them
 #   products TENSOR OFFSET COUNT VECTORS (TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES)*TERMS)*VECTORS =
 #     FP64*2*VECTORS                                        (16 hex digits: the products with the first and with itself)
+#   low_rank STORAGE TENSOR ROWS COLUMNS TERMS (KIND SEED DRAW DECAY SCALES SCALE*SCALES ROUNDING RANK BASIS)*TERMS =
+#     the matrix, row by row, as apply or apply16 gives it
 # DECAY and SCALE are fp32 bit patterns. The weights before, for i = 0 .. COUNT-1, with h = i * 2654435761 mod 2^32:
 #   i mod 61 = 7: bit pattern h & 807fffff (subnormal); 13: +0; 14: -0; else fp32(h - 2^31) * 2^-33
 # For apply16 they are those times 2^(17 - 2 (i mod 18)), rounded to nearest; words have 4 digits there, and CRCs are of
@@ -171,6 +174,21 @@ def _products(request: list[str]) -> str:
     return " ".join(f"{word:016x}" for word in found.view(np.uint64).ravel().tolist())
 
 
+def _low_rank(request: list[str]) -> str:
+    tensor, rows, columns, count = (int(field, 0) for field in request[1:5])
+    terms, fields = [], request[5:]
+    for _ in range(count):
+        end = 6 + int(fields[4])
+        (term,) = _terms(fields[:end], rounded=True)
+        terms.append(replace(term, rank=int(fields[end]), basis=int(fields[end + 1], 0)))
+        fields = fields[end + 2 :]
+    if request[0] == "float32":
+        return _values_and_crcs(ref.apply(weights(rows * columns), terms, tensor=tensor, columns=columns))
+    storage = _storage(request[0])
+    w = weights16(rows * columns, storage)
+    return _words16(ref.apply16(w, terms, storage=storage, tensor=tensor, columns=columns))
+
+
 def answer(request: str) -> str:
     """Return the answer to a request."""
     kind, *fields = request.split()
@@ -192,6 +210,8 @@ def answer(request: str) -> str:
         return _momentum(fields)
     if kind == "products":
         return _products(fields)
+    if kind == "low_rank":
+        return _low_rank(fields)
     seed, tensor, draw, offset, *rest = (int(field, 0) for field in fields)
     if kind == "subkey":
         return _hex(np.stack(ref.subkey(seed, tensor, draw, offset)))
@@ -360,6 +380,23 @@ def lines() -> Iterator[str]:
     for offset, n in (0, 1), (15, 3), (0, 2049), (63, 150_001), (2**34 - 70_001, 150_001), (2**39 - 70_001, 90_000):
         made = [f"{len(terms)} {' '.join(terms)}" for terms in vectors]
         yield ask(f"products 11 {offset} {n} {len(made)} {' '.join(made)}")
+
+    yield "\n# Low rank"
+    # Shapes around lanes, blocks and rectangles; the ranks that kernels unroll, and others.
+    shapes = [(1, 64), (64, 1), (9, 17), (300, 130), (65, 640), (2, 5000), (3000, 10)]
+    for rank, (rows, columns) in zip((1, 2, 3, 4, 5, 16, 2), shapes, strict=True):
+        step = [
+            f"{_term('normal', 3, 2**40 + 7, 1e-3, 1e-3, -2e-3, 1.03e-3)} stochastic {rank} 2",
+            f"{_term('normal', 3, 2**40 + 8, 0, 1e-3)} nearest {rank} 2",
+        ]
+        other = [
+            f"{_term('rademacher', 4, 1, 0, 2.0**-130, 1e-3)} later {rank} {2**64 - 1}",
+            f"{_term('normal', 4, 1, 0)} nearest {rank} 5",
+            f"{_term('normal', 4, 1, 0.25, -1e-3)} stochastic {rank} 5",
+        ]
+        for storage in "float32", "float16", "bfloat16":
+            for terms in step, other:
+                yield ask(f"low_rank {storage} 12 {rows} {columns} {len(terms)} {' '.join(terms)}")
 
 
 def main() -> None:

@@ -153,23 +153,23 @@ def box_muller(x: U32, y: U32) -> tuple[F32, F32]:
 # ---- directions ------------------------------------------------------------------------------------------------------
 
 
-def normal(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
-    """Section 2: elements ``offset`` to ``offset + n`` of the Gaussian direction."""
+def normal(seed: int, tensor: int, draw: int, offset: int, n: int, window: int = 0) -> F32:
+    """Section 2: elements ``offset`` to ``offset + n`` of the Gaussian direction; ``window`` is that of section 7."""
     first = offset // BLOCK
     count = -(-(offset + n) // BLOCK) - first
-    x = words(seed, tensor, draw, first, count)
+    x = _words(seed, tensor, draw, first, count, window)
     slots = [*box_muller(x[:, 0], x[:, 1]), *box_muller(x[:, 2], x[:, 3])]
     z = np.stack(slots, axis=1).reshape(-1)  # element 64 block + 16 slot + lane
     start = offset - first * BLOCK
     return z[start : start + n]
 
 
-def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
-    """Section 3: elements ``offset`` to ``offset + n`` of the Rademacher direction."""
+def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int, window: int = 0) -> F32:
+    """Section 3: elements ``offset`` to ``offset + n`` of the Rademacher direction; ``window`` as for normal."""
     group_size = LANES * ROWS
     first = offset // group_size
     count = -(-(offset + n) // group_size) - first
-    x = _words(seed, tensor, draw, first, count, 1 << 31)
+    x = _words(seed, tensor, draw, first, count, window | 1 << 31)
     shift = 31 - np.arange(32, dtype=np.uint32)
     bit = (x[:, :, None, :] >> shift[None, None, :, None]) & np.uint32(1)  # group, word, row of that word, lane
     u = np.where(bit == 1, np.float32(-1), np.float32(1)).reshape(-1)
@@ -180,6 +180,21 @@ def rademacher(seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
 def noise(distribution: Distribution, seed: int, tensor: int, draw: int, offset: int, n: int) -> F32:
     """Elements ``offset`` to ``offset + n`` of z(seed, tensor, draw)."""
     return (normal if distribution == "gaussian" else rademacher)(seed, tensor, draw, offset, n)
+
+
+def low_rank(
+    distribution: Distribution, seed: int, tensor: int, draw: int, basis: int, rank: int, shape: tuple[int, int]
+) -> F32:
+    """Section 7: z of a matrix."""
+    make = normal if distribution == "gaussian" else rademacher
+    rows, columns = (-(-length // BLOCK) * BLOCK for length in shape)
+    u = make(seed, tensor, draw, 0, rank * rows, 1 << 30).reshape(rank, rows)[:, : shape[0]]
+    v = make(seed, tensor, basis, 0, rank * columns, (1 << 30) + 1).reshape(rank, columns)[:, : shape[1]]
+    u = (np.float32(1) / np.sqrt(np.float32(rank))) * u
+    z: F32 = u[0, :, None] * v[0]
+    for k in range(1, rank):
+        z = fma32(u[k, :, None], v[k], z)
+    return z
 
 
 # ---- their use -------------------------------------------------------------------------------------------------------
@@ -196,12 +211,19 @@ class Term:
     distribution: Distribution = "gaussian"
     rounding: Rounding = "nearest"
     role: Role = "shift"
+    rank: int = 0
+    basis: int = 0
 
 
-def apply(w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0, m: F32 | None = None) -> F32:
-    """Section 4: a new array, every line of every term rounded to fp32. The momentum ``m`` changes in place."""
+def apply(
+    w: F32, terms: Sequence[Term], *, tensor: int, offset: int = 0, m: F32 | None = None, columns: int = 0
+) -> F32:
+    """Section 4: a new array, every line of every term rounded to fp32. The momentum ``m`` changes in place.
+
+    For terms with a rank, ``w`` is a whole matrix with so many ``columns``, row by row.
+    """
     for term in terms:
-        z = _along(term, m, tensor, offset, len(w))
+        z = _along(term, m, tensor, offset, len(w), columns)
         x = _momentum(m) if term.role == "gather" else w
         for scale in term.scales:
             x = fma32(np.float32(scale), z, x)
@@ -219,9 +241,12 @@ def _momentum(m: F32 | None) -> F32:
     return m
 
 
-def _along(term: Term, m: F32 | None, tensor: int, offset: int, n: int) -> F32:
+def _along(term: Term, m: F32 | None, tensor: int, offset: int, n: int, columns: int) -> F32:
     if term.role == "follow":
         return _momentum(m)
+    if term.rank and columns:
+        shape = n // columns, columns
+        return low_rank(term.distribution, term.seed, tensor, term.draw, term.basis, term.rank, shape).reshape(-1)
     return noise(term.distribution, term.seed, tensor, term.draw, offset, n)
 
 
@@ -294,14 +319,21 @@ def stochastic(w: F32, r: U32, storage: Storage) -> F32:
 
 
 def apply16(
-    w: F32, terms: Sequence[Term], *, storage: Storage, tensor: int, offset: int = 0, m: F32 | None = None
+    w: F32,
+    terms: Sequence[Term],
+    *,
+    storage: Storage,
+    tensor: int,
+    offset: int = 0,
+    m: F32 | None = None,
+    columns: int = 0,
 ) -> NDArray[np.uint16]:
-    """Section 5: the bit patterns of the results; ``w`` holds values of that storage."""
+    """Section 5: the bit patterns of the results; ``w`` holds values of that storage, ``columns`` as for apply."""
     for term in terms:
         if term.role == "gather":
             apply(w, [term], tensor=tensor, offset=offset, m=m)
             continue
-        z = _along(term, m, tensor, offset, len(w))
+        z = _along(term, m, tensor, offset, len(w), columns)
         for i, scale in enumerate(term.scales):
             w = fma32(np.float32(scale), z, nearest(w, storage) if i else w)
         if term.decay != 0:

@@ -48,9 +48,12 @@ struct Term {
   Distribution distribution;
   Rounding rounding;
   Role role;
-  std::uint8_t unused[4];
+  std::uint8_t rank;  // 0: z of a matrix is as that of a vector. Otherwise it has this rank, at most kMaxRank: SPEC.md,
+  std::uint8_t unused[3];  // section 7. Then the role is `shift`, and all terms of a call have the same rank.
+  std::uint64_t basis;     // with a rank: the draw of the columns' factor V; `draw` is that of the rows' factor U
 };
-static_assert(sizeof(Term) == 40);
+static_assert(sizeof(Term) == 48);
+inline constexpr unsigned kMaxRank = 16;
 
 // The layout of the second factor (rows x columns) of onnxruntime's matrix product: blocks of `depth` rows; within a
 // block of `height` rows (the last block may have fewer), panels of 16 columns; within a panel, row after row. The
@@ -74,7 +77,8 @@ struct Segment {
   const Packing* packing = nullptr;    // nullptr: contiguous. Otherwise `offset` is 0, `size` is rows * columns, and
   Storage storage = Storage::float32;  // `storage` is float32
   float* momentum = nullptr;
-};
+  std::uint64_t columns = 0;  // of a contiguous segment that is a whole matrix, for terms with a rank; otherwise 0, and
+};  // their z is as that of rank 0
 
 // Applies all terms, in order, to every segment, in one pass over the memory. Threaded.
 void apply(const Segment* segments, std::size_t segment_count, const Term* terms, std::size_t term_count) noexcept;

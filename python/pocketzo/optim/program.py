@@ -21,7 +21,8 @@ Point: TypeAlias = Mapping[int, float]
 NEAREST, STOCHASTIC, LATER = range(3)  # pocketzo::Rounding
 SHIFT, GATHER, FOLLOW = range(3)  # pocketzo::Role
 
-TERM = struct.Struct("=QQ3ffBBBB4x")  # TERM_DTYPE; assigning the fields of a structured array takes four times as long
+# TERM_DTYPE; assigning the fields of a structured array takes four times as long.
+TERM = struct.Struct("=QQ3ffBBBBB3xQ")
 _MOST_SCALES = 3
 _UNUSED = [(0.0,) * (_MOST_SCALES - count) for count in range(_MOST_SCALES + 1)]
 
@@ -171,11 +172,33 @@ class Program:
                 self._terms.pop()
         self._terms.append(Term(draw, scales, decay, rounding))
 
-    def pack(self, seed: int, *, rademacher: bool) -> bytes:
-        """Return the terms in the binary format of the kernels."""
+    def pack(self, seed: int, *, rademacher: bool, rank: int = 0, period: int = 1) -> bytes:
+        """Return the terms in the binary format of the kernels.
+
+        Parameters
+        ----------
+        seed : int
+        rademacher : bool
+        rank : int
+            Of the directions of matrices; 0 for ordinary ones.
+        period : int
+            So many draws, from a multiple of it on, share the factor V of a direction with a rank.
+        """
         return b"".join(
             [
-                TERM.pack(seed, draw, *scales, *_UNUSED[len(scales)], decay, len(scales), rademacher, rounding, role)
+                TERM.pack(
+                    seed,
+                    draw,
+                    *scales,
+                    *_UNUSED[len(scales)],
+                    decay,
+                    len(scales),
+                    rademacher,
+                    rounding,
+                    role,
+                    rank,
+                    draw // period if rank else 0,
+                )
                 for draw, scales, decay, rounding, role in self._terms
             ]
         )
