@@ -5,6 +5,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,13 @@ def terms(
         yield Term(seed, draw, (scale,), decay if last else 0.0, kind, "stochastic" if last else "later")
 
 
+def with_rank(method: dict[str, Any], term: Term) -> Term:
+    """Give a term of lozo its rank."""
+    if method["method"] != "lozo":
+        return term
+    return replace(term, rank=method["rank"], basis=term.draw // (method["interval"] * method["queries"]))
+
+
 def replay(
     bundle: dict[str, Any],
     data: bytearray,
@@ -122,13 +130,14 @@ def replay(
         order = normal(method["seed"], 0xFFFFFFFE, step, 0, len(trained)).argsort(kind="stable")
         share = method["subset"]["share"] if method["subset"] else 1.0
         for tensor, todo in [trained[i] for i in order[: max(1, round(share * len(trained)))]]:
-            todo.extend(terms(method, tensor, entry[0], entry[1], gains))
+            todo.extend(with_rank(method, term) for term in terms(method, tensor, entry[0], entry[1], gains))
     for tensor, todo in trained:
         w, m = arrays[tensor["name"]].reshape(-1), state.get(f"momentum.{tensor['name']}")
+        of = {"tensor": tensor["id"], "m": m, "columns": math.prod(tensor["shape"][1:]) * (len(tensor["shape"]) > 1)}
         if tensor["dtype"] == "float32":
-            w[...] = apply(w, todo, tensor=tensor["id"], m=m)
+            w[...] = apply(w, todo, **of)
         else:
-            w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], tensor=tensor["id"], m=m)
+            w.view("<u2")[...] = apply16(w.astype("<f4"), todo, storage=tensor["dtype"], **of)
 
 
 def read_activations(path: Path) -> tuple[dict[str, Any], dict[bytes, list[Any]]]:

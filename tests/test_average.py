@@ -17,6 +17,7 @@ METHODS: dict[str, Callable[[pz.Model], pz.Optimizer]] = {
     "decay": lambda m: pz.MeZO(m, lr=0.01, weight_decay=0.1, exact=True),
     "fzoo": lambda m: pz.FZOO(m, lr=0.01, queries=3, schedule=pz.Schedule("linear", 20)),
     "momentum": lambda m: pz.Momentum(m, lr=0.01),
+    "lozo": lambda m: pz.LOZO(m, lr=0.01, interval=3),
     "sign": lambda m: pz.Sign(m, lr=0.01, subset=pz.Block(0.5)),
 }
 STEPS = 20

@@ -120,6 +120,7 @@ def same(fleet: Fleet) -> str:
         ("mezo", {"subset": pz.Block(0.5), "groups": [pz.ParamGroup("classifier", lr=10, eps=3)]}),
         ("fzoo", {"queries": 4, "lr": 1e-3}),
         ("momentum", {}),
+        ("lozo", {"rank": 3, "interval": 2}),
         ("mezo", {"shared_draws": True}),
         ("mezo", {"objective": "accuracy", "eps": 0.05}),
     ],

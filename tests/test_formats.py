@@ -215,7 +215,7 @@ def test_metrics_are_read() -> None:
 
 def test_the_independent_reader_is_short_and_independent() -> None:
     path = Path(independent_reader.__file__)
-    assert len(path.read_text().splitlines()) <= 163
+    assert len(path.read_text().splitlines()) <= 172
     for file in path, path.parent / "vectors" / "reference.py":
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pinned
 import pytest
+from vectors import reference
 
 import pocketzo as pz
 from pocketzo import _core
@@ -52,6 +53,21 @@ METHODS: dict[str, Make] = {
         seed=2**64 - 1,
         weight_decay=0.1,
         groups=[pz.ParamGroup("classifier", lr=3, eps=3), pz.ParamGroup("norm", lr=0)],
+        schedule=pz.Schedule("cosine", steps=50, warmup=3),
+    ),
+    "lozo": lambda m: pz.LOZO(m, lr=0.01, seed=5),
+    "lozo-block": lambda m: pz.LOZO(m, lr=0.02, seed=5, rank=3, interval=7, queries=2, subset=pz.Block(0.5)),
+    "lozo-everything": lambda m: pz.LOZO(
+        m,
+        lr=0.002,
+        eps=3e-3,
+        seed=2**64 - 1,
+        rank=4,
+        interval=3,
+        queries=2,
+        distribution="rademacher",
+        weight_decay=0.1,
+        groups=[pz.ParamGroup("classifier", lr=10, eps=3), pz.ParamGroup("norm", lr=0)],
         schedule=pz.Schedule("cosine", steps=50, warmup=3),
     ),
     "sign": lambda m: pz.Sign(m, lr=0.01, seed=5),
@@ -176,6 +192,49 @@ def test_sign_is_the_sign_of_each_element_of_the_estimate(model: pz.Model) -> No
             model.weights[name] = start[name]
     assert slopes[0] * slopes[2] < 0
     assert pz.Sign(model, lr=lr).step(lambda _: 1.0).coefficients == {0: 0.0}
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
+def test_lozo_moves_by_products_of_factors_of_which_one_stays(model: pz.Model, distribution: Any) -> None:
+    lr, eps, rank = 2.0**-8, 1e-3, 3
+    opt = pz.LOZO(model, lr=lr, eps=eps, seed=11, rank=rank, interval=2, queries=2, distribution=distribution)
+    for step, basis in enumerate((0, 0, 1)):
+        start = dict(model.weights)
+        info = opt.step(loss)
+        slopes = [(info.losses[2 * i] - info.losses[2 * i + 1]) / (2 * eps) for i in range(2)]
+        assert [*info.coefficients] == [2 * step, 2 * step + 1]
+        assert [*info.coefficients.values()] == pytest.approx([lr * slope / 2 for slope in slopes], rel=1e-6)
+        (first, a), (second, b) = info.coefficients.items()
+        size = float(np.float32(eps))
+        for spec in model.bundle.tensors:
+            w = start[spec.name].reshape(-1)
+            columns = w.size // spec.shape[0] if len(spec.shape) > 1 else 0
+            terms = [
+                (first, (size, -2 * size, size)),
+                (second, (size, -2 * size, size)),
+                (first, (-a,)),
+                (second, (-b,)),
+            ]
+            program = [
+                reference.Term(11, draw, scales, distribution=distribution, rank=rank, basis=basis)
+                for draw, scales in terms
+            ]
+            want = reference.apply(w, program, tensor=spec.id, columns=columns).reshape(spec.shape)
+            np.testing.assert_array_equal(model.weights[spec.name], want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 0}, "rank must be in 1 .. 16, got 0"),
+        ({"rank": 17}, "rank must be in 1 .. 16, got 17"),
+        ({"interval": 0}, "interval must be"),
+        ({"candidates": 4}, "candidates are not for lozo: .* Take mezo"),
+    ],
+)
+def test_lozo_refuses(model: pz.Model, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pz.LOZO(model, lr=0.01, **settings)
 
 
 @methods

@@ -121,7 +121,7 @@ def test_the_noise_of_the_run_costs_what_is_said(tiny_bundle: Path, data: pz.Dat
     assert sweep.lr <= sweep.noise
 
 
-@pytest.mark.parametrize(("method", "power"), [("mezo", -1), ("fzoo", 0), ("momentum", 0), ("sign", 0)])
+@pytest.mark.parametrize(("method", "power"), [("mezo", -1), ("fzoo", 0), ("momentum", 0), ("sign", 0), ("lozo", -1)])
 def test_the_rate_follows_the_scale_of_the_loss(tiny_bundle: Path, data: pz.Dataset, method: str, power: int) -> None:
     model = pz.load(tiny_bundle, threads=1)
     rates = [found(METHODS[method](model, eps=1e-2), data, bowl(scale)).lr for scale in (1.0, 1024.0)]

@@ -28,6 +28,7 @@ if _problem is None:
     from pocketzo.optim.block import Block
     from pocketzo.optim.fzoo import FZOO
     from pocketzo.optim.groups import ParamGroup
+    from pocketzo.optim.lozo import LOZO
     from pocketzo.optim.mezo import MeZO
     from pocketzo.optim.momentum import Momentum
     from pocketzo.optim.optimizer import Optimizer, StepInfo
@@ -56,6 +57,7 @@ else:
 
 __all__ = [
     "FZOO",
+    "LOZO",
     "Batch",
     "Block",
     "BrokenPackageError",

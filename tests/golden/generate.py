@@ -67,6 +67,8 @@ CASES = {
     "fzoo": Case(pz.FZOO, {"lr": 2.0**-10}),
     "momentum": Case(pz.Momentum, {"lr": 2.0**-7, "schedule": pz.Schedule("cosine", STEPS), "weight_decay": 0.1}),
     "momentum-block": Case(pz.Momentum, {"lr": 2.0**-7, "momentum": 0.5, "subset": Block(0.5), "queries": 2}),
+    "lozo": Case(pz.LOZO, {"rank": 3, "interval": 2, "queries": 2, "weight_decay": 0.1, "subset": Block(0.7)}),
+    "fp16-lozo": Case(pz.LOZO, {"interval": 4, "distribution": "rademacher", "weight_decay": 0.1}, "bundle-fp16"),
     "fp16-momentum": Case(
         pz.Momentum, {"lr": 2.0**-7, "queries": 3, "distribution": "rademacher", "weight_decay": 0.1}, "bundle-fp16"
     ),

@@ -13,6 +13,7 @@ import click
 from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command, Commands
 from pocketzo.cli.console import note, quoted, say
+from pocketzo.cli.method import interval_option, own_settings, rank_option
 from pocketzo.cli.options import (
     PATH,
     column_options,
@@ -79,6 +80,8 @@ def federate() -> None:
 @click.option("-o", "--output", type=PATH, required=True, metavar="RUN", help="Folder of the run, which must be new.")
 @click.option("--steps", type=int, default=100, help="Length of the run: rounds in which a client answers.")
 @click.option("--method", type=click.Choice(sorted(METHODS)), default="mezo", help="Method.")
+@rank_option
+@interval_option
 @click.option("--lr", type=float, required=True, help="Learning rate.")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation.")
 @click.option("--queries", type=int, default=4, metavar="N", help="Directions that a client evaluates in a round.")
@@ -118,6 +121,9 @@ def federate() -> None:
 def begin(
     bundle: Path,
     output: Path,
+    method: str,
+    rank: int | None,
+    interval: int | None,
     trainable: str | None,
     groups: tuple[ParamGroup, ...],
     block: float | None,
@@ -138,11 +144,13 @@ def begin(
     with Server.begin(
         output,
         Bundle.read(bundle),
+        method=method,
         steps=steps,
         trainable=trainable,
         groups=groups,
         subset=None if block is None else Block(block),
         schedule=Schedule(schedule, steps, warmup),  # type: ignore[arg-type]  # click has checked it
+        **own_settings(method, rank=rank, interval=interval),
         **settings,
     ) as server:
         plan = server.plan

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import click
 import numpy as np
@@ -31,6 +31,7 @@ from pocketzo.cli.console import (
     sweep_text,
 )
 from pocketzo.cli.head import base_of, is_given, refuse_options_of_steps, train_and_say
+from pocketzo.cli.method import interval_option, own_settings, rank_option
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
@@ -104,7 +105,7 @@ from pocketzo.train.verdict import verdict
     default="fzoo",
     help="fzoo: 1 + --queries forward passes per step; mezo: 2 for each of --queries; momentum: as mezo, with steps of "
     "a size that does not depend on the loss, and 4 bytes of memory for each trained parameter; sign: as mezo, by the "
-    "sign of the slope alone.",
+    "sign of the slope alone; lozo: as mezo, along directions of low rank for each matrix, which are cheaper to draw.",
 )
 @click.option(
     "--lr",
@@ -115,6 +116,8 @@ from pocketzo.train.verdict import verdict
     "journal keeps it.",
 )
 @click.option("--momentum", type=float, metavar="SHARE", help="Share of the mean that a step keeps.  [default: 0.9]")
+@rank_option
+@interval_option
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--batch-size", type=int, default=16, help="Examples per step.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
@@ -144,7 +147,7 @@ from pocketzo.train.verdict import verdict
 @click.option(
     "--distribution",
     type=click.Choice(["gaussian", "rademacher"]),
-    help="Distribution of the directions' elements.  [default: rademacher for fzoo, gaussian for the others]",
+    help="Distribution of the directions' elements.  [default: rademacher for fzoo and sign, else gaussian]",
 )
 @click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: 8 for fzoo, else 1]")
 @click.option(
@@ -158,8 +161,8 @@ from pocketzo.train.verdict import verdict
     "--pace",
     type=float,
     metavar="VARIANCE",
-    help="Let a step of mezo or momentum take another --queries directions while the variance of its estimate, in "
-    "units of the usual square of a slope, is above this. A usual step takes 2 / VARIANCE directions: 20 with 0.1.",
+    help="Let a step of mezo, lozo or momentum take another --queries directions while the variance of its estimate, "
+    "in units of the usual square of a slope, is above this. A usual step takes 2 / VARIANCE directions: 20 with 0.1.",
 )
 @click.option("--pace-most", type=int, metavar="N", help="Most directions of a step with --pace.  [default: 64]")
 @click.option(
@@ -251,6 +254,8 @@ def train(
     method: str,
     lr: float | Literal["auto"],
     momentum: float | None,
+    rank: int | None,
+    interval: int | None,
     eps: float,
     batch_size: int,
     seed: int,
@@ -314,8 +319,7 @@ def train(
     if bundle is None or data is None or output is None:
         missing = "BUNDLE" if bundle is None else "--data" if data is None else "-o"
         raise click.UsageError(f"{missing} is missing: a new run needs BUNDLE, --data and -o; an old one --resume")
-    if momentum is not None and method != "momentum":
-        raise click.UsageError(f"--momentum is of --method momentum, not of {method}")
+    own = own_settings(method, momentum=momentum, rank=rank, interval=interval)
     if share is not None and prepack is False:
         raise click.UsageError("--share prepacks what is not trained: leave --no-prepack out")
     if pace_most is not None and pace is None:
@@ -401,7 +405,6 @@ def train(
     activations.fill(model, examples, activation_memory)
     if init is not None:
         load_adapter(model, init)
-    own: dict[str, Any] = {} if momentum is None else {"momentum": momentum}
     optimizer = METHODS[method](
         model,
         lr=lr,

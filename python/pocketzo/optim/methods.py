@@ -9,6 +9,7 @@ from pocketzo.errors import joined_lines
 from pocketzo.optim.block import Block
 from pocketzo.optim.fzoo import FZOO
 from pocketzo.optim.groups import ParamGroup, Tunable
+from pocketzo.optim.lozo import LOZO
 from pocketzo.optim.mezo import MeZO
 from pocketzo.optim.momentum import Momentum
 from pocketzo.optim.optimizer import Optimizer, Subset
@@ -18,6 +19,7 @@ from pocketzo.optim.sign import Sign
 
 METHODS: Mapping[str, type[Optimizer]] = {
     "fzoo": FZOO,
+    "lozo": LOZO,
     "mezo": MeZO,
     "momentum": Momentum,
     "sign": Sign,

@@ -27,7 +27,7 @@ def differences(past: Run, optimizer: Optimizer, loop: Loop) -> list[str]:
     if there["steps"] != here["steps"]:
         implied |= {"schedule", "eval_every"}
     if there["method"] != here["method"]:
-        implied |= {"distribution", "queries", "momentum"}
+        implied |= {"distribution", "queries", "momentum", "rank", "interval"}
     if there["share"] != here["share"]:
         implied |= {"exact"}
     return [
