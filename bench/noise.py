@@ -2,7 +2,8 @@
 
     python bench/noise.py [--mib 1024] [--rounds 5] [--threads 1 2] [--json FILE]
 
-`w += s z` draws z and adds it; the step pass adds two z. The bound is an in-place scale, `w *= s`, which reads,
+`w += s z` draws z and adds it; the step pass adds two z. With low rank, w is a matrix, and z the product of two factors
+of rank 2, as the method lozo has it. The bound is an in-place scale, `w *= s`, which reads,
 multiplies and writes each element once: the fastest of several implementations, for each number of threads. All are
 measured in turn for several rounds, and their medians are compared.
 
@@ -38,6 +39,8 @@ Weights = NDArray[np.float32]
 
 BLOCK = 1 << 16  # elements, 256 KiB: z stays in the second-level cache
 SCALE = 1e-3
+COLUMNS = 2048  # of the matrix that low-rank directions move
+RANK = 2  # the default of lozo
 REST = 0.3  # seconds between libraries: OpenMP threads spin for 0.2 s after their work
 SLOW = 2  # rounds of entries at least ten times slower than the bound
 
@@ -93,6 +96,12 @@ def ours(w: Weights, threads: int) -> list[Entry]:
             known: dict[str, Any] = {"seed": 1, "tensor": 2, "draw": 3, "scale": SCALE, "distribution": distribution}
             entry(isa, f"add {distribution}", partial(pz.kernels.perturb, w, **known))
             entry(isa, f"step {distribution}", partial(pz.kernels.step, w, **known, next_draw=4, next_scale=-SCALE))
+        matrix = _core.Segments([(w.reshape(-1, COLUMNS), 2)])
+        terms = np.zeros(2, _core.TERM)
+        terms["seed"], terms["draw"], terms["count"], terms["rank"] = 1, (3, 4), 1, RANK
+        terms["scale"][:, 0] = SCALE, -SCALE
+        entry(isa, "add low rank", partial(matrix.apply, terms[:1]))
+        entry(isa, "step low rank", partial(matrix.apply, terms))
         if isa != "scalar":
             entry(isa, "scale", partial(segments.apply, decay))
     return entries

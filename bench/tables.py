@@ -31,6 +31,8 @@ WORK = {
     "add rademacher": "w += s z, Rademacher",
     "step gaussian": "two z in one pass, Gaussian",
     "step rademacher": "two z in one pass, Rademacher",
+    "add low rank": "w += s z, rank 2",
+    "step low rank": "two z in one pass, rank 2",
 }
 # Fractions of the in-place scale's speed.
 NOISE_TARGETS = {

@@ -1,5 +1,5 @@
-// Terms with a rank, on matrices. Work is divided into rectangles, for which the factors are regenerated: rank * (64 +
-// 256) elements for 64 x 256 of z, and fewer where neighbouring rectangles or terms share one.
+// Terms with a rank, on matrices. Work is divided into rectangles, for which the factors are regenerated: where these
+// have 16 rows of 1024 columns, rank * 64 elements of U for 16384 of z, and V is kept for the rectangles below.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -12,41 +12,46 @@
 namespace pocketzo {
 namespace {
 
-constexpr std::uint64_t kAcross = kFactorStride, kDown = 64;  // of a rectangle, 64 KiB
-constexpr std::uint64_t kUnitRows = kUnit / kAcross;
-
 // A matrix in memory: in panels of `panel` columns, which are contiguous in the rows of a unit. Packed memory may hold
-// the transpose of the tensor.
+// the transpose of the tensor. A unit is `across` columns of `unit_rows` rows, and worked on `down` rows at a time.
 struct Matrix {
-  std::uint64_t rows, columns, unit_rows, panel;
+  std::uint64_t rows, columns, panel, across, down, unit_rows;
   bool transposed;
 
-  explicit Matrix(const Segment& s) noexcept {
-    if (const Packing* const p = s.packing)
-      *this = {p->rows, p->columns, p->depth, kPanel, p->transposed};
-    else
-      *this = {s.size / s.columns, s.columns, kUnitRows, kAcross, false};
-  }
-
-  std::uint64_t units_across() const noexcept { return (columns + kAcross - 1) / kAcross; }
-
- private:
-  Matrix(std::uint64_t r, std::uint64_t c, std::uint64_t u, std::uint64_t p, bool t) noexcept
-      : rows(r), columns(c), unit_rows(u), panel(p), transposed(t) {}
+  std::uint64_t units_across() const noexcept { return (columns + across - 1) / across; }
 };
 
-// Elements of one of the factors of a term: element (i, k) is at data()[k * kFactorStride + i - first], for i from
-// `first`, a multiple of kBlock, on.
+Matrix matrix_of(const Segment& s) noexcept {
+  constexpr std::uint64_t kSize = 1u << 14;  // of a rectangle, 64 KiB
+  if (const Packing* const p = s.packing)
+    return {p->rows, p->columns, kPanel, 256, kSize / 256, p->depth, p->transposed};
+  // Rows as long as possible: memory is read faster than in short pieces. Conversion to fp32 takes 64 columns anyway.
+  std::uint64_t across = s.storage == Storage::float32 ? 1024 : 256;
+  while (across > kBlock && across / 2 >= s.columns) across /= 2;
+  const std::uint64_t down = std::min<std::uint64_t>(kSize / across, kStrideA);
+  return {s.size / s.columns, s.columns, across, across, down, std::max(4 * down, kBlock), false};
+}
+
+// Elements of one of the factors of a term: element (i, k) is at [k * Stride + i].
+template <std::size_t Stride>
 class Factor {
  public:
   Factor(const KernelSet& set, std::uint32_t tensor, bool is_u, std::uint64_t length) noexcept
       : set_(set), tensor_(tensor), is_u_(is_u), blocks_((length + kBlock - 1) / kBlock) {}
 
-  // Regenerates `count` elements, at most kFactorStride, for each k; those of the last call are kept.
-  const float* of(const Term& term, std::uint64_t first, std::uint64_t count) noexcept {
+  // Regenerates the elements i = from .. from + n - 1 for each k, unless they are there from the last call. Returns the
+  // address of the first one. Their blocks are at most Stride / kBlock.
+  const float* of(const Term& term, std::uint64_t from, std::uint64_t n) noexcept {
+    const std::uint64_t first = from / kBlock * kBlock, count = (from + n - first + kBlock - 1) / kBlock * kBlock;
+    regenerate(term, first, count);
+    return data_ + (from - first);
+  }
+
+ private:
+  void regenerate(const Term& term, std::uint64_t first, std::uint64_t count) noexcept {
     const std::uint64_t draw = is_u_ ? term.draw : term.basis;
     if (first == first_ && count == count_ && draw == draw_ && term.seed == seed_ && term.distribution == distribution_)
-      return data_;
+      return;
     first_ = first;
     count_ = count;
     draw_ = draw;
@@ -54,25 +59,26 @@ class Factor {
     distribution_ = term.distribution;
     const std::uint32_t window = (term.distribution == Distribution::gaussian ? 0x40000000u : 0xC0000000u) + !is_u_;
     const Key key = subkey(term.seed, tensor_, draw, window);
-    const std::size_t here = static_cast<std::size_t>((count + kBlock - 1) / kBlock);
     const float scale = 1.0f / std::sqrt(static_cast<float>(term.rank));
     for (std::uint64_t k = 0; k < term.rank; ++k) {
-      float* const out = data_ + k * kFactorStride;
-      kernel_of(set_, term.distribution, 0)({out, 16, kBlock, k * blocks_ + first / kBlock, 1, here}, key, nullptr);
-      for (std::size_t i = 0; i < here * kBlock && is_u_; ++i) out[i] *= scale;
+      float* const out = data_ + k * Stride;
+      kernel_of(set_, term.distribution, 0)(
+          {out, 16, kBlock, k * blocks_ + first / kBlock, 1, static_cast<std::size_t>(count / kBlock)}, key, nullptr);
+      for (std::size_t i = 0; i < count && is_u_; ++i) out[i] *= scale;
     }
-    return data_;
   }
 
- private:
   const KernelSet& set_;
   std::uint32_t tensor_;
   bool is_u_;
   std::uint64_t blocks_;  // of the elements for one k
   std::uint64_t first_ = 0, count_ = 0, draw_ = 0, seed_ = 0;
   Distribution distribution_{};
-  alignas(64) float data_[kMaxRank * kFactorStride];
+  alignas(64) float data_[kMaxRank * Stride];
 };
+
+using RowFactor = Factor<kStrideA>;
+using ColumnFactor = Factor<kStrideB>;
 
 // What is worked on at a time: rows `top` .. `top + rows` - 1, and columns likewise.
 struct Rectangle {
@@ -81,7 +87,7 @@ struct Rectangle {
 
 // 16-bit weights, in tiles of up to 64 columns that are converted to fp32. A row takes the blocks of its elements, as
 // the random bits for rounding come by the block: one or, if rows do not begin at blocks, two.
-void apply_16bit(const Job& job, const Segment& s, const Rectangle& r, Factor& down, Factor& across) noexcept {
+void apply_16bit(const Job& job, const Segment& s, const Rectangle& r, RowFactor& down, ColumnFactor& across) noexcept {
   constexpr std::uint64_t kTile16 = 1u << 11;
   const KernelSet& set = *job.set;
   const Format16& format = s.storage == Storage::float16 ? set.fp16 : set.bf16;
@@ -129,8 +135,8 @@ void apply_16bit(const Job& job, const Segment& s, const Rectangle& r, Factor& d
     }
 }
 
-void apply_32bit(const Job& job, const Segment& s, const Matrix& m, const Rectangle& r, Factor& down,
-                 Factor& across) noexcept {
+void apply_32bit(const Job& job, const Segment& s, const Matrix& m, const Rectangle& r, RowFactor& down,
+                 ColumnFactor& across) noexcept {
   for (std::size_t t = 0; t < job.term_count; ++t) {
     const Term& term = job.terms[t];
     const float *const a = down.of(term, r.top, r.rows), *const b = across.of(term, r.left, r.columns);
@@ -149,17 +155,18 @@ void apply_32bit(const Job& job, const Segment& s, const Matrix& m, const Rectan
 }  // namespace
 
 std::uint64_t low_rank_units_of(const Segment& s) noexcept {
-  const Matrix m(s);
+  const Matrix m = matrix_of(s);
   return (m.rows + m.unit_rows - 1) / m.unit_rows * m.units_across();
 }
 
 void apply_low_rank(const Job& job, const Segment& s, std::uint64_t unit) noexcept {
-  const Matrix m(s);
+  const Matrix m = matrix_of(s);
   const std::uint64_t top = unit / m.units_across() * m.unit_rows, bottom = std::min(top + m.unit_rows, m.rows);
-  const std::uint64_t left = unit % m.units_across() * kAcross, columns = std::min(kAcross, m.columns - left);
-  Factor down(*job.set, s.tensor, !m.transposed, m.rows), across(*job.set, s.tensor, m.transposed, m.columns);
-  for (std::uint64_t row = top; row < bottom; row += kDown) {
-    const Rectangle r = {row, std::min(kDown, bottom - row), left, columns};
+  const std::uint64_t left = unit % m.units_across() * m.across, columns = std::min(m.across, m.columns - left);
+  RowFactor down(*job.set, s.tensor, !m.transposed, m.rows);
+  ColumnFactor across(*job.set, s.tensor, m.transposed, m.columns);
+  for (std::uint64_t row = top; row < bottom; row += m.down) {
+    const Rectangle r = {row, std::min(m.down, bottom - row), left, columns};
     if (s.storage == Storage::float32)
       apply_32bit(job, s, m, r, down, across);
     else

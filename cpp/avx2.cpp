@@ -310,15 +310,17 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
 template <unsigned Count, unsigned Rank>
 void outer(const Outer& o, const float* scale) noexcept {
   const unsigned rank = Rank != 0 ? Rank : o.rank;
+  const std::ptrdiff_t ahead = outer_ahead(o);
   const Scales<Count> scales(scale);
   for (std::size_t row = 0; row < o.rows; ++row) {
     __m256 a[Rank != 0 ? Rank : kMaxRank];
-    for (unsigned k = 0; k < rank; ++k) a[k] = _mm256_set1_ps(o.a[k * kFactorStride + row]);
+    for (unsigned k = 0; k < rank; ++k) a[k] = _mm256_set1_ps(o.a[k * kStrideA + row]);
     float* const w = o.w + row * o.stride;
     std::size_t i = 0;
     for (; i + 8 <= o.columns; i += 8) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + i + ahead), _MM_HINT_T0);
       __m256 z = _mm256_mul_ps(a[0], _mm256_loadu_ps(o.b + i));
-      for (unsigned k = 1; k < rank; ++k) z = _mm256_fmadd_ps(a[k], _mm256_loadu_ps(o.b + k * kFactorStride + i), z);
+      for (unsigned k = 1; k < rank; ++k) z = _mm256_fmadd_ps(a[k], _mm256_loadu_ps(o.b + k * kStrideB + i), z);
       update(w + i, z, scales);
     }
     outer_rest<Count>(o, scale, row, i);

@@ -36,15 +36,14 @@ struct Across {
 };
 
 // A rectangle of a matrix and the factors of its z. Element (row, column) is at w + row * stride + column; its z is the
-// sum of a[k * kFactorStride + row] * b[k * kFactorStride + column] over k = 0 .. rank - 1, as SPEC.md, section 7,
-// says.
+// sum of a[k * kStrideA + row] * b[k * kStrideB + column] over k = 0 .. rank - 1, as SPEC.md, section 7, says.
 struct Outer {
   float* w;
   std::size_t stride, rows, columns;
   const float *a, *b;
   unsigned rank;
 };
-inline constexpr std::size_t kFactorStride = 256;
+inline constexpr std::size_t kStrideA = 256, kStrideB = 1024 + 16;  // not the same place of each page for every k
 
 // A set's operations on 16-bit weights of one format, over n elements, a multiple of 64. Values are processed in fp32.
 struct Format16 {

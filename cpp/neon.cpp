@@ -419,18 +419,32 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
 template <unsigned Count, unsigned Rank>
 void outer(const Outer& o, const float* scale) noexcept {
   const unsigned rank = Rank != 0 ? Rank : o.rank;
+  const std::ptrdiff_t ahead = outer_ahead(o);
   const Scales<Count> scales(scale);
   for (std::size_t row = 0; row < o.rows; ++row) {
     float32x4_t a[Rank != 0 ? Rank : kMaxRank];
-    for (unsigned k = 0; k < rank; ++k) a[k] = vdupq_n_f32(o.a[k * kFactorStride + row]);
+    for (unsigned k = 0; k < rank; ++k) a[k] = vdupq_n_f32(o.a[k * kStrideA + row]);
     float* const w = o.w + row * o.stride;
     std::size_t i = 0;
     for (; i + 16 <= o.columns; i += 16) {
+#if defined(__GNUC__) || defined(__clang__)
+      __builtin_prefetch(w + i + ahead, 1);
+#endif
       float32x4_t z[4];
       for (unsigned g = 0; g < 4; ++g) z[g] = vmulq_f32(a[0], vld1q_f32(o.b + i + 4 * g));
       for (unsigned k = 1; k < rank; ++k)
-        for (unsigned g = 0; g < 4; ++g) z[g] = vfmaq_f32(z[g], a[k], vld1q_f32(o.b + k * kFactorStride + i + 4 * g));
+        for (unsigned g = 0; g < 4; ++g) z[g] = vfmaq_f32(z[g], a[k], vld1q_f32(o.b + k * kStrideB + i + 4 * g));
       update(w + i, 4, z, scales);
+    }
+    for (; i + 4 <= o.columns; i += 4) {
+      float32x4_t z = vmulq_f32(a[0], vld1q_f32(o.b + i));
+      for (unsigned k = 1; k < rank; ++k) z = vfmaq_f32(z, a[k], vld1q_f32(o.b + k * kStrideB + i));
+      if constexpr (Count != 0) {
+        float32x4_t v = vld1q_f32(w + i);
+        for (unsigned s = 0; s < Count; ++s) v = vfmaq_f32(v, scales.s[s], z);
+        z = v;
+      }
+      vst1q_f32(w + i, z);
     }
     outer_rest<Count>(o, scale, row, i);
   }

@@ -136,8 +136,7 @@ void outer(const Outer& o, const float* scale) noexcept {
   for (std::size_t row = 0; row < o.rows; ++row)
     for (std::size_t column = 0; column < o.columns; ++column) {
       float z = o.a[row] * o.b[column];
-      for (std::size_t k = 1; k < o.rank; ++k)
-        z = std::fma(o.a[k * kFactorStride + row], o.b[k * kFactorStride + column], z);
+      for (std::size_t k = 1; k < o.rank; ++k) z = std::fma(o.a[k * kStrideA + row], o.b[k * kStrideB + column], z);
       float& w = o.w[row * o.stride + column];
       w = apply_scales<Count>(w, z, scale);
     }

@@ -24,14 +24,14 @@ TEST(low_rank_rectangles) {
   // Columns around every unrolling, all ranks that are unrolled and one that is not; the stride leaves memory between.
   constexpr std::size_t kRows = 3, kMost = 70;
   const float scales[] = {1e-3f, -2e-3f, 1.5e-3f};
-  const auto before = weights(kRows * (kMost + 5)), factors = weights(2 * kMaxRank * kFactorStride);
+  const auto before = weights(kRows * (kMost + 5)), factors = weights(kMaxRank * (kStrideA + kStrideB));
   Guarded memory(kRows * (kMost + 5));
   for (std::size_t columns = 1; columns <= kMost; ++columns)
     for (const unsigned rank : {1u, 2u, 3u, 4u, kMaxRank})
       for (unsigned count = 0; count <= 3; ++count) {
         const std::size_t stride = columns + rank % 5, size = (kRows - 1) * stride + columns;
         auto want = before;
-        const float *a = factors.data() + 1, *b = factors.data() + kMaxRank * kFactorStride;
+        const float *a = factors.data() + 1, *b = factors.data() + kMaxRank * kStrideA;
         scalar().outer[count]({want.data(), stride, kRows, columns, a, b, rank}, scales);
         float* got = memory.take(size, count % 2 == 0);
         std::copy_n(before.begin(), size, got);
