@@ -1,12 +1,13 @@
 """A step behind a cut, over a warm cache, against the same step of the whole model.
 
-    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--rounds 5] [--json FILE]
+    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--against BUNDLE] [--rounds 5] [--json FILE]
     python bench/cut.py BUNDLE --dtypes --data FILE [--examples 256]
 
 Each BUNDLE is trained behind its first layers: ``prepare --train lora:layers=20-``, or ``last:2+head``; REGEX narrows
 what is trained, as ``train --trainable``. A step is one of MeZO, with its update. The model that is cut and the whole
 one take turns in one process, over the same batch of random tokens; times are of the CPU, of one thread, so that other
 processes disturb them less, and medians of the rounds. A language model computes logits at one position of each row.
+With --against the whole model is that of another bundle, such as one of the same export that trains all weights.
 
 --dtypes: the loss of examples over caches of each type, against that of the whole model, and the bytes of a token.
 """
@@ -63,33 +64,39 @@ def cut_of(bundle: pz.Bundle, pattern: str | None) -> pz.Cut:
     return pz.plan_cut(bundle, {tensor.name for tensor in select(bundle, pattern)})
 
 
-def compare(text: str, examples: int, tokens: int, rounds: int) -> Report:
-    """Return the seconds of a step, and of a forward pass, of the model that is cut and of the whole one."""
+def compare(text: str, examples: int, tokens: int, rounds: int, against: Path | None) -> Report:
+    """Return the seconds of a step of the model that is cut and of the whole one, which may be another bundle's."""
     path, _, pattern = text.partition("@")
     bundle = pz.Bundle.read(path)
     cut = cut_of(bundle, pattern or None)
-    batch = batch_of(bundle, examples, tokens)
-    models = {"cut": pz.load(bundle, threads=1, cut=cut), "whole": pz.load(bundle, threads=1)}
-    objective = OnBatch(Objective(metric_objective("loss", bundle), task_of(bundle)), batch, 1)
+    other = bundle if against is None else pz.Bundle.read(against)
+    models = {"cut": pz.load(bundle, threads=1, cut=cut), "whole": pz.load(other, threads=1)}
+    batches = {name: batch_of(model.bundle, examples, tokens) for name, model in models.items()}
+    objectives = {
+        name: OnBatch(Objective(metric_objective("loss", one.bundle), task_of(one.bundle)), batches[name], 1)
+        for name, one in models.items()
+    }
     assert models["cut"].halves is not None
-    steps = {name: pz.MeZO(model, lr=LR, eps=EPS, trainable=pattern or None, seed=1) for name, model in models.items()}
+    patterns = {"cut": pattern or None, "whole": pattern or None if against is None else None}
+    steps = {name: pz.MeZO(model, lr=LR, eps=EPS, trainable=patterns[name], seed=1) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with tempfile.TemporaryDirectory() as folder:
         models["cut"].halves.store = ActivationCache(Path(folder), layout_of(cut, "fp32"))
-        losses = {name: model.loss(batch) for name, model in models.items()}
+        losses = {name: model.loss(batches[name]) for name, model in models.items()}
         models["cut"].halves.store.flush()
         models["cut"].halves.release()
         for _ in range(rounds + 1):  # the first is to warm up
             for name, optimizer in steps.items():
                 started = time.process_time()
-                optimizer.step(objective)
+                optimizer.step(objectives[name])
                 seconds[name].append(time.process_time() - started)
     medians = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
     return {
         "bundle": Path(path).name,
         "batch": f"{examples}x{tokens}",
         "saved": cut.saved(examples, tokens),
-        "loss_difference": abs(losses["cut"] - losses["whole"]),
+        "against": None if against is None else against.name,
+        "loss_difference": abs(losses["cut"] - losses["whole"]) if against is None else None,
         "bytes_a_token": cut.nbytes(1),
         "seconds": medians,
         "ratio": medians["cut"] / medians["whole"],
@@ -127,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE[@REGEX]")
     parser.add_argument("--batches", nargs="+", default=["16x32"], metavar="EXAMPLESxTOKENS")
+    parser.add_argument("--against", type=Path, metavar="BUNDLE", help="whose whole step is the one to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", action="store_true", help="compare types of cached numbers")
     parser.add_argument("--data", type=Path, help="examples, for --dtypes")
@@ -142,12 +150,12 @@ def main() -> None:
         for text in arguments.bundles:
             for batch in arguments.batches:
                 examples, tokens = map(int, batch.split("x"))
-                row = compare(text, examples, tokens, arguments.rounds)
+                row = compare(text, examples, tokens, arguments.rounds, arguments.against)
                 report["rows"].append(row)
-                seconds = row["seconds"]
+                seconds, off = row["seconds"], row["loss_difference"]
                 print(
                     f"| {row['bundle']} | {examples} x {tokens} | {row['saved']:.0%} | {seconds['whole']:.3f} | "
-                    f"{seconds['cut']:.3f} | {row['ratio']:.2f} | {row['loss_difference']:.1g} |",
+                    f"{seconds['cut']:.4f} | {row['ratio']:.3f} | {'' if off is None else f'{off:.1g}'} |",
                     flush=True,
                 )
     if arguments.json is not None:

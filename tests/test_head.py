@@ -255,7 +255,7 @@ def test_numbers_and_sets_of_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "choice"}, "learns one of the tasks"),
+        ({"task": "choice"}, "is for the tasks"),
         ({"task": "prompt"}, "a template belongs to the task 'prompt'"),
         ({"template": "{text} is {mask}"}, "leave {mask} out"),
         ({"task": "regression", "labels": ["a", "b"]}, "the task 'regression' has none"),

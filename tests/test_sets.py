@@ -21,6 +21,7 @@ from pocketzo.formats.safetensors import file_sha256
 pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
 
 CHOSEN = ["norm", "bias", "last:1", "head", "lora:r=2,layers=1,train=B+norm"]
+PARALLEL = "parallel-adapter:4"
 FOREIGN = {"merged gpt2": "optimum's merged decoder", "genai": "onnxruntime-genai's model builder"}
 STEPS = 9
 
@@ -102,12 +103,13 @@ pz.Trainer(model, optimizer, data, run=run, steps=steps, batch_size=4, snapshot_
     ("name", "train"),
     [
         *(("gpt2" if train == "bias" else "llama, int4", train) for train in (*ADDED, "prefix:3", *CHOSEN)),
-        *(("bert", train) for train in (*ADDED, *CHOSEN)),
+        *(("bert", train) for train in (*ADDED, *CHOSEN, PARALLEL)),
     ],
 )
 def test_a_killed_run_of_a_set_goes_on_to_the_same_bits(name: str, train: str, tmp_path: Path) -> None:
     if name == "bert":
-        bundle = pz.prepare(MODELS / "bert-new.onnx", tmp_path / "base", train=train)
+        options: Any = {"labels": ["a", "b", "c"]} if train == PARALLEL else {}
+        bundle = pz.prepare(MODELS / "bert-new.onnx", tmp_path / "base", train=train, **options)
     else:
         path = DECODERS[name](tmp_path / "m.onnx")
         bundle = pz.prepare(path, tmp_path / "base", task="causal-lm", train=train)

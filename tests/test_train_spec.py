@@ -50,6 +50,8 @@ def test_parts_are_joined_by_plus(spec: str, texts: list[str]) -> None:
         ("last", "'last': expected an integer from 1 .*, got ''"),
         ("prefix:five", "'prefix:five': expected an integer"),
         ("adapter:-1", "'adapter:-1': expected an integer"),
+        ("parallel-adapter", "'parallel-adapter': expected an integer from 1 .*, got ''"),
+        ("parallel-adapter:4+norm", "'parallel-adapter:4' is trained alone, beside a frozen model"),
         ("lora:rank=8", "'rank=8' of lora: expected r=, alpha=, targets=, layers=, train="),
         ("lora:", "'' of lora: expected r="),
         ("lora:r=8,r=4", "'r=4' of lora: r is given twice"),

@@ -38,7 +38,8 @@ def merge(run: Path, output: Path, step: int | None, best: bool, base: Path | No
     float16 again. The package onnx is not needed.
 
     Refused, by name: a quantised weight (prepare a float32 or float16 export, or keep the adapter beside the model, as
-    `pocketzo replay` does), a weight that is read elsewhere, too, such as a tied embedding, prefix:N and adapter:R.
+    `pocketzo replay` does), a weight that is read elsewhere, too, such as a tied embedding, prefix:N, adapter:R and
+    parallel-adapter:R.
 
     \b
     Examples:

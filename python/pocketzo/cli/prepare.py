@@ -51,7 +51,9 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str | None) -
     "lora:r=8,alpha=16,targets=REGEX,layers=20-,train=B, which `pocketzo train --init` may begin from an adapter of "
     "PEFT; adapter:R, a bottleneck of R units a layer; ia3, factors; prefix:N, keys and values before those of a "
     "decoder's text. A + inside a REGEX needs brackets or a backslash. Alone: side-head, which reads the outputs of "
-    "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads.  "
+    "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads. Or "
+    "parallel-adapter:R, a network beside the last layers, of a block of R units a layer; its steps need no forward pass "
+    "of the model once --cache has its states.  "
     "[default: side-head for --task classification, multi-label and regression, and for prompt without --label-words; "
     "else all]",
 )

@@ -155,7 +155,7 @@ from pocketzo.train.verdict import verdict
     type=click.Choice(get_args(Share)),
     help="Evaluate all directions of a step in one forward pass. batch: each on the whole batch, which is repeated; "
     "split: each on its own share of the batch, so that --queries take no more work than one. For what lora, ia3, "
-    "adapter:R and prefix:N of --train add.  [default: one direction after the other]",
+    "adapter:R, prefix:N and parallel-adapter:R of --train add.  [default: one direction after the other]",
 )
 @click.option(
     "--pace",

@@ -9,8 +9,8 @@ from typing import Any, Final, Literal
 
 from pocketzo.formats.fields import Fields
 
-Kind = Literal["lora", "ia3", "adapter", "prefix"]
-KINDS: Final = ("lora", "ia3", "adapter", "prefix")
+Kind = Literal["lora", "ia3", "adapter", "prefix", "parallel-adapter"]
+KINDS: Final = ("lora", "ia3", "adapter", "prefix", "parallel-adapter")
 ROLES: Final = ("query", "key", "value")
 _NAMES: Final = re.compile(r"^prefix\.|\.(lora_[AB]|ia3|adapter\.(down|up)\.(weight|bias))$")
 
@@ -56,7 +56,7 @@ class AddedSpec:
 
     Attributes
     ----------
-    kind : {"lora", "ia3", "adapter", "prefix"}
+    kind : {"lora", "ia3", "adapter", "prefix", "parallel-adapter"}
     part : str
         The part of ``--train``.
     tensors : tuple of str
@@ -64,7 +64,7 @@ class AddedSpec:
     alpha : float or None
         LoRA adds (alpha / r) x A B.
     place : Place or None
-        None for ``adapter`` and ``prefix``.
+        None for the last three.
     """
 
     kind: Kind

@@ -58,17 +58,16 @@ def add_side_head(
         The graph has no mask.
     """
     graph = model.graph
-    inputs = {str(value.name): value for value in graph.inputs}
-    _free_names(graph)
+    free_names(graph)
     build = Builder(graph, "pocketzo.side.")
-    hidden = {tap: _normalised(build, tap) for tap in taps}
-    offset, last = _masks(build, inputs)
+    hidden = {tap: normalised(build, tap) for tap in taps}
+    offset, last = _masks(build)
     width = columns or 2
     # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
     total = build.parameter(BIAS, np.zeros((1, width), np.float32))
     found = []
-    for tap, (value, size) in hidden.items():
-        value.name = tap_name(tap.layer)
+    for tap, value in hidden.items():
+        size, value.name = tap.size, tap_name(tap.layer)
         query = build.parameter(query_name(tap.layer), np.zeros((size, queries_of(width)), np.float32))
         weight = build.parameter(weight_name(tap.layer), np.zeros((size, width), np.float32))
         scores = build.op("Mul", build.op("MatMul", value, query), build.constant(size**-0.5))
@@ -80,35 +79,52 @@ def add_side_head(
         pooled = build.op("ReduceSum", by_token, build.constant([1]), keepdims=0)
         total = build.op("Add", total, pooled, name=sum_name(tap.layer))
         found.append(SideTap(tap.layer, size))
-    logits = build.op("Identity", total, name=LOGITS)
+    return replace_scores(model, build, total, columns or "classes", kind), tuple(found)
+
+
+def replace_scores(model: ir.Model, build: Builder, scores: ir.Value, columns: int | str, kind: str) -> Loss:
+    """Make scores what a graph computes, as ``logits``, and add their loss; remove what they do not need."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    logits = build.op("Identity", scores, name=LOGITS)
     rows = shape_of(inputs[TOKENS]) or ["batch"]
-    build.output(logits, ir.DataType.FLOAT, [rows[0], columns or "classes"])
+    build.output(logits, ir.DataType.FLOAT, [rows[0], columns])
     keep_only(model, [logits], inputs.keys() - {"positions", "targets", *RESERVED})
-    return add_loss(model, kind), tuple(found)
+    return add_loss(model, kind)
 
 
-def _normalised(build: Builder, tap: Tap) -> tuple[ir.Value, int]:
-    """Return a tap in float32, divided by its root mean square unless the graph normalises it, and its size."""
+def normalised(build: Builder, tap: Tap) -> ir.Value:
+    """Return a tap in float32, divided by its root mean square unless the graph normalises it."""
     value = build.op("Cast", tap.value, to=ir.DataType.FLOAT)
-    size = tap.size
     if not tap.normalised:
         squares = build.op("ReduceSum", build.op("Mul", value, value), build.constant([-1]), keepdims=1)
-        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / size)), build.constant(_EPSILON))
+        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / tap.size)), build.constant(_EPSILON))
         value = build.op("Div", value, build.op("Sqrt", mean))
-    return value, size
+    return value
 
 
-def _masks(build: Builder, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:
-    """Return what is added to the attention of each token, which padding gets none of, and 1 for the last token.
+def real_tokens(build: Builder) -> ir.Value:
+    """Return 1 for tokens, and 0 for padding, float32 [batch, sequence].
 
-    Both are [batch, sequence, 1].
+    Raises
+    ------
+    BundleError
+        The graph has no mask.
     """
-    if MASK not in inputs or len(shape_of(inputs[MASK]) or ()) != 2:
+    mask = next((value for value in build.graph.inputs if value.name == MASK), None)
+    if mask is None or len(shape_of(mask) or ()) != 2:
         raise BundleError(
             f"a side head needs an input {MASK!r} [batch, sequence], as it pools over the tokens that are no padding: "
             "export the model with it"
         )
-    real = build.op("Cast", inputs[MASK], to=ir.DataType.FLOAT)
+    return build.op("Cast", mask, to=ir.DataType.FLOAT)
+
+
+def _masks(build: Builder) -> tuple[ir.Value, ir.Value]:
+    """Return what is added to the attention of each token, which padding gets none of, and 1 for the last token.
+
+    Both are [batch, sequence, 1].
+    """
+    real = real_tokens(build)
     offset = build.op("Mul", build.op("Sub", real, build.constant(1.0)), build.constant(_FAR))
     one = build.constant([1])
     padded = build.op("Pad", real, build.constant([0, 0, 0, 1]))
@@ -118,7 +134,7 @@ def _masks(build: Builder, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Va
     return build.op("Unsqueeze", offset, axis), build.op("Unsqueeze", last, axis)
 
 
-def _free_names(graph: ir.Graph) -> None:
+def free_names(graph: ir.Graph) -> None:
     """Rename the values that have the names of inputs and outputs to come."""
     reserved = {LOGITS, *RESERVED}
     taken = value_names(graph) | reserved

@@ -27,7 +27,7 @@ from pocketzo.prepare.options import (
     checked_names,
 )
 from pocketzo.tasks.registry import loss_text, task_for
-from pocketzo.trainable.spec import Choice, Prefix, parse
+from pocketzo.trainable.spec import Choice, ParallelAdapter, Prefix, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +109,9 @@ def prepare(
         What is trained. ``"side-head"``: the model is frozen, and a small head reads the outputs of its last layers,
         which :func:`pocketzo.train_head` fits in seconds; it has the options `task`, `template`, `tokenizer`, `labels`,
         `max_length`, `dtype` and `probe`. That is the default of the tasks ``"classification"``, ``"multi-label"`` and
-        ``"regression"``, and of ``"prompt"`` without `label_words`. Else the default is ``"all"``. Or sets, joined by
+        ``"regression"``, and of ``"prompt"`` without `label_words`. ``"parallel-adapter:R"``, of the same tasks and
+        options, is a network beside the last layers that is trained in steps: one block of R units a layer, which reads
+        the layer's output and the block before. It needs `labels`. Else the default is ``"all"``. Or sets, joined by
         ``+``. The others of the model's tensors are counted in :attr:`Bundle.frozen`, with the reason. Those that
         choose among its weights are
 
@@ -191,15 +193,13 @@ def prepare(
     """
     if train is None:
         train = SIDE_HEAD if task in HEAD_ONLY or (task == "prompt" and label_words is None) else "all"
-    if train == SIDE_HEAD:
+    if train == SIDE_HEAD or isinstance(parse(train)[0], ParallelAdapter):
         from pocketzo.prepare.head import prepare_head
 
         refused: dict[str, object] = {"base": base, "share_base": share_base, "loss": loss, "label_words": label_words}
         refused |= {"calibrate": calibrate, "per": None if per == PER[0] else per}
         if name := next((name for name, value in refused.items() if value is not None), None):
-            raise ValueError(
-                f"{name} is not an option of train={SIDE_HEAD!r}: its backbone is frozen, its loss the task's"
-            )
+            raise ValueError(f"{name} is not an option of train={train!r}: its backbone is frozen, its loss the task's")
         return prepare_head(
             model,
             out,
@@ -208,6 +208,7 @@ def prepare(
             tokenizer=tokenizer,
             labels=labels,
             max_length=max_length,
+            train=train,
             dtype=dtype,
             probe=probe,
             note=note,

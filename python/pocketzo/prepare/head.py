@@ -1,9 +1,10 @@
-"""Prepare a model with a side head: a frozen backbone, and a small head that reads the outputs of its last layers."""
+"""Prepare a frozen model with what reads the outputs of its last layers: a side head, or a parallel adapter."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -11,7 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.bundle import MODEL, TOKENIZER, WEIGHTS, Bundle, Files, TaskSpec, TensorSpec, files_of
+from pocketzo.formats.bundle import (
+    ADAPTER,
+    MODEL,
+    TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    Files,
+    TaskSpec,
+    TensorSpec,
+    files_of,
+    tensor_ids,
+)
 from pocketzo.formats.bundle_writer import staged_bundle
 from pocketzo.formats.companions import Companions
 from pocketzo.formats.files import copy_file, write_file
@@ -25,6 +37,7 @@ from pocketzo.prepare.convert import prepare
 from pocketzo.prepare.options import SIDE_HEAD, checked_names
 from pocketzo.tasks.registry import loss_text, task_for
 from pocketzo.tasks.template import Template
+from pocketzo.trainable.spec import ParallelAdapter, parse
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,6 +45,7 @@ if TYPE_CHECKING:
 
     from pocketzo.graph.loss import Loss
     from pocketzo.graph.taps import Tap
+    from pocketzo.trainable.editor import Added
 
 HEAD_TASKS: Final[Mapping[str, str]] = {
     "classification": "cross-entropy",
@@ -39,7 +53,7 @@ HEAD_TASKS: Final[Mapping[str, str]] = {
     "regression": "mse",
     "prompt": "cross-entropy",
 }
-"""The tasks that a side head learns, and the loss of each."""
+"""The tasks that a side head or a parallel adapter learns, and the loss of each."""
 
 
 def prepare_head(
@@ -51,16 +65,17 @@ def prepare_head(
     tokenizer: str | os.PathLike[str] | None = None,
     labels: Sequence[str] | None = None,
     max_length: int | None = None,
+    train: str = SIDE_HEAD,
     dtype: Literal["float32", "float16"] | None = None,
     probe: str | os.PathLike[str] | Mapping[str, NDArray[Any]] | None = None,
     note: Callable[[str], None] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
-    """Turn a transformer into a bundle whose side head is trained.
+    """Turn a transformer into a bundle whose side head or parallel adapter is trained.
 
     The graph computes scores from the outputs of the layers of its last half, which are found by its structure. What it
-    computed from the last layer is removed. All its weights are frozen; the head's are zero, and are the trainable set
-    ``side-head``.
+    computed from the last layer is removed. All its weights are frozen. A side head's weights are zero, and are the
+    trainable set ``side-head``; see :mod:`pocketzo.trainable.parallel` for the other.
 
     Parameters
     ----------
@@ -76,7 +91,10 @@ def prepare_head(
     tokenizer : path-like, optional
         The model's ``tokenizer.json``; by default that beside the model.
     labels : sequence of str, optional
-        The names of the classes. By default they are those of the training data; ``"multi-label"`` needs them.
+        The names of the classes. By default a side head's are those of the training data; ``"multi-label"`` and
+        parallel adapters need them.
+    train : str
+        ``"side-head"`` or ``"parallel-adapter:R"``.
     max_length, dtype, probe, note, overwrite
         See :func:`prepare`.
 
@@ -92,7 +110,10 @@ def prepare_head(
     if not source.is_file():
         raise BundleError(f"{source}: no such file")
     names = checked_names("labels", labels)
-    task = _checked(task, template, names)
+    part = None if train == SIDE_HEAD else parse(train)[0]
+    if part is not None and not isinstance(part, ParallelAdapter):
+        raise ValueError(f"train must be {SIDE_HEAD!r} or 'parallel-adapter:R', got {train!r}")
+    task = _checked(task, template, names, train)
     if tokenizer is None:
         tokenizer = Companions.of(source).tokenizer
     out = Path(out)
@@ -108,27 +129,32 @@ def prepare_head(
             **({"task": "causal-lm"} if decoder else {"loss": "none"}),  # type: ignore[arg-type]
         )
         try:
-            _Head(whole, task, template, names).write(folder, note)
+            beside = (
+                _Head(whole, task, template, names) if part is None else _Adapter(whole, task, template, names, part)
+            )
+            beside.write(folder, note)
         except BundleError as error:
             raise BundleError(f"{source}: {error}") from None
     return Bundle.read(out)
 
 
-def _checked(task: str | None, template: str | None, labels: Sequence[str] | None) -> str:
+def _checked(task: str | None, template: str | None, labels: Sequence[str] | None, train: str) -> str:
     if task is None:
         task = "classification" if template is None else "prompt"
     if task not in HEAD_TASKS:
-        raise ValueError(f"a side head learns one of the tasks {', '.join(HEAD_TASKS)}, got {task!r}")
+        raise ValueError(f"train={train!r} is for the tasks {', '.join(HEAD_TASKS)}, got {task!r}")
     if (template is not None) != (task == "prompt"):
         raise ValueError(f"a template belongs to the task 'prompt', which needs one; the task is {task!r}")
     if template is not None and "mask" in Template(template).places:
-        raise ValueError("a side head reads all tokens of a prompt: leave {mask} out of the template")
+        raise ValueError(f"train={train!r} reads all tokens of a prompt: leave {{mask}} out of the template")
     if task == "regression" and labels is not None:
         raise ValueError("labels are for classes, and the task 'regression' has none")
     if labels is not None and len(labels) < 2:
         raise ValueError(f"labels must be two or more, got {list(labels)!r}")
     if task == "multi-label" and labels is None:
         raise ValueError("the task 'multi-label' needs labels: their names, in the order of the scores")
+    if train != SIDE_HEAD and task != "regression" and labels is None:
+        raise ValueError(f"train={train!r} needs labels, the names of the classes: there is a score for each")
     return task
 
 
@@ -142,8 +168,11 @@ def _is_decoder(source: Path) -> bool:
         raise BundleError(f"{source}: {error}") from None
 
 
-class _Head:
-    """Puts a side head into a bundle."""
+class _Beside(ABC):
+    """Puts what reads the outputs of layers into a bundle."""
+
+    _trained: str
+    """The set that is trained."""
 
     def __init__(self, whole: Bundle, task: str, template: str | None, labels: tuple[str, ...] | None) -> None:
         self._whole = whole
@@ -151,20 +180,25 @@ class _Head:
         self._template = template
         self._labels = labels
 
+    @abstractmethod
+    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
+        """Add it to the graph, which has so many layers, and return the fields of the bundle that describe it."""
+
+    @abstractmethod
+    def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
+        """Write the model's weights that are kept, and those that are added; return the names of the latter."""
+
     def write(self, folder: Path, note: Callable[[str], None] | None) -> None:
-        """Write the bundle with the head."""
+        """Write the bundle."""
         import onnx_ir as ir
 
         from pocketzo.graph.read import describe
-        from pocketzo.graph.side import add_side_head
         from pocketzo.graph.taps import find_taps
 
         model = ir.load(self._whole.model_path)
         layers = find_taps(model.graph, self._probe["input_ids"].shape, lambda values: self._shapes(model, values))
         taps = layers[max(len(layers) // 2, 1) - 1 :]
-        causal = self._is_causal(model, taps)
-        columns = 1 if self._task == "regression" else None if self._labels is None else len(self._labels)
-        loss, described = add_side_head(model, taps, columns, HEAD_TASKS[self._task], causal=causal)
+        loss, fields = self._add(model, taps, len(layers))
         files = self._write_files(model, folder)
         inputs, outputs = (tuple(map(describe, values)) for values in (model.graph.inputs, model.graph.outputs))
         batch = self._probe | {"labels": np.zeros(1, np.int64)}
@@ -190,12 +224,17 @@ class _Head:
             task=self._spec(loss, inputs, outputs),
             probe=batch,
             generation=None,
-            side=SideHead(described, len(layers), causal),
+            **fields,
         )
         bundle.write_description()
         if note is not None:
-            note(f"side head: it reads the layers {taps[0].layer} to {taps[-1].layer} of {len(layers)}")
+            note(f"{self._trained}: it reads the layers {taps[0].layer} to {taps[-1].layer} of {len(layers)}")
             note(f"loss: {loss_text(bundle)}")
+
+    @property
+    def _columns(self) -> int | None:
+        """How many scores an example has; None if the training data says so."""
+        return 1 if self._task == "regression" else None if self._labels is None else len(self._labels)
 
     @property
     def _probe(self) -> Probe:
@@ -228,40 +267,22 @@ class _Head:
         found = self._run(model, values, self._probe)
         return [array.shape if array.dtype.kind == "f" else () for array in found]
 
-    def _is_causal(self, model: ir.Model, taps: Sequence[Tap]) -> bool:
-        """Return whether no token depends on those after it: whether another last one changes the states before it."""
-        feed = self._probe
-        if "attention_mask" in feed:  # a token behind the mask changes nothing
-            feed["attention_mask"] = np.ones_like(feed["attention_mask"])
-        ids = feed["input_ids"].copy()
-        ids[:, -1] = np.where(ids[:, -1] == ids[:, 0], ids[:, -1] + (1 if ids.max() == 0 else -1), ids[:, 0])
-        values = [taps[-1].value]
-        before, after = (self._run(model, values, given)[0] for given in (feed, feed | {"input_ids": ids}))
-        if not np.isfinite(before).all():
-            raise BundleError(f"the output of layer {taps[-1].layer} is not finite on a probing batch")
-        far = np.abs(before[:, :-1] - after[:, :-1]).max()
-        return bool(far <= 1e-4 * np.abs(before).max())
-
     def _write_files(self, model: ir.Model, folder: Path) -> Files:
-        """Write the weights that the graph still reads, those of the head, and the graph that points to them."""
-        from pocketzo.graph.extract import point_to_weights
+        """Write the weights that the graph reads, and the graph that points to them."""
         from pocketzo.graph.read import to_bytes
 
         initializers = model.graph.initializers
         arrays = {name: array for name, array in map_tensors(self._whole.weights_path).items() if name in initializers}
-        added = {name: value.const_value for name, value in initializers.items() if name.startswith("side.")}
-        new = {name: tensor.numpy() for name, tensor in added.items() if tensor is not None}
-        write(folder / WEIGHTS, [*arrays.items(), *new.items()])
-        point_to_weights(model, WEIGHTS, read_header(folder / WEIGHTS))
+        sets = self._write_weights(model, folder, arrays)
         write_file(folder / MODEL, to_bytes(model))
-        return files_of(folder, dict.fromkeys(new, (SIDE_HEAD,)))
+        return files_of(folder, dict.fromkeys(sets, (self._trained,)))
 
     def _frozen(self, model: ir.Model, tensors: Sequence[TensorSpec]) -> tuple[FrozenSpec, ...]:
         """Return what is not trained: what was not, and the weights that could be."""
         names = {*model.graph.initializers}
         known = [spec for spec in self._whole.frozen if spec.name in names]
         could = {spec.name for spec in self._whole.tensors if spec.trainable}
-        reason = "request: the head alone is trained"
+        reason = f"request: {self._trained} alone is trained"
         return *known, *(
             FrozenSpec(spec.name, spec.dtype, int(np.prod(spec.shape)), reason)
             for spec in tensors
@@ -280,3 +301,73 @@ class _Head:
             "loss": loss.kind,
         }
         return TaskSpec("prompt", settings if self._labels is None else {"labels": list(self._labels), **settings})
+
+
+class _Head(_Beside):
+    """A side head, in the file of all weights."""
+
+    _trained = SIDE_HEAD
+
+    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
+        from pocketzo.graph.side import add_side_head
+
+        causal = self._is_causal(model, taps)
+        loss, described = add_side_head(model, taps, self._columns, HEAD_TASKS[self._task], causal=causal)
+        return loss, {"side": SideHead(described, layers, causal)}
+
+    def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
+        from pocketzo.graph.extract import point_to_weights
+
+        added = {
+            name: value.const_value for name, value in model.graph.initializers.items() if name.startswith("side.")
+        }
+        new = {name: tensor.numpy() for name, tensor in added.items() if tensor is not None}
+        write(folder / WEIGHTS, [*kept.items(), *new.items()])
+        point_to_weights(model, WEIGHTS, read_header(folder / WEIGHTS))
+        return new
+
+    def _is_causal(self, model: ir.Model, taps: Sequence[Tap]) -> bool:
+        """Return whether no token depends on those after it: whether another last one changes the states before it."""
+        feed = self._probe
+        if "attention_mask" in feed:  # a token behind the mask changes nothing
+            feed["attention_mask"] = np.ones_like(feed["attention_mask"])
+        ids = feed["input_ids"].copy()
+        ids[:, -1] = np.where(ids[:, -1] == ids[:, 0], ids[:, -1] + (1 if ids.max() == 0 else -1), ids[:, 0])
+        values = [taps[-1].value]
+        before, after = (self._run(model, values, given)[0] for given in (feed, feed | {"input_ids": ids}))
+        if not np.isfinite(before).all():
+            raise BundleError(f"the output of layer {taps[-1].layer} is not finite on a probing batch")
+        far = np.abs(before[:, :-1] - after[:, :-1]).max()
+        return bool(far <= 1e-4 * np.abs(before).max())
+
+
+class _Adapter(_Beside):
+    """A parallel adapter, in a file of its own, as of all sets that are added."""
+
+    def __init__(
+        self, whole: Bundle, task: str, template: str | None, labels: tuple[str, ...] | None, part: ParallelAdapter
+    ) -> None:
+        super().__init__(whole, task, template, labels)
+        self._trained = part.text
+        self._units = part.units
+        self._added: list[Added] = []
+
+    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
+        from pocketzo.trainable.parallel import add_parallel
+
+        assert self._columns is not None, "checked before"
+        loss, self._added, described = add_parallel(
+            model, taps, self._units, self._columns, HEAD_TASKS[self._task], self._trained
+        )
+        return loss, {"added": (described,)}
+
+    def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
+        from pocketzo.graph.extract import point_to_weights
+
+        new = {one.name: one for one in self._added}
+        ids = tensor_ids([*kept, *new])
+        write(folder / WEIGHTS, kept.items())
+        write(folder / ADAPTER, ((name, one.initial(ids[name])) for name, one in new.items()))
+        for name in (WEIGHTS, ADAPTER):
+            point_to_weights(model, name, read_header(folder / name))
+        return new

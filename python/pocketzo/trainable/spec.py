@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -11,9 +11,11 @@ from pocketzo.arguments import compile_pattern
 from pocketzo.errors import BundleError
 
 OPTION: Final = "train"
-SETS: Final = "all, head, bias, norm, last:K, lora, prefix:N, adapter:R, ia3, or a regular expression of names"
+SETS: Final = (
+    "all, head, bias, norm, last:K, lora, prefix:N, adapter:R, ia3, alone parallel-adapter:R, or a regular expression "
+    "of names"
+)
 _MOST: Final = 1 << 20
-_COUNTED: Final = ("last", "prefix", "adapter")
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,29 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class ParallelAdapter:
+    """A network of blocks of so many units beside the layers, alone; see :mod:`pocketzo.trainable.parallel`."""
+
+    text: str
+    units: int
+
+
+@dataclass(frozen=True)
 class Ia3:
     """A factor for each key, value and inner activation."""
 
     text: str
 
 
-Part: TypeAlias = Choice | Lora | Prefix | Adapter | Ia3
+Part: TypeAlias = Choice | Lora | Prefix | Adapter | ParallelAdapter | Ia3
+
+_COUNTED: Final[Mapping[str, Callable[[str, int], Part]]] = {
+    "last": lambda text, count: Choice(text, "last", layers=count),
+    "prefix": Prefix,
+    "adapter": Adapter,
+    "parallel-adapter": ParallelAdapter,
+}
+"""Words that a number follows."""
 
 
 def parse(spec: object) -> tuple[Part, ...]:
@@ -110,7 +128,13 @@ def parse(spec: object) -> tuple[Part, ...]:
         raise ValueError(f"{OPTION}={spec!r} has an empty part: expected {SETS}, joined by +")
     if len(set(texts)) < len(texts):
         raise ValueError(f"{OPTION}={spec!r} names a part twice")
-    return tuple(map(_part, texts))
+    parts = tuple(map(_part, texts))
+    alone = next((part for part in parts if isinstance(part, ParallelAdapter)), None)
+    if alone is not None and len(parts) > 1:
+        raise ValueError(
+            f"{OPTION}={spec!r}: {alone.text!r} is trained alone, beside a frozen model: leave the others out"
+        )
+    return parts
 
 
 def _split(spec: str) -> list[str]:
@@ -133,10 +157,7 @@ def _part(text: str) -> Part:
     if text in ("all", "head", "bias", "norm"):
         return Choice(text, text)
     if word in _COUNTED:
-        number = _integer(text, rest)
-        if word == "last":
-            return Choice(text, word, layers=number)
-        return Prefix(text, number) if word == "prefix" else Adapter(text, number)
+        return _COUNTED[word](text, _integer(text, rest))
     if word == "lora":
         return Lora(text, **(_lora_options(rest) if colon else {}))
     if text == "ia3":
