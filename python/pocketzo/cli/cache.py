@@ -31,11 +31,14 @@ class RunCache:
         ``--cache``.
     dtype : {"fp32", "fp16", "int8"} or None
     limit : int or None
+    saved : float
+        The share of a forward pass that is not run again, in multiply-adds, after :meth:`plan`.
     """
 
     where: str
     dtype: Dtype | None
     limit: int | None
+    saved: float = field(default=0.0, init=False)
     _opened: tuple[Path, Layout] | None = field(default=None, init=False)
 
     def plan(
@@ -96,6 +99,7 @@ class RunCache:
             f"{size_text(planned.nbytes)} in {planned.folder}"
         )
         self._opened = planned.folder, planned.layout
+        self.saved = planned.saved
         return planned.cut
 
     def as_before(self, past: Run, bundle: Bundle) -> Cut | None:

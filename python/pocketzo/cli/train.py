@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
+from pocketzo.cli.baselines import Choice, columns_of, heads_of, measure_or_note, say_heads
 from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import (
@@ -234,6 +235,14 @@ from pocketzo.train.verdict import verdict
     metavar="SIZE",
     help="Bytes of the whole cache, such as 2G. What was not used for the longest time is removed.  [default: 4G]",
 )
+@click.option(
+    "--baselines",
+    type=click.Choice(get_args(Choice)),
+    default="auto",
+    help="Measure a linear probe and a side head of the model before training, to compare the run with: one forward "
+    "pass of each evaluation example, and of 1,024 training examples at most. auto: if these are no more than a tenth "
+    "of the forward passes of the run.",
+)
 @activation_memory_option
 @threads_option("all cores; for forward passes, the fastest of 1, 2, the fast cores and all, timed in a few passes")
 @column_options
@@ -279,6 +288,7 @@ def train(
     cache: str,
     cache_dtype: Dtype | None,
     cache_limit: int | None,
+    baselines: Choice,
     threads: int | None,
     columns: Columns,
 ) -> None:
@@ -359,7 +369,7 @@ def train(
     if group_by_length is None:
         group_by_length = examples.lengths is not None
     activations = RunCache(cache, cache_dtype, cache_limit)
-    cut = None
+    cut = heads = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
         others += activations.differences(past)
@@ -375,13 +385,20 @@ def train(
             kernels.set_threads(threads)
         # What an adapter writes at the beginning may be in any of the layers.
         narrowed = None if init is not None else trainable
-        cut = activations.plan(
+        forwards = steps * batch_size * METHODS[method].evaluations(queries, share)
+        evaluations = steps // eval_every + 1
+        cut = activations.plan(read, narrowed, examples, held_out, steps=forwards, evaluations=evaluations)
+        whole = forwards + evaluations * (0 if held_out is None else len(held_out))
+        heads = measure_or_note(
+            baselines,
             read,
-            narrowed,
             examples,
             held_out,
-            steps=steps * batch_size * METHODS[method].evaluations(queries, share),
-            evaluations=steps // eval_every + 1,
+            forwards=whole * (1 - activations.saved),
+            metric=metric or (None if objective == "loss" else objective),
+            seed=seed,
+            threads=threads,
+            max_memory=max_memory,
         )
     # Only timing needs a batch.
     first = None
@@ -449,6 +466,8 @@ def train(
             )
         _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
         return
+    if heads is not None:
+        trainer.log_baselines(heads)
     trainer.source = Source(
         train=os.fspath(data.resolve()),
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),
@@ -538,8 +557,9 @@ def _note_untrained(trainer: Trainer) -> None:
 
 
 def _print_summary(past: Run, trainer: Trainer) -> None:
+    heads = heads_of(past)
     if columns := evaluations_of(past, trainer.objective.task.untrained):
-        out.print(evaluation_table(columns))
+        out.print(evaluation_table(columns | columns_of(heads)))
     for line in verdict(past):
         say(line)
     journal = past.path / JOURNAL
@@ -548,3 +568,5 @@ def _print_summary(past: Run, trainer: Trainer) -> None:
     majority = Majority.of(trainer.train, trainer.eval)
     if majority is not None and found:
         say(majority.text(trainer.model.bundle.labels, found[max(found)]))
+    if heads is not None:
+        say_heads(heads, past, trainer.model.bundle)

@@ -9,27 +9,55 @@ The scores are summed tap by tap, so that a graph that ends earlier is a part of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.side import BIAS, SideTap, last_name, queries_of, query_name, sum_name, tap_name, weight_name
+from pocketzo.formats.side import (
+    BIAS,
+    EPSILON,
+    SideTap,
+    last_name,
+    queries_of,
+    query_name,
+    sum_name,
+    tap_name,
+    weight_name,
+)
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, keep_only
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.read import shape_of
-from pocketzo.graph.taps import Tap
 
 LOGITS: Final = "logits"
 _FAR: Final = 1e9
-_EPSILON: Final = 1e-6
+
+
+class Source(NamedTuple):
+    """The output of a layer, from which a tap is made.
+
+    Attributes
+    ----------
+    layer : int
+        From 1.
+    name : str
+        Of the value in the graph: floats [batch, sequence, size].
+    size : int
+    normalised : bool
+        Whether the graph has normalised it.
+    """
+
+    layer: int
+    name: str
+    size: int
+    normalised: bool
 
 
 def add_side_head(
-    model: ir.Model, taps: Sequence[Tap], columns: int | None, kind: str, *, causal: bool
+    model: ir.Model, taps: Sequence[Source], columns: int | None, kind: str, *, causal: bool
 ) -> tuple[Loss, tuple[SideTap, ...]]:
     """Replace what a graph computes by the scores of a side head, and their loss.
 
@@ -38,7 +66,7 @@ def add_side_head(
     model : Model
         Changed in place. Its outputs become ``logits``, float32 [batch, columns], and ``loss``; its inputs are those
         that it had, and ``labels``. The head's parameters are initializers, all zero.
-    taps : sequence of Tap
+    taps : sequence of Source
         From the first layer to the last.
     columns : int or None
         Scores of an example; None if the training data says how many classes there are: then there is room for two.
@@ -59,15 +87,18 @@ def add_side_head(
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
+    made = {value.name: value for node in graph for value in node.outputs}
+    sources = [(tap, made[tap.name]) for tap in taps]
     _free_names(graph)
     build = Builder(graph, "pocketzo.side.")
-    hidden = {tap: _normalised(build, tap) for tap in taps}
+    hidden = [(tap, _normalised(build, tap, value)) for tap, value in sources]
     offset, last = _masks(build, inputs)
     width = columns or 2
     # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
     total = build.parameter(BIAS, np.zeros((1, width), np.float32))
     found = []
-    for tap, (value, size) in hidden.items():
+    for tap, value in hidden:
+        size = tap.size
         value.name = tap_name(tap.layer)
         query = build.parameter(query_name(tap.layer), np.zeros((size, queries_of(width)), np.float32))
         weight = build.parameter(weight_name(tap.layer), np.zeros((size, width), np.float32))
@@ -87,15 +118,14 @@ def add_side_head(
     return add_loss(model, kind), tuple(found)
 
 
-def _normalised(build: Builder, tap: Tap) -> tuple[ir.Value, int]:
-    """Return a tap in float32, divided by its root mean square unless the graph normalises it, and its size."""
-    value = build.op("Cast", tap.value, to=ir.DataType.FLOAT)
-    size = tap.size
+def _normalised(build: Builder, tap: Source, value: ir.Value) -> ir.Value:
+    """Return a tap in float32, divided by its root mean square unless the graph normalises it."""
+    value = build.op("Cast", value, to=ir.DataType.FLOAT)
     if not tap.normalised:
         squares = build.op("ReduceSum", build.op("Mul", value, value), build.constant([-1]), keepdims=1)
-        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / size)), build.constant(_EPSILON))
+        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / tap.size)), build.constant(EPSILON))
         value = build.op("Div", value, build.op("Sqrt", mean))
-    return value, size
+    return value
 
 
 def _masks(build: Builder, inputs: dict[str, ir.Value]) -> tuple[ir.Value, ir.Value]:

@@ -22,6 +22,7 @@ from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import BatchObjective, Objective, OnBatch, metric_objective
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.baselines import Heads
 from pocketzo.train.cached import described, load_as
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
@@ -486,6 +487,10 @@ class Trainer:
         self.evaluations[step] = evaluation.values
         self._log(line_of(EVAL, step, evaluation))
         return evaluation.values
+
+    def log_baselines(self, found: Heads) -> None:
+        """Have the metrics of the run keep what it is to be compared with; before :meth:`fit`."""
+        self._log(found.line())
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._writer is not None:
