@@ -204,12 +204,13 @@ def aarch64(session: nox.Session) -> None:
     # What these check is the same on any processor, as the bits are; many of them start processes.
     elsewhere = (
         *("adapter", "arguments", "average", "baselines", "bert", "bundle", "cache", "chat", "cli", "cores", "cut"),
-        *("data", "decoders", "demo", "demo_data", "exact_match", "federate_cli", "federated", "fences", "frozen_base"),
-        *("fuzzed", "generate", "generate_cli", "guarantees", "head", "head_continue", "head_demo", "head_solver"),
-        *("head_zeroth", "init", "journal", "kills", "language_cli", "language_models", "language_tasks", "levers"),
-        *("locale", "losses", "merge", "metrics", "noise_statistics", "notes", "packages", "pipeline", "plan"),
-        *("prepare", "probe", "quantised_base", "queries", "readme", "rehearsal", "sets", "shared_base", "skips"),
-        *("slices", "snapshot", "soundness", "staging", "sweep", "tasks", "train_spec", "trainable", "verdict", "zoo"),
+        *("data", "decoders", "demo", "demo_data", "exact_match", "federate_cli", "federated", "fences"),
+        *("frozen_base", "fuzzed", "generate", "generate_cli", "guarantees", "guard", "head", "head_continue"),
+        *("head_demo", "head_solver", "head_zeroth", "init", "journal", "kills", "language_cli", "language_models"),
+        *("language_tasks", "levers", "locale", "losses", "merge", "metrics", "noise_statistics", "notes"),
+        *("packages", "pipeline", "plan", "prepare", "probe", "quantised_base", "queries", "readme", "rehearsal"),
+        *("sets", "shared_base", "skips", "slices", "snapshot", "soundness", "staging", "sweep", "tasks"),
+        *("train_spec", "trainable", "verdict", "zoo"),
     )
     everything = (
         *("-n", "2", "--ignore=tests/graph", *(f"--ignore=tests/test_{name}.py" for name in elsewhere)),

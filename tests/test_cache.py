@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -312,6 +313,13 @@ def test_training_over_a_cache_is_training_without(task: str, tmp_path: Path) ->
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         if name != "whole":
             assert "come before what is trained" in result.stderr
+            spared = re.search(
+                r"; (\S+) ms an example, which (\d+) later forward passes .* are spared: 0:00", result.stderr
+            )
+            assert (spared is not None) == (name == "kept")  # the last run found all rows
+            if spared is not None:
+                assert float(spared[1]) > 0
+                assert int(spared[2]) == 6 * 3 * 2 - len(DATA[task][0])
         return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
     expected = losses("whole", "--cache", "off", "--steps", 6)

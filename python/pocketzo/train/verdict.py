@@ -88,12 +88,14 @@ class Change:
         return text if re.search("[1-9]", text) else f"{value:.2g}"
 
 
-def verdict(run: Run) -> list[str]:
+def verdict(run: Run, *, advice: bool = True) -> list[str]:
     """Return in sentences what a run achieved, and what to try if it did not improve.
 
     Parameters
     ----------
     run : Run
+    advice : bool
+        Whether to say what to try.
 
     Returns
     -------
@@ -107,7 +109,7 @@ def verdict(run: Run) -> list[str]:
     lines = [str(change) for change in changes]
     if not changes and run.steps:
         lines.append("too few steps to say whether the loss moved beyond its noise")
-    return lines + [f"try: {advice}" for advice in _advice(run, changes, best)]
+    return lines + [f"try: {text}" for text in (_advice(run, changes, best) if advice else ())]
 
 
 def worse_than_before(run: Run, step: int) -> str | None:
