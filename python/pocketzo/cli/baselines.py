@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from pocketzo import kernels
-from pocketzo.cli.console import duration, err, metric_text, note, quoted, say
+from pocketzo.arguments import check_integer
+from pocketzo.cli.console import duration, err, metric_text, quoted, say
 from pocketzo.data.dataset import Dataset
 from pocketzo.errors import BundleError, DataError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
@@ -23,7 +24,7 @@ _NAMES: Final = "linear probe and side head"
 _TASKS: Final = {"classes": "classification", "label sets": "multi-label", "numbers": "regression"}
 
 
-def measure_or_note(
+def measure(
     choice: Choice,
     bundle: Bundle,
     train: Dataset,
@@ -34,8 +35,8 @@ def measure_or_note(
     seed: int,
     threads: int | None,
     max_memory: int | None,
-) -> Heads | None:
-    """Measure both before a run, and print the results; else print why not.
+) -> tuple[Heads | None, str | None]:
+    """Measure both before a run, and return them and a line that says so; else None, and why not.
 
     Parameters
     ----------
@@ -52,7 +53,8 @@ def measure_or_note(
         As for loading the bundle.
     """
     if choice == "off":
-        return None
+        return None, None
+    check_integer("seed", seed, 0, 2**64 - 1)
     reason = why_none(bundle, train)
     needed = cost(train, held_out)
     if reason is None and choice == "auto":
@@ -84,15 +86,15 @@ def measure_or_note(
             reason = str(error)
         else:
             name = metric or task_of(bundle).metric().name
-            note(
+            share = found.forwards / max(forwards, 1)
+            text = (
                 f"{_NAMES} of the model before training, by {found.forwards:,} forward passes of an example "
-                f"({found.forwards / forwards:.2%} of those of the run) and {found.seconds:.0f} s in all: {name} "
+                f"({share:.2%} of those of the run) and {found.seconds:.0f} s in all: {name} "
                 f"{metric_text(name, found.probe.validated)} and {metric_text(name, found.head.validated)} in "
                 "cross-validation"
             )
-            return found
-    note(f"no {_NAMES} beside the run: {reason}")
-    return None
+            return found, text
+    return None, f"no {_NAMES} beside the run: {reason}"
 
 
 def heads_of(run: Run) -> Heads | None:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
-from pocketzo.cli.baselines import Choice, columns_of, heads_of, measure_or_note, say_heads
+from pocketzo.cli.baselines import Choice, columns_of, heads_of, measure, say_heads
 from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import (
@@ -376,7 +376,7 @@ def train(
     if group_by_length is None:
         group_by_length = examples.lengths is not None
     activations = RunCache(cache, cache_dtype, cache_limit)
-    cut = heads = None
+    cut = heads = heads_text = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
         others += activations.differences(past)
@@ -396,7 +396,7 @@ def train(
         evaluations = steps // eval_every + 1
         cut = activations.plan(read, narrowed, examples, held_out, steps=forwards, evaluations=evaluations)
         whole = forwards + evaluations * (0 if held_out is None else len(held_out))
-        heads = measure_or_note(
+        heads, heads_text = measure(
             baselines,
             read,
             examples,
@@ -477,6 +477,8 @@ def train(
         return
     if heads is not None:
         trainer.log_baselines(heads)
+    if heads_text is not None:
+        note(heads_text)
     trainer.guarded = guard
     trainer.source = Source(
         train=os.fspath(data.resolve()),
@@ -536,8 +538,8 @@ def _train(trainer: Trainer, run: Path) -> None:
     rise = trainer.rise
     if rise is not None:
         say(
-            f"ended after step {done} of {trainer.loop.steps}: {rise.text(trainer.loop.minimised)}\n"
-            f"try: a third of the lr, --lr {trainer.optimizer.lr / 3:.2g}; to go on all the same: {again} --no-guard"
+            f"ended after step {done} of {trainer.loop.steps}: {rise.text(trainer.loop.minimised)}; "
+            f"to go on all the same: {again} --no-guard"
         )
     elif done < trainer.loop.steps:
         say(
@@ -577,7 +579,7 @@ def _print_summary(past: Run, trainer: Trainer) -> None:
     heads = heads_of(past)
     if columns := evaluations_of(past, trainer.objective.task.untrained):
         out.print(evaluation_table(columns | columns_of(heads)))
-    for line in verdict(past, advice=trainer.rise is None):
+    for line in verdict(past, ended=trainer.rise is not None):
         say(line)
     journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")
