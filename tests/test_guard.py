@@ -77,7 +77,8 @@ def test_lines_of_a_run_count_as_its_steps() -> None:
 
 def train(bundle: Path, data: Path, run: Path, *more: str, lr: str = "0.3") -> list[str]:
     words = ["train", str(bundle), "--data", str(data), "-o", str(run), "--steps", "400", "--lr", lr, "--threads", "1"]
-    result = CliRunner().invoke(cli, [*words, *more], catch_exceptions=False)
+    own = ["--batch-size", "32", "--schedule", "constant"]
+    result = CliRunner().invoke(cli, [*words, *own, *more], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     return result.stdout.splitlines()
 
