@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from decoders import Array
 from independent_reader import read_activations
 from test_language_models import Sentences
-from test_language_tasks import DATA, lines, prepared
+from test_language_tasks import DATA, MODES, lines, prepared
 
 import pocketzo as pz
 from pocketzo.cli.app import cli
@@ -28,6 +29,7 @@ from pocketzo.formats.activations import Dtype, Layout, New, Segment, StoredValu
 from pocketzo.runtime.activations import ActivationCache, layout_of, segments
 from pocketzo.runtime.cut import plan_cut
 from pocketzo.runtime.load import load
+from pocketzo.train.cached import fill, open_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
 
@@ -267,6 +269,43 @@ def test_another_base_or_tokenizer_finds_nothing(tmp_path: Path) -> None:
     assert layout_of(plan_cut(pz.Bundle.read(bundle.path)), "fp32").front != own.front
 
 
+def test_tokenizers_and_lengths_share_a_cache_and_read_their_own_values_only(tmp_path: Path) -> None:
+    """The texts, the model and the folder are the same; what the front reads of a text is not."""
+    texts = lines(tmp_path / "d.jsonl", *({"text": f"w{n} w{n + 1} w3 w{n + 2} w5 w{n}"} for n in range(1, 9)))
+    expected: dict[str, list[float]] = {}
+    computed: dict[str, int] = {}
+    for name, mode, length in [
+        ("plain", MODES[0], 6),
+        ("plain again", MODES[0], 6),
+        ("longer, with nothing to cut", MODES[0], 16),
+        ("shorter", MODES[0], 4),
+        ("other tokens", MODES[2], 16),
+        ("turned", MODES[0], 6),
+    ]:
+        folder = tmp_path / name
+        folder.mkdir()
+        bundle = prepared(folder, "causal-lm", mode, train=TRAIN, max_length=length)
+        if name == "turned":  # the same lengths, and other tokens: w1 is the token of w2, and w2 that of w1
+            assert bundle.tokenizer_path is not None
+            told = json.loads(bundle.tokenizer_path.read_text())
+            words = told["model"]["vocab"]
+            words["w1"], words["w2"] = words["w2"], words["w1"]
+            bundle.tokenizer_path.write_text(json.dumps(told))
+        data = pz.load_dataset(texts, bundle)
+        batches = [data.batch(np.arange(at, at + 4)) for at in (0, 4)]
+        whole = pz.load(bundle, threads=1)
+        expected[name] = [whole.loss(batch) for batch in batches]
+        model = pz.load(bundle, threads=1, cut=(cut := plan_cut(bundle)))
+        open_cache(model, tmp_path / "cache", layout_of(cut, "fp32"))
+        assert model.halves is not None
+        before = model.halves.computed
+        assert fill(model, data).rows == model.halves.computed - before
+        assert [model.loss(batch) for batch in batches] == pytest.approx(expected[name], rel=1e-6)
+        computed[name] = model.halves.computed - before
+    assert len({str(losses) for losses in expected.values()}) == 4, "four ways to read the same texts"
+    assert [*computed.values()] == [8, 0, 0, 8, 8, 2]  # w1 or w2 is in two of the texts
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("fp32", 0.0), ("fp16", 1e-3), ("int8", 3e-2)])
 def test_losses_from_a_cache(dtype: Dtype, bound: float, tmp_path: Path) -> None:
     bundle = prepared(tmp_path, "causal-lm", train=TRAIN)
@@ -312,6 +351,13 @@ def test_training_over_a_cache_is_training_without(task: str, tmp_path: Path) ->
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         if name != "whole":
             assert "come before what is trained" in result.stderr
+            spared = re.search(
+                r"; (\S+) ms an example, which (\d+) later forward passes .* are spared: 0:00", result.stderr
+            )
+            assert (spared is not None) == (name == "kept")  # the last run found all rows
+            if spared is not None:
+                assert float(spared[1]) > 0
+                assert int(spared[2]) == 6 * 3 * 2 - len(DATA[task][0])
         return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
     expected = losses("whole", "--cache", "off", "--steps", 6)

@@ -40,7 +40,7 @@ pytest.importorskip("tokenizers", reason="the data is text")
 
 COMMANDS = (
     *("export", "prepare", "train", "eval", "generate", "replay", "merge", "adapter", "federate", "info", "cache"),
-    *("doctor", "demo"),
+    *("doctor", "demo", "pipeline", "plan"),
 )
 LABELS = ("red", "green", "blue")
 LONG = full_or_small(1000, 300)  # steps

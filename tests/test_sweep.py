@@ -47,8 +47,11 @@ def test_the_weights_keep_their_bits(
     before = image(model)
     optimizer = METHODS[method](model, exact=exact)
     trainer = pz.Trainer(model, optimizer, data, batch_size=8, steps=200)
-    sweep = trainer.find_lr()
+    told: list[tuple[int, int]] = []
+    sweep = trainer.find_lr(lambda *both: told.append(both))
     assert sweep.because is None
+    assert told == sorted(told)
+    assert told[-1] == (sweep.forwards, 200 * optimizer.forwards // 10)
     assert image(model) == before
     assert optimizer.lr == sweep.lr
     assert (optimizer.step_number, optimizer.next_draw) == (0, 0)

@@ -31,12 +31,16 @@ class RunCache:
         ``--cache``.
     dtype : {"fp32", "fp16", "int8"} or None
     limit : int or None
+    saved : float
+        The share of a forward pass that is not run again, in multiply-adds, after :meth:`plan`.
     """
 
     where: str
     dtype: Dtype | None
     limit: int | None
+    saved: float = field(default=0.0, init=False)
     _opened: tuple[Path, Layout] | None = field(default=None, init=False)
+    _later: int = field(default=0, init=False)  # forward passes of an example that find it kept
 
     def plan(
         self,
@@ -67,13 +71,14 @@ class RunCache:
             return None
         asked = self.where != "auto"
         others = [] if held_out is None else [held_out]
+        forwards = steps + evaluations * sum(map(len, others))
         try:
             planned = plan(
                 bundle,
                 trainable,
                 data,
                 others,
-                forwards=steps + evaluations * sum(map(len, others)),
+                forwards=forwards,
                 folder=Path(self.where) if asked else None,
                 dtype=self.dtype or "fp32",
                 limit=self.limit or LIMIT,
@@ -96,6 +101,8 @@ class RunCache:
             f"{size_text(planned.nbytes)} in {planned.folder}"
         )
         self._opened = planned.folder, planned.layout
+        self.saved = planned.saved
+        self._later = max(0, forwards - len(data) - sum(map(len, others)))
         return planned.cut
 
     def as_before(self, past: Run, bundle: Bundle) -> Cut | None:
@@ -121,15 +128,29 @@ class RunCache:
             return
         cache = open_cache(model, *self._opened, self.limit or LIMIT)
         held = len(cache)
+        predicted = False
         with err.status("filling the cache") as status:
 
-            def told(done: int, count: int, left: float) -> None:
+            def told(done: int, count: int, left: float, front: float | None) -> None:
+                nonlocal predicted
+                if front is not None and done < count and not predicted:
+                    predicted = True
+                    spared = duration(self._later * front / count)
+                    note(f"filling the cache will take about {duration(left)}, and spare the run about {spared}")
                 status.update(f"filling the cache: {done:,} of {count:,} examples, {duration(left)} left")
 
-            computed = fill(model, data, told, activation_memory)
+            filled = fill(model, data, told, activation_memory)
         if cache.error is not None and self.where != "auto":
             raise Error(f"{cache.error}: the activations could not be kept: choose another --cache, or off")
-        found = f"{held:,} rows were kept before, {computed:,} were computed" if held else f"{computed:,} rows computed"
+        found = f"{filled.rows:,} rows computed"
+        if held:
+            found = f"{held:,} rows were kept before, {filled.rows:,} were computed"
+        if filled.seconds is not None:
+            each = filled.seconds / len(data)
+            found += (
+                f"; {1e3 * each:.3g} ms an example, which {self._later:,} later forward passes of an example are "
+                f"spared: {duration(self._later * each)}"
+            )
         note(f"{cache.folder}: {found}")
 
 

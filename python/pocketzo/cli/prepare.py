@@ -52,8 +52,8 @@ def _sets(_context: click.Context, _param: click.Parameter, value: str | None) -
     "PEFT; adapter:R, a bottleneck of R units a layer; ia3, factors; prefix:N, keys and values before those of a "
     "decoder's text. A + inside a REGEX needs brackets or a backslash. Alone: side-head, which reads the outputs of "
     "the last layers. `pocketzo train` fits it in seconds, and the tuned model ends behind the last layer it reads. Or "
-    "parallel-adapter:R, a network beside the last layers, of a block of R units a layer; its steps need no forward pass "
-    "of the model once --cache has its states.  "
+    "parallel-adapter:R, a network beside the last layers, of a block of R units a layer; its steps need no forward "
+    "pass of the model once --cache has its states.  "
     "[default: side-head for --task classification, multi-label and regression, and for prompt without --label-words; "
     "else all]",
 )

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pocketzo.cli.console import duration, err, metric_text, note, size_text
+from pocketzo.cli.console import duration, err, metric_text, note, size_text, sweep_text
 from pocketzo.machine.memory import process_memory
 from pocketzo.train.progress import Progress
 from pocketzo.train.trainer import Trainer
@@ -25,6 +25,13 @@ def fit_shown(trainer: Trainer, again: str) -> int | None:
         trainer.callback = display.update
         trainer.fit()
     return signals.received
+
+
+def find_lr_shown(trainer: Trainer) -> None:
+    """Find the learning rate of a run with a display; print what it has cost, and the choice."""
+    with _Counted("finding the learning rate", "forward passes") as shown:
+        sweep = trainer.find_lr(shown.update)
+    note(f"{sweep_text(sweep)}; it took {duration(shown.seconds)}" if sweep.forwards else sweep_text(sweep))
 
 
 class _Signals:
@@ -64,6 +71,55 @@ def _write(text: str) -> None:
     os.write(2, f"{text}\n".encode(errors="replace"))
 
 
+def _live() -> Live | None:
+    """Return a live display; None where the terminal has none."""
+    return Live(console=err, auto_refresh=False) if err.is_terminal and not err.is_dumb_terminal else None
+
+
+def _bar(done: int, total: int, text: str) -> Table:
+    table = Table.grid(expand=True)
+    table.add_row(ProgressBar(total=total, completed=done))
+    table.add_row(Text(text))
+    return table
+
+
+class _Counted:
+    """Progress of what is counted: live on a terminal; elsewhere a plain line every ``seconds_between_lines``."""
+
+    def __init__(self, title: str, unit: str, seconds_between_lines: float = 10.0) -> None:
+        self._title, self._unit = title, unit
+        self._live = _live()
+        self._interval = 0.1 if self._live else seconds_between_lines
+        self._started = self._shown = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._started
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: int, most: int) -> None:
+        """Show how much is done, of so much at most, if that is due."""
+        now = time.monotonic()
+        if now - self._shown < self._interval:
+            return
+        self._shown = now
+        left = duration(self.seconds / done * (most - done))
+        line = f"{self._title}: {done:,} of at most {most:,} {self._unit} · at most {left} left"
+        if self._live is not None:
+            self._live.update(_bar(done, most, line), refresh=True)
+        else:
+            note(line)
+
+
 class _Display:
     """Progress of training: live on a terminal; elsewhere a plain line every ``seconds_between_lines``."""
 
@@ -73,7 +129,7 @@ class _Display:
         self._minimised = trainer.loop.minimised
         self._first = trainer.optimizer.step_number
         self._interval = seconds_between_lines
-        self._live = Live(console=err, auto_refresh=False) if err.is_terminal and not err.is_dumb_terminal else None
+        self._live = _live()
         self._loss = _Smoothed(0.95)
         self._seconds = _Smoothed(0.9)
         self._evaluation = ""
@@ -82,7 +138,7 @@ class _Display:
     def __enter__(self) -> Self:
         if self._live is not None and self._first < self._steps:
             self._live.start()
-            self._live.update(self._bar(self._first, "the first step"), refresh=True)
+            self._live.update(_bar(self._first, self._steps, "the first step"), refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,15 +158,9 @@ class _Display:
         if due or done == self._steps or (self._live is None and progress.evaluation is not None):
             self._shown = now
             if self._live is not None:
-                self._live.update(self._bar(done, self._line(done, now)), refresh=True)
+                self._live.update(_bar(done, self._steps, self._line(done, now)), refresh=True)
             else:
                 note(self._line(done, now))
-
-    def _bar(self, done: int, text: str) -> Table:
-        table = Table.grid(expand=True)
-        table.add_row(ProgressBar(total=self._steps, completed=done))
-        table.add_row(Text(text))
-        return table
 
     def _line(self, done: int, now: float) -> str:
         per_step = max(self._seconds.value, 1e-9)

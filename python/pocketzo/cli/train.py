@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from pocketzo import kernels
 from pocketzo.arguments import check_integer
+from pocketzo.cli.baselines import Choice, columns_of, heads_of, measure, say_heads
 from pocketzo.cli.cache import RunCache
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import (
@@ -28,7 +29,6 @@ from pocketzo.cli.console import (
     quoted,
     say,
     size_text,
-    sweep_text,
 )
 from pocketzo.cli.head import base_of, is_given, refuse_options_of_steps, train_and_say
 from pocketzo.cli.method import interval_option, own_settings, rank_option
@@ -46,7 +46,7 @@ from pocketzo.cli.options import (
     warmup_option,
     weight_decay_option,
 )
-from pocketzo.cli.progress import fit_shown
+from pocketzo.cli.progress import find_lr_shown, fit_shown
 from pocketzo.data.columns import Columns
 from pocketzo.data.load import load_dataset
 from pocketzo.data.order import Order
@@ -199,6 +199,12 @@ from pocketzo.train.verdict import verdict
 )
 @click.option("--patience", type=int, metavar="N", help="Stop after N consecutive evaluations without improvement.")
 @click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="End the run when the mean training loss of a twentieth of its steps is clearly above the lowest one: by 5 % "
+    "and by 5 standard errors, and more than half of what was gained is lost. All steps stay in the journal.",
+)
+@click.option(
     "--snapshot-every",
     type=int,
     metavar="STEPS",
@@ -236,6 +242,14 @@ from pocketzo.train.verdict import verdict
     callback=memory_size,
     metavar="SIZE",
     help="Bytes of the whole cache, such as 2G. What was not used for the longest time is removed.  [default: 4G]",
+)
+@click.option(
+    "--baselines",
+    type=click.Choice(get_args(Choice)),
+    default="auto",
+    help="Measure a linear probe and a side head of the model before training, to compare the run with: one forward "
+    "pass of each evaluation example, and of 1,024 training examples at most. auto: if these are no more than a tenth "
+    "of the forward passes of the run.",
 )
 @activation_memory_option
 @threads_option("all cores; for forward passes, the fastest of 1, 2, the fast cores and all, timed in a few passes")
@@ -276,6 +290,7 @@ def train(
     metric: str | None,
     objective: str,
     patience: int | None,
+    guard: bool,
     snapshot_every: int | None,
     group_by_length: bool | None,
     prepack: bool | None,
@@ -284,6 +299,7 @@ def train(
     cache: str,
     cache_dtype: Dtype | None,
     cache_limit: int | None,
+    baselines: Choice,
     threads: int | None,
     columns: Columns,
 ) -> None:
@@ -295,8 +311,8 @@ def train(
     Ctrl-C (or SIGTERM) ends the run after the current step, with exit code 130 (143). A second Ctrl-C ends it
     immediately. The same command, or --resume, resumes the run, also after a crash or a kill. On the same machine the
     final weights are bit for bit those of the uninterrupted run, unless --max-memory is too small for prepacked
-    weights: that changes roundings, and a warning says so. With --resume only --max-memory may be given, and, if these
-    files were moved, BUNDLE, --data and --eval.
+    weights: that changes roundings, and a warning says so. With --resume only --max-memory and --no-guard may be given,
+    and, if these files were moved, BUNDLE, --data and --eval.
 
     \b
     Examples:
@@ -306,12 +322,13 @@ def train(
       pocketzo train --continue runs/head --data more.tsv -o runs/more
     """
     if resume is not None:
-        allowed = {"resume", "bundle", "data", "eval_data", "max_memory"}
+        allowed = {"resume", "bundle", "data", "eval_data", "max_memory", "guard"}
         for option in context.command.params:
             given = context.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE
             if given and option.expose_value and option.name not in allowed:
                 raise click.UsageError(f"{option.opts[-1]} cannot be changed by --resume: it is in the run's journal")
         trainer = resume_run(resume, bundle=bundle, train=data, eval=eval_data, max_memory=max_memory)
+        trainer.guarded = guard
         _train(_noted(trainer), resume)
         return
     if after is not None and bundle is None:
@@ -363,7 +380,7 @@ def train(
     if group_by_length is None:
         group_by_length = examples.lengths is not None
     activations = RunCache(cache, cache_dtype, cache_limit)
-    cut = None
+    cut = heads = heads_text = None
     if past is not None:  # these two are not to be compared but taken over, where they are not given
         session = past.recipe.session
         others += activations.differences(past)
@@ -379,13 +396,20 @@ def train(
             kernels.set_threads(threads)
         # What an adapter writes at the beginning may be in any of the layers.
         narrowed = None if init is not None else trainable
-        cut = activations.plan(
+        forwards = steps * batch_size * METHODS[method].evaluations(queries, share)
+        evaluations = steps // eval_every + 1
+        cut = activations.plan(read, narrowed, examples, held_out, steps=forwards, evaluations=evaluations)
+        whole = forwards + evaluations * (0 if held_out is None else len(held_out))
+        heads, heads_text = measure(
+            baselines,
             read,
-            narrowed,
             examples,
             held_out,
-            steps=steps * batch_size * METHODS[method].evaluations(queries, share),
-            evaluations=steps // eval_every + 1,
+            forwards=whole * (1 - activations.saved),
+            metric=metric or (None if objective == "loss" else objective),
+            seed=seed,
+            threads=threads,
+            max_memory=max_memory,
         )
     # Only timing needs a batch.
     first = None
@@ -450,8 +474,15 @@ def train(
                 f"{output}: holds a run with other settings: {'; '.join(others)}. Give those to go on with it, or "
                 f"choose another place"
             )
-        _train(_noted(Trainer.resume(output, examples, eval=held_out, model=model)), output)
+        trainer = Trainer.resume(output, examples, eval=held_out, model=model)
+        trainer.guarded = guard
+        _train(_noted(trainer), output)
         return
+    if heads is not None:
+        trainer.log_baselines(heads)
+    if heads_text is not None:
+        note(heads_text)
+    trainer.guarded = guard
     trainer.source = Source(
         train=os.fspath(data.resolve()),
         eval=None if eval_data is None else os.fspath(eval_data.resolve()),
@@ -490,8 +521,7 @@ def _train(trainer: Trainer, run: Path) -> None:
             note(forecast_text(trainer, forecast))
             _note_untrained(trainer)
             if math.isnan(trainer.optimizer.lr):
-                with err.status("finding the learning rate"):
-                    note(sweep_text(trainer.find_lr()))
+                find_lr_shown(trainer)
         stopped_by = fit_shown(trainer, again)
     except MemoryLimitError as error:
         if not (run / JOURNAL).exists():
@@ -508,12 +538,20 @@ def _train(trainer: Trainer, run: Path) -> None:
     if stopped_by is not None and done < trainer.loop.steps:
         say(f"stopped after step {done} of {trainer.loop.steps}; to go on: {again}")
         sys.exit(128 + stopped_by)
-    if done < trainer.loop.steps:
+    rise = trainer.rise
+    if rise is not None:
+        say(
+            f"ended after step {done} of {trainer.loop.steps}: {rise.text(trainer.loop.minimised)}; "
+            f"to go on all the same: {again} --no-guard"
+        )
+    elif done < trainer.loop.steps:
         say(
             f"ended after step {done} of {trainer.loop.steps}: {trainer.loop.patience} evaluations without a better one"
         )
     data = past.recipe.data.source.eval or "FILE"
     best = "" if past.best_step in (None, past.steps) else " --best"
+    if rise is not None and past.best_step is None:
+        best = f" --step {rise.best_step}"
     say(f"evaluate:  pocketzo eval {quoted(run)} --data {quoted(data)}{best}")
     say(f"get the tuned bundle:  pocketzo replay {quoted(run)} -o tuned{best}")
 
@@ -541,9 +579,10 @@ def _note_untrained(trainer: Trainer) -> None:
 
 
 def _print_summary(past: Run, trainer: Trainer) -> None:
+    heads = heads_of(past)
     if columns := evaluations_of(past, trainer.objective.task.untrained):
-        out.print(evaluation_table(columns))
-    for line in verdict(past):
+        out.print(evaluation_table(columns | columns_of(heads)))
+    for line in verdict(past, ended=trainer.rise is not None):
         say(line)
     journal = past.path / JOURNAL
     say(f"{past.path}: {past.steps} steps, journal of {size_text(journal.stat().st_size)}")
@@ -551,3 +590,5 @@ def _print_summary(past: Run, trainer: Trainer) -> None:
     majority = Majority.of(trainer.train, trainer.eval)
     if majority is not None and found:
         say(majority.text(trainer.model.bundle.labels, found[max(found)]))
+    if heads is not None:
+        say_heads(heads, past, trainer.model.bundle)

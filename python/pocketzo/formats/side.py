@@ -8,6 +8,8 @@ from typing import Any, Final, Self
 from pocketzo.formats.fields import Fields
 
 BIAS: Final = "side.bias"
+EPSILON: Final = 1e-6
+"""Added to the mean square of a token's state, by whose root it is divided where the graph does not normalise it."""
 
 
 def queries_of(columns: int) -> int:

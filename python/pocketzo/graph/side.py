@@ -9,27 +9,55 @@ The scores are summed tap by tap, so that a graph that ends earlier is a part of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 
 from pocketzo.errors import BundleError
-from pocketzo.formats.side import BIAS, SideTap, last_name, queries_of, query_name, sum_name, tap_name, weight_name
+from pocketzo.formats.side import (
+    BIAS,
+    EPSILON,
+    SideTap,
+    last_name,
+    queries_of,
+    query_name,
+    sum_name,
+    tap_name,
+    weight_name,
+)
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, keep_only
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
 from pocketzo.graph.names import unique, value_names
 from pocketzo.graph.read import shape_of
-from pocketzo.graph.taps import Tap
 
 LOGITS: Final = "logits"
 _FAR: Final = 1e9
-_EPSILON: Final = 1e-6
+
+
+class Source(NamedTuple):
+    """The output of a layer, from which a tap is made.
+
+    Attributes
+    ----------
+    layer : int
+        From 1.
+    name : str
+        Of the value in the graph: floats [batch, sequence, size].
+    size : int
+    normalised : bool
+        Whether the graph has normalised it.
+    """
+
+    layer: int
+    name: str
+    size: int
+    normalised: bool
 
 
 def add_side_head(
-    model: ir.Model, taps: Sequence[Tap], columns: int | None, kind: str, *, causal: bool
+    model: ir.Model, taps: Sequence[Source], columns: int | None, kind: str, *, causal: bool
 ) -> tuple[Loss, tuple[SideTap, ...]]:
     """Replace what a graph computes by the scores of a side head, and their loss.
 
@@ -38,7 +66,7 @@ def add_side_head(
     model : Model
         Changed in place. Its outputs become ``logits``, float32 [batch, columns], and ``loss``; its inputs are those
         that it had, and ``labels``. The head's parameters are initializers, all zero.
-    taps : sequence of Tap
+    taps : sequence of Source
         From the first layer to the last.
     columns : int or None
         Scores of an example; None if the training data says how many classes there are: then there is room for two.
@@ -58,15 +86,16 @@ def add_side_head(
         The graph has no mask.
     """
     graph = model.graph
+    hidden = tap_values(graph, taps)
     free_names(graph)
     build = Builder(graph, "pocketzo.side.")
-    hidden = {tap: normalised(build, tap) for tap in taps}
+    hidden = [(tap, normalised(build, tap, value)) for tap, value in hidden]
     offset, last = _masks(build)
     width = columns or 2
     # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
     total = build.parameter(BIAS, np.zeros((1, width), np.float32))
     found = []
-    for tap, value in hidden.items():
+    for tap, value in hidden:
         size, value.name = tap.size, tap_name(tap.layer)
         query = build.parameter(query_name(tap.layer), np.zeros((size, queries_of(width)), np.float32))
         weight = build.parameter(weight_name(tap.layer), np.zeros((size, width), np.float32))
@@ -92,12 +121,18 @@ def replace_scores(model: ir.Model, build: Builder, scores: ir.Value, columns: i
     return add_loss(model, kind)
 
 
-def normalised(build: Builder, tap: Tap) -> ir.Value:
+def tap_values(graph: ir.Graph, taps: Sequence[Source]) -> list[tuple[Source, ir.Value]]:
+    """Return the values of taps, which are known by their names."""
+    made = {value.name: value for node in graph for value in node.outputs}
+    return [(tap, made[tap.name]) for tap in taps]
+
+
+def normalised(build: Builder, tap: Source, value: ir.Value) -> ir.Value:
     """Return a tap in float32, divided by its root mean square unless the graph normalises it."""
-    value = build.op("Cast", tap.value, to=ir.DataType.FLOAT)
+    value = build.op("Cast", value, to=ir.DataType.FLOAT)
     if not tap.normalised:
         squares = build.op("ReduceSum", build.op("Mul", value, value), build.constant([-1]), keepdims=1)
-        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / tap.size)), build.constant(_EPSILON))
+        mean = build.op("Add", build.op("Mul", squares, build.constant(1 / tap.size)), build.constant(EPSILON))
         value = build.op("Div", value, build.op("Sqrt", mean))
     return value
 

@@ -35,6 +35,7 @@ from pocketzo.formats.staging import scratch_folder
 from pocketzo.packages import require
 from pocketzo.prepare.convert import prepare
 from pocketzo.prepare.options import SIDE_HEAD, checked_names
+from pocketzo.runtime.taps import Stream
 from pocketzo.tasks.registry import loss_text, task_for
 from pocketzo.tasks.template import Template
 from pocketzo.trainable.spec import ParallelAdapter, parse
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.graph.loss import Loss
-    from pocketzo.graph.taps import Tap
+    from pocketzo.graph.side import Source
     from pocketzo.trainable.editor import Added
 
 HEAD_TASKS: Final[Mapping[str, str]] = {
@@ -181,8 +182,8 @@ class _Beside(ABC):
         self._labels = labels
 
     @abstractmethod
-    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
-        """Add it to the graph, which has so many layers, and return the fields of the bundle that describe it."""
+    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
+        """Add it to the graph, and return the fields of the bundle that describe it."""
 
     @abstractmethod
     def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
@@ -193,12 +194,12 @@ class _Beside(ABC):
         import onnx_ir as ir
 
         from pocketzo.graph.read import describe
-        from pocketzo.graph.taps import find_taps
+        from pocketzo.graph.side import Source
 
         model = ir.load(self._whole.model_path)
-        layers = find_taps(model.graph, self._probe["input_ids"].shape, lambda values: self._shapes(model, values))
-        taps = layers[max(len(layers) // 2, 1) - 1 :]
-        loss, fields = self._add(model, taps, len(layers))
+        stream = Stream.of(self._whole)
+        taps = [Source(tap.layer, tap.name, tap.size, tap.normalised) for tap in stream.taps]
+        loss, fields = self._add(model, taps, stream)
         files = self._write_files(model, folder)
         inputs, outputs = (tuple(map(describe, values)) for values in (model.graph.inputs, model.graph.outputs))
         batch = self._probe | {"labels": np.zeros(1, np.int64)}
@@ -228,7 +229,7 @@ class _Beside(ABC):
         )
         bundle.write_description()
         if note is not None:
-            note(f"{self._trained}: it reads the layers {taps[0].layer} to {taps[-1].layer} of {len(layers)}")
+            note(f"{self._trained}: it reads the layers {taps[0].layer} to {taps[-1].layer} of {stream.layers}")
             note(f"loss: {loss_text(bundle)}")
 
     @property
@@ -242,30 +243,6 @@ class _Beside(ABC):
         if "input_ids" not in self._whole.probe:
             raise BundleError("a side head needs a model that reads token ids, with an input 'input_ids'")
         return dict(self._whole.probe)
-
-    def _run(self, model: ir.Model, values: Sequence[ir.Value], feed: Probe) -> list[NDArray[Any]]:
-        """Run the graph up to some values on a batch."""
-        from pocketzo.graph.read import to_bytes
-        from pocketzo.graph.sessions import open_graph
-
-        graph = model.graph
-        kept = list(graph.outputs)
-        path = self._whole.path / "values.onnx"
-        try:
-            graph.outputs[:] = dict.fromkeys(values)
-            write_file(path, to_bytes(model))
-            session = open_graph(path, path)
-            names = [str(value.name) for value in values]
-            taken = {value.name for value in session.get_inputs()}
-            found: list[NDArray[Any]] = session.run(names, {key: feed[key] for key in feed if key in taken})
-            return found
-        finally:
-            graph.outputs[:] = kept
-            path.unlink(missing_ok=True)
-
-    def _shapes(self, model: ir.Model, values: Sequence[ir.Value]) -> list[tuple[int, ...]]:
-        found = self._run(model, values, self._probe)
-        return [array.shape if array.dtype.kind == "f" else () for array in found]
 
     def _write_files(self, model: ir.Model, folder: Path) -> Files:
         """Write the weights that the graph reads, and the graph that points to them."""
@@ -308,12 +285,11 @@ class _Head(_Beside):
 
     _trained = SIDE_HEAD
 
-    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
+    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
         from pocketzo.graph.side import add_side_head
 
-        causal = self._is_causal(model, taps)
-        loss, described = add_side_head(model, taps, self._columns, HEAD_TASKS[self._task], causal=causal)
-        return loss, {"side": SideHead(described, layers, causal)}
+        loss, described = add_side_head(model, taps, self._columns, HEAD_TASKS[self._task], causal=stream.causal)
+        return loss, {"side": SideHead(described, stream.layers, stream.causal)}
 
     def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
         from pocketzo.graph.extract import point_to_weights
@@ -325,20 +301,6 @@ class _Head(_Beside):
         write(folder / WEIGHTS, [*kept.items(), *new.items()])
         point_to_weights(model, WEIGHTS, read_header(folder / WEIGHTS))
         return new
-
-    def _is_causal(self, model: ir.Model, taps: Sequence[Tap]) -> bool:
-        """Return whether no token depends on those after it: whether another last one changes the states before it."""
-        feed = self._probe
-        if "attention_mask" in feed:  # a token behind the mask changes nothing
-            feed["attention_mask"] = np.ones_like(feed["attention_mask"])
-        ids = feed["input_ids"].copy()
-        ids[:, -1] = np.where(ids[:, -1] == ids[:, 0], ids[:, -1] + (1 if ids.max() == 0 else -1), ids[:, 0])
-        values = [taps[-1].value]
-        before, after = (self._run(model, values, given)[0] for given in (feed, feed | {"input_ids": ids}))
-        if not np.isfinite(before).all():
-            raise BundleError(f"the output of layer {taps[-1].layer} is not finite on a probing batch")
-        far = np.abs(before[:, :-1] - after[:, :-1]).max()
-        return bool(far <= 1e-4 * np.abs(before).max())
 
 
 class _Adapter(_Beside):
@@ -352,7 +314,7 @@ class _Adapter(_Beside):
         self._units = part.units
         self._added: list[Added] = []
 
-    def _add(self, model: ir.Model, taps: Sequence[Tap], layers: int) -> tuple[Loss, dict[str, Any]]:
+    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
         from pocketzo.trainable.parallel import add_parallel
 
         assert self._columns is not None, "checked before"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -94,12 +95,15 @@ class Halves:
         By default some memory.
     computed : int
         Rows of which the front was run.
+    seconds : float
+        That it took.
     """
 
     def __init__(self, cut: Cut, open_front: Callable[[], ort.InferenceSession], back: Session) -> None:
         self.cut = cut
         self.store: Store = InMemory()
         self.computed = 0
+        self.seconds = 0.0
         self._open_front = open_front
         self._front: ort.InferenceSession | None = None
         self._back = back
@@ -260,7 +264,9 @@ class Halves:
                 for name, array in given.items()
             }
             at = np.arange(len(rows))
+        began = time.perf_counter()
         arrays = session.run(self._names, given, options)
+        self.seconds += time.perf_counter() - began
         self.computed += len(rows)
         count = len(rows) if at is not rows else total
         found: list[Values] = []

@@ -26,8 +26,8 @@ from pocketzo.runtime.onnx_proto import INT, INT64, all_nodes, declare, inner_in
 from pocketzo.runtime.weights import Weights
 
 INSTEAD: Final = (
-    "prepare the model with --train lora, ia3, adapter:R, prefix:N or parallel-adapter:R, or train one direction after the "
-    "other, without --share"
+    "prepare the model with --train lora, ia3, adapter:R, prefix:N or parallel-adapter:R, or train one direction "
+    "after the other, without --share"
 )
 _PREFIX: Final = "pocketzo.queries."
 _OPSET: Final = 13  # of the operators that are added

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 _LOGITS = "logits"
 
 
-def keep_values(graph: Any, names: Collection[str]) -> None:
-    """Make float32 values the outputs of a graph, and remove what they do not need, inputs too.
+def keep_values(graph: Any, names: Collection[str], *, typed: bool = True) -> None:
+    """Make values the outputs of a graph, and remove what they do not need, inputs too.
 
     Parameters
     ----------
@@ -25,6 +25,8 @@ def keep_values(graph: Any, names: Collection[str]) -> None:
         Of :func:`read_graph`, changed in place.
     names : collection of str
         Values; outputs of the graph keep their types.
+    typed : bool
+        Whether the others are declared as float32; else onnxruntime infers what they are.
     """
     declared = {value.name: value for value in graph.output}
     added = [name for name in names if name not in declared]
@@ -32,7 +34,9 @@ def keep_values(graph: Any, names: Collection[str]) -> None:
     del graph.output[:]
     graph.output.extend(kept)
     for name in added:
-        graph.output.add(name=name).type.tensor_type.elem_type = FLOAT
+        value = graph.output.add(name=name)
+        if typed:
+            value.type.tensor_type.elem_type = FLOAT
     remove_unused_inputs(graph)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,9 @@ _MOST_OF_DISK: Final = 0.5  # of what is free
 _FILL: Final = 32  # examples
 _EXAMPLE: Final = 104  # bytes of an entry beside its values: its line of the table, and half of the alignment
 
-Told = Callable[[int, int, float], None]
-"""Called with how many examples are done, how many there are, and how many seconds the rest may take."""
+Told = Callable[[int, int, float, float | None], None]
+"""Called with how many examples are done, how many there are, how many seconds the rest may take, and how many the
+front takes for all examples, by those of which it was run; None if there are none yet."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,22 @@ def open_cache(model: Model, folder: Path, layout: Layout, limit: int = LIMIT) -
     return cache
 
 
-def fill(model: Model, data: Dataset, told: Told | None = None, activation_memory: int | None = None) -> int:
+class Filled(NamedTuple):
+    """What filling a cache has taken.
+
+    Attributes
+    ----------
+    rows : int
+        Of which the front was run.
+    seconds : float or None
+        That the front takes for all examples, by those of which it was run; None if all were kept already.
+    """
+
+    rows: int
+    seconds: float | None
+
+
+def fill(model: Model, data: Dataset, told: Told | None = None, activation_memory: int | None = None) -> Filled:
     """Run the front for all examples of which nothing is kept yet, and close its session.
 
     Parameters
@@ -164,25 +180,28 @@ def fill(model: Model, data: Dataset, told: Told | None = None, activation_memor
     told : callable, optional
     activation_memory : int, optional
         As for :func:`pocketzo.tasks.parts.parts`.
-
-    Returns
-    -------
-    int
-        The rows that were computed.
     """
     halves = model.halves
     assert halves is not None
-    before, began, done = halves.computed, time.perf_counter(), 0
+    lengths = np.ones(len(data), np.int64) if data.lengths is None else data.lengths.astype(np.int64)
+    before, before_seconds, began = halves.computed, halves.seconds, time.perf_counter()
+    done, tokens, run_tokens, total = 0, 0, 0.0, int(lengths.sum())
+
+    def front() -> float | None:
+        return (halves.seconds - before_seconds) * total / run_tokens if run_tokens else None
+
     for chosen in _batches(data, fixed_batch(model.bundle) or _FILL):
         batch: Batch = data.batch(chosen)
+        computed, rows = halves.computed, count_rows(model.bundle, batch)
         for part in parts(task_of(model.bundle), batch, activation_memory):
             halves.fill({name: array for name, array in part.batch.items() if name != "row_examples"})
-        done += len(chosen)
+        done, tokens = min(done + len(chosen), len(data)), tokens + int(lengths[chosen].sum())
+        run_tokens += int(lengths[chosen].sum()) * (halves.computed - computed) / rows
         if told is not None:
-            told(min(done, len(data)), len(data), (time.perf_counter() - began) * (len(data) - done) / done)
+            told(done, len(data), (time.perf_counter() - began) * (total - tokens) / tokens, front())
     halves.store.flush()
     halves.release()
-    return halves.computed - before
+    return Filled(halves.computed - before, front())
 
 
 def _batches(data: Dataset, size: int) -> Iterator[NDArray[np.int64]]:

@@ -126,6 +126,7 @@ def find_lr(
     batch_size: int,
     steps: int,
     lengths: NDArray[np.integer[Any]] | None = None,
+    told: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Find the learning rate of a run.
 
@@ -145,6 +146,8 @@ def find_lr(
         Those of the run.
     lengths : array of int, shape [len(train)], optional
         Of the examples, if the run batches by length.
+    told : callable, optional
+        Called with how many forward passes are done, and how many there may be.
 
     Raises
     ------
@@ -166,6 +169,8 @@ def find_lr(
         entries: list[Entry] = []
         for batch in batches:
             scratch.step(on(train.batch(batch)), entries.append)
+            if told is not None:
+                told(len(entries) * scratch.forwards, budget)
         moves = map(_scratch(optimizer, _NONE).multiples, entries)
         length = math.sqrt(sum((multiple / _NONE) ** 2 for move in moves for multiple in move.values()))
         forwards = len(entries) * scratch.forwards
@@ -176,8 +181,10 @@ def find_lr(
         def loss() -> float:
             found.forwards += len(held)
             total = 0.0
-            for batch in held:
+            for number, batch in enumerate(held):
                 total += evaluate(train.batch(batch))
+                if told is not None:
+                    told(found.forwards - len(held) + number + 1, budget)
             return total / len(held)
 
         def changes(lr: float) -> tuple[float, float]:

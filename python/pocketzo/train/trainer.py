@@ -22,9 +22,11 @@ from pocketzo.tasks.culprit import naming_culprit
 from pocketzo.tasks.metrics import metric_named
 from pocketzo.tasks.objective import BatchObjective, Objective, OnBatch, metric_objective
 from pocketzo.tasks.registry import task_of
+from pocketzo.train.baselines import Heads
 from pocketzo.train.cached import described, load_as
 from pocketzo.train.differences import warn_of_another_session
 from pocketzo.train.evaluator import Evaluator, Sample, all_finite, finite, line_of
+from pocketzo.train.guard import Guard, Rise
 from pocketzo.train.progress import Progress
 from pocketzo.train.recipe import DataUsed, Loop, Recipe, Session, Source
 from pocketzo.train.rehearsal import Forecast, Rehearsal, lengths_of
@@ -91,6 +93,9 @@ class Trainer:
         The values of each evaluation, by the number of steps before it.
     samples : dict of int to mapping
         The same on some training data, which takes the place of evaluation data where there is none.
+    guarded : bool
+        Whether :meth:`fit` ends when the training loss has risen clearly above its best (:mod:`pocketzo.train.guard`).
+        It is False, and may be set at any time; the journal does not depend on it.
     """
 
     def __init__(
@@ -169,6 +174,8 @@ class Trainer:
         self.source = source or Source()
         self.callback = callback
         self.stop_requested = False
+        self.guarded = False
+        self._guard = Guard(steps)
         self._order = Order(seed=optimizer.seed, size=len(train), batch_size=batch_size, lengths=lengths)
         self.forecast: Forecast | None = None
         self.sweep: Sweep | None = None
@@ -260,6 +267,7 @@ class Trainer:
         if not steps and not any(EVAL in line for line in past.metrics()):  # killed between header and first line
             self.evaluations.clear()
         self.samples = {step: values for step, values in past.evaluations(SAMPLE).items() if step <= steps}
+        self._guard = Guard(self.loop.steps, (line for line in past.metrics() if line["step"] <= steps))
         for entry in reversed(past.entries[:steps]):
             if entry.lr or any(entry.coefficients.values()):
                 break
@@ -301,12 +309,17 @@ class Trainer:
         self.forecast = rehearsal.forecast(optimizer, left, self._order, len(due), examples, seconds)
         return self.forecast
 
-    def find_lr(self) -> Sweep:
+    def find_lr(self, told: Callable[[int, int], None] | None = None) -> Sweep:
         """Find the learning rate of the run, and give it to the optimizer; :meth:`fit` does so if it is "auto".
 
         It takes at most a tenth of the forward passes of the run's steps; of a run that is too short, it is the default
         of the method. The weights are then those before, bit for bit. The journal keeps the rate and how it was found,
         so that neither replay nor resuming needs another sweep. A custom objective is called.
+
+        Parameters
+        ----------
+        told : callable, optional
+            Called with how many forward passes of a batch are done, and how many there may be.
 
         Raises
         ------
@@ -326,6 +339,7 @@ class Trainer:
             batch_size=loop.batch_size,
             steps=loop.steps,
             lengths=lengths_of(self.train) if loop.group_by_length else None,
+            told=told,
         )
         optimizer.lr = self.sweep.lr
         return self.sweep
@@ -370,6 +384,11 @@ class Trainer:
             if self.model.halves is not None:
                 self.model.halves.store.flush()
 
+    @property
+    def rise(self) -> Rise | None:
+        """How the training loss has risen, if the run is guarded and has therefore ended; else None."""
+        return self._guard.rise if self.guarded and self.optimizer.step_number < self.loop.steps else None
+
     def _train(self, helper: ThreadPoolExecutor) -> None:
         optimizer, loop = self.optimizer, self.loop
         ahead: Future[Batch] | None = None
@@ -378,7 +397,8 @@ class Trainer:
             # A killed run may have missed the evaluation after its last step.
             if self._eval_due(step) and step not in self.evaluations:
                 self._evaluate(step)
-            if step >= loop.steps or self.stop_requested or loop.out_of_patience(self.evaluations):
+            ends = step >= loop.steps or self.stop_requested or loop.out_of_patience(self.evaluations)
+            if ends or self.rise is not None:
                 if step >= loop.steps:
                     self._sample(step)
                 return
@@ -389,6 +409,7 @@ class Trainer:
             if ahead is not None:
                 ahead.exception()  # waits; the step that needs the batch raises its exception
             seconds = time.perf_counter() - started
+            self._guard.add(step + 1, info.loss)
             self._log({"step": step + 1, "loss": finite(info.loss), "lr": info.lr, "seconds": round(seconds, 6)})
             self._skipped = self._skipped + 1 if info.skipped else 0
             evaluation = self._evaluate(step + 1) if self._eval_due(step + 1) else None
@@ -486,6 +507,10 @@ class Trainer:
         self.evaluations[step] = evaluation.values
         self._log(line_of(EVAL, step, evaluation))
         return evaluation.values
+
+    def log_baselines(self, found: Heads) -> None:
+        """Have the metrics of the run keep what it is to be compared with; before :meth:`fit`."""
+        self._log(found.line())
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self._writer is not None:

@@ -88,12 +88,14 @@ class Change:
         return text if re.search("[1-9]", text) else f"{value:.2g}"
 
 
-def verdict(run: Run) -> list[str]:
+def verdict(run: Run, *, ended: bool = False) -> list[str]:
     """Return in sentences what a run achieved, and what to try if it did not improve.
 
     Parameters
     ----------
     run : Run
+    ended : bool
+        Whether the training loss has risen clearly above its best (:mod:`pocketzo.train.guard`).
 
     Returns
     -------
@@ -107,7 +109,7 @@ def verdict(run: Run) -> list[str]:
     lines = [str(change) for change in changes]
     if not changes and run.steps:
         lines.append("too few steps to say whether the loss moved beyond its noise")
-    return lines + [f"try: {advice}" for advice in _advice(run, changes, best)]
+    return lines + [f"try: {advice}" for advice in _advice(run, changes, best, ended)]
 
 
 def worse_than_before(run: Run, step: int) -> str | None:
@@ -161,7 +163,7 @@ def training_change(run: Run) -> Change | None:
     return Change(name, float(first.mean()), float(last.mean()), error, significance, False, text)
 
 
-def _advice(run: Run, changes: Sequence[Change], best: int | None) -> list[str]:
+def _advice(run: Run, changes: Sequence[Change], best: int | None, ended: bool) -> list[str]:
     method, loop = run.recipe.method, run.recipe.loop
     if method["lr"] == 0:
         return ["a --lr above 0"]
@@ -178,6 +180,8 @@ def _advice(run: Run, changes: Sequence[Change], best: int | None) -> list[str]:
     undone = run.steps - len(updates)
     if undone:
         advice.append(f"a smaller --lr or --eps: {undone} of {run.steps} steps were undone, as losses were not finite")
+    if ended and "worse" not in verdicts:
+        return [*advice, f"a third of the lr, --lr {method['lr'] / 3:.2g}"]
     if not changes:
         return advice
     if verdicts[0] == "worse" or (verdicts[0] == "unmoved" and "worse" in verdicts):

@@ -3,8 +3,8 @@
 One block a tap, after Ouyang et al.'s PAC (arXiv 2408.10746): of h, the mean of the hidden states over the tokens of a
 text, it computes s = ReLU(h D + d + s of the block before), [batch, units]. The last s gives the scores, s U + u. PAC's
 blocks are applied to each token, and the last s is pooled. Here the mean comes first: it depends on nothing that is
-trained, so that a vector a layer is all that is kept of an example, and a step is cheaper. D and U begin as noise, and d
-and u as zeros: where U is zero, D has no slope, and at low rates the first steps are slow.
+trained, so that a vector a layer is all that is kept of an example, and a step is cheaper. D and U begin as noise, and
+d and u as zeros: where U is zero, D has no slope, and at low rates the first steps are slow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import onnx_ir as ir
 from pocketzo.formats.added import AddedSpec
 from pocketzo.graph.build import Builder
 from pocketzo.graph.loss import Loss
-from pocketzo.graph.side import free_names, normalised, real_tokens, replace_scores
-from pocketzo.graph.taps import Tap
+from pocketzo.graph.side import Source, free_names, normalised, real_tokens, replace_scores, tap_values
 from pocketzo.trainable.editor import Added
 
 
 def add_parallel(
-    model: ir.Model, taps: Sequence[Tap], units: int, columns: int, kind: str, part: str
+    model: ir.Model, taps: Sequence[Source], units: int, columns: int, kind: str, part: str
 ) -> tuple[Loss, list[Added], AddedSpec]:
     """Replace what a graph computes by the scores of a parallel adapter, and their loss.
 
@@ -30,7 +29,7 @@ def add_parallel(
     ----------
     model : Model
         Changed in place, as by :func:`pocketzo.graph.side.add_side_head`.
-    taps : sequence of Tap
+    taps : sequence of Source
         From the first layer to the last.
     units : int
         Of a block.
@@ -54,6 +53,7 @@ def add_parallel(
         The graph has no mask.
     """
     graph = model.graph
+    hidden = tap_values(graph, taps)
     free_names(graph)
     build = Builder(graph, "pocketzo.parallel.")
     added: list[Added] = []
@@ -70,10 +70,10 @@ def add_parallel(
     count = build.op("Max", build.op("ReduceSum", real, build.constant([1]), keepdims=1), build.constant(1.0))
     share = build.op("Unsqueeze", build.op("Div", real, count), build.constant([1]))
     state = None
-    for tap in taps:
+    for tap, value in hidden:
         down = new(f"{tap.layer}.down.weight", tap.size, units, scale=tap.size**-0.5)
         bias = new(f"{tap.layer}.down.bias", units)
-        mean = build.op("Squeeze", build.op("MatMul", share, normalised(build, tap)), build.constant([1]))
+        mean = build.op("Squeeze", build.op("MatMul", share, normalised(build, tap, value)), build.constant([1]))
         inner = build.op("Add", build.op("MatMul", mean, down), bias)
         state = build.op("Relu", inner if state is None else build.op("Add", inner, state))
     assert state is not None, "a model has a layer"

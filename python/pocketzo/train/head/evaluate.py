@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pocketzo.data.dataset import Dataset
 from pocketzo.formats.bundle import Bundle
+from pocketzo.tasks.base import Task
 from pocketzo.tasks.metrics import Found
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.head.head import Head
@@ -68,14 +69,27 @@ def evaluate_heads(
     for states in backbone.run(data, told):
         for head, array in zip(heads, scores, strict=True):
             array[states.examples] = head.scores(states, backbone.layers)
-    task = task_of(bundle)
     labels = data.label_values
     assert labels is not None, "loaded with labels"
+    return [results_of(task_of(bundle), array, labels, metrics) for array in scores]
+
+
+def results_of(
+    task: Task, scores: NDArray[np.float32], labels: NDArray[Any], metrics: Sequence[str] = ()
+) -> dict[str, float]:
+    """Return the metrics of scores, by name: the task's own, and others.
+
+    Parameters
+    ----------
+    task : Task
+        With a loss.
+    scores : ndarray of float32, shape [rows, columns]
+    labels : ndarray, shape [rows] or [rows, columns]
+    metrics : sequence of str
+        Names of others.
+    """
     assert task.loss is not None, "prepare gives a side head's task a loss"
-    results, loss = [], LOSSES[task.loss]
+    loss = LOSSES[task.loss](scores.astype(np.float64), labels)
+    found = Found(loss, task.predictions(scores), task.targets(labels))
     names = dict.fromkeys([*task.shown, *metrics])
-    for array in scores:
-        found = Found(loss(array.astype(np.float64), labels), task.predictions(array), task.targets(labels))
-        values = {metric.name: float(metric(found)) for metric in map(task.metric, names)}
-        results.append({"count": len(data), **values})
-    return results
+    return {"count": len(labels), **{metric.name: float(metric(found)) for metric in map(task.metric, names)}}

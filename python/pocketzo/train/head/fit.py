@@ -72,6 +72,8 @@ class Fit:
         The losses of held-out examples with attention pooling; None if it was not tried.
     pays : bool
         Whether the head has attention pooling.
+    held_out, probe_held_out : ndarray of float32, shape [examples, columns]
+        The scores of each example by the head, without attention pooling, and by the probe of the other folds.
     by_metric : ByMetric or None
         Zeroth order, where a metric is the objective.
     """
@@ -82,6 +84,8 @@ class Fit:
     probe_trial: Trial
     attention: Floats | None
     pays: bool
+    held_out: Singles
+    probe_held_out: Singles
     by_metric: ByMetric | None = None
 
 
@@ -93,10 +97,13 @@ class Parts(NamedTuple):
     weights : dict
         By layer and pooling, [size, heads, columns].
     bias : ndarray, shape [heads, columns]
+    held_out : ndarray, shape [rows, columns]
+        The bundle's scores of each row by the model of the other folds.
     """
 
     weights: dict[tuple[int, Pooling], Singles]
     bias: Singles
+    held_out: Singles
 
     def heads(self, features: Features) -> Heads:
         """Return the heads over all tokens, with queries of zeros."""
@@ -204,6 +211,8 @@ class Fitter:
             probe,
             losses,
             pays,
+            parts.held_out,
+            of_probe.held_out,
             by_metric,
         )
 
@@ -248,7 +257,8 @@ class Fitter:
             weight = part / standard.deviation[:, None, None]
             bias -= np.tensordot(standard.mean, weight, axes=1)
             weights[key] = weight.astype(np.float32)
-        return Parts(weights, bias.astype(np.float32))
+        held_out = models.scores(basis.x)[np.arange(len(self._folds)), self._folds]
+        return Parts(weights, bias.astype(np.float32), self._targets.scores(held_out))
 
     def _held_out(self, heads: Heads, others: Singles, tokens: TokenStates, layers: tuple[int, ...]) -> Floats:
         """Return the loss of each example by the head of the other folds."""

@@ -14,6 +14,7 @@ from pocketzo.errors import JournalError
 from pocketzo.formats.safetensors import map_tensors, write
 from pocketzo.formats.side import BIAS, last_name, query_name, weight_name
 from pocketzo.train.head.attention import Heads, Tokens, forward
+from pocketzo.train.head.pooled import Pooling
 from pocketzo.train.head.states import States
 
 Singles = NDArray[np.float32]
@@ -51,6 +52,15 @@ class Head:
         scores: Singles = forward(heads, tokens).scores[:, 0]
         for layer, weight in zip(self.layers, self.last or [], strict=False):
             scores = scores + states.pooled(layers.index(layer), "last") @ weight
+        return scores
+
+    def scores_of_pooled(self, pooled: Mapping[tuple[int, Pooling], Singles]) -> Singles:
+        """Return the scores, [rows, columns], of pooled states, for a head without attention pooling."""
+        scores = self.bias
+        for layer, weight in zip(self.layers, self.weights, strict=True):
+            scores = scores + pooled[layer, "mean"] @ weight
+        for layer, weight in zip(self.layers, self.last or [], strict=False):
+            scores = scores + pooled[layer, "last"] @ weight
         return scores
 
     def tensors(self) -> dict[str, Singles]:

@@ -46,7 +46,17 @@ class Kept:
     tokens: TokenStates | None
 
     @classmethod
-    def of(cls, bundle: Bundle, data: Dataset, *, threads: int, folder: Path, told: Told | None = None) -> Self:
+    def of(
+        cls,
+        bundle: Bundle,
+        data: Dataset,
+        *,
+        threads: int = 1,
+        folder: Path | None,
+        told: Told | None = None,
+        backbone: Backbone | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> Self:
         """Run the backbone over a dataset.
 
         Parameters
@@ -56,9 +66,14 @@ class Kept:
         data : Dataset
             With labels.
         threads : int
-        folder : Path
-            For temporary files of token states; they have no name, and end with the process.
+        folder : Path or None
+            For temporary files of token states; they have no name, and end with the process. None keeps pooled states
+            alone.
         told : callable, optional
+        backbone : Backbone, optional
+            Of all taps; by default one is opened with so many threads.
+        rows : ndarray of int64, optional
+            The numbers of the examples; by default all.
 
         Raises
         ------
@@ -71,20 +86,22 @@ class Kept:
             raise DataError("the training data has no labels, which a head learns")
         layers = [tap.layer for tap in side.taps]
         sizes = [tap.size for tap in side.taps]
+        labels = data.label_values if rows is None else data.label_values[rows]
+        lengths = data.lengths if rows is None or data.lengths is None else data.lengths[rows]
         pooled = {
-            (layer, pooling): np.empty((len(data), size), np.float32)
+            (layer, pooling): np.empty((len(labels), size), np.float32)
             for layer, size in zip(layers, sizes, strict=True)
             for pooling in _poolings(side)
         }
         tokens = None
-        if data.lengths is not None and 2 * sum(sizes) * int(data.lengths.sum()) <= MOST_STATES:
-            tokens = TokenStates(layers, sizes, data.lengths, folder)
-        for found in Backbone(bundle, layers, threads).run(data, told):
+        if folder is not None and lengths is not None and 2 * sum(sizes) * int(lengths.sum()) <= MOST_STATES:
+            tokens = TokenStates(layers, sizes, lengths, folder)
+        for found in (backbone or Backbone(bundle, layers, threads)).run(data, told, rows):
             for (layer, pooling), array in pooled.items():
                 array[found.examples] = found.pooled(layers.index(layer), pooling)
             if tokens is not None:
                 tokens.put(found)
-        return cls(data.label_values, pooled, tokens)
+        return cls(labels, pooled, tokens)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -19,6 +19,8 @@ LEAST_DEVIATION: Final = 0.02
 """A standard deviation that is less counts as this: that of one feature of MiniLM is 8e-33."""
 _LEAST_VARIANCE: Final = 1e-12
 """Directions with a smaller share of the largest variance are left out."""
+_MOST_PRODUCTS: Final = 8
+"""Matrices [rows, rows] that are kept for the next choice: those of one choice of taps."""
 
 
 class Features(NamedTuple):
@@ -130,6 +132,8 @@ class Pooled:
         key = layer, pooling
         if key not in self._kernels:
             wide = self._standardised(*key)
+            while len(self._kernels) >= _MOST_PRODUCTS:
+                del self._kernels[next(iter(self._kernels))]
             self._kernels[key] = wide @ wide.T
         return self._kernels[key]
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from pocketzo.data.dataset import Dataset, fixed_batch
 from pocketzo.formats.bundle import Bundle
-from pocketzo.formats.side import tap_name
+from pocketzo.formats.side import SideHead
 from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.session import open_bytes
 from pocketzo.runtime.subgraph import keep_values
+from pocketzo.runtime.taps import Stream
 from pocketzo.train.head.pooled import Pooling
 
 BATCH: Final = 32
@@ -33,32 +34,37 @@ class Backbone:
     Parameters
     ----------
     bundle : Bundle
-        With a side head.
     layers : sequence of int
         The taps.
     threads : int
+    stream : Stream, optional
+        Of the bundle; by default that which its side head reads.
     """
 
-    def __init__(self, bundle: Bundle, layers: Sequence[int], threads: int) -> None:
+    def __init__(self, bundle: Bundle, layers: Sequence[int], threads: int, stream: Stream | None = None) -> None:
         model = read_graph(bundle.model_path)
         self.layers = tuple(layers)
-        self._names = [tap_name(layer) for layer in layers]
-        keep_values(model.graph, self._names)
+        taps = {tap.layer: tap for tap in (stream or Stream.of(bundle)).taps}
+        self._taps = [taps[layer] for layer in layers]
+        self._names = [tap.name for tap in self._taps]
+        keep_values(model.graph, self._names, typed=False)
         self._session: ort.InferenceSession = open_bytes(model.SerializeToString(), bundle.path, threads)
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._batch = fixed_batch(bundle) or BATCH
 
-    def run(self, data: Dataset, told: Told | None = None) -> Iterator[States]:
-        """Yield the states of all examples in batches of similar length, the longest first."""
-        lengths = np.ones(len(data), np.int64) if data.lengths is None else data.lengths
+    def run(self, data: Dataset, told: Told | None = None, rows: NDArray[np.int64] | None = None) -> Iterator[States]:
+        """Yield the states of all examples, or of some, in batches of similar length, the longest first."""
+        rows = np.arange(len(data)) if rows is None else rows
+        lengths = np.ones(len(rows), np.int64) if data.lengths is None else data.lengths[rows]
         order = np.argsort(-lengths, kind="stable")
         total, done = int(lengths.sum()), 0
         began = time.perf_counter()
         for start in range(0, len(order), self._batch):
             chosen = order[start : start + self._batch]
-            batch = data.batch(chosen)
+            batch = data.batch(rows[chosen])
             feed = {name: array for name, array in batch.items() if name in self._inputs}
-            found = self._session.run(self._names, feed)
+            values = self._session.run(self._names, feed)
+            found = [tap.states(value) for tap, value in zip(self._taps, values, strict=True)]
             yield States(chosen, batch["attention_mask"] != 0, found)
             done += int(lengths[chosen].sum())
             if told is not None:
@@ -72,7 +78,7 @@ class States(NamedTuple):
     Attributes
     ----------
     examples : ndarray of int64, shape [rows]
-        Their numbers.
+        Their numbers, among those that were asked for.
     real : ndarray of bool, shape [rows, tokens]
         Which tokens are no padding.
     taps : list of ndarray of float32, shape [rows, tokens, size]
@@ -92,6 +98,15 @@ class States(NamedTuple):
         share = self.real / self.real.sum(axis=1, keepdims=True)
         mean: NDArray[np.float32] = np.matmul(share[:, None].astype(np.float32), states)[:, 0]
         return mean
+
+    def all_pooled(self, side: SideHead) -> dict[tuple[int, Pooling], NDArray[np.float32]]:
+        """Return the pooled states, [rows, size], that a head may read, by layer and pooling."""
+        poolings: tuple[Pooling, ...] = ("mean", "last") if side.causal else ("mean",)
+        return {
+            (tap.layer, pooling): self.pooled(place, pooling)
+            for place, tap in enumerate(side.taps)
+            for pooling in poolings
+        }
 
 
 class TokenStates:
