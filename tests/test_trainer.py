@@ -23,6 +23,7 @@ from sizes import full_or_small
 import pocketzo as pz
 from pocketzo.data.order import Data, Order
 from pocketzo.formats.journal import Journal
+from pocketzo.optim.methods import METHODS
 from pocketzo.runtime.weights import Weights
 from pocketzo.train.recipe import Recipe
 from pocketzo.train.verdict import verdict, worse_than_before
@@ -465,7 +466,7 @@ class Counting(pz.MeZO):
 def test_a_resumed_run_has_the_state_of_its_snapshot(
     tiny_bundle: Path, data: pz.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocketzo.optim.methods.METHODS", {"counting": Counting})
+    monkeypatch.setitem(METHODS, "counting", Counting)
     images = []
     for name, stop in ("whole", 31), ("run", 14):
         model = pz.load(tiny_bundle, threads=1)

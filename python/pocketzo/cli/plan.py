@@ -51,6 +51,7 @@ def plan(
       name = "laptop"
       doctor = "laptop.json"
       memory = "2G"            # instead of what was available
+
     \b
       pocketzo plan base --devices devices.toml
     """
