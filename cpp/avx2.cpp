@@ -306,40 +306,28 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
   for (std::size_t g = 0; g < 4; ++g) _mm256_storeu_pd(sums + 4 * g, s[g]);
 }
 
-// Of rank 0, the rank is not known at compile time.
-template <unsigned Count, unsigned Rank>
-void outer(const Outer& o, const float* scale) noexcept {
-  const unsigned rank = Rank != 0 ? Rank : o.rank;
-  const std::ptrdiff_t ahead = outer_ahead(o);
-  const Scales<Count> scales(scale);
-  for (std::size_t row = 0; row < o.rows; ++row) {
-    __m256 a[Rank != 0 ? Rank : kMaxRank];
-    for (unsigned k = 0; k < rank; ++k) a[k] = _mm256_set1_ps(o.a[k * kStrideA + row]);
-    float* const w = o.w + row * o.stride;
-    std::size_t i = 0;
-    for (; i + 8 <= o.columns; i += 8) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + i + ahead), _MM_HINT_T0);
-      __m256 z = _mm256_mul_ps(a[0], _mm256_loadu_ps(o.b + i));
-      for (unsigned k = 1; k < rank; ++k) z = _mm256_fmadd_ps(a[k], _mm256_loadu_ps(o.b + k * kStrideB + i), z);
-      update(w + i, z, scales);
+// For `outer`.
+struct Rows {
+  template <unsigned Count, unsigned Rank>
+  static void outer(const Outer& o, const float* scale) noexcept {
+    const unsigned rank = Rank != 0 ? Rank : o.rank;
+    const std::ptrdiff_t ahead = outer_ahead(o);
+    const Scales<Count> scales(scale);
+    for (std::size_t row = 0; row < o.rows; ++row) {
+      __m256 a[Rank != 0 ? Rank : kMaxRank];
+      for (unsigned k = 0; k < rank; ++k) a[k] = _mm256_set1_ps(o.a[k * kStrideA + row]);
+      float* const w = o.w + row * o.stride;
+      std::size_t i = 0;
+      for (; i + 8 <= o.columns; i += 8) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + i + ahead), _MM_HINT_T0);
+        __m256 z = _mm256_mul_ps(a[0], _mm256_loadu_ps(o.b + i));
+        for (unsigned k = 1; k < rank; ++k) z = _mm256_fmadd_ps(a[k], _mm256_loadu_ps(o.b + k * kStrideB + i), z);
+        update(w + i, z, scales);
+      }
+      outer_rest<Count>(o, scale, row, i);
     }
-    outer_rest<Count>(o, scale, row, i);
   }
-}
-
-template <unsigned Count>
-void outer(const Outer& o, const float* scale) noexcept {
-  switch (o.rank) {
-    case 1:
-      return outer<Count, 1>(o, scale);
-    case 2:
-      return outer<Count, 2>(o, scale);
-    case 4:
-      return outer<Count, 4>(o, scale);
-    default:
-      return outer<Count, 0>(o, scale);
-  }
-}
+};
 
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t lane = 0; lane < 16; lane += 8)
@@ -446,7 +434,7 @@ const KernelSet kAvx2 = {
     shrink,
     axpy,
     dot,
-    {outer<0>, outer<1>, outer<2>, outer<3>},
+    {outer<Rows, 0>, outer<Rows, 1>, outer<Rows, 2>, outer<Rows, 3>},
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

@@ -299,57 +299,45 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
   for (std::size_t g = 0; g < 2; ++g) _mm512_storeu_pd(sums + 8 * g, s[g]);
 }
 
-// Of rank 0, the rank is not known at compile time.
-template <unsigned Count, unsigned Rank>
-void outer(const Outer& o, const float* scale) noexcept {
-  const unsigned rank = Rank != 0 ? Rank : o.rank;
-  const std::ptrdiff_t ahead = outer_ahead(o);
-  const Scales<Count> scales(scale);
-  for (std::size_t row = 0; row < o.rows; ++row) {
-    __m512 a[Rank != 0 ? Rank : kMaxRank];
-    for (unsigned k = 0; k < rank; ++k) a[k] = _mm512_set1_ps(o.a[k * kStrideA + row]);
-    float* const w = o.w + row * o.stride;
-    std::size_t i = 0;
-    for (; i + 16 <= o.columns; i += 16) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + i + ahead), _MM_HINT_T0);
-      __m512 z = _mm512_mul_ps(a[0], _mm512_loadu_ps(o.b + i));
-      for (unsigned k = 1; k < rank; ++k) z = _mm512_fmadd_ps(a[k], _mm512_loadu_ps(o.b + k * kStrideB + i), z);
-      if constexpr (Count != 0) {
-        __m512 v = _mm512_loadu_ps(w + i);
-        for (unsigned s = 0; s < Count; ++s) v = _mm512_fmadd_ps(scales.s[s], z, v);
-        z = v;
+// For `outer`.
+struct Rows {
+  template <unsigned Count, unsigned Rank>
+  static void outer(const Outer& o, const float* scale) noexcept {
+    const unsigned rank = Rank != 0 ? Rank : o.rank;
+    const std::ptrdiff_t ahead = outer_ahead(o);
+    const Scales<Count> scales(scale);
+    for (std::size_t row = 0; row < o.rows; ++row) {
+      __m512 a[Rank != 0 ? Rank : kMaxRank];
+      for (unsigned k = 0; k < rank; ++k) a[k] = _mm512_set1_ps(o.a[k * kStrideA + row]);
+      float* const w = o.w + row * o.stride;
+      std::size_t i = 0;
+      for (; i + 16 <= o.columns; i += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(w + i + ahead), _MM_HINT_T0);
+        __m512 z = _mm512_mul_ps(a[0], _mm512_loadu_ps(o.b + i));
+        for (unsigned k = 1; k < rank; ++k) z = _mm512_fmadd_ps(a[k], _mm512_loadu_ps(o.b + k * kStrideB + i), z);
+        if constexpr (Count != 0) {
+          __m512 v = _mm512_loadu_ps(w + i);
+          for (unsigned s = 0; s < Count; ++s) v = _mm512_fmadd_ps(scales.s[s], z, v);
+          z = v;
+        }
+        _mm512_storeu_ps(w + i, z);
       }
-      _mm512_storeu_ps(w + i, z);
-    }
-    if (i + 8 <= o.columns) {  // matrices of 8 columns, as those of LoRA
-      __m256 z = _mm256_mul_ps(_mm512_castps512_ps256(a[0]), _mm256_loadu_ps(o.b + i));
-      for (unsigned k = 1; k < rank; ++k)
-        z = _mm256_fmadd_ps(_mm512_castps512_ps256(a[k]), _mm256_loadu_ps(o.b + k * kStrideB + i), z);
-      if constexpr (Count != 0) {
-        __m256 v = _mm256_loadu_ps(w + i);
-        for (unsigned s = 0; s < Count; ++s) v = _mm256_fmadd_ps(_mm512_castps512_ps256(scales.s[s]), z, v);
-        z = v;
+      if (i + 8 <= o.columns) {  // matrices of 8 columns, as those of LoRA
+        __m256 z = _mm256_mul_ps(_mm512_castps512_ps256(a[0]), _mm256_loadu_ps(o.b + i));
+        for (unsigned k = 1; k < rank; ++k)
+          z = _mm256_fmadd_ps(_mm512_castps512_ps256(a[k]), _mm256_loadu_ps(o.b + k * kStrideB + i), z);
+        if constexpr (Count != 0) {
+          __m256 v = _mm256_loadu_ps(w + i);
+          for (unsigned s = 0; s < Count; ++s) v = _mm256_fmadd_ps(_mm512_castps512_ps256(scales.s[s]), z, v);
+          z = v;
+        }
+        _mm256_storeu_ps(w + i, z);
+        i += 8;
       }
-      _mm256_storeu_ps(w + i, z);
-      i += 8;
+      outer_rest<Count>(o, scale, row, i);
     }
-    outer_rest<Count>(o, scale, row, i);
   }
-}
-
-template <unsigned Count>
-void outer(const Outer& o, const float* scale) noexcept {
-  switch (o.rank) {
-    case 1:
-      return outer<Count, 1>(o, scale);
-    case 2:
-      return outer<Count, 2>(o, scale);
-    case 4:
-      return outer<Count, 4>(o, scale);
-    default:
-      return outer<Count, 0>(o, scale);
-  }
-}
+};
 
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t i = 0; i < 64; i += 16) {  // 16 x 16: pairs of rows, quarters of registers, then those among them
@@ -458,7 +446,7 @@ const KernelSet kAvx512 = {
     shrink,
     axpy,
     dot,
-    {outer<0>, outer<1>, outer<2>, outer<3>},
+    {outer<Rows, 0>, outer<Rows, 1>, outer<Rows, 2>, outer<Rows, 3>},
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

@@ -96,5 +96,20 @@ inline void outer_rest(const Outer& o, const float* scale, std::size_t row, std:
   }
 }
 
+// The operation `outer` of a set whose Rows have it by rank; of rank 0, the rank is not known at compile time.
+template <class Rows, unsigned Count>
+void outer(const Outer& o, const float* scale) noexcept {
+  switch (o.rank) {
+    case 1:
+      return Rows::template outer<Count, 1>(o, scale);
+    case 2:
+      return Rows::template outer<Count, 2>(o, scale);
+    case 4:
+      return Rows::template outer<Count, 4>(o, scale);
+    default:
+      return Rows::template outer<Count, 0>(o, scale);
+  }
+}
+
 }  // namespace
 }  // namespace pocketzo

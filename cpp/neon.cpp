@@ -415,54 +415,42 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
   for (unsigned g = 0; g < 8; ++g) vst1q_f64(sums + 2 * g, s[g]);
 }
 
-// Of rank 0, the rank is not known at compile time.
-template <unsigned Count, unsigned Rank>
-void outer(const Outer& o, const float* scale) noexcept {
-  const unsigned rank = Rank != 0 ? Rank : o.rank;
-  const std::ptrdiff_t ahead = outer_ahead(o);
-  const Scales<Count> scales(scale);
-  for (std::size_t row = 0; row < o.rows; ++row) {
-    float32x4_t a[Rank != 0 ? Rank : kMaxRank];
-    for (unsigned k = 0; k < rank; ++k) a[k] = vdupq_n_f32(o.a[k * kStrideA + row]);
-    float* const w = o.w + row * o.stride;
-    std::size_t i = 0;
-    for (; i + 16 <= o.columns; i += 16) {
+// For `outer`.
+struct Rows {
+  template <unsigned Count, unsigned Rank>
+  static void outer(const Outer& o, const float* scale) noexcept {
+    const unsigned rank = Rank != 0 ? Rank : o.rank;
+    const std::ptrdiff_t ahead = outer_ahead(o);
+    const Scales<Count> scales(scale);
+    for (std::size_t row = 0; row < o.rows; ++row) {
+      float32x4_t a[Rank != 0 ? Rank : kMaxRank];
+      for (unsigned k = 0; k < rank; ++k) a[k] = vdupq_n_f32(o.a[k * kStrideA + row]);
+      float* const w = o.w + row * o.stride;
+      std::size_t i = 0;
+      for (; i + 16 <= o.columns; i += 16) {
 #if defined(__GNUC__) || defined(__clang__)
-      __builtin_prefetch(w + i + ahead, 1);
+        __builtin_prefetch(w + i + ahead, 1);
 #endif
-      float32x4_t z[4];
-      for (unsigned g = 0; g < 4; ++g) z[g] = vmulq_f32(a[0], vld1q_f32(o.b + i + 4 * g));
-      for (unsigned k = 1; k < rank; ++k)
-        for (unsigned g = 0; g < 4; ++g) z[g] = vfmaq_f32(z[g], a[k], vld1q_f32(o.b + k * kStrideB + i + 4 * g));
-      update(w + i, 4, z, scales);
-    }
-    for (; i + 4 <= o.columns; i += 4) {
-      float32x4_t z = vmulq_f32(a[0], vld1q_f32(o.b + i));
-      for (unsigned k = 1; k < rank; ++k) z = vfmaq_f32(z, a[k], vld1q_f32(o.b + k * kStrideB + i));
-      if constexpr (Count != 0) {
-        float32x4_t v = vld1q_f32(w + i);
-        for (unsigned s = 0; s < Count; ++s) v = vfmaq_f32(v, scales.s[s], z);
-        z = v;
+        float32x4_t z[4];
+        for (unsigned g = 0; g < 4; ++g) z[g] = vmulq_f32(a[0], vld1q_f32(o.b + i + 4 * g));
+        for (unsigned k = 1; k < rank; ++k)
+          for (unsigned g = 0; g < 4; ++g) z[g] = vfmaq_f32(z[g], a[k], vld1q_f32(o.b + k * kStrideB + i + 4 * g));
+        update(w + i, 4, z, scales);
       }
-      vst1q_f32(w + i, z);
+      for (; i + 4 <= o.columns; i += 4) {
+        float32x4_t z = vmulq_f32(a[0], vld1q_f32(o.b + i));
+        for (unsigned k = 1; k < rank; ++k) z = vfmaq_f32(z, a[k], vld1q_f32(o.b + k * kStrideB + i));
+        if constexpr (Count != 0) {
+          float32x4_t v = vld1q_f32(w + i);
+          for (unsigned s = 0; s < Count; ++s) v = vfmaq_f32(v, scales.s[s], z);
+          z = v;
+        }
+        vst1q_f32(w + i, z);
+      }
+      outer_rest<Count>(o, scale, row, i);
     }
-    outer_rest<Count>(o, scale, row, i);
   }
-}
-
-template <unsigned Count>
-void outer(const Outer& o, const float* scale) noexcept {
-  switch (o.rank) {
-    case 1:
-      return outer<Count, 1>(o, scale);
-    case 2:
-      return outer<Count, 2>(o, scale);
-    case 4:
-      return outer<Count, 4>(o, scale);
-    default:
-      return outer<Count, 0>(o, scale);
-  }
-}
+};
 
 void transpose(float* out, const float* in) noexcept {
   for (std::size_t lane = 0; lane < 16; lane += 4)
@@ -559,7 +547,7 @@ const KernelSet kNeon = {
     shrink,
     axpy,
     dot,
-    {outer<0>, outer<1>, outer<2>, outer<3>},
+    {outer<Rows, 0>, outer<Rows, 1>, outer<Rows, 2>, outer<Rows, 3>},
     transpose,
     {widen<Fp16>, narrow<Fp16>, round_nearest<Fp16>, round_stochastic<Fp16>},
     {widen<Bf16>, narrow<Bf16>, round_nearest<Bf16>, round_stochastic<Bf16>},

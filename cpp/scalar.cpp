@@ -133,13 +133,7 @@ void dot(double* sums, const float* a, const float* b, std::size_t n) noexcept {
 
 template <unsigned Count>
 void outer(const Outer& o, const float* scale) noexcept {
-  for (std::size_t row = 0; row < o.rows; ++row)
-    for (std::size_t column = 0; column < o.columns; ++column) {
-      float z = o.a[row] * o.b[column];
-      for (std::size_t k = 1; k < o.rank; ++k) z = std::fma(o.a[k * kStrideA + row], o.b[k * kStrideB + column], z);
-      float& w = o.w[row * o.stride + column];
-      w = apply_scales<Count>(w, z, scale);
-    }
+  for (std::size_t row = 0; row < o.rows; ++row) outer_rest<Count>(o, scale, row, 0);
 }
 
 void transpose(float* out, const float* in) noexcept {
