@@ -59,13 +59,12 @@ BATCH = 16
 LAST_THIRD = "lora:train=B,layers=20-"
 EPS = {"all": 1e-3, "last:2+head": 1e-3, "norm": 1e-3, LAST_THIRD: 5e-2, "lora:train=B": 1e-2}
 NEW_HEAD = (pz.ParamGroup("^classifier", lr=10, eps=10),)
-METHODS: dict[str, Callable[..., pz.Optimizer]] = {
+METHODS: dict[str, type[pz.Optimizer]] = {
     "mezo": pz.MeZO,
     "fzoo": pz.FZOO,
     "momentum": pz.Momentum,
     "sign": pz.Sign,
 }
-FORWARDS = {"mezo": 2, "fzoo": 9, "momentum": 2, "sign": 2}  # of a step
 ADAMW = (1e-5, 3e-5, 1e-4)  # learning rates
 ADAMW_LORA = (1e-3, 3e-3, 1e-2)
 EPOCHS = 3
@@ -92,17 +91,21 @@ class Task:
         return pz.Bundle.read(path) if path.exists() else pz.prepare(self.model, path, train=trained, **self.options)
 
 
-def tasks_of(arguments: argparse.Namespace, folder: Path) -> list[Task]:
-    chosen, _ = split(arguments.data / "train.tsv")
-    train = subset(arguments.data / "train.tsv", chosen, folder / "train.tsv")
-    dev = arguments.data / "dev.tsv"
-    checkpoint = minilm.find_checkpoint(arguments.checkpoint)
+def sst2_files(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Return the files of the training sentences, which are written to the folder, and of dev."""
+    chosen, _ = split(data / "train.tsv")
+    return subset(data / "train.tsv", chosen, folder / "train.tsv"), data / "dev.tsv"
+
+
+def encoder_tasks(path: Path | None, train: Path, dev: Path, folder: Path) -> list[Task]:
+    """Return the tasks of MiniLM, which is built from its checkpoint."""
+    checkpoint = minilm.find_checkpoint(path)
     for classes in (2, 8):
         build_onnx(checkpoint, folder / f"minilm-{classes}.onnx", num_labels=classes)
     encoder: dict[str, Any] = {"tokenizer": checkpoint.tokenizer, "max_length": 128}
     sets = ("all", "last:2+head")
     two, eight = ({**encoder, "labels": labels} for labels in (("0", "1"), LABELS))
-    found = [
+    return [
         Task("MiniLM, SST-2", folder / "minilm-2.onnx", train, dev, sets, two, groups=NEW_HEAD),
         Task(
             "MiniLM, messages",
@@ -114,15 +117,16 @@ def tasks_of(arguments: argparse.Namespace, folder: Path) -> list[Task]:
             groups=NEW_HEAD,
         ),
     ]
-    if arguments.decoder is not None:
-        words = {"task": "prompt", "template": PROMPT, "label_words": ("negative", "positive"), "labels": ("0", "1")}
-        sets = (LAST_THIRD, "norm")
-        found.append(Task("SmolLM2, SST-2", arguments.decoder, train, dev, sets, {**words, "max_length": 64}))
-        page = {"task": "causal-lm", "max_length": 64}
-        found.append(
-            Task("SmolLM2, page", arguments.decoder, notes.PAGE, notes.PAGE, ("lora:train=B",), page, "perplexity")
-        )
-    return found
+
+
+def decoder_tasks(model: Path, train: Path, dev: Path) -> list[Task]:
+    """Return the tasks of SmolLM2."""
+    words = {"task": "prompt", "template": PROMPT, "label_words": ("negative", "positive"), "labels": ("0", "1")}
+    page = {"task": "causal-lm", "max_length": 64}
+    return [
+        Task("SmolLM2, SST-2", model, train, dev, (LAST_THIRD, "norm"), {**words, "max_length": 64}),
+        Task("SmolLM2, page", model, notes.PAGE, notes.PAGE, ("lora:train=B",), page, "perplexity"),
+    ]
 
 
 # ---- rows
@@ -148,7 +152,7 @@ def trained_row(task: Task, trained: str, method: str, forwards: int, seed: int,
     bundle = task.bundle(trained, folder)
     train, held_out = (pz.load_dataset(path, bundle) for path in (task.train, task.held_out))
     model = load_behind_cut(bundle, (train, held_out), forwards, threads)
-    steps = round(forwards / 1.1 / FORWARDS[method])  # a tenth for finding the learning rate
+    steps = round(forwards / 1.1 / METHODS[method].evaluations())  # a tenth for finding the learning rate
     optimizer = METHODS[method](
         model, eps=EPS[trained], seed=seed, groups=task.groups, schedule=pz.Schedule("cosine", steps)
     )
@@ -337,7 +341,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, measure in measures(tasks_of(arguments, folder), arguments, folder):
+        files = sst2_files(arguments.data, folder)
+        tasks = encoder_tasks(arguments.checkpoint, *files, folder)
+        if arguments.decoder is not None:
+            tasks += decoder_tasks(arguments.decoder, *files)
+        for name, measure in measures(tasks, arguments, folder):
             if name in rows or not re.search(arguments.only, name):
                 continue
             if arguments.list:

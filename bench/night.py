@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning import BATCH, EPS, FORWARDS, LAST_THIRD, METHODS, load_behind_cut, tasks_of
+from learning import BATCH, EPS, LAST_THIRD, METHODS, Task, decoder_tasks, load_behind_cut, sst2_files
 from machine import Run, peer
 from sst2 import SST2
 from tables import night_table
@@ -28,10 +28,9 @@ import pocketzo as pz
 from pocketzo.train.cached import load_as
 
 POINTS = 12  # evaluations
-TASK = "SmolLM2, SST-2"
 
 
-def train(task: Any, arguments: argparse.Namespace, folder: Path) -> pz.Run:
+def train(task: Task, arguments: argparse.Namespace, folder: Path) -> pz.Run:
     """Train until the last step, or go on with what is there."""
 
     def told(progress: pz.Progress) -> None:
@@ -43,7 +42,7 @@ def train(task: Any, arguments: argparse.Namespace, folder: Path) -> pz.Run:
     if (arguments.run / "journal.pzj").exists():
         trainer = pz.Trainer.resume(arguments.run, examples, callback=told)
     else:
-        steps = round(arguments.forwards / FORWARDS[arguments.method])
+        steps = round(arguments.forwards / METHODS[arguments.method].evaluations())
         model = load_behind_cut(bundle, (examples,), arguments.forwards, arguments.threads)
         optimizer = METHODS[arguments.method](
             model, eps=EPS[LAST_THIRD], seed=arguments.seed, schedule=pz.Schedule("linear", steps)
@@ -57,7 +56,7 @@ def train(task: Any, arguments: argparse.Namespace, folder: Path) -> pz.Run:
     return pz.Run(arguments.run)
 
 
-def points(run: pz.Run, task: Any, forwards: int) -> list[dict[str, Any]]:
+def points(run: pz.Run, task: Task, forwards: int) -> list[dict[str, Any]]:
     """Evaluate the weights after some numbers of steps."""
     bundle = run.base()
     model = load_as(bundle, run.recipe)
@@ -75,15 +74,15 @@ def points(run: pz.Run, task: Any, forwards: int) -> list[dict[str, Any]]:
     return found
 
 
-def levels(report: Path | None) -> dict[str, float]:
+def levels(report: Path | None, task: Task) -> dict[str, float]:
     """Return the mean accuracy of what is beside, by name."""
     if report is None:
         return {}
     rows = json.loads(report.read_text())["results"]
     names = {
-        "AdamW on the same LoRA": f"{TASK} | {LAST_THIRD} | AdamW",
-        "side head": f"{TASK} | side head",
-        "linear probe": f"{TASK} | linear probe",
+        "AdamW on the same LoRA": f"{task.name} | {LAST_THIRD} | AdamW",
+        "side head": f"{task.name} | side head",
+        "linear probe": f"{task.name} | linear probe",
     }
     found = {
         name: [row["value"] for key, row in rows.items() if key.startswith(start)] for name, start in names.items()
@@ -116,7 +115,6 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, required=True, help="where the prepared model and the sentences are kept"
     )
-    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forwards", type=int, default=20000)
     parser.add_argument("--method", choices=METHODS, default="mezo")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,13 +125,13 @@ def main() -> None:
     arguments = parser.parse_args()
     measured = Run()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    task = next(task for task in tasks_of(arguments, arguments.folder) if task.name == TASK)
+    task, _ = decoder_tasks(arguments.decoder, *sst2_files(arguments.data, arguments.folder))
     run = train(task, arguments, arguments.folder)
-    found = points(run, task, FORWARDS[arguments.method])
+    found = points(run, task, METHODS[arguments.method].evaluations())
     lines = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     results = {
         "points": found,
-        "levels": levels(arguments.beside),
+        "levels": levels(arguments.beside, task),
         "lr": run.recipe.method["lr"],
         "method": arguments.method,
         "seconds": sum(line.get("seconds", 0.0) for line in lines),
