@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,11 @@ def data(tiny_bundle: Path, tiny_data: Path) -> pz.Dataset:
 @pytest.fixture
 def model(tiny_bundle: Path) -> pz.Model:
     return pz.load(tiny_bundle, threads=1)
+
+
+@pytest.fixture
+def quiet_quantiser() -> Iterator[None]:
+    """Drop what onnxruntime's quantiser writes to the root logger."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,12 @@ from pocketzo.runtime.halves import Halves, InMemory
 from pocketzo.runtime.load import load
 from pocketzo.runtime.min_cut import INFINITE, Network
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_quantiser"),
+    pytest.mark.filterwarnings("ignore:.*prepacked, which is slower"),
+]
 
 LAST = "lora:r=2,layers=1-"
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def bundle_and_batch(name: str, train: str, folder: Path) -> tuple[pz.Bundle, dict[str, Array]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,10 @@ import pocketzo as pz
 from pocketzo.data.dataset import fixed_batch
 from pocketzo.formats.safetensors import file_sha256
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")  # where a graph has branches
+pytestmark = [
+    pytest.mark.usefixtures("quiet_quantiser"),
+    pytest.mark.filterwarnings("ignore:.*prepacked, which is slower"),  # where a graph has branches
+]
 
 LLAMA = llama_weights(kv_heads=2)
 GPT2 = gpt2_weights()
@@ -296,13 +298,6 @@ def test_padding_comes_last_where_the_model_counts_tokens(tmp_path: Path) -> Non
 
 
 # ---- quantised -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Calibration(CalibrationDataReader):  # type: ignore[misc]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,9 @@ from pocketzo.formats.companions import Companions
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.graph.language import LanguageGraph
 
+pytestmark = pytest.mark.usefixtures("quiet_quantiser")
+
 WORDS = [f"w{n}" for n in range(VOCABULARY)]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
 
 
 QUANTISED: dict[str, tuple[Callable[[Path, Path], None], str, float]] = {

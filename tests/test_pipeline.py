@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import sys
@@ -39,14 +38,10 @@ from pocketzo.pipeline.split import split, stage_path
 from pocketzo.pipeline.stage import Stage
 from pocketzo.runtime.stages import plan_stages
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [
+    pytest.mark.usefixtures("quiet_quantiser"),
+    pytest.mark.filterwarnings("ignore:.*prepacked, which is slower"),
+]
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,14 @@ from pocketzo.tasks.objective import Objective, OnBatch, metric_objective
 from pocketzo.tasks.registry import task_of
 from pocketzo.tasks.together import shares
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_quantiser"),
+    pytest.mark.filterwarnings("ignore:.*prepacked, which is slower"),
+]
 
 SETS = ["lora:r=2", "ia3", "adapter:4"]
 WITH_PREFIX = [*SETS, "prefix:3", "lora:r=2,train=B+ia3+adapter:2"]
 BOTH: list[Share] = ["batch", "split"]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class At(pz.MeZO):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,10 @@ from pocketzo.export.bert import build_onnx
 from pocketzo.formats.safetensors import file_sha256
 from pocketzo.kernels import noise
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*prepacked, which is slower")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = [
+    pytest.mark.usefixtures("quiet_quantiser"),
+    pytest.mark.filterwarnings("ignore:.*prepacked, which is slower"),
+]
 
 
 def write_quantised(name: str, of: str) -> Callable[[Path], Path]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,9 @@ from pocketzo import BundleError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("quiet_quantiser")
+
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)  # onnxruntime's quantiser writes to the root logger
-    yield
-    logging.disable(logging.NOTSET)
 
 
 class Once(CalibrationDataReader):  # type: ignore[misc]
