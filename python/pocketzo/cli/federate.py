@@ -18,9 +18,9 @@ from pocketzo.cli.options import (
     PATH,
     column_options,
     groups_option,
-    regex,
     schedule_option,
     threads_option,
+    trainable_option,
     warmup_option,
     weight_decay_option,
 )
@@ -88,15 +88,8 @@ def federate() -> None:
 @click.option("--batch-size", type=int, default=16, help="Examples on which a client evaluates them.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions.")
 @weight_decay_option
-@click.option("--trainable", callback=regex, metavar="REGEX", help="Train only weights whose names contain a match.")
-@click.option(
-    "--group",
-    "groups",
-    callback=groups_option,
-    multiple=True,
-    metavar="PATTERN:lr=X,eps=Y",
-    help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies.",
-)
+@trainable_option
+@groups_option
 @click.option("--block", type=float, metavar="SHARE", help="Move only a random share of the tensors each step.")
 @schedule_option
 @warmup_option
@@ -247,7 +240,7 @@ def client(
     cut = activations.plan(read, None, examples, held_out, steps=len(examples), evaluations=1)
     model = load(read, threads=threads, cut=cut)
     activations.fill(model, examples, None)
-    source = Source(train=str(data.resolve()), eval=None, columns=columns)
+    source = Source.of(data, None, columns)
     expected = None if plan is None else plan.read_bytes().strip()
     with Client(
         output,

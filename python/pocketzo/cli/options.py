@@ -17,7 +17,7 @@ from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import TASKS
 
 
-def regex(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def _regex(_: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """Check that an option is a regular expression."""
     try:
         compile_pattern(str(param.name), value or "")
@@ -36,7 +36,7 @@ def learning_rate(_: click.Context, __: click.Parameter, value: str) -> float | 
         raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
-def groups_option(_context: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
+def _groups(_context: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> tuple[ParamGroup, ...]:
     """Parse ``PATTERN:lr=X,eps=Y`` options."""
     groups = []
     for value in values:
@@ -95,6 +95,21 @@ def threads_option(default: str) -> Callable[[Any], Any]:
     return click.option("--threads", type=int, metavar="N", help=f"Number of threads.  [default: {default}]")
 
 
+trainable_option = click.option(
+    "--trainable",
+    callback=_regex,
+    metavar="REGEX",
+    help="Train only weights whose names contain a match.  [default: all]",
+)
+groups_option = click.option(
+    "--group",
+    "groups",
+    callback=_groups,
+    multiple=True,
+    metavar="PATTERN:lr=X,eps=Y",
+    help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies. "
+    "A new head needs larger ones than a pretrained body: --group classifier:lr=10,eps=10",
+)
 weight_decay_option = click.option(
     "--weight-decay", type=float, default=0.0, help="Each step subtracts lr times this share of each matrix."
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -18,9 +17,9 @@ from pocketzo.cli.options import (
     group_by_length_option,
     groups_option,
     memory_size,
-    regex,
     schedule_option,
     threads_option,
+    trainable_option,
     warmup_option,
     weight_decay_option,
 )
@@ -34,7 +33,7 @@ from pocketzo.optim.methods import METHODS
 from pocketzo.optim.schedule import Schedule
 from pocketzo.packages import require
 from pocketzo.pipeline.chain import busy, chain_of, pooled_model
-from pocketzo.pipeline.optimizer import pooled_method
+from pocketzo.pipeline.optimizer import Pooled, pooled_method
 from pocketzo.pipeline.split import split as split_bundle
 from pocketzo.pipeline.split import stage_path
 from pocketzo.tasks.metrics import METRICS
@@ -115,15 +114,8 @@ def split(bundle: Path, output: Path, count: int, shares: list[float] | None) ->
 )
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
 @weight_decay_option
-@click.option("--trainable", callback=regex, metavar="REGEX", help="Train only weights whose names contain a match.")
-@click.option(
-    "--group",
-    "groups",
-    callback=groups_option,
-    multiple=True,
-    metavar="PATTERN:lr=X,eps=Y",
-    help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies.",
-)
+@trainable_option
+@groups_option
 @schedule_option
 @warmup_option
 @click.option("--objective", type=click.Choice(list(METRICS)), default="loss", help="What is minimised.")
@@ -208,18 +200,14 @@ def run(
             objective=objective,
             group_by_length=examples.lengths is not None if group_by_length is None else group_by_length,
             activation_memory=activation_memory,
-            source=Source(
-                train=os.fspath(data.resolve()),
-                eval=None if eval_data is None else os.fspath(eval_data.resolve()),
-                columns=columns,
-            ),
+            source=Source.of(data, eval_data, columns),
         )
         if past is not None:
             if others := differences(past, optimizer, trainer.loop):
                 raise JournalError(f"{output}: holds a run with other settings: {'; '.join(others)}")
             methods = {name: pooled_method(name) for name in METHODS}
             trainer = Trainer.resume(output, examples, eval=held_out, model=model, methods=methods)
-            vars(trainer.optimizer)["microbatches"] = optimizer.microbatches
+            cast(Pooled, trainer.optimizer).microbatches = optimizer.microbatches  # changes roundings only
         passes = optimizer.forwards * optimizer.microbatches
         note(
             f"{len(examples)} examples, {optimizer.parameters:,} parameters to train in {count} stages, each busy for "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Literal, get_args
@@ -40,9 +39,9 @@ from pocketzo.cli.options import (
     groups_option,
     learning_rate,
     memory_size,
-    regex,
     schedule_option,
     threads_option,
+    trainable_option,
     warmup_option,
     weight_decay_option,
 )
@@ -129,21 +128,8 @@ from pocketzo.train.verdict import verdict
     help="Begin from an adapter of PEFT. Its rank, alpha and targets have to be those of the bundle's set lora. RUN "
     "keeps its numbers as init.safetensors, so that neither replay nor --resume needs DIR.",
 )
-@click.option(
-    "--trainable",
-    callback=regex,
-    metavar="REGEX",
-    help="Train only weights whose names contain a match.  [default: all]",
-)
-@click.option(
-    "--group",
-    "groups",
-    callback=groups_option,
-    multiple=True,
-    metavar="PATTERN:lr=X,eps=Y",
-    help="Factors of --lr and --eps for weights whose names match; repeatable, the first match applies. "
-    "A new head needs larger ones than a pretrained body: --group classifier:lr=10,eps=10",
-)
+@trainable_option
+@groups_option
 @click.option(
     "--distribution",
     type=click.Choice(["gaussian", "rademacher"]),
@@ -483,11 +469,7 @@ def train(
     if heads_text is not None:
         note(heads_text)
     trainer.guarded = guard
-    trainer.source = Source(
-        train=os.fspath(data.resolve()),
-        eval=None if eval_data is None else os.fspath(eval_data.resolve()),
-        columns=columns,
-    )
+    trainer.source = Source.of(data, eval_data, columns)
     for path, read_data in ((data, examples), (eval_data, held_out)):
         if read_data is not None and read_data.cut and read_data.lengths is not None:
             note(f"{path}: {read_data.cut} of {len(read_data)} texts were cut to {int(read_data.lengths.max())} tokens")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocketzo.formats.fields import Fields
 
@@ -40,6 +43,34 @@ def tap_name(layer: int) -> str:
 def sum_name(layer: int) -> str:
     """Return the name of the scores up to a tap, float32 [batch, columns]."""
     return f"side.{layer}.sum"
+
+
+class Tap(NamedTuple):
+    """The output of a layer of a model, as it is in the graph.
+
+    Attributes
+    ----------
+    layer : int
+        The number of layers that compute it, from 1.
+    name : str
+        Of the value in the graph: floats [batch, sequence, hidden].
+    size : int
+        Of a token's hidden state.
+    normalised : bool
+        Whether the graph has normalised it. A sum of the residual stream is not.
+    """
+
+    layer: int
+    name: str
+    size: int
+    normalised: bool
+
+    def states(self, value: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the value as a side head reads it: float32, divided by its root mean square if not normalised."""
+        states: NDArray[np.float32] = value.astype(np.float32, copy=False)
+        if not self.normalised:
+            states = states / np.sqrt(np.square(states).mean(axis=-1, keepdims=True) + np.float32(EPSILON))
+        return states
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ The scores are summed tap by tap, so that a graph that ends earlier is a part of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from pocketzo.formats.side import (
     BIAS,
     EPSILON,
     SideTap,
+    Tap,
     last_name,
     queries_of,
     query_name,
@@ -36,28 +37,8 @@ LOGITS: Final = "logits"
 _FAR: Final = 1e9
 
 
-class Source(NamedTuple):
-    """The output of a layer, from which a tap is made.
-
-    Attributes
-    ----------
-    layer : int
-        From 1.
-    name : str
-        Of the value in the graph: floats [batch, sequence, size].
-    size : int
-    normalised : bool
-        Whether the graph has normalised it.
-    """
-
-    layer: int
-    name: str
-    size: int
-    normalised: bool
-
-
 def add_side_head(
-    model: ir.Model, taps: Sequence[Source], columns: int | None, kind: str, *, causal: bool
+    model: ir.Model, taps: Sequence[Tap], columns: int | None, kind: str, *, causal: bool
 ) -> tuple[Loss, tuple[SideTap, ...]]:
     """Replace what a graph computes by the scores of a side head, and their loss.
 
@@ -66,7 +47,7 @@ def add_side_head(
     model : Model
         Changed in place. Its outputs become ``logits``, float32 [batch, columns], and ``loss``; its inputs are those
         that it had, and ``labels``. The head's parameters are initializers, all zero.
-    taps : sequence of Source
+    taps : sequence of Tap
         From the first layer to the last.
     columns : int or None
         Scores of an example; None if the training data says how many classes there are: then there is room for two.
@@ -85,11 +66,7 @@ def add_side_head(
     BundleError
         The graph has no mask.
     """
-    graph = model.graph
-    hidden = tap_values(graph, taps)
-    free_names(graph)
-    build = Builder(graph, "pocketzo.side.")
-    hidden = [(tap, normalised(build, tap, value)) for tap, value in hidden]
+    build, hidden = begin_beside(model.graph, taps, "pocketzo.side.")
     offset, last = _masks(build)
     width = columns or 2
     # [width] alone is no weight to onnxruntime where it is a single number: it is read once, and not seen to change
@@ -121,13 +98,16 @@ def replace_scores(model: ir.Model, build: Builder, scores: ir.Value, columns: i
     return add_loss(model, kind)
 
 
-def tap_values(graph: ir.Graph, taps: Sequence[Source]) -> list[tuple[Source, ir.Value]]:
-    """Return the values of taps, which are known by their names."""
+def begin_beside(graph: ir.Graph, taps: Sequence[Tap], prefix: str) -> tuple[Builder, list[tuple[Tap, ir.Value]]]:
+    """Free the names of what comes, and return a builder of names with a prefix, and each tap as it is read."""
     made = {value.name: value for node in graph for value in node.outputs}
-    return [(tap, made[tap.name]) for tap in taps]
+    values = [(tap, made[tap.name]) for tap in taps]
+    _free_names(graph)
+    build = Builder(graph, prefix)
+    return build, [(tap, _normalised(build, tap, value)) for tap, value in values]
 
 
-def normalised(build: Builder, tap: Source, value: ir.Value) -> ir.Value:
+def _normalised(build: Builder, tap: Tap, value: ir.Value) -> ir.Value:
     """Return a tap in float32, divided by its root mean square unless the graph normalises it."""
     value = build.op("Cast", value, to=ir.DataType.FLOAT)
     if not tap.normalised:
@@ -169,7 +149,7 @@ def _masks(build: Builder) -> tuple[ir.Value, ir.Value]:
     return build.op("Unsqueeze", offset, axis), build.op("Unsqueeze", last, axis)
 
 
-def free_names(graph: ir.Graph) -> None:
+def _free_names(graph: ir.Graph) -> None:
     """Rename the values that have the names of inputs and outputs to come."""
     reserved = {LOGITS, *RESERVED}
     taken = value_names(graph) | reserved

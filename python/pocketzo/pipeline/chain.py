@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -150,4 +149,4 @@ def busy(stages: int, passes: int) -> float:
     passes : int
         Forward passes of a step, of all points and parts of a batch, which follow each other.
     """
-    return passes / math.fsum((passes, stages - 1))
+    return passes / (passes + stages - 1)

@@ -23,7 +23,7 @@ from pocketzo.runtime.cut import Kept
 from pocketzo.runtime.onnx_proto import EXTERNAL, all_nodes, read_graph
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import open_unoptimised
-from pocketzo.runtime.stages import StagePlan, axes_of, plan_stages
+from pocketzo.runtime.stages import StagePlan, plan_stages
 
 
 def stage_path(folder: str | os.PathLike[str], number: int) -> Path:
@@ -134,7 +134,7 @@ def _write(bundle: Bundle, plan: StagePlan, spec: StageSpec, folder: Path, value
 
 
 def _spec(kept: Kept) -> ValueSpec:
-    return ValueSpec(kept.name, kept.sizes.dtype.name, axes_of(kept))
+    return ValueSpec(kept.name, kept.sizes.dtype.name, kept.axes)
 
 
 def _point(graph: Any, places: Mapping[str, tuple[Path, Entry]], folder: Path) -> None:

@@ -69,6 +69,7 @@ class Stage:
             )
         self.spec = bundle.stage
         self.model = load(bundle, threads=threads, max_memory=max_memory)
+        self._inputs = frozenset(value.name for value in bundle.inputs)
         self._follower: Follower | None = None
         self._path = Path(path)
 
@@ -77,7 +78,7 @@ class Stage:
         model = self.model
         return StageInfo(
             spec=self.spec,
-            inputs=frozenset(value.name for value in model.bundle.inputs),
+            inputs=self._inputs,
             trained=frozenset(tensor.name for tensor in model.bundle.tensors if tensor.trainable),
             threads=model.threads,
             not_prepacked_because=model.not_prepacked_because,
@@ -121,8 +122,7 @@ class Stage:
         spec, model = self.spec, self.model
         model.weights.flush()
         names = list(outputs) if spec.is_last else [name for name in spec.gives if name not in spec.passed]
-        inputs = {value.name for value in model.bundle.inputs}
-        fed = {**feed, **{name: array for name, array in given.items() if name in inputs}}
+        fed = {**feed, **{name: array for name, array in given.items() if name in self._inputs}}
         try:
             found = dict(zip(names, model._run(names, fed, {}), strict=True)) if names else {}
         except (ValueError, Error):

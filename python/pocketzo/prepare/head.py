@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pocketzo.graph.loss import Loss
-    from pocketzo.graph.side import Source
     from pocketzo.trainable.editor import Added
 
 HEAD_TASKS: Final[Mapping[str, str]] = {
@@ -182,7 +181,7 @@ class _Beside(ABC):
         self._labels = labels
 
     @abstractmethod
-    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
+    def _add(self, model: ir.Model, stream: Stream) -> tuple[Loss, dict[str, Any]]:
         """Add it to the graph, and return the fields of the bundle that describe it."""
 
     @abstractmethod
@@ -194,12 +193,11 @@ class _Beside(ABC):
         import onnx_ir as ir
 
         from pocketzo.graph.read import describe
-        from pocketzo.graph.side import Source
 
         model = ir.load(self._whole.model_path)
         stream = Stream.of(self._whole)
-        taps = [Source(tap.layer, tap.name, tap.size, tap.normalised) for tap in stream.taps]
-        loss, fields = self._add(model, taps, stream)
+        taps = stream.taps
+        loss, fields = self._add(model, stream)
         files = self._write_files(model, folder)
         inputs, outputs = (tuple(map(describe, values)) for values in (model.graph.inputs, model.graph.outputs))
         batch = self._probe | {"labels": np.zeros(1, np.int64)}
@@ -285,10 +283,10 @@ class _Head(_Beside):
 
     _trained = SIDE_HEAD
 
-    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
+    def _add(self, model: ir.Model, stream: Stream) -> tuple[Loss, dict[str, Any]]:
         from pocketzo.graph.side import add_side_head
 
-        loss, described = add_side_head(model, taps, self._columns, HEAD_TASKS[self._task], causal=stream.causal)
+        loss, described = add_side_head(model, stream.taps, self._columns, HEAD_TASKS[self._task], causal=stream.causal)
         return loss, {"side": SideHead(described, stream.layers, stream.causal)}
 
     def _write_weights(self, model: ir.Model, folder: Path, kept: Mapping[str, NDArray[Any]]) -> Iterable[str]:
@@ -314,12 +312,12 @@ class _Adapter(_Beside):
         self._units = part.units
         self._added: list[Added] = []
 
-    def _add(self, model: ir.Model, taps: Sequence[Source], stream: Stream) -> tuple[Loss, dict[str, Any]]:
+    def _add(self, model: ir.Model, stream: Stream) -> tuple[Loss, dict[str, Any]]:
         from pocketzo.trainable.parallel import add_parallel
 
         assert self._columns is not None, "checked before"
         loss, self._added, described = add_parallel(
-            model, taps, self._units, self._columns, HEAD_TASKS[self._task], self._trained
+            model, stream.taps, self._units, self._columns, HEAD_TASKS[self._task], self._trained
         )
         return loss, {"added": (described,)}
 

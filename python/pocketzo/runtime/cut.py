@@ -23,7 +23,7 @@ from pocketzo.runtime.min_cut import INFINITE, Network
 from pocketzo.runtime.onnx_proto import all_nodes, declare, read_by, read_graph
 from pocketzo.runtime.subgraph import keep_values, remove_unused_inputs
 
-TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
+_TENSOR_TYPES: Final = {"float32": 1, "float16": 10}  # TensorProto.DataType
 _PRODUCTS: Final = (
     *("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("QLinearMatMul", "Attention", "QAttention"),
@@ -53,6 +53,15 @@ class Kept(NamedTuple):
         """Return the shape of the value of one example of so many tokens."""
         axes = self.sizes.axes if self.sizes.axes[0] == ALL_TOKENS else self.sizes.axes[1:]
         return tuple(axis if isinstance(axis, int) else tokens for axis in axes)
+
+    @property
+    def axes(self) -> tuple[int | str, ...]:
+        """The shape of the value of a batch, as inputs and outputs of a graph have it."""
+        return tuple(axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in self.sizes.axes)
+
+    def declare(self, values: Any) -> None:
+        """Add it to the inputs or outputs of a graph of :func:`read_graph`."""
+        declare(values, self.name, _TENSOR_TYPES[self.sizes.dtype.name], self.axes)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class Cut:
     def front(self, model: Any) -> None:
         """Reduce a graph of :func:`read_graph` to the front, in place."""
         keep_values(model.graph, [*(kept.name for kept in self.values), *self.others])
-        types = {kept.name: TENSOR_TYPES[kept.sizes.dtype.name] for kept in self.values}
+        types = {kept.name: _TENSOR_TYPES[kept.sizes.dtype.name] for kept in self.values}
         for value in model.graph.output:
             if value.name in types:
                 value.type.tensor_type.elem_type = types[value.name]
@@ -121,8 +130,7 @@ class Cut:
         graph.output.extend(outputs)
         remove_unused_inputs(graph)
         for kept in self.values:
-            axes = [axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in kept.sizes.axes]
-            declare(graph.input, kept.name, TENSOR_TYPES[kept.sizes.dtype.name], axes)
+            kept.declare(graph.input)
 
     def front_model(self) -> bytes:
         """Return the file of the front's graph, over the weights in the bundle."""
@@ -208,7 +216,7 @@ def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: f
         raise NotCuttableError(str(error)) from None
     outputs = [value.name for value in graph.output]
     behind = [node for node in graph.node if not dependent.isdisjoint(node.output)]
-    wanted = {name for node in needed(behind, {*outputs} & dependent) for name in read_by(node)}
+    wanted = {name for node in _needed(behind, {*outputs} & dependent) for name in read_by(node)}
     kept = cheapest(before, wanted, sizes, weights)
     made = {name: node for node in before for name in node.output}
     repeated = ancestors(made, wanted - kept, kept)
@@ -245,7 +253,7 @@ def _dependents(nodes: Iterable[Any], names: Iterable[str]) -> set[str]:
     return found
 
 
-def needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
+def _needed(nodes: list[Any], outputs: set[str]) -> list[Any]:
     """Return the nodes that outputs need."""
     wanted, found = {*outputs}, []
     for node in reversed(nodes):
@@ -338,7 +346,7 @@ def _elements(node: Any, weights: Mapping[str, tuple[int, ...]]) -> int:
 
 def cost_of(sizes: Sizes | None) -> float:
     """Return the bytes of a value of one example; infinite if it cannot be kept by example, or has no elements."""
-    if sizes is None or sizes.dtype.name not in TENSOR_TYPES or not sizes.axes:
+    if sizes is None or sizes.dtype.name not in _TENSOR_TYPES or not sizes.axes:
         return INFINITE
     first, *others = sizes.axes
     if first not in (ROWS, ALL_TOKENS) or {ROWS, ALL_TOKENS, "positions", "?"} & {*others}:

@@ -14,10 +14,10 @@ from typing import Any, Final, NamedTuple
 
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.runtime.cut import TENSOR_TYPES, Kept, ancestors, cheapest, cost_of
+from pocketzo.runtime.cut import Kept, ancestors, cheapest, cost_of
 from pocketzo.runtime.measure import Sizes, measure, multiply_adds
 from pocketzo.runtime.min_cut import INFINITE
-from pocketzo.runtime.onnx_proto import declare, read_by, read_graph
+from pocketzo.runtime.onnx_proto import read_by, read_graph
 from pocketzo.runtime.subgraph import remove_unused_inputs
 
 _MOST_PLACES: Final = 100  # at which a cut is considered
@@ -89,17 +89,12 @@ class StagePlan:
         graph.output.extend(outputs)
         for kept in self.gives:
             if kept.name not in taken:
-                declare(graph.output, kept.name, TENSOR_TYPES[kept.sizes.dtype.name], axes_of(kept))
+                kept.declare(graph.output)
         remove_unused_inputs(graph)
         read = {name for node in graph.node for name in read_by(node)}
         for kept in self.takes:
             if kept.name in read:
-                declare(graph.input, kept.name, TENSOR_TYPES[kept.sizes.dtype.name], axes_of(kept))
-
-
-def axes_of(kept: Kept) -> tuple[int | str, ...]:
-    """Return the shape of a value at a cut, as inputs and outputs of a graph have it."""
-    return tuple(axis if isinstance(axis, int) else axis.replace(" * ", "_") for axis in kept.sizes.axes)
+                kept.declare(graph.input)
 
 
 class MeasuredGraph(NamedTuple):

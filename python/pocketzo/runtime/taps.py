@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pocketzo.errors import BundleError, joined_lines
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.probe import Probe
-from pocketzo.formats.side import EPSILON, SideHead, SideTap, tap_name
+from pocketzo.formats.side import SideHead, SideTap, Tap, tap_name
 from pocketzo.runtime.frozen import model_over_base
 from pocketzo.runtime.onnx_proto import all_nodes, read_by, read_graph
 from pocketzo.runtime.outputs import probe_batch
@@ -49,34 +49,6 @@ _ATTENTION: Final = {
 _MATRICES: Final = _PROJECTIONS | {"Conv", "Einsum", "MatMulBnb4", "QGemm"}
 _SKIP_SUM: Final = {"SkipLayerNormalization": 3, "SkipSimplifiedLayerNormalization": 3}
 """Operators that add and normalise, and which output is the sum."""
-
-
-class Tap(NamedTuple):
-    """The output of a layer.
-
-    Attributes
-    ----------
-    layer : int
-        The number of layers that compute it, from 1.
-    name : str
-        Of the value in the graph: floats [batch, sequence, hidden].
-    size : int
-        Of a token's hidden state.
-    normalised : bool
-        Whether the graph has normalised it. A sum of the residual stream is not.
-    """
-
-    layer: int
-    name: str
-    size: int
-    normalised: bool
-
-    def states(self, value: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the value as a side head reads it: float32, divided by its root mean square if not normalised."""
-        states: NDArray[np.float32] = value.astype(np.float32, copy=False)
-        if not self.normalised:
-            states = states / np.sqrt(np.square(states).mean(axis=-1, keepdims=True) + np.float32(EPSILON))
-        return states
 
 
 @dataclass(frozen=True)
@@ -147,7 +119,7 @@ def find_taps(bundle: Bundle) -> list[Tap]:
     except _NotFoundError as error:
         raise _none(str(error)) from None
     names = [_output(node) for node in stream.shared]
-    values = _run(bundle, names, probe)
+    (values,) = _run(bundle, names, probe)
     found = [array.shape if array.dtype.kind == "f" else () for array in values]
     first = stream.attending[0][0]
     by_token = [len(shape) == 3 and shape[:2] == probe[_TOKENS].shape for shape in found]
@@ -166,8 +138,8 @@ def find_taps(bundle: Bundle) -> list[Tap]:
     return taps
 
 
-def _run(bundle: Bundle, names: Sequence[str], feed: Probe) -> list[NDArray[Any]]:
-    """Run a graph up to some values on a batch."""
+def _run(bundle: Bundle, names: Sequence[str], *feeds: Probe) -> list[list[NDArray[Any]]]:
+    """Run a graph up to some values, and return them for each of some batches."""
     kept = list(dict.fromkeys(names))
 
     def edit(model: Any) -> None:
@@ -175,11 +147,14 @@ def _run(bundle: Bundle, names: Sequence[str], feed: Probe) -> list[NDArray[Any]
 
     session = open_unoptimised(bundle, {}, model_over_base(bundle, edit=edit))
     taken = {value.name for value in session.get_inputs()}
-    try:
-        found = dict(zip(kept, session.run(kept, {key: feed[key] for key in feed if key in taken}), strict=True))
-    except Exception as error:  # onnxruntime's own exceptions share no public base
-        raise BundleError(f"the graph cannot be run on its probing batch: {joined_lines(error)}") from error
-    return [found[name] for name in names]
+    values = []
+    for feed in feeds:
+        try:
+            found = dict(zip(kept, session.run(kept, {key: feed[key] for key in feed if key in taken}), strict=True))
+        except Exception as error:  # onnxruntime's own exceptions share no public base
+            raise BundleError(f"the graph cannot be run on its probing batch: {joined_lines(error)}") from error
+        values.append([found[name] for name in names])
+    return values
 
 
 def _is_causal(bundle: Bundle, tap: Tap) -> bool:
@@ -189,7 +164,7 @@ def _is_causal(bundle: Bundle, tap: Tap) -> bool:
         feed[_MASK] = np.ones_like(feed[_MASK])
     ids = feed[_TOKENS].copy()
     ids[:, -1] = np.where(ids[:, -1] == ids[:, 0], ids[:, -1] + (1 if ids.max() == 0 else -1), ids[:, 0])
-    before, after = (_run(bundle, [tap.name], given)[0] for given in (feed, feed | {_TOKENS: ids}))
+    (before,), (after,) = _run(bundle, [tap.name], feed, feed | {_TOKENS: ids})
     if not np.isfinite(before).all():
         raise BundleError(f"the output of layer {tap.layer} is not finite on a probing batch")
     far = np.abs(before[:, :-1] - after[:, :-1]).max()

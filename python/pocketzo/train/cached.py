@@ -190,13 +190,14 @@ def fill(model: Model, data: Dataset, told: Told | None = None, activation_memor
     def front() -> float | None:
         return (halves.seconds - before_seconds) * total / run_tokens if run_tokens else None
 
-    for chosen in _batches(data, fixed_batch(model.bundle) or _FILL):
+    for chosen in _batches(lengths, fixed_batch(model.bundle) or _FILL):
         batch: Batch = data.batch(chosen)
         computed, rows = halves.computed, count_rows(model.bundle, batch)
         for part in parts(task_of(model.bundle), batch, activation_memory):
             halves.fill({name: array for name, array in part.batch.items() if name != "row_examples"})
-        done, tokens = min(done + len(chosen), len(data)), tokens + int(lengths[chosen].sum())
-        run_tokens += int(lengths[chosen].sum()) * (halves.computed - computed) / rows
+        own = int(lengths[chosen].sum())
+        done, tokens = done + len(chosen), tokens + own
+        run_tokens += own * (halves.computed - computed) / rows
         if told is not None:
             told(done, len(data), (time.perf_counter() - began) * (total - tokens) / tokens, front())
     halves.store.flush()
@@ -204,10 +205,9 @@ def fill(model: Model, data: Dataset, told: Told | None = None, activation_memor
     return Filled(halves.computed - before, front())
 
 
-def _batches(data: Dataset, size: int) -> Iterator[NDArray[np.int64]]:
+def _batches(lengths: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     """Yield the numbers of all examples in batches of similar length, the longest first."""
-    lengths = np.ones(len(data), np.int64) if data.lengths is None else data.lengths
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), size):
         yield order[start : start + size]
 

@@ -135,6 +135,11 @@ class Source:
     columns: Columns = field(default_factory=Columns)
     before: dict[str, float | None] | None = None
 
+    @classmethod
+    def of(cls, train: Path, evaluated: Path | None, columns: Columns) -> Self:
+        """Return the source of files, which are then found from any folder."""
+        return cls(str(train.resolve()), None if evaluated is None else str(evaluated.resolve()), columns)
+
 
 @dataclass(frozen=True)
 class DataUsed:

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from pocketzo.formats.added import AddedSpec
-from pocketzo.graph.build import Builder
+from pocketzo.formats.side import Tap
 from pocketzo.graph.loss import Loss
-from pocketzo.graph.side import Source, free_names, normalised, real_tokens, replace_scores, tap_values
+from pocketzo.graph.side import begin_beside, real_tokens, replace_scores
 from pocketzo.trainable.editor import Added
 
 
 def add_parallel(
-    model: ir.Model, taps: Sequence[Source], units: int, columns: int, kind: str, part: str
+    model: ir.Model, taps: Sequence[Tap], units: int, columns: int, kind: str, part: str
 ) -> tuple[Loss, list[Added], AddedSpec]:
     """Replace what a graph computes by the scores of a parallel adapter, and their loss.
 
@@ -29,7 +29,7 @@ def add_parallel(
     ----------
     model : Model
         Changed in place, as by :func:`pocketzo.graph.side.add_side_head`.
-    taps : sequence of Source
+    taps : sequence of Tap
         From the first layer to the last.
     units : int
         Of a block.
@@ -52,10 +52,7 @@ def add_parallel(
     BundleError
         The graph has no mask.
     """
-    graph = model.graph
-    hidden = tap_values(graph, taps)
-    free_names(graph)
-    build = Builder(graph, "pocketzo.parallel.")
+    build, hidden = begin_beside(model.graph, taps, "pocketzo.parallel.")
     added: list[Added] = []
 
     def new(name: str, *shape: int, scale: float = 0.0) -> ir.Value:
@@ -63,7 +60,7 @@ def add_parallel(
         shape = (1, *shape) if shape == (1,) else shape
         added.append(Added(f"parallel.{name}", part, True, shape, noise_scale=scale))
         value = ir.val(added[-1].name, ir.DataType.FLOAT, shape)
-        graph.initializers.add(value)
+        model.graph.initializers.add(value)
         return value
 
     real = real_tokens(build)
@@ -73,7 +70,7 @@ def add_parallel(
     for tap, value in hidden:
         down = new(f"{tap.layer}.down.weight", tap.size, units, scale=tap.size**-0.5)
         bias = new(f"{tap.layer}.down.bias", units)
-        mean = build.op("Squeeze", build.op("MatMul", share, normalised(build, tap, value)), build.constant([1]))
+        mean = build.op("Squeeze", build.op("MatMul", share, value), build.constant([1]))
         inner = build.op("Add", build.op("MatMul", mean, down), bias)
         state = build.op("Relu", inner if state is None else build.op("Add", inner, state))
     assert state is not None, "a model has a layer"

@@ -17,8 +17,8 @@ from pocketzo.data.dataset import Dataset
 from pocketzo.errors import DataError, JournalError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.safetensors import map_tensors, write
-from pocketzo.formats.side import SideHead, tap_name
-from pocketzo.train.head.pooled import Pooled, Pooling
+from pocketzo.formats.side import tap_name
+from pocketzo.train.head.pooled import Pooled, Pooling, poolings_of
 from pocketzo.train.head.states import Backbone, TokenStates, Told
 
 MOST_STATES: Final = 4_000_000_000
@@ -91,14 +91,14 @@ class Kept:
         pooled = {
             (layer, pooling): np.empty((len(labels), size), np.float32)
             for layer, size in zip(layers, sizes, strict=True)
-            for pooling in _poolings(side)
+            for pooling in poolings_of(side)
         }
         tokens = None
         if folder is not None and lengths is not None and 2 * sum(sizes) * int(lengths.sum()) <= MOST_STATES:
             tokens = TokenStates(layers, sizes, lengths, folder)
         for found in (backbone or Backbone(bundle, layers, threads)).run(data, told, rows):
-            for (layer, pooling), array in pooled.items():
-                array[found.examples] = found.pooled(layers.index(layer), pooling)
+            for key, states in found.all_pooled(side).items():
+                pooled[key][found.examples] = states
             if tokens is not None:
                 tokens.put(found)
         return cls(labels, pooled, tokens)
@@ -139,7 +139,7 @@ class Kept:
             pooled = {
                 (layer, pooling): np.array(found[f"{tap_name(layer)}.{pooling}"])
                 for layer in layers
-                for pooling in _poolings(side)
+                for pooling in poolings_of(side)
             }
             tokens = None
             if _LENGTHS in found:
@@ -163,7 +163,3 @@ class Kept:
     def features(self) -> Pooled:
         """Return the pooled states as features."""
         return Pooled(self.pooled)
-
-
-def _poolings(side: SideHead) -> tuple[Pooling, ...]:
-    return ("mean", "last") if side.causal else ("mean",)

@@ -9,6 +9,7 @@ from typing import Final, Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketzo.formats.side import SideHead
 from pocketzo.train.head.losses import Floats
 
 Pooling = Literal["mean", "last"]
@@ -21,6 +22,11 @@ _LEAST_VARIANCE: Final = 1e-12
 """Directions with a smaller share of the largest variance are left out."""
 _MOST_PRODUCTS: Final = 8
 """Matrices [rows, rows] that are kept for the next choice: those of one choice of taps."""
+
+
+def poolings_of(side: SideHead) -> tuple[Pooling, ...]:
+    """Return how the states of a model may be pooled: the last token alone says something in causal ones only."""
+    return POOLINGS["both" if side.causal else "mean"]
 
 
 class Features(NamedTuple):

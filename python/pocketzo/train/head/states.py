@@ -20,7 +20,7 @@ from pocketzo.runtime.onnx_proto import read_graph
 from pocketzo.runtime.session import open_bytes
 from pocketzo.runtime.subgraph import keep_values
 from pocketzo.runtime.taps import Stream
-from pocketzo.train.head.pooled import Pooling
+from pocketzo.train.head.pooled import Pooling, poolings_of
 
 BATCH: Final = 32
 
@@ -101,11 +101,10 @@ class States(NamedTuple):
 
     def all_pooled(self, side: SideHead) -> dict[tuple[int, Pooling], NDArray[np.float32]]:
         """Return the pooled states, [rows, size], that a head may read, by layer and pooling."""
-        poolings: tuple[Pooling, ...] = ("mean", "last") if side.causal else ("mean",)
         return {
             (tap.layer, pooling): self.pooled(place, pooling)
             for place, tap in enumerate(side.taps)
-            for pooling in poolings
+            for pooling in poolings_of(side)
         }
 
 
