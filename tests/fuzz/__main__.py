@@ -34,11 +34,12 @@ import numpy as np
 
 import pocketzo as pz
 from fuzz.targets import TARGETS, is_own
+from pocketzo.packages import EXTRAS
 from pocketzo.runtime import image
 
 LIMIT = 10.0  # seconds that a case may take
 BUILD = "import pathlib, sys; from fuzz.files import build; build(pathlib.Path(sys.argv[1]))"
-FLOWER = "pocketzo.federated.flower"
+ENGINES = {*EXTRAS["federated"], *EXTRAS["pipeline"]}
 SANITIZED = "ASAN_OPTIONS" in os.environ
 MEMORY = 8 << 30  # bytes of address space beyond what the process has at its start
 
@@ -119,9 +120,14 @@ def main() -> int:
         source.mkdir()
         os.environ["OMP_NUM_THREADS"] = "1"
         for module in pkgutil.walk_packages(pz.__path__, "pocketzo."):  # here, and not again in each case
-            # The others need torch or flwr, and read no file here.
-            if "__main__" not in module.name and ".export." not in module.name and module.name != FLOWER:
+            # Those that need torch, or an engine that is not installed, read no file here.
+            if "__main__" in module.name or ".export." in module.name:
+                continue
+            try:
                 importlib.import_module(module.name)
+            except ModuleNotFoundError as error:
+                if error.name not in ENGINES:
+                    raise
         if SANITIZED:  # which watches the ends of what malloc returns, not those of mappings
             image._allocate = lambda size: np.zeros(size, np.uint8)
         # In a process of its own: a session's threads do not survive a fork.
