@@ -18,10 +18,12 @@ from test_trainable import DECODERS, words_of
 import pocketzo as pz
 from pocketzo.errors import NotCuttableError
 from pocketzo.formats.safetensors import file_sha256
+from pocketzo.runtime import measure
 from pocketzo.runtime.cut import plan_cut
 from pocketzo.runtime.halves import Halves, InMemory
 from pocketzo.runtime.load import load
 from pocketzo.runtime.min_cut import INFINITE, Network
+from pocketzo.runtime.onnx_proto import EXTERNAL, read_graph
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_quantiser"),
@@ -88,6 +90,21 @@ def test_a_cut_model_computes_what_the_whole_one_does(name: str, train: str, tmp
     assert halves.computed - before <= len(rows)
     saved = halves.cut.saved(4, 8)
     assert 0.1 < saved < 0.999
+
+
+@pytest.mark.parametrize(("name", "train"), CASES)
+def test_the_sizes_of_values_do_not_need_the_matrices(
+    name: str, train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = bundle_and_batch(name, train, tmp_path)
+    graph = read_graph(bundle.model_path)
+    found = measure.measure(bundle, graph)
+    thin = measure._thin
+    monkeypatch.setattr(measure, "_thin", lambda graph: None)
+    assert found == measure.measure(bundle, graph)
+    thin(graph.graph)
+    stored = {tensor.name for tensor in graph.graph.initializer if tensor.data_location == EXTERNAL}
+    assert not [one.name for one in graph.graph.node if one.op_type in measure._THINNED and one.input[1] in stored]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2, int8 in blocks", "bert-old"])

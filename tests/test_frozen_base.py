@@ -339,6 +339,21 @@ def test_loading_and_a_step_take_one_copy_of_the_base(tmp_path: Path) -> None:
     assert 0.7 * size < int(done.stdout) < 1.85 * size
 
 
+def test_planning_a_cut_does_not_read_the_base(tmp_path: Path) -> None:
+    quantised(tmp_path / "model.onnx", 96, 1024, 1024, 4)
+    read = pz.prepare(tmp_path / "model.onnx", tmp_path / "bundle", train=r"norm9[0-9]\.")
+    script = (
+        "import sys, pocketzo as pz\n"
+        "from pocketzo.machine.memory import process_memory\n"
+        "bundle = pz.Bundle.read(sys.argv[1])\n"
+        "before = process_memory()[1]\n"
+        "assert len(pz.plan_cut(bundle).values) == 1\n"
+        "print(process_memory()[1] - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, read.path], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 0.5 * read.weights_path.stat().st_size
+
+
 def test_a_wide_product_of_8_bits_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = 1000
     quantised(tmp_path / "model.onnx", 1, HIDDEN, columns, 8)

@@ -19,7 +19,7 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.inputs import TOKEN_INPUTS
 from pocketzo.formats.probe import Probe
 from pocketzo.runtime.frozen import model_over_base
-from pocketzo.runtime.onnx_proto import read_by
+from pocketzo.runtime.onnx_proto import EXTERNAL, INT, INT64, all_nodes, onnx_messages, read_by
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import open_unoptimised
 
@@ -34,6 +34,8 @@ _SHAPES: Final = (2, 3, 4), (3, 5, 7)  # rows, tokens and positions of the two r
 _BY_WEIGHT: Final = ("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul")
 _FUSED: Final = ("FusedMatMul", "FusedGemm")
 _ATTENTION: Final = ("MultiHeadAttention", "GroupQueryAttention", "Attention", "QAttention")
+_THINNED: Final = ("MatMul", "MatMulInteger", "MatMulNBits")
+_ITEMSIZES: Final = {1: 4, 2: 1, 3: 1, 10: 2}  # of float32, uint8, int8 and float16, as TensorProto numbers them
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
     names = _from_inputs(model.graph)
 
     def edit(copy: Any) -> None:
+        _thin(copy.graph)
         for name in names:
             if name not in declared:
                 copy.graph.output.add(name=name)
@@ -83,6 +86,53 @@ def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
     session = open_unoptimised(bundle, {}, model_over_base(bundle, edit=edit))
     first, second = (_shapes(bundle, session, names, *shape) for shape in _SHAPES)
     return {name: _sizes(first[name], second[name]) for name in first if name in second}
+
+
+def _thin(graph: Any) -> None:
+    """Have products read one column of their operand, and one row of zeros in place of their matrix.
+
+    No size depends on either, and no matrix of the file comes into memory.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        row = _row(node, tensors)
+        if row is not None:
+            nodes.append(_thinned(graph, node, *row))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    read = {name for node in all_nodes(graph) for name in node.input} | {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _row(node: Any, tensors: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the type and the length of a row of the stored matrix that a node multiplies by; None if it has none."""
+    matrix = tensors.get(node.input[1]) if node.op_type in _THINNED else None
+    if matrix is None or matrix.data_location != EXTERNAL:
+        return None
+    if node.op_type == "MatMulNBits":
+        matrix, columns = tensors.get(node.input[2]), next(one.i for one in node.attribute if one.name == "N")
+    else:
+        columns = matrix.dims[1] if len(matrix.dims) == 2 else 0
+    return (matrix.data_type, columns) if matrix and columns and matrix.data_type in _ITEMSIZES else None
+
+
+def _thinned(graph: Any, node: Any, dtype: int, columns: int) -> Any:
+    """Have a product read one column and one row; return the node that makes the column."""
+    first, row, column = (f"{node.output[0]}/{part}" for part in ("first", "row", "column"))
+    zeros = bytes(columns * _ITEMSIZES[dtype])
+    graph.initializer.add(name=first, data_type=INT64, dims=[1], raw_data=bytes(8))
+    graph.initializer.add(name=row, data_type=dtype, dims=[1, columns], raw_data=zeros)
+    gather = onnx_messages().Node(op_type="Gather", name=column, input=[node.input[0], first], output=[column])
+    gather.attribute.add(name="axis", i=-1, type=INT)
+    node.input[0], node.input[1] = column, row
+    if node.op_type == "MatMulNBits":  # the scales' type is that of its result
+        node.op_type, node.domain = "MatMul", ""
+        del node.input[2:], node.attribute[:]
+    return gather
 
 
 def _shapes(
