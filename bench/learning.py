@@ -1,9 +1,10 @@
 """What is learnt: every method, trained set and budget on four tasks, beside the baselines; accuracy or perplexity.
 
     python bench/learning.py JSON [SST2_FOLDER] [--decoder model.onnx [--gguf FILE]] [--only REGEX] [--seeds 3]
-                             [--forwards 1000 5000]
+                             [--forwards 1000 5000] [--lr 0.01 0.03 ...]
 
-    MiniLM, SST-2       1,024 training sentences of sst2.py, dev; a new head and all weights, or the last two layers
+    MiniLM, SST-2       1,024 training sentences of sst2.py, dev; all weights or the last two layers with a new
+                        head, or a parallel adapter
     MiniLM, messages    the demo's
     SmolLM2, SST-2      the same sentences behind a prompt; LoRA on the last third of the layers, or norms
     SmolLM2, page       the demo's notes: perplexity of what is trained on
@@ -11,7 +12,8 @@
 A row is a task, a set, a method, a number of forward passes of 16 examples and a seed. It is written to JSON as soon as
 it is measured, and a row that is there is not measured again: stop the script at any time, and start it again. --only
 takes rows by their names, as 'SmolLM2.*momentum'. The learning rate is that of `--lr auto`, found on the training data;
-its forward passes are part of the budget. --table prints what is there: mean and standard deviation over seeds.
+its forward passes are part of the budget. --lr adds rows of the same budget with these rates, to compare it with.
+--table prints what is there: mean and standard deviation over seeds.
 
 Batches are by length, and what comes before the trained layers runs once for each example, as in `pocketzo train`.
 Baselines: the most frequent class, the model before training, the linear probe and the side head of `--train side-head`
@@ -57,7 +59,7 @@ from pocketzo.train.head.kept import Kept
 PROMPT = "Review: {text}\nSentiment:"
 BATCH = 16
 LAST_THIRD = "lora:train=B,layers=20-"
-EPS = {"all": 1e-3, "last:2+head": 1e-3, "norm": 1e-3, LAST_THIRD: 5e-2, "lora:train=B": 1e-2}
+ADAPTER = "parallel-adapter:16"
 NEW_HEAD = (pz.ParamGroup("^classifier", lr=10, eps=10),)
 METHODS: dict[str, type[pz.Optimizer]] = {
     "mezo": pz.MeZO,
@@ -103,7 +105,7 @@ def encoder_tasks(path: Path | None, train: Path, dev: Path, folder: Path) -> li
     for classes in (2, 8):
         build_onnx(checkpoint, folder / f"minilm-{classes}.onnx", num_labels=classes)
     encoder: dict[str, Any] = {"tokenizer": checkpoint.tokenizer, "max_length": 128}
-    sets = ("all", "last:2+head")
+    sets = ("all", "last:2+head", ADAPTER)
     two, eight = ({**encoder, "labels": labels} for labels in (("0", "1"), LABELS))
     return [
         Task("MiniLM, SST-2", folder / "minilm-2.onnx", train, dev, sets, two, groups=NEW_HEAD),
@@ -147,14 +149,21 @@ def load_behind_cut(bundle: pz.Bundle, data: tuple[pz.Dataset, ...], forwards: i
     return model
 
 
-def trained_row(task: Task, trained: str, method: str, forwards: int, seed: int, folder: Path, threads: int) -> Row:
-    """Train with the learning rate that is found, and evaluate the last weights, their mean, and those before."""
+def trained_row(
+    task: Task, trained: str, method: str, forwards: int, seed: int, folder: Path, threads: int, lr: float | None = None
+) -> Row:
+    """Train, and evaluate the last weights, their mean, and those before; the learning rate is found by default."""
     bundle = task.bundle(trained, folder)
     train, held_out = (pz.load_dataset(path, bundle) for path in (task.train, task.held_out))
     model = load_behind_cut(bundle, (train, held_out), forwards, threads)
-    steps = round(forwards / 1.1 / METHODS[method].evaluations())  # a tenth for finding the learning rate
+    share = 1.1 if lr is None else 1.0  # a tenth for finding the learning rate
+    steps = round(forwards / share / METHODS[method].evaluations())
     optimizer = METHODS[method](
-        model, eps=EPS[trained], seed=seed, groups=task.groups, schedule=pz.Schedule("cosine", steps)
+        model,
+        lr="auto" if lr is None else lr,
+        seed=seed,
+        groups=() if trained == ADAPTER else task.groups,
+        schedule=pz.Schedule("linear", steps),
     )
     with tempfile.TemporaryDirectory() as run:
         before = pz.evaluate(model, held_out)[task.metric]
@@ -172,14 +181,14 @@ def trained_row(task: Task, trained: str, method: str, forwards: int, seed: int,
         after = pz.evaluate(model, held_out)
         pz.Run(f"{run}/run").replay_onto(model, average=0.25)
         averaged = pz.evaluate(model, held_out)[task.metric]
-    assert trainer.sweep is not None
+    found = trainer.sweep
     return {
         "before": before,
         "value": after[task.metric],
         "loss": after["loss"],
         "averaged": averaged,
-        "lr": trainer.sweep.lr,
-        "because": trainer.sweep.because,
+        "lr": optimizer.lr,
+        **({} if found is None else {"minimum": found.minimum, "noise": found.noise, "because": found.because}),
         "seconds": seconds,
         "cpu_seconds": cpu,
         "error": error,
@@ -281,6 +290,9 @@ def measures(
             for trained, method, forwards in itertools.product(task.sets, METHODS, arguments.forwards):
                 name = f"{task.name} | {trained} | {method} | {forwards} | {seed}"
                 yield name, partial(trained_row, task, trained, method, forwards, seed, folder, threads)
+                for lr in arguments.lr:
+                    name = f"{task.name} | {trained} | {method} | {forwards} | lr {lr:g} | {seed}"
+                    yield name, partial(trained_row, task, trained, method, forwards, seed, folder, threads, lr)
 
 
 def majority(task: Task, folder: Path) -> Row:
@@ -328,6 +340,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", metavar="REGEX", help="measure rows whose names contain a match")
     parser.add_argument("--forwards", type=int, nargs="+", default=[1000, 5000], help="budgets")
+    parser.add_argument("--lr", type=float, nargs="*", default=[], help="learning rates to compare the found one with")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the names of the rows that are missing, and end")

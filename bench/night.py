@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning import BATCH, EPS, LAST_THIRD, METHODS, Task, decoder_tasks, load_behind_cut, sst2_files
+from learning import BATCH, LAST_THIRD, METHODS, Task, decoder_tasks, load_behind_cut, sst2_files
 from machine import Run, peer
 from sst2 import SST2
 from tables import night_table
@@ -45,7 +45,7 @@ def train(task: Task, arguments: argparse.Namespace, folder: Path) -> pz.Run:
         steps = round(arguments.forwards / METHODS[arguments.method].evaluations())
         model = load_behind_cut(bundle, (examples,), arguments.forwards, arguments.threads)
         optimizer = METHODS[arguments.method](
-            model, eps=EPS[LAST_THIRD], seed=arguments.seed, schedule=pz.Schedule("linear", steps)
+            model, lr="auto", seed=arguments.seed, schedule=pz.Schedule("linear", steps)
         )
         trainer = pz.Trainer(
             model, optimizer, examples, batch_size=BATCH, steps=steps, run=arguments.run, group_by_length=True,
@@ -116,7 +116,7 @@ def main() -> None:
         "--folder", type=Path, required=True, help="where the prepared model and the sentences are kept"
     )
     parser.add_argument("--forwards", type=int, default=20000)
-    parser.add_argument("--method", choices=METHODS, default="mezo")
+    parser.add_argument("--method", choices=METHODS, default="fzoo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--beside", type=Path, help="learning.py's JSON")

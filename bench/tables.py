@@ -398,7 +398,13 @@ def language_table(report: Report) -> list[str]:
 def bases_table(*reports: Report) -> list[str]:
     about = reports[0]["results"]["settings"]
     floats, *rows = reports[0]["results"]["rows"]
-    rows += [row for report in reports[1:] for row in report["results"]["rows"][1:]]
+    there = {(row["base"], row["level"]) for row in rows}
+    rows += [
+        row
+        for report in reports[1:]
+        for row in report["results"]["rows"][1:]
+        if (row["base"], row["level"]) not in there
+    ]
     body = [
         [
             row["base"],
@@ -859,7 +865,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "paper": (("paper",), paper_table),
     "language": (("language",), language_table),
     "bases": (("bases", "bases_int4", "bases_int8"), bases_table),
-    "bases_arm": (("bases_arm", "bases_arm_more"), bases_table),
+    "bases_arm": (("bases_arm", "bases_arm_int4", "bases_arm_int8"), bases_table),
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "night": (("night",), night_table),
