@@ -732,7 +732,7 @@ def test_the_learning_rate_is_found_once(workspace: Workspace, tmp_path: Path) -
         "--eval-every", 20, "--threads", 1, "--group", "classifier:lr=5,eps=2",
     )  # fmt: skip
     short = pocketzo(*command[:5], tmp_path / "short", *command[6:7], 5, *command[8:])
-    assert "lr 0.0005, the default of the method: the 45 forward passes of the run are too few" in short.stderr
+    assert "lr 0.0005, the default: the 45 forward passes of the run are too few" in short.stderr
 
 
 @pytest.mark.parametrize(

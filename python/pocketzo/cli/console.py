@@ -160,7 +160,7 @@ def forecast_text(trainer: Trainer, forecast: Forecast) -> str:
 def sweep_text(sweep: Sweep) -> str:
     """Return how a learning rate was found."""
     if sweep.because is not None:
-        return f"lr {sweep.lr:g}, the default of the method: {sweep.because}"
+        return f"lr {sweep.lr:g}, the default: {sweep.because}"
     limits = (
         f"one step is best at {sweep.minimum:g}, the noise of the run costs {NOISE:.0%} of the loss at {sweep.noise:g}"
     )
