@@ -37,9 +37,9 @@ MOST: Final = 0.1
 NOISE: Final = 0.1
 """What the noise of a run's steps may cost, as a share of the loss before it."""
 
-_MOST_STEPS, _LEAST_STEPS = 32, 2
+_MOST_STEPPED, _LEAST_STEPS = 512, 2  # examples of all steps; steps
 _LEAST_QUERIES = 4
-_MOST_BATCHES = 16  # on which the loss is evaluated at each rate
+_MOST_EVALUATED = 256  # examples on which the loss is evaluated at each rate
 _EVALUATIONS = 11  # that are planned for: at the start, and forth and back at five rates
 _FACTOR = 3.0  # between two rates, the loss having risen too much
 _FARTHEST = 10.0  # factor between two rates
@@ -229,8 +229,8 @@ class _Plan:
         """Return the plan for so many forward passes; None if they are too few."""
         forwards = optimizer.forwards
         spent = min(max(budget // 2, _LEAST_STEPS * forwards), budget - _EVALUATIONS)
-        steps = min(spent // forwards, _MOST_STEPS)
-        batches = min((budget - steps * forwards) // _EVALUATIONS, _MOST_BATCHES)
+        steps = min(spent // forwards, max(_MOST_STEPPED // batch_size, _LEAST_STEPS))
+        batches = min((budget - steps * forwards) // _EVALUATIONS, max(_MOST_EVALUATED // batch_size, 1))
         batches = min(batches, max(1, int(_HELD_BACK * examples) // batch_size))
         if steps < _LEAST_STEPS or steps * optimizer.queries < _LEAST_QUERIES or batches < 1:
             return None
