@@ -1,13 +1,15 @@
 """A step behind a cut, over a warm cache, against the same step of the whole model.
 
-    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--against BUNDLE] [--rounds 5] [--json FILE]
+    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--against BUNDLE] [--rounds 5] [--json FILE] [--more]
     python bench/cut.py BUNDLE --dtypes --data FILE [--examples 256]
 
 Each BUNDLE is trained behind its first layers: ``prepare --train lora:layers=20-``, or ``last:2+head``; REGEX narrows
 what is trained, as ``train --trainable``. A step is one of MeZO, with its update. The model that is cut and the whole
 one take turns in one process, over the same batch of random tokens; times are of the CPU, of one thread, so that other
 processes disturb them less, and medians of the rounds. A language model computes logits at one position of each row.
-With --against the whole model is that of another bundle, such as one of the same export that trains all weights.
+With --against the whole model is that of another bundle, such as one of the same export that trains all weights. The
+peaks are those of processes that take three steps, with all that comes before: importing, planning the cut, loading,
+and filling the cache.
 
 --dtypes: the loss of examples over caches of each type, against that of the whole model, and the bytes of a token.
 """
@@ -16,13 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from machine import machine
+from machine import Run, peak_rss
+from tables import cut_table
 
 import pocketzo as pz
 from pocketzo.data.load import load_dataset
@@ -90,6 +94,7 @@ def compare(text: str, examples: int, tokens: int, rounds: int, against: Path | 
                 started = time.process_time()
                 optimizer.step(objectives[name])
                 seconds[name].append(time.process_time() - started)
+    del models, steps, objectives
     medians = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
     return {
         "bundle": Path(path).name,
@@ -99,8 +104,34 @@ def compare(text: str, examples: int, tokens: int, rounds: int, against: Path | 
         "loss_difference": abs(losses["cut"] - losses["whole"]) if against is None else None,
         "bytes_a_token": cut.nbytes(1),
         "seconds": medians,
-        "ratio": medians["cut"] / medians["whole"],
+        "peaks": {
+            "cut": peak_of(path, pattern, examples, tokens, whole=False),
+            "whole": peak_of(str(other.path), pattern if against is None else "", examples, tokens, whole=True),
+        },
     }
+
+
+def peak_of(path: str, pattern: str, examples: int, tokens: int, *, whole: bool) -> int:
+    """Return the peak of a new process that trains a model, behind its cut or whole, in bytes."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (path, pattern, examples, tokens, whole))
+
+
+def _peak(path: str, pattern: str, examples: int, tokens: int, whole: bool) -> int:
+    bundle = pz.Bundle.read(path)
+    model = pz.load(bundle, threads=1, cut=None if whole else cut_of(bundle, pattern or None))
+    batch = batch_of(model.bundle, examples, tokens)
+    objective = OnBatch(Objective(metric_objective("loss", model.bundle), task_of(model.bundle)), batch, 1)
+    optimizer = pz.MeZO(model, lr=LR, eps=EPS, trainable=pattern or None, seed=1)
+    with tempfile.TemporaryDirectory() as folder:
+        if model.halves is not None:
+            model.halves.store = ActivationCache(Path(folder), layout_of(model.halves.cut, "fp32"))
+            model.halves.fill(batch)
+            model.halves.store.flush()
+            model.halves.release()
+        for _ in range(3):
+            optimizer.step(objective)
+    return peak_rss()
 
 
 def compare_types(path: str, data: Path, count: int) -> Report:
@@ -140,26 +171,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="examples, for --dtypes")
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--more", action="store_true", help="keep the rows of that file")
     arguments = parser.parse_args()
-    report: Report = {"machine": machine(), "rows": []}
+    run = Run()
     if arguments.dtypes:
-        report["dtypes"] = compare_types(arguments.bundles[0], arguments.data, arguments.examples)
-    else:
-        print("| bundle | batch | before what is trained | whole step, CPU s | behind the cut | ratio | loss off by |")
-        print("|---|---|---|---|---|---|---|")
-        for text in arguments.bundles:
-            for batch in arguments.batches:
-                examples, tokens = map(int, batch.split("x"))
-                row = compare(text, examples, tokens, arguments.rounds, arguments.against)
-                report["rows"].append(row)
-                seconds, off = row["seconds"], row["loss_difference"]
-                print(
-                    f"| {row['bundle']} | {examples} x {tokens} | {row['saved']:.0%} | {seconds['whole']:.3f} | "
-                    f"{seconds['cut']:.4f} | {row['ratio']:.3f} | {'' if off is None else f'{off:.1g}'} |",
-                    flush=True,
-                )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        run.finish({"dtypes": compare_types(arguments.bundles[0], arguments.data, arguments.examples)}, arguments.json)
+        return
+    rows: list[Report] = []
+    if arguments.more and arguments.json is not None:
+        rows += json.loads(arguments.json.read_text())["results"]["rows"]
+    for text in arguments.bundles:
+        for batch in arguments.batches:
+            examples, tokens = map(int, batch.split("x"))
+            rows.append(compare(text, examples, tokens, arguments.rounds, arguments.against))
+            report = run.finish({"rows": rows}, arguments.json)
+    print("\n".join(cut_table(report)))
 
 
 if __name__ == "__main__":

@@ -848,6 +848,27 @@ def ratios_table(step: Report, memory: Report, loop: Report) -> list[str]:
     return [*markdown(header, body), "", f"<sub>{caption(step, memory, loop).strip('*')}</sub>"]
 
 
+def cut_table(report: Report) -> list[str]:
+    body = []
+    for row in report["results"]["rows"]:
+        seconds, peaks = row["seconds"], row["peaks"]
+        body.append(
+            [
+                row["bundle"],
+                row["batch"].replace("x", " x "),
+                row["against"] or "the same",
+                f"{row['saved']:.0%}",
+                f"{seconds['cut'] * 1e3:.3g} ms",
+                f"{seconds['whole'] * 1e3:.4g} ms",
+                f"{seconds['cut'] / seconds['whole']:.3f}",
+                f"{peaks['cut'] / 1e6:.0f} MB",
+                f"{peaks['whole'] / 1e6:.0f} MB",
+            ]
+        )
+    header = ["model and what is trained", "tokens", "whole model", "before the cut", "step", "whole", "ratio"]
+    return [caption(report), "", *markdown([*header, "peak", "whole"], body)]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "summary": (("noise", "step", "accuracy"), summary_table),
     "ratios": (("step", "memory", "loop"), ratios_table),
@@ -868,6 +889,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "bases_arm": (("bases_arm", "bases_arm_int4", "bases_arm_int8"), bases_table),
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
+    "cut": (("cut",), cut_table),
     "night": (("night",), night_table),
     "second_moment": (("second_moment",), second_moment_table),
     "levers": (("levers",), levers_table),

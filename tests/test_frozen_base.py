@@ -339,7 +339,7 @@ def test_loading_and_a_step_take_one_copy_of_the_base(tmp_path: Path) -> None:
     assert 0.7 * size < int(done.stdout) < 1.85 * size
 
 
-def test_planning_a_cut_does_not_read_the_base(tmp_path: Path) -> None:
+def test_planning_and_naming_a_cut_keep_none_of_the_base_in_memory(tmp_path: Path) -> None:
     quantised(tmp_path / "model.onnx", 96, 1024, 1024, 4)
     read = pz.prepare(tmp_path / "model.onnx", tmp_path / "bundle", train=r"norm9[0-9]\.")
     script = (
@@ -347,7 +347,8 @@ def test_planning_a_cut_does_not_read_the_base(tmp_path: Path) -> None:
         "from pocketzo.machine.memory import process_memory\n"
         "bundle = pz.Bundle.read(sys.argv[1])\n"
         "before = process_memory()[1]\n"
-        "assert len(pz.plan_cut(bundle).values) == 1\n"
+        "cut = pz.plan_cut(bundle)\n"
+        "assert len(cut.values) == 1 and cut.digest()\n"
         "print(process_memory()[1] - before)"
     )
     done = subprocess.run([sys.executable, "-c", script, read.path], check=True, capture_output=True, text=True)

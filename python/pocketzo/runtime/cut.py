@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, NamedTuple
-
-import numpy as np
 
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
+from pocketzo.formats.safetensors import Entry, read_header
 from pocketzo.runtime.frozen import model_over_base
 from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds
 from pocketzo.runtime.min_cut import INFINITE, Network
@@ -28,6 +28,7 @@ _PRODUCTS: Final = (
     *("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("QLinearMatMul", "Attention", "QAttention"),
 )
+_CHUNK: Final = 1 << 20  # bytes
 _LENGTH: Final = 32  # tokens of the example for which the cut is chosen
 
 
@@ -151,9 +152,15 @@ class Cut:
         }
         found = hashlib.sha256()
         tensors = self.bundle.map_tensors()
+        places = {
+            name: (path, entry)
+            for path in (self.bundle.weights_path, self.bundle.trained_path)
+            for name, entry in read_header(path).items()
+        }
         for name in sorted(used & tensors.keys()):
             found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-            found.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+            for part in _chunks(*places[name]):
+                found.update(part)
         for tensor in model.graph.initializer:
             if tensor.name in tensors:
                 del tensor.external_data[:]  # where the weights are in their file says nothing of the values
@@ -162,6 +169,14 @@ class Cut:
         for part in (*model.opset_import, *graph.input, *graph.node, *graph.initializer):
             found.update(part.SerializeToString(deterministic=True))
         return found.digest()
+
+
+def _chunks(path: Path, entry: Entry) -> Iterator[bytes]:
+    """Yield the bytes of a tensor; what is read through a mapping would stay in memory."""
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        for at in range(entry.start, entry.stop, _CHUNK):
+            yield file.read(min(_CHUNK, entry.stop - at))
 
 
 def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: float = 0.0) -> Cut:
