@@ -73,7 +73,8 @@ def pipeline() -> None:
     "--shares",
     callback=shares,
     metavar="X,Y,...",
-    help="Share of the weights' bytes in each stage, in any unit, such as the devices' free memory.  [default: equal]",
+    help="Share of each stage in the weights in memory, in any unit, such as the devices' free memory.  "
+    "[default: equal]",
 )
 def split(bundle: Path, output: Path, count: int, shares: list[float] | None) -> None:
     """Cut BUNDLE into stages, each a folder that a device can load without the others.

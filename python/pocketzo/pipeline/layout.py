@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,7 +17,6 @@ from pocketzo.errors import DataError, MemoryLimitError, NotCuttableError
 from pocketzo.formats.bundle import Bundle
 from pocketzo.machine.memory import megabytes
 from pocketzo.optim.methods import METHODS
-from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.loader import room_to_load
 from pocketzo.runtime.stages import MeasuredGraph, StagePlan, measured, plan_stages, stored_bytes
 
@@ -24,8 +24,8 @@ Kind = Literal["one device", "data parallel", "pipeline"]
 
 PROCESS: Final = 65_000_000
 """Bytes of a process that has loaded Python, numpy and onnxruntime, and no model: 62 MB on x86-64."""
-_LOOKUPS: Final = {"Gather", "GatherBlockQuantized"}
 _PACKED: Final = {"MatMul", "Gemm"}
+_LEAST: Final = 1e-6  # share of a stage that should be as small as it can
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class Share:
     rows : int
         Of the batch.
     weights : int
-        Bytes of weights.
+        Bytes of weights on its disk.
+    resident : int
+        Bytes of weights in its memory.
     memory : int
         Bytes that its process takes at most.
     seconds : float
@@ -107,6 +109,7 @@ class Share:
     device: Device
     rows: int
     weights: int
+    resident: int
     memory: int
     seconds: float
 
@@ -129,12 +132,19 @@ class Layout:
         What crosses each cut of a pipeline.
     seconds : float
         Of a step.
+    parts : tuple of float
+        The shares by which :func:`pocketzo.pipeline.split.split` makes the stages of a pipeline.
+    ending : int
+        Bytes of weights in the memory of the last stage of any pipeline at least: those behind the last place where the
+        graph can be cut, such as the output projection.
     """
 
     kind: Kind
     shares: tuple[Share, ...]
     cuts: tuple[tuple[str, ...], ...]
     seconds: float
+    parts: tuple[float, ...] = ()
+    ending: int = 0
 
     @property
     def fits(self) -> bool:
@@ -143,6 +153,7 @@ class Layout:
 
     def described(self) -> dict[str, Any]:
         """Return the layout as JSON."""
+        pipeline = {"shares": list(self.parts), "last_stage_at_least": self.ending} if self.parts else {}
         return {
             "layout": self.kind,
             "fits": self.fits,
@@ -152,6 +163,7 @@ class Layout:
                     "name": share.device.name,
                     "rows": share.rows,
                     "weights": share.weights,
+                    "weights_in_memory": share.resident,
                     "memory": share.memory,
                     "available": share.device.memory,
                     "seconds_a_pass": round(share.seconds, 6),
@@ -159,6 +171,7 @@ class Layout:
                 for share in self.shares
             ],
             "cuts": [list(cut) for cut in self.cuts],
+            **pipeline,
         }
 
 
@@ -192,7 +205,8 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
     """Return the layouts of a bundle on some devices, those that fit first, and of these the quickest first.
 
     Considered are each device alone, all that hold the whole model at once (data parallel), and pipelines of the first
-    2, 3 and so on, whose stages have shares of the weights in proportion to speed, or to memory.
+    2, 3 and so on. Their stages have shares of the weights in memory in proportion to speed. If that does not fit, the
+    stages fill the memory of their devices to the same share, by weights and activations.
 
     Parameters
     ----------
@@ -216,25 +230,31 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
     if len(able) > 1:
         rows = rows_by_speed(batch.rows, [device.speed for device in able])
         found.append(_of("data parallel", bundle, [whole] * len(able), able, rows, batch, network))
-    for chosen, plans in _pipelines(bundle, devices, graph):
-        found.append(_of("pipeline", bundle, plans, chosen, [batch.rows] * len(plans), batch, network))
+    for count in range(2, len(devices) + 1):
+        with contextlib.suppress(NotCuttableError):
+            found += _pipelines(bundle, devices[:count], batch, network, graph)
     return sorted(found, key=lambda layout: (not layout.fits, layout.seconds))
 
 
 def _pipelines(
-    bundle: Bundle, devices: Sequence[Device], graph: MeasuredGraph
-) -> Iterator[tuple[Sequence[Device], list[StagePlan]]]:
-    for count in range(2, len(devices) + 1):
-        chosen = devices[:count]
-        seen: list[list[tuple[str, ...]]] = []
-        for shares in ([device.speed for device in chosen], [float(device.memory) for device in chosen]):
-            try:
-                plans = plan_stages(bundle, count, shares, graph=graph)
-            except NotCuttableError:
-                continue
-            if (key := [plan.tensors for plan in plans]) not in seen:
-                seen.append(key)
-                yield chosen, plans
+    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network, graph: MeasuredGraph
+) -> list[Layout]:
+    """Return the pipeline by speed, and if it does not fit the one by memory."""
+
+    def layout(shares: Sequence[float]) -> Layout:
+        parts = tuple(float(f"{share / min(shares):.4g}") for share in shares)
+        plans = plan_stages(bundle, len(devices), parts, graph=graph)  # as `pipeline split` does
+        made = _of("pipeline", bundle, plans, devices, [batch.rows] * len(plans), batch, network)
+        return replace(made, parts=parts, ending=ending)
+
+    ending = plan_stages(bundle, 2, [1.0, _LEAST], graph=graph)[-1].resident
+    found = [layout([device.speed for device in devices])]
+    if not found[0].fits:
+        room = [max(device.memory - PROCESS, _LEAST * device.memory) for device in devices]
+        values = (batch.rows, batch.tokens, batch.positions)
+        full = plan_stages(bundle, len(devices), room, graph=graph, batch=values)
+        found.append(layout([max(plan.resident, 1) for plan in full]))
+    return found
 
 
 def _of(
@@ -253,7 +273,7 @@ def _of(
         moved = sum(trained.get(name, 0) for name in plan.tensors)
         seconds = plan.work(own, batch.tokens, positions) / device.speed + moved * device.noise
         memory = stage_memory(bundle, plan, own, batch.tokens, positions)
-        shares.append(Share(device, own, plan.nbytes, memory, seconds))
+        shares.append(Share(device, own, plan.nbytes, plan.resident, memory, seconds))
     each = [share.seconds for share in shares]
     cuts: tuple[tuple[str, ...], ...] = ()
     if kind == "pipeline":
@@ -276,18 +296,11 @@ def stage_memory(bundle: Bundle, plan: StagePlan, rows: float, tokens: float, po
     rows, tokens, positions : float
         Of a batch.
     """
-    sizes = stored_bytes(bundle)
-    trained = {tensor.name for tensor in bundle.tensors if tensor.trainable}
-    readers = plan.readers()
-    weights, largest, copies = plan.nbytes, 0, 0
-    if frozen_base(bundle):
-        tables = [name for name, kinds in readers.items() if name not in trained and kinds <= _LOOKUPS]
-        weights -= sum(sizes[name] for name in tables)  # they stay in the file
-        copies = sum(sizes[name] for name in readers if name in trained)  # weights return from each point by a copy
-    else:
-        largest = max((sizes[name] for name, kinds in readers.items() if kinds & _PACKED), default=0)
+    sizes, largest = stored_bytes(bundle), 0
+    if not plan.is_frozen:
+        largest = max((sizes[name] for name, kinds in plan.readers().items() if kinds & _PACKED), default=0)
     room = room_to_load(plan.nbytes, largest) + plan.activations(rows, tokens, positions)
-    return PROCESS + weights + copies + room
+    return PROCESS + plan.resident + room
 
 
 def passes_of(method: str, queries: int | None) -> int:
