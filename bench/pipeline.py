@@ -27,7 +27,7 @@ import pocketzo as pz
 from pocketzo.machine.memory import process_memory
 from pocketzo.pipeline.actors import Actors
 from pocketzo.pipeline.chain import busy, chain_of, pooled_model
-from pocketzo.pipeline.layout import stage_memory
+from pocketzo.pipeline.layout import RAY, stage_memory
 from pocketzo.pipeline.optimizer import pooled_method
 from pocketzo.pipeline.split import split
 from pocketzo.runtime.stages import plan_stages
@@ -92,6 +92,7 @@ def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: ar
             peak = ray.get(one.peak.remote())
     passes = optimizer.forwards * arguments.microbatches
     plans = plan_stages(bundle, count)
+    predicted = [stage_memory(bundle, plan, *shape, shape[0]) + RAY.process for plan in plans]
     return {
         "bundle": bundle.path.name,
         "stages": count,
@@ -101,7 +102,7 @@ def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: ar
         "losses of all steps the same": same,
         "weights MB": sizes,
         "peak MB of each stage": [round(peak / 1e6, 1) for peak in peaks],
-        "predicted MB": [round(stage_memory(bundle, plan, *shape, shape[0]) / 1e6, 1) for plan in plans],
+        "predicted MB": [round(nbytes / 1e6, 1) for nbytes in predicted],
         "peak MB of one process": round(peak / 1e6, 1),
         "seconds a step, one process": round(statistics.median(alone), 3),
         "seconds a step, pipeline": round(statistics.median(pooled), 3),

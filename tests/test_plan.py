@@ -25,6 +25,7 @@ from pocketzo.pipeline.layout import (
     PROCESS,
     Batch,
     Device,
+    Engine,
     Layout,
     Network,
     Share,
@@ -40,6 +41,7 @@ from pocketzo.runtime.stages import measured, plan_stages, stored_bytes
 
 BATCH = Batch(rows=8, tokens=16, positions=8, passes=4)
 FAST = Network(bandwidth=1e12, latency=0.0)
+NOTHING = Engine(0, 0, -PROCESS)  # as if no process led the run
 
 MEASURE = """
 import sys
@@ -152,7 +154,8 @@ def test_the_quickest_layout_that_fits(llama: pz.Bundle) -> None:
     assert best_layout(slow).kind == "one device"
 
     small = [Device(name, need - 10_000, 1e9) for name in "ab"]
-    found = best_layout(layouts(llama, small, BATCH, FAST))
+    assert not any(layout.fits for layout in layouts(llama, small, BATCH, FAST))  # Ray takes more than a stage saves
+    found = best_layout(layouts(llama, small, BATCH, FAST, NOTHING))
     assert found.kind == "pipeline"
     assert [share.rows for share in found.shares] == [8, 8]
     assert sum(share.weights for share in found.shares) == whole.nbytes
@@ -161,14 +164,33 @@ def test_the_quickest_layout_that_fits(llama: pz.Bundle) -> None:
     assert found.cuts == (tuple(kept.name for kept in plan_stages(llama, 2)[0].gives),)
 
     tiny = [Device("board", PROCESS, 1e9), Device("phone", 2 * PROCESS, 1e9)]
-    with pytest.raises(MemoryLimitError, match=r"in no layout \(pipeline of 2: board has 65 MB of .*one device"):
+    with pytest.raises(
+        MemoryLimitError, match=r"in no layout \(pipeline of 2: board has 65 MB of \d+ MB, .*Ray's.*one device"
+    ):
         best_layout(layouts(llama, [tiny[0], tiny[0]], BATCH))
     assert best_layout(layouts(llama, tiny, BATCH)).shares[0].device.name == "phone"
 
 
+def test_the_engine_of_a_pipeline_counts(llama: pz.Bundle) -> None:
+    devices = [Device(name, 1 << 40, 1e9) for name in "abc"]
+    engine = Engine(process=1, device=20, first=300)
+    without, with_ = (
+        next(one for one in layouts(llama, devices, BATCH, FAST, used) if len(one.cuts) == 2)
+        for used in (NOTHING, engine)
+    )
+    first, second = (plan.sent(8, 16) for plan in plan_stages(llama, 3)[:2])
+    under_way = [BATCH.passes * nbytes for nbytes in (first, first + second, second)]
+    assert [share.engine for share in without.shares] == under_way
+    own = [1 + 20 + 300 + PROCESS + 1, 1 + 20, 1 + 20]
+    assert [share.engine for share in with_.shares] == [sum(each) for each in zip(own, under_way, strict=True)]
+    assert all(b.memory - b.engine == a.memory - a.engine for a, b in zip(without.shares, with_.shares, strict=True))
+    alone = next(one for one in layouts(llama, devices, BATCH, FAST) if one.kind == "one device")
+    assert alone.shares[0].engine == 0
+
+
 def test_a_layout_fits_where_every_share_does() -> None:
     device = Device("a", 100, 1.0)
-    fits, not_ = Share(device, 1, 1, 1, 100, 1.0), Share(device, 1, 1, 1, 101, 1.0)
+    fits, not_ = Share(device, 1, 1, 1, 100, 0, 1.0), Share(device, 1, 1, 1, 101, 0, 1.0)
     assert Layout("pipeline", (fits, fits), (), 1.0).fits
     assert not Layout("pipeline", (fits, not_), (), 1.0).fits
 
@@ -227,11 +249,12 @@ def test_the_command(llama: pz.Bundle, tmp_path: Path) -> None:
     def command(*more: str) -> Any:
         return CliRunner().invoke(cli, ["plan", str(llama.path), "--devices", str(tmp_path / "devices.json"), *more])
 
-    devices = [{"name": name, "memory": "500M", "speed": 1e9} for name in ("board", "phone")]
+    devices = [{"name": name, "memory": "2G", "speed": 1e9} for name in ("board", "phone")]
     (tmp_path / "devices.json").write_text(json.dumps(devices))
     shown = command()
     assert shown.exit_code == 0
     assert "(the quickest that fits)" in shown.stdout
+    assert len(re.findall(r"\(\d+ MB of them Ray's\), ", shown.stdout)) == 2
     assert len(re.findall(r"^pipeline", shown.stdout, re.MULTILINE)) == 1
     split_ = re.search(r"^  pocketzo (pipeline split .*)$", shown.stdout, re.MULTILINE)
     assert split_
@@ -270,7 +293,7 @@ def test_the_memory_of_a_stage_is_as_predicted(tmp_path: Path) -> None:
         stages = split(base, tmp_path / f"{train}-stages", 2)
         batch = Batch(rows=8, tokens=64, positions=8, passes=2)
         devices = [Device(name, 1 << 40, 1e9) for name in "ab"]
-        (layout,) = (found for found in layouts(base, devices, batch) if found.kind == "pipeline")
+        (layout,) = (found for found in layouts(base, devices, batch, None, NOTHING) if found.kind == "pipeline")
         (alone, *_) = (found for found in layouts(base, devices, batch) if found.kind == "one device")
         whole = peak_of(base.path)
         for number, share in enumerate(layout.shares):

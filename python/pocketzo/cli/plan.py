@@ -75,7 +75,9 @@ def layout_text(layout: Layout, batch: Batch, bundle: Path, *, chosen: bool) -> 
         what = f"stage {number}" if layout.kind == "pipeline" else f"{share.rows} of {batch.rows} examples"
         lines.append(
             f"  {share.device.name}: {what}, {size_text(share.resident)} of weights in memory, "
-            f"{size_text(share.memory)} of {size_text(share.device.memory)} memory, {share.seconds:.3g} s a pass"
+            f"{size_text(share.memory)} of {size_text(share.device.memory)} memory"
+            + (f" ({size_text(share.engine)} of them Ray's)" if share.engine else "")
+            + f", {share.seconds:.3g} s a pass"
         )
         if number < len(layout.cuts):
             lines.append(f"    cut behind {', '.join(layout.cuts[number])}")

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pocketzo.arguments import check_number
 from pocketzo.errors import DataError, MemoryLimitError, NotCuttableError
@@ -24,6 +24,34 @@ Kind = Literal["one device", "data parallel", "pipeline"]
 
 PROCESS: Final = 65_000_000
 """Bytes of a process that has loaded Python, numpy and onnxruntime, and no model: 62 MB on x86-64."""
+
+
+class Engine(NamedTuple):
+    """The memory of what carries the activations of a pipeline.
+
+    Attributes
+    ----------
+    process : int
+        Bytes that it takes more in the process of a stage, and in that which leads the run.
+    device : int
+        Bytes of its own processes on each device.
+    first : int
+        Bytes of those that run on one device of the cluster only, the first.
+    """
+
+    process: int
+    device: int
+    first: int
+
+    def on(self, number: int) -> int:
+        """Return the bytes on the device of a stage; the first device also leads the run."""
+        return self.process + self.device + (0 if number else self.first + PROCESS + self.process)
+
+
+RAY: Final = Engine(process=60_000_000, device=165_000_000, first=145_000_000)
+"""Ray 2.60 on x86-64 Linux. An actor that had imported a stage's modules had 121 MB resident, a process without Ray 63.
+The others are proportional set sizes after ``ray start``: the raylet, the log monitor and two agents had 163 MB, and on
+the first device the control store, the autoscaler's monitor and the dashboard 145 more."""
 _PACKED: Final = {"MatMul", "Gemm"}
 _LEAST: Final = 1e-6  # share of a stage that should be as small as it can
 
@@ -101,7 +129,9 @@ class Share:
     resident : int
         Bytes of weights in its memory.
     memory : int
-        Bytes that its process takes at most.
+        Bytes that this takes at most.
+    engine : int
+        Bytes of these that are the engine's of a pipeline.
     seconds : float
         Of one pass, without waiting.
     """
@@ -111,6 +141,7 @@ class Share:
     weights: int
     resident: int
     memory: int
+    engine: int
     seconds: float
 
     @property
@@ -165,6 +196,7 @@ class Layout:
                     "weights": share.weights,
                     "weights_in_memory": share.resident,
                     "memory": share.memory,
+                    "engine": share.engine,
                     "available": share.device.memory,
                     "seconds_a_pass": round(share.seconds, 6),
                 }
@@ -201,7 +233,9 @@ def rows_by_speed(rows: int, speeds: Sequence[float]) -> list[int]:
     return found
 
 
-def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network | None = None) -> list[Layout]:
+def layouts(
+    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network | None = None, engine: Engine = RAY
+) -> list[Layout]:
     """Return the layouts of a bundle on some devices, those that fit first, and of these the quickest first.
 
     Considered are each device alone, all that hold the whole model at once (data parallel), and pipelines of the first
@@ -216,6 +250,8 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
     batch : Batch
     network : Network, optional
         100 Mbit/s and 3 ms by default.
+    engine : Engine
+        Of pipelines.
 
     Raises
     ------
@@ -232,25 +268,26 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
         found.append(_of("data parallel", bundle, [whole] * len(able), able, rows, batch, network))
     for count in range(2, len(devices) + 1):
         with contextlib.suppress(NotCuttableError):
-            found += _pipelines(bundle, devices[:count], batch, network, graph)
+            found += _pipelines(bundle, devices[:count], batch, network, engine, graph)
     return sorted(found, key=lambda layout: (not layout.fits, layout.seconds))
 
 
 def _pipelines(
-    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network, graph: MeasuredGraph
+    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network, engine: Engine, graph: MeasuredGraph
 ) -> list[Layout]:
     """Return the pipeline by speed, and if it does not fit the one by memory."""
 
     def layout(shares: Sequence[float]) -> Layout:
         parts = tuple(float(f"{share / min(shares):.4g}") for share in shares)
         plans = plan_stages(bundle, len(devices), parts, graph=graph)  # as `pipeline split` does
-        made = _of("pipeline", bundle, plans, devices, [batch.rows] * len(plans), batch, network)
+        made = _of("pipeline", bundle, plans, devices, [batch.rows] * len(plans), batch, network, engine)
         return replace(made, parts=parts, ending=ending)
 
     ending = plan_stages(bundle, 2, [1.0, _LEAST], graph=graph)[-1].resident
     found = [layout([device.speed for device in devices])]
     if not found[0].fits:
-        room = [max(device.memory - PROCESS, _LEAST * device.memory) for device in devices]
+        used = [PROCESS + engine.on(number) for number in range(len(devices))]
+        room = [max(device.memory - own, _LEAST * device.memory) for device, own in zip(devices, used, strict=True)]
         values = (batch.rows, batch.tokens, batch.positions)
         full = plan_stages(bundle, len(devices), room, graph=graph, batch=values)
         found.append(layout([max(plan.resident, 1) for plan in full]))
@@ -265,19 +302,23 @@ def _of(
     rows: Sequence[int],
     batch: Batch,
     network: Network,
+    engine: Engine | None = None,
 ) -> Layout:
     trained = {tensor.name: math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable}
     shares = []
-    for plan, device, own in zip(plans, devices, rows, strict=True):
+    sent = [plan.sent(batch.rows, batch.tokens) for plan in plans]
+    for number, (plan, device, own) in enumerate(zip(plans, devices, rows, strict=True)):
         positions = batch.positions * own / batch.rows
         moved = sum(trained.get(name, 0) for name in plan.tensors)
         seconds = plan.work(own, batch.tokens, positions) / device.speed + moved * device.noise
         memory = stage_memory(bundle, plan, own, batch.tokens, positions)
-        shares.append(Share(device, own, plan.nbytes, plan.resident, memory, seconds))
+        # all passes of a step are under way at once: what a stage has given waits for the next one
+        carried = engine.on(number) + batch.passes * sum(sent[max(number - 1, 0) : number + 1]) if engine else 0
+        shares.append(Share(device, own, plan.nbytes, plan.resident, memory + carried, carried, seconds))
     each = [share.seconds for share in shares]
     cuts: tuple[tuple[str, ...], ...] = ()
     if kind == "pipeline":
-        sends = [network.seconds(plan.sent(batch.rows, batch.tokens)) for plan in plans[:-1]]
+        sends = [network.seconds(nbytes) for nbytes in sent[:-1]]
         step = step_seconds(each, sends, batch.passes) + network.latency
         cuts = tuple(tuple(kept.name for kept in plan.gives) for plan in plans[:-1])
     else:
@@ -322,7 +363,9 @@ def best_layout(found: Sequence[Layout]) -> Layout:
     for layout in found:
         short = next(share for share in layout.shares if not share.fits)
         where = layout.kind if layout.kind == "one device" else f"{layout.kind} of {len(layout.shares)}"
-        lacks.append(f"{where}: {short.device.name} has {megabytes(short.device.memory)} of {megabytes(short.memory)}")
+        engine = f", {megabytes(short.engine)} of them Ray's" if short.engine else ""
+        has = f"{short.device.name} has {megabytes(short.device.memory)} of {megabytes(short.memory)}{engine}"
+        lacks.append(f"{where}: {has}")
     raise MemoryLimitError(
         f"the model fits in no layout ({'; '.join(lacks)}). Add a device, or prepare the model in fewer bits"
     )
