@@ -205,13 +205,13 @@ def test_devices_are_read(tmp_path: Path) -> None:
     path = tmp_path / "devices.toml"
     path.write_text(
         '[[device]]\nname = "board"\ndoctor = "board.json"\n[[device]]\nname = "phone"\nmemory = "1.5G"\nspeed = 2e9\n'
-        '[[device]]\nname = "other"\ndoctor = "board.json"\nmemory = "500 MB"\n[network]\nlatency = 0.01\n'
+        '[[device]]\nname = "other"\ndoctor = "board.json"\nmemory = "500 MiB"\n[network]\nlatency = 0.01\n'
     )
     devices, network = read_devices(path)
     assert devices == [
         Device("board", 2_000_000_000, 5e9, 1e-9),
         Device("phone", 1_500_000_000, 2e9),
-        Device("other", 500_000_000, 5e9, 1e-9),
+        Device("other", 500 << 20, 5e9, 1e-9),
     ]
     assert network == Network(latency=0.01)
     as_json = tmp_path / "devices.json"
@@ -255,6 +255,7 @@ def test_the_command(llama: pz.Bundle, tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "(the quickest that fits)" in shown.stdout
     assert len(re.findall(r"\(\d+ MB of them Ray's\), ", shown.stdout)) == 2
+    assert "16 of 16 examples" in shown.stdout  # as for train
     assert len(re.findall(r"^pipeline", shown.stdout, re.MULTILINE)) == 1
     split_ = re.search(r"^  pocketzo (pipeline split .*)$", shown.stdout, re.MULTILINE)
     assert split_

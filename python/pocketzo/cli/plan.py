@@ -9,7 +9,7 @@ import click
 
 from pocketzo.cli.command import Command
 from pocketzo.cli.console import quoted, say, size_text
-from pocketzo.cli.options import PATH, json_option
+from pocketzo.cli.options import PATH, batch_size_option, json_option
 from pocketzo.formats.bundle import Bundle
 from pocketzo.optim.methods import METHODS
 from pocketzo.pipeline.layout import Batch, Layout, best_layout, layouts, passes_of, read_devices
@@ -20,7 +20,7 @@ from pocketzo.pipeline.layout import Batch, Layout, best_layout, layouts, passes
 @click.option(
     "--devices", type=PATH, required=True, metavar="FILE", help="The devices, .toml or .json; see docs/federated.md."
 )
-@click.option("--batch-size", type=int, default=32, help="Examples per step.")
+@batch_size_option()
 @click.option("--tokens", type=int, default=64, help="Tokens of the longest example of a batch.")
 @click.option("--positions", type=int, metavar="N", help="Of a batch, those whose logits count.  [default: a row each]")
 @click.option("--method", type=click.Choice(list(METHODS)), default="fzoo", help="Method, as for train.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any, Final, Literal, NamedTuple
 from pocketzo.arguments import check_number
 from pocketzo.errors import DataError, MemoryLimitError, NotCuttableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.machine.memory import megabytes
+from pocketzo.machine.memory import megabytes, parse_size
 from pocketzo.optim.methods import METHODS
 from pocketzo.runtime.loader import room_to_load
 from pocketzo.runtime.stages import MeasuredGraph, StagePlan, measured, plan_stages, stored_bytes
@@ -438,8 +437,8 @@ def _device(path: Path, number: int, values: Mapping[str, Any]) -> Device:
             f"{where}: expected memory and speed, or doctor with what 'pocketzo doctor --json' of this version printed"
         ) from None
     if isinstance(memory, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MG])B?", memory.strip())
-        memory = int(float(match[1]) * 1000 ** (2 if match[2] == "M" else 3)) if match else memory
+        with contextlib.suppress(ValueError):  # named below
+            memory = parse_size(memory)
     for key, value in (("memory", memory), ("speed", speed)):
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise DataError(
