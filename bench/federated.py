@@ -15,6 +15,7 @@ For each pair of numbers, in as many rounds, with --per-round clients a round:
   examples (McMahan et al., 2017), where torch is installed. Its bytes are those of the averaged float32 tensors.
 
 Settings are the arguments; choose them on training messages (--held-out), never on the test messages that are reported.
+A row is in the file as soon as it is measured: stopped, the same command goes on with the next one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import Run, peer
+from machine import Rows, Run, peer
 from models import SHAPES
 from numpy.typing import NDArray
 from torch_peers import Model as TorchModel
@@ -112,7 +113,7 @@ def federate(
     """Run a federation, and return its figures."""
     began, points = time.process_time(), []
     every = max(1, len(rounds) // 10)
-    down = up = answers = 0
+    down = up = answers = rejected = 0
     with (
         tempfile.TemporaryDirectory() as folder,
         Server.begin(Path(folder, "run"), model.bundle, steps=len(rounds), most_examples=2**31, **settings) as server,
@@ -125,9 +126,9 @@ def federate(
                 while message is not None:  # a client that joins gets the plan and all entries
                     message = server.receive(name, clients.answer(int(name), message))
             info = server.close_round()
-            assert len(info.clients) == len(asked), info.rejected
+            rejected += len(info.rejected)  # of a run that diverges
             down, up, answers = down + sum(info.down.values()), up + sum(info.up.values()), answers + len(asked)
-            if number % every == 0:
+            if number % every == 0 or number == len(rounds):
                 clients.optimizer.replay([entry] if (entry := info.entry) is not None else [])
                 points.append([number, pz.evaluate(model, test)["accuracy"]])
                 print(f"  round {number}: {points[-1][1]:.1%}", file=sys.stderr, flush=True)
@@ -136,6 +137,7 @@ def federate(
         "points": points,
         "down": down / answers,
         "up": up / answers,
+        "rejected": rejected,
         "forwards": clients.forwards,
         "cpu_seconds": time.process_time() - began,
     }
@@ -206,7 +208,7 @@ def fedavg(
             for name, value in model.trained.items():
                 mean[name] += value.detach() * (len(data[client]) / total)
         whole = mean
-        if number % every == 0:
+        if number % every == 0 or number == len(rounds):
             with torch.no_grad():
                 for name, value in model.trained.items():
                     value.copy_(whole[name])
@@ -251,10 +253,11 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="report on 200 training messages, kept back")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures, with the machine, to this file")
+    parser.add_argument("--json", type=Path, help="file of the rows, which is extended")
     arguments = parser.parse_args()
 
-    run, rows = Run(), []
+    shown = ("clients", "alpha", "systems", "threads", "json")  # what differs between rows, or changes no figure
+    rows = Rows(Run(), arguments.json, {name: value for name, value in vars(arguments).items() if name not in shown})
     torch = peer("torch") if "FedAvg" in arguments.systems else None
     with tempfile.TemporaryDirectory() as folder:
         files = minilm.find_checkpoint()
@@ -287,6 +290,8 @@ def main() -> None:
             for alpha in arguments.alpha:
                 parts = [Sample(train, pool[part]) for part in shares(labels, clients, alpha, arguments.seed)]
                 for system in arguments.systems:
+                    if rows.has(clients=clients, alpha=alpha, system=system):
+                        continue
                     print(f"{clients} clients, alpha {alpha}, {system}", file=sys.stderr, flush=True)
                     if system == "FedAvg":
                         if torch is None:
@@ -312,12 +317,11 @@ def main() -> None:
                     else:
                         own = {**settings, "queries": arguments.queries, "batch_size": arguments.batch_size}
                         found = federate(model, parts, test, rounds, shared_draws=system == "shared", **own)
-                    rows.append({"clients": clients, "alpha": alpha, "system": system, **found})
-    run.finish({"rows": rows, "parameters": sum(t.trainable for t in bundle.tensors)}, arguments.json)
+                    rows.add({"clients": clients, "alpha": alpha, "system": system, **found})
     print(
         "| clients | alpha | | accuracy | bytes down / client, round | up | forwards |\n|---|---|---|---|---|---|---|"
     )
-    for row in rows:
+    for row in rows.rows:
         forwards = row.get("forwards") or f"{row['forwards_and_backwards']} and as many backwards"
         print(
             f"| {row['clients']} | {row['alpha']} | {row['system']} | {row['accuracy']:.1%} | {row['down']:,.0f} | "

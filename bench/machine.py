@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,6 +86,41 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
         return report
+
+
+class Rows:
+    """Rows of figures that are written to a file as they come: a long run can be stopped, and the same command goes on.
+
+    Parameters
+    ----------
+    run : Run
+    path : Path or None
+        Its rows are not measured again. None keeps them in memory only.
+    settings : mapping
+        What all rows of a file have in common; other settings are refused.
+    """
+
+    def __init__(self, run: Run, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self._run, self._path = run, path
+        self._settings = json.loads(json.dumps(rounded(dict(settings)), default=str))
+        self.rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            found = json.loads(path.read_text())["results"]
+            if not isinstance(found, dict) or found.get("settings") != self._settings:
+                sys.exit(f"{path}: holds figures of other settings than {self._settings}; name another file")
+            self.rows = found["rows"]
+
+    def has(self, **named: Any) -> bool:
+        """Return whether there is a row with these values."""
+        return any(all(row.get(key) == value for key, value in named.items()) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row, and write all."""
+        self.rows.append(rounded(row))
+        if self._path is not None:
+            beside = self._path.with_name(f"{self._path.name}.new")
+            self._run.finish({"settings": self._settings, "rows": self.rows}, beside)
+            beside.replace(self._path)
 
 
 def write(path: Path | None, results: Any) -> None:

@@ -6,7 +6,8 @@
 Each stage has one thread, and so has the one process. Both are actors of one Ray cluster and take turns in each round,
 over the same batch of random tokens; a round is a step of MeZO, with its update. Reported are the largest difference
 of the outputs, whether the losses of all steps are the same, the largest memory of each process, and the seconds of a
-step, as medians of the rounds. Stages can be quicker than one process only where as many cores are free.
+step, as medians of the rounds. Stages can be quicker than one process only where as many cores are free. A row is in
+the file as soon as it is measured: stopped, the same command goes on with the next one.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any
 import numpy as np
 import ray
 from cut import batch_of
-from machine import Run
+from machine import Rows, Run
 
 import pocketzo as pz
 from pocketzo.machine.memory import process_memory
 from pocketzo.pipeline.actors import Actors
 from pocketzo.pipeline.chain import busy, chain_of, pooled_model
-from pocketzo.pipeline.layout import stage_memory
+from pocketzo.pipeline.layout import RAY, stage_memory
 from pocketzo.pipeline.optimizer import pooled_method
 from pocketzo.pipeline.split import split
 from pocketzo.runtime.stages import plan_stages
@@ -92,6 +93,7 @@ def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: ar
             peak = ray.get(one.peak.remote())
     passes = optimizer.forwards * arguments.microbatches
     plans = plan_stages(bundle, count)
+    predicted = [stage_memory(bundle, plan, *shape, shape[0]) + RAY.process for plan in plans]
     return {
         "bundle": bundle.path.name,
         "stages": count,
@@ -101,7 +103,7 @@ def measure(bundle: pz.Bundle, count: int, shape: tuple[int, int], arguments: ar
         "losses of all steps the same": same,
         "weights MB": sizes,
         "peak MB of each stage": [round(peak / 1e6, 1) for peak in peaks],
-        "predicted MB": [round(stage_memory(bundle, plan, *shape, shape[0]) / 1e6, 1) for plan in plans],
+        "predicted MB": [round(nbytes / 1e6, 1) for nbytes in predicted],
         "peak MB of one process": round(peak / 1e6, 1),
         "seconds a step, one process": round(statistics.median(alone), 3),
         "seconds a step, pipeline": round(statistics.median(pooled), 3),
@@ -121,15 +123,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows, tokens = map(int, arguments.batch.split("x"))
-    report = Run()
-    found = []
+    settings = {name: getattr(arguments, name) for name in ("batch", "queries", "microbatches", "rounds")}
+    found = Rows(Run(), arguments.json, settings)
     for path in arguments.bundles:
+        bundle = pz.Bundle.read(path)
         for count in arguments.stages:
-            found.append(measure(pz.Bundle.read(path), count, (rows, tokens), arguments))
-            for name, value in found[-1].items():
-                print(f"{name}: {value}", flush=True)
-            print()
-    report.finish(found, arguments.json)
+            if not found.has(bundle=bundle.path.name, stages=count):
+                found.add(measure(bundle, count, (rows, tokens), arguments))
+    for row in found.rows:
+        for name, value in row.items():
+            print(f"{name}: {value}")
+        print()
 
 
 if __name__ == "__main__":

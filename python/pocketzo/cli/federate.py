@@ -16,6 +16,7 @@ from pocketzo.cli.console import note, quoted, say
 from pocketzo.cli.method import interval_option, own_settings, rank_option
 from pocketzo.cli.options import (
     PATH,
+    batch_size_option,
     column_options,
     groups_option,
     schedule_option,
@@ -85,7 +86,7 @@ def federate() -> None:
 @click.option("--lr", type=float, required=True, help="Learning rate.")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation.")
 @click.option("--queries", type=int, default=4, metavar="N", help="Directions that a client evaluates in a round.")
-@click.option("--batch-size", type=int, default=16, help="Examples on which a client evaluates them.")
+@batch_size_option("Examples on which a client evaluates them.")
 @click.option("--seed", type=int, default=0, help="Seed of the directions.")
 @weight_decay_option
 @trainable_option

@@ -12,6 +12,8 @@ import click
 
 from pocketzo.arguments import compile_pattern
 from pocketzo.data.columns import COLUMN_ROLES, Columns, option_of
+from pocketzo.data.order import BATCH_SIZE
+from pocketzo.machine.memory import parse_size
 from pocketzo.optim.groups import ParamGroup
 from pocketzo.tasks.metrics import METRICS
 from pocketzo.tasks.registry import TASKS
@@ -95,6 +97,11 @@ def threads_option(default: str) -> Callable[[Any], Any]:
     return click.option("--threads", type=int, metavar="N", help=f"Number of threads.  [default: {default}]")
 
 
+def batch_size_option(help_: str = "Examples per step.") -> Callable[[Any], Any]:
+    """Return the option ``--batch-size`` of a command that takes steps."""
+    return click.option("--batch-size", type=int, default=BATCH_SIZE, help=help_)
+
+
 trainable_option = click.option(
     "--trainable",
     callback=_regex,
@@ -140,14 +147,10 @@ best_option = click.option("--best", is_flag=True, help="Use the weights at the 
 
 def memory_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Parse a size such as 1.5G into bytes."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?|\.\d+) *([MG])(i?)B?", value.strip(), re.IGNORECASE)
-    power = 2 if match and match[2] in "mM" else 3
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
-    if size < 1:
-        raise click.BadParameter(f"{value!r} is not a size such as 1.5G, 800M or 1400MiB")
-    return size
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 activation_memory_option = click.option(

@@ -13,6 +13,7 @@ from pocketzo.cli.console import evaluation_table, evaluations_of, forecast_text
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
+    batch_size_option,
     column_options,
     group_by_length_option,
     groups_option,
@@ -73,7 +74,8 @@ def pipeline() -> None:
     "--shares",
     callback=shares,
     metavar="X,Y,...",
-    help="Share of the weights' bytes in each stage, in any unit, such as the devices' free memory.  [default: equal]",
+    help="Share of each stage in the weights in memory, in any unit, such as the devices' free memory.  "
+    "[default: equal]",
 )
 def split(bundle: Path, output: Path, count: int, shares: list[float] | None) -> None:
     """Cut BUNDLE into stages, each a folder that a device can load without the others.
@@ -108,7 +110,7 @@ def split(bundle: Path, output: Path, count: int, shares: list[float] | None) ->
 @click.option("--lr", type=float, required=True, help="Learning rate.")
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
 @click.option("--queries", type=int, metavar="N", help="Directions per step.  [default: that of the method]")
-@click.option("--batch-size", type=int, default=32, help="Examples per step.")
+@batch_size_option()
 @click.option(
     "--microbatches", type=int, default=1, metavar="N", help="Parts in which a batch goes through the stages."
 )

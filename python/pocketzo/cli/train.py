@@ -34,6 +34,7 @@ from pocketzo.cli.method import interval_option, own_settings, rank_option
 from pocketzo.cli.options import (
     PATH,
     activation_memory_option,
+    batch_size_option,
     column_options,
     group_by_length_option,
     groups_option,
@@ -118,7 +119,7 @@ from pocketzo.train.verdict import verdict
 @rank_option
 @interval_option
 @click.option("--eps", type=float, default=1e-3, help="Size of the perturbation of the weights.")
-@click.option("--batch-size", type=int, default=16, help="Examples per step.")
+@batch_size_option()
 @click.option("--seed", type=int, default=0, help="Seed of the directions and of the order of the data.")
 @weight_decay_option
 @click.option(

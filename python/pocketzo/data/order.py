@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocketzo.formats.bundle import ORDER_ID
 from pocketzo.kernels import noise
+
+BATCH_SIZE: Final = 16
+"""Examples of a step by default."""
 
 
 class Data(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -128,6 +129,22 @@ def watch(most: int, stop: Callable[[], None]) -> Iterator[list[int]]:
         finally:
             done.set()
             thread.join()
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 1.5G, 800 MB (of 10^6 bytes) or 1400MiB (of 2^20).
+
+    Raises
+    ------
+    ValueError
+        It is no such size, or less than a byte.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?|\.\d+) *([MG])(i?)B?", text.strip(), re.IGNORECASE)
+    power = 2 if match and match[2] in "mM" else 3
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size such as 1.5G, 800M or 1400MiB")
+    return size
 
 
 def megabytes(count: int) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from pocketzo.arguments import check_number
 from pocketzo.errors import DataError, MemoryLimitError, NotCuttableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.machine.memory import megabytes
+from pocketzo.machine.memory import megabytes, parse_size
 from pocketzo.optim.methods import METHODS
-from pocketzo.runtime.frozen import frozen_base
 from pocketzo.runtime.loader import room_to_load
 from pocketzo.runtime.stages import MeasuredGraph, StagePlan, measured, plan_stages, stored_bytes
 
@@ -24,8 +23,36 @@ Kind = Literal["one device", "data parallel", "pipeline"]
 
 PROCESS: Final = 65_000_000
 """Bytes of a process that has loaded Python, numpy and onnxruntime, and no model: 62 MB on x86-64."""
-_LOOKUPS: Final = {"Gather", "GatherBlockQuantized"}
+
+
+class Engine(NamedTuple):
+    """The memory of what carries the activations of a pipeline.
+
+    Attributes
+    ----------
+    process : int
+        Bytes that it takes more in the process of a stage, and in that which leads the run.
+    device : int
+        Bytes of its own processes on each device.
+    first : int
+        Bytes of those that run on one device of the cluster only, the first.
+    """
+
+    process: int
+    device: int
+    first: int
+
+    def on(self, number: int) -> int:
+        """Return the bytes on the device of a stage; the first device also leads the run."""
+        return self.process + self.device + (0 if number else self.first + PROCESS + self.process)
+
+
+RAY: Final = Engine(process=60_000_000, device=165_000_000, first=145_000_000)
+"""Ray 2.60 on x86-64 Linux. An actor that had imported a stage's modules had 121 MB resident, a process without Ray 63.
+The others are proportional set sizes after ``ray start``: the raylet, the log monitor and two agents had 163 MB, and on
+the first device the control store, the autoscaler's monitor and the dashboard 145 more."""
 _PACKED: Final = {"MatMul", "Gemm"}
+_LEAST: Final = 1e-6  # share of a stage that should be as small as it can
 
 
 @dataclass(frozen=True)
@@ -97,9 +124,13 @@ class Share:
     rows : int
         Of the batch.
     weights : int
-        Bytes of weights.
+        Bytes of weights on its disk.
+    resident : int
+        Bytes of weights in its memory.
     memory : int
-        Bytes that its process takes at most.
+        Bytes that this takes at most.
+    engine : int
+        Bytes of these that are the engine's of a pipeline.
     seconds : float
         Of one pass, without waiting.
     """
@@ -107,7 +138,9 @@ class Share:
     device: Device
     rows: int
     weights: int
+    resident: int
     memory: int
+    engine: int
     seconds: float
 
     @property
@@ -129,12 +162,19 @@ class Layout:
         What crosses each cut of a pipeline.
     seconds : float
         Of a step.
+    parts : tuple of float
+        The shares by which :func:`pocketzo.pipeline.split.split` makes the stages of a pipeline.
+    ending : int
+        Bytes of weights in the memory of the last stage of any pipeline at least: those behind the last place where the
+        graph can be cut, such as the output projection.
     """
 
     kind: Kind
     shares: tuple[Share, ...]
     cuts: tuple[tuple[str, ...], ...]
     seconds: float
+    parts: tuple[float, ...] = ()
+    ending: int = 0
 
     @property
     def fits(self) -> bool:
@@ -143,6 +183,7 @@ class Layout:
 
     def described(self) -> dict[str, Any]:
         """Return the layout as JSON."""
+        pipeline = {"shares": list(self.parts), "last_stage_at_least": self.ending} if self.parts else {}
         return {
             "layout": self.kind,
             "fits": self.fits,
@@ -152,13 +193,16 @@ class Layout:
                     "name": share.device.name,
                     "rows": share.rows,
                     "weights": share.weights,
+                    "weights_in_memory": share.resident,
                     "memory": share.memory,
+                    "engine": share.engine,
                     "available": share.device.memory,
                     "seconds_a_pass": round(share.seconds, 6),
                 }
                 for share in self.shares
             ],
             "cuts": [list(cut) for cut in self.cuts],
+            **pipeline,
         }
 
 
@@ -188,11 +232,14 @@ def rows_by_speed(rows: int, speeds: Sequence[float]) -> list[int]:
     return found
 
 
-def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network | None = None) -> list[Layout]:
+def layouts(
+    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network | None = None, engine: Engine = RAY
+) -> list[Layout]:
     """Return the layouts of a bundle on some devices, those that fit first, and of these the quickest first.
 
     Considered are each device alone, all that hold the whole model at once (data parallel), and pipelines of the first
-    2, 3 and so on, whose stages have shares of the weights in proportion to speed, or to memory.
+    2, 3 and so on. Their stages have shares of the weights in memory in proportion to speed. If that does not fit, the
+    stages fill the memory of their devices to the same share, by weights and activations.
 
     Parameters
     ----------
@@ -202,6 +249,8 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
     batch : Batch
     network : Network, optional
         100 Mbit/s and 3 ms by default.
+    engine : Engine
+        Of pipelines.
 
     Raises
     ------
@@ -216,25 +265,32 @@ def layouts(bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Ne
     if len(able) > 1:
         rows = rows_by_speed(batch.rows, [device.speed for device in able])
         found.append(_of("data parallel", bundle, [whole] * len(able), able, rows, batch, network))
-    for chosen, plans in _pipelines(bundle, devices, graph):
-        found.append(_of("pipeline", bundle, plans, chosen, [batch.rows] * len(plans), batch, network))
+    for count in range(2, len(devices) + 1):
+        with contextlib.suppress(NotCuttableError):
+            found += _pipelines(bundle, devices[:count], batch, network, engine, graph)
     return sorted(found, key=lambda layout: (not layout.fits, layout.seconds))
 
 
 def _pipelines(
-    bundle: Bundle, devices: Sequence[Device], graph: MeasuredGraph
-) -> Iterator[tuple[Sequence[Device], list[StagePlan]]]:
-    for count in range(2, len(devices) + 1):
-        chosen = devices[:count]
-        seen: list[list[tuple[str, ...]]] = []
-        for shares in ([device.speed for device in chosen], [float(device.memory) for device in chosen]):
-            try:
-                plans = plan_stages(bundle, count, shares, graph=graph)
-            except NotCuttableError:
-                continue
-            if (key := [plan.tensors for plan in plans]) not in seen:
-                seen.append(key)
-                yield chosen, plans
+    bundle: Bundle, devices: Sequence[Device], batch: Batch, network: Network, engine: Engine, graph: MeasuredGraph
+) -> list[Layout]:
+    """Return the pipeline by speed, and if it does not fit the one by memory."""
+
+    def layout(shares: Sequence[float]) -> Layout:
+        parts = tuple(float(f"{share / min(shares):.4g}") for share in shares)
+        plans = plan_stages(bundle, len(devices), parts, graph=graph)  # as `pipeline split` does
+        made = _of("pipeline", bundle, plans, devices, [batch.rows] * len(plans), batch, network, engine)
+        return replace(made, parts=parts, ending=ending)
+
+    ending = plan_stages(bundle, 2, [1.0, _LEAST], graph=graph)[-1].resident
+    found = [layout([device.speed for device in devices])]
+    if not found[0].fits:
+        used = [PROCESS + engine.on(number) for number in range(len(devices))]
+        room = [max(device.memory - own, _LEAST * device.memory) for device, own in zip(devices, used, strict=True)]
+        values = (batch.rows, batch.tokens, batch.positions)
+        full = plan_stages(bundle, len(devices), room, graph=graph, batch=values)
+        found.append(layout([max(plan.resident, 1) for plan in full]))
+    return found
 
 
 def _of(
@@ -245,19 +301,23 @@ def _of(
     rows: Sequence[int],
     batch: Batch,
     network: Network,
+    engine: Engine | None = None,
 ) -> Layout:
     trained = {tensor.name: math.prod(tensor.shape) for tensor in bundle.tensors if tensor.trainable}
     shares = []
-    for plan, device, own in zip(plans, devices, rows, strict=True):
+    sent = [plan.sent(batch.rows, batch.tokens) for plan in plans]
+    for number, (plan, device, own) in enumerate(zip(plans, devices, rows, strict=True)):
         positions = batch.positions * own / batch.rows
         moved = sum(trained.get(name, 0) for name in plan.tensors)
         seconds = plan.work(own, batch.tokens, positions) / device.speed + moved * device.noise
         memory = stage_memory(bundle, plan, own, batch.tokens, positions)
-        shares.append(Share(device, own, plan.nbytes, memory, seconds))
+        # all passes of a step are under way at once: what a stage has given waits for the next one
+        carried = engine.on(number) + batch.passes * sum(sent[max(number - 1, 0) : number + 1]) if engine else 0
+        shares.append(Share(device, own, plan.nbytes, plan.resident, memory + carried, carried, seconds))
     each = [share.seconds for share in shares]
     cuts: tuple[tuple[str, ...], ...] = ()
     if kind == "pipeline":
-        sends = [network.seconds(plan.sent(batch.rows, batch.tokens)) for plan in plans[:-1]]
+        sends = [network.seconds(nbytes) for nbytes in sent[:-1]]
         step = step_seconds(each, sends, batch.passes) + network.latency
         cuts = tuple(tuple(kept.name for kept in plan.gives) for plan in plans[:-1])
     else:
@@ -276,18 +336,11 @@ def stage_memory(bundle: Bundle, plan: StagePlan, rows: float, tokens: float, po
     rows, tokens, positions : float
         Of a batch.
     """
-    sizes = stored_bytes(bundle)
-    trained = {tensor.name for tensor in bundle.tensors if tensor.trainable}
-    readers = plan.readers()
-    weights, largest, copies = plan.nbytes, 0, 0
-    if frozen_base(bundle):
-        tables = [name for name, kinds in readers.items() if name not in trained and kinds <= _LOOKUPS]
-        weights -= sum(sizes[name] for name in tables)  # they stay in the file
-        copies = sum(sizes[name] for name in readers if name in trained)  # weights return from each point by a copy
-    else:
-        largest = max((sizes[name] for name, kinds in readers.items() if kinds & _PACKED), default=0)
+    sizes, largest = stored_bytes(bundle), 0
+    if not plan.is_frozen:
+        largest = max((sizes[name] for name, kinds in plan.readers().items() if kinds & _PACKED), default=0)
     room = room_to_load(plan.nbytes, largest) + plan.activations(rows, tokens, positions)
-    return PROCESS + weights + copies + room
+    return PROCESS + plan.resident + room
 
 
 def passes_of(method: str, queries: int | None) -> int:
@@ -309,7 +362,9 @@ def best_layout(found: Sequence[Layout]) -> Layout:
     for layout in found:
         short = next(share for share in layout.shares if not share.fits)
         where = layout.kind if layout.kind == "one device" else f"{layout.kind} of {len(layout.shares)}"
-        lacks.append(f"{where}: {short.device.name} has {megabytes(short.device.memory)} of {megabytes(short.memory)}")
+        engine = f", {megabytes(short.engine)} of them Ray's" if short.engine else ""
+        has = f"{short.device.name} has {megabytes(short.device.memory)} of {megabytes(short.memory)}{engine}"
+        lacks.append(f"{where}: {has}")
     raise MemoryLimitError(
         f"the model fits in no layout ({'; '.join(lacks)}). Add a device, or prepare the model in fewer bits"
     )
@@ -382,8 +437,8 @@ def _device(path: Path, number: int, values: Mapping[str, Any]) -> Device:
             f"{where}: expected memory and speed, or doctor with what 'pocketzo doctor --json' of this version printed"
         ) from None
     if isinstance(memory, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) *([MG])B?", memory.strip())
-        memory = int(float(match[1]) * 1000 ** (2 if match[2] == "M" else 3)) if match else memory
+        with contextlib.suppress(ValueError):  # named below
+            memory = parse_size(memory)
     for key, value in (("memory", memory), ("speed", speed)):
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise DataError(

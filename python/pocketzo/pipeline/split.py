@@ -45,7 +45,8 @@ def split(
     count : int
         How many stages, at least 2.
     shares : sequence of float, optional
-        The share of the weights' bytes that each stage should have, in any unit; equal ones by default.
+        The share of the weights in memory that each stage should have, in any unit; equal ones by default. See
+        :class:`pocketzo.runtime.stages.Held`.
 
     Returns
     -------

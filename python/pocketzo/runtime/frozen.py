@@ -36,12 +36,22 @@ def frozen_base(bundle: Bundle) -> frozenset[str]:
     There are none where more than an eighth of the bytes are trained, unless what is trained has a file of its own.
     """
     frozen = [tensor for tensor in bundle.tensors if not tensor.trainable]
-    if bundle.adapter is not None:
-        return frozenset(tensor.name for tensor in frozen)
     trained = sum(_nbytes(tensor) for tensor in bundle.tensors if tensor.trainable)
-    if trained > _MOST_TRAINED * (trained + sum(map(_nbytes, frozen))):
-        return frozenset()
-    return frozenset(tensor.name for tensor in frozen)
+    stays = stays_in_file(bundle, trained, sum(map(_nbytes, frozen)))
+    return frozenset(tensor.name for tensor in frozen) if stays else frozenset()
+
+
+def stays_in_file(bundle: Bundle, trained: int, frozen: int) -> bool:
+    """Return whether weights that are not trained stay in the file, in a bundle or in a stage of it.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The whole one.
+    trained, frozen : int
+        Bytes of its weights, or of those of the stage.
+    """
+    return bundle.adapter is not None or trained <= _MOST_TRAINED * (trained + frozen)
 
 
 def _nbytes(tensor: TensorSpec) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketzo.data.order import Data, Order
+from pocketzo.data.order import BATCH_SIZE, Data, Order
 from pocketzo.errors import JournalError, TrainingError
 from pocketzo.optim.methods import METHODS
 from pocketzo.optim.optimizer import Optimizer, StepInfo
@@ -105,7 +105,7 @@ class Trainer:
         train: Data,
         *,
         eval: Data | None = None,  # noqa: A002
-        batch_size: int = 16,
+        batch_size: int = BATCH_SIZE,
         steps: int = 1000,
         run: str | os.PathLike[str] | None = None,
         objective: str | BatchObjective = "loss",
