@@ -20,6 +20,7 @@ from pocketzo.data.order import Data, Order
 from pocketzo.errors import DataError
 from pocketzo.formats.bundle import Bundle, TaskSpec
 from pocketzo.formats.side import SideHead
+from pocketzo.machine.memory import trim_heap
 from pocketzo.runtime.taps import Stream
 from pocketzo.tasks.registry import task_of
 from pocketzo.train.evaluator import all_finite
@@ -197,16 +198,25 @@ def measure_heads(
     stream = Stream.of(bundle)
     described = _as_head(bundle, stream)
     task = task_of(described)
-    backbone = Backbone(bundle, [tap.layer for tap in stream.taps], threads, stream)
+    layers = [tap.layer for tap in stream.taps]
     rows = np.sort(Order(seed=seed, size=len(train), batch_size=min(len(train), MOST_EXAMPLES))(0))
     total = cost(train, evaluated)
-    kept = Kept.of(described, train, folder=None, backbone=backbone, rows=rows, told=_scaled(told, 0, len(rows), total))
+    kept = Kept.of(
+        described,
+        train,
+        folder=None,
+        backbone=Backbone(bundle, layers, threads, stream),
+        rows=rows,
+        told=_scaled(told, 0, len(rows), total),
+    )
+    trim_heap()  # the session is closed: neither the fit nor training has it in memory
     fit = Fitter(described, kept, seed=seed, told=lambda *_: None, choices=_choices(stream.side)).fit()
     metrics = [] if metric is None else [metric]
     by_fold = [results_of(task, scores, kept.labels, metrics) for scores in (fit.probe_held_out, fit.held_out)]
     held_out: list[dict[str, float] | None] = [None, None]
     if evaluated is not None and evaluated.label_values is not None:
         progress = _scaled(told, len(rows), len(evaluated), total)
+        backbone = Backbone(bundle, layers, threads, stream)
         scores = _scores([fit.probe, fit.head], backbone, stream, evaluated, progress)
         held_out = [results_of(task, one, evaluated.label_values, metrics) for one in scores]
     trials = fit.probe_trial, fit.trials[0]

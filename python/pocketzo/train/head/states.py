@@ -23,6 +23,7 @@ from pocketzo.runtime.taps import Stream
 from pocketzo.train.head.pooled import Pooling, poolings_of
 
 BATCH: Final = 32
+_MOST_STATES: Final = 8 << 20  # bytes of the states of a batch, which are in memory at once
 
 Told = Callable[[int, int, float], None]
 """Called with how many examples are done, how many there are, and how many seconds the rest may take."""
@@ -50,7 +51,7 @@ class Backbone:
         keep_values(model.graph, self._names, typed=False)
         self._session: ort.InferenceSession = open_bytes(model.SerializeToString(), bundle.path, threads)
         self._inputs = {value.name for value in self._session.get_inputs()}
-        self._batch = fixed_batch(bundle) or BATCH
+        self._fixed = fixed_batch(bundle)
 
     def run(self, data: Dataset, told: Told | None = None, rows: NDArray[np.int64] | None = None) -> Iterator[States]:
         """Yield the states of all examples, or of some, in batches of similar length, the longest first."""
@@ -59,17 +60,24 @@ class Backbone:
         order = np.argsort(-lengths, kind="stable")
         total, done = int(lengths.sum()), 0
         began = time.perf_counter()
-        for start in range(0, len(order), self._batch):
-            chosen = order[start : start + self._batch]
+        start = 0
+        while start < len(order):
+            chosen = order[start : start + (self._fixed or self._fitting(int(lengths[order[start]])))]
             batch = data.batch(rows[chosen])
             feed = {name: array for name, array in batch.items() if name in self._inputs}
             values = self._session.run(self._names, feed)
             found = [tap.states(value) for tap, value in zip(self._taps, values, strict=True)]
             yield States(chosen, batch["attention_mask"] != 0, found)
+            del values, found  # before the next ones are made
+            start += len(chosen)
             done += int(lengths[chosen].sum())
             if told is not None:
                 spent = time.perf_counter() - began
-                told(min(start + self._batch, len(order)), len(order), spent * (total - done) / done)
+                told(start, len(order), spent * (total - done) / done)
+
+    def _fitting(self, tokens: int) -> int:
+        """Return how many examples of so many tokens are run at once."""
+        return max(1, min(BATCH, _MOST_STATES // (4 * tokens * sum(tap.size for tap in self._taps))))
 
 
 class States(NamedTuple):
