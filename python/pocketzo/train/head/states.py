@@ -77,7 +77,7 @@ class Backbone:
 
     def _fitting(self, tokens: int) -> int:
         """Return how many examples of so many tokens are run at once."""
-        return max(1, min(BATCH, _MOST_STATES // (4 * tokens * sum(tap.size for tap in self._taps))))
+        return max(1, min(BATCH, _MOST_STATES // (4 * max(1, tokens) * sum(tap.size for tap in self._taps))))
 
 
 class States(NamedTuple):
