@@ -9,7 +9,8 @@ the even one of what is measured. The gain is the slope along the mean of the st
 which is nearly all of a zeroth-order step: each of the K steps has ``rise / K`` of it, whatever the method. A run of
 T steps adds up ``T rise lr^2 / K``, less with a schedule that decays. Two limits follow. A step goes half as far as
 the minimum at most, and the noise of the whole run may cost a small share of the loss (:data:`NOISE`). The gain of
-few steps is itself a random number, so that the first limit counts down to a quarter of the second one only.
+few steps is itself a random number, so that the first limit counts down to half of the second one only. So is the rise
+along one sum of all steps: it is averaged with those of sums in which half of the steps are reversed.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ NOISE: Final = 0.1
 _MOST_STEPPED, _LEAST_STEPS = 512, 2  # examples of all steps; steps
 _LEAST_QUERIES = 4
 _MOST_EVALUATED = 256  # examples on which the loss is evaluated at each rate
-_EVALUATIONS = 11  # that are planned for: at the start, and forth and back at five rates
+_EVALUATIONS = 11  # that are planned for: at the start, and forth and back for five rates or sums of steps
+_SUMS = 3  # of steps, some of them reversed, along which the rise is measured again
 _FACTOR = 3.0  # between two rates, the loss having risen too much
-_FARTHEST = 10.0  # factor between two rates
+_FARTHEST = 30.0  # factor between two rates
 _BEYOND = 1.2  # how far behind the expected limit a rate is tried
 _SHARE = 0.5  # of the rate at the minimum; it has three quarters of the decrease
 _HELD_BACK = 0.2  # most of the training data
-_LEAST = 0.25  # of the second limit, where the first is lower
+_LEAST = 0.5  # of the second limit, where the first is lower
 _NONE = 1e-12  # a rate at which weights do not move
 _PARALLEL_ADAPTER = 1e-2  # of fzoo; chosen on held-out fifths of SST-2's training sentences, see docs/sets.md
 
@@ -69,6 +71,9 @@ class Sweep:
         The loss at the start.
     curve : list of (float, float or None, float or None)
         Learning rates, and the changes of that loss forth and back; None if the loss was not finite.
+    rises : list of float or None
+        At the highest rate at which the loss rose by less than :data:`NOISE`: the mean of both changes, by all
+        steps, and by sums in which some of them are reversed.
     minimum : float or None
         The rate at which the loss falls most, of the quadratic model.
     noise : float or None
@@ -83,6 +88,7 @@ class Sweep:
     held_back: int = 0
     start: float | None = None
     curve: Sequence[tuple[float, float | None, float | None]] = ()
+    rises: Sequence[float | None] = ()
     minimum: float | None = None
     noise: float | None = None
     because: str | None = None
@@ -194,11 +200,14 @@ def find_lr(
                     told(found.forwards - len(held) + number + 1, budget)
             return total / len(held)
 
-        def changes(lr: float) -> tuple[float, float]:
+        def changes(lr: float, reversed_: int = 0) -> tuple[float, float]:
+            """Move by all steps, of which half are reversed if a number is given: other ones for each."""
             both = []
             for signed in (lr, -lr):
                 start.restore()
-                _scratch(optimizer, lr).replay([_scaled(entry, signed) for entry in entries])
+                signs = [-1 if (step & reversed_).bit_count() % 2 else 1 for step in range(len(entries))]
+                moved = [_scaled(entry, sign * signed) for entry, sign in zip(entries, signs, strict=True)]
+                _scratch(optimizer, lr).replay(moved)
                 both.append(loss() - found.start)
             return both[0], both[1]
 
@@ -207,6 +216,7 @@ def find_lr(
         if not math.isfinite(found.start) or not found.start:
             return found.default(f"the loss on the examples that were held back is {found.start} before the first step")
         found.follow(changes, optimizer.eps / length, (budget - found.forwards) // (2 * len(held)))
+        found.average(changes, (budget - found.forwards) // (2 * len(held)))
         return found.choose(steps, optimizer.schedule)
     finally:
         start.restore()
@@ -282,6 +292,7 @@ class _Curve:
         self._steps = steps
         self._held_back = held_back
         self._changes: dict[float, tuple[float, float]] = {}
+        self._rises: list[float] = []
 
     def follow(self, changes: Callable[[float], tuple[float, float]], first: float, most: int) -> None:
         """Raise the rate until the loss rises by :data:`NOISE`, or lower it until it does not.
@@ -297,6 +308,16 @@ class _Curve:
                 return
             lr *= 1 / _FACTOR if falls else max(_BEYOND * self._to_limit(lr), _BEYOND)
 
+    def average(self, changes: Callable[[float, int], tuple[float, float]], most: int) -> None:
+        """Measure the rise at the highest rate along other sums of the steps."""
+        if low := self._low():
+            self._rises = [self._rise(max(low))]
+            for number in range(1, min(most, _SUMS, self._steps - 1) + 1):
+                self._rises.append(sum(changes(max(low), number)) / 2)
+
+    def _low(self) -> list[float]:
+        return [lr for lr in self._changes if self._is_low(lr)]
+
     def _to_limit(self, lr: float) -> float:
         """Return the factor from a rate to that at which the loss rises by :data:`NOISE`, in the quadratic model."""
         rise = self._rise(lr)
@@ -311,7 +332,7 @@ class _Curve:
 
     def choose(self, steps: int, schedule: Schedule) -> Sweep:
         """Return the rate for a run."""
-        low = [lr for lr in self._changes if self._is_low(lr)]
+        low = self._low()
         if not low:
             return self.default("the loss rose at all rates that were tried")
         gain = float(np.mean([(back - forth) / (2 * lr) for lr, (forth, back) in self._changes.items() if lr in low]))
@@ -322,6 +343,11 @@ class _Curve:
             reached *= self._to_limit(reached) if self._rise(reached) > 0 else 1
         elif math.isfinite(self._rise(min(above))):
             reached = max(reached, min(above) * self._to_limit(min(above)))
+        mean = float(np.mean(self._rises))
+        if not math.isfinite(mean):
+            reached /= _FACTOR
+        elif self._rises[0] > 0 and mean > 0:  # otherwise roundings are larger than what is measured
+            reached *= math.sqrt(self._rises[0] / mean)
         minimum = max(0.0, gain) * reached**2 / (2.0 * limit) if limit else 0.0
         noise = reached * math.sqrt(self._steps / sum(schedule(step) ** 2 for step in range(steps)))
         lr = min(max(_SHARE * minimum, _LEAST * noise), noise)
@@ -339,6 +365,7 @@ class _Curve:
             self._held_back,
             _finite(self.start),
             [(lr, _finite(forth), _finite(back)) for lr, (forth, back) in sorted(self._changes.items())],
+            [_finite(rise) for rise in self._rises],
             **more,
         )
 
