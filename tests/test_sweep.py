@@ -133,8 +133,8 @@ def test_the_rate_follows_the_scale_of_the_loss(tiny_bundle: Path, data: pz.Data
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-4, 1e-3, 1e-1])
 def test_the_rate_does_not_depend_on_eps(tiny_bundle: Path, data: pz.Dataset, eps: float) -> None:
-    # Where the sweep begins does, and with it the number of sums of steps along which the rise is measured. Factors of 3
-    # would take too many evaluations to come near the limit.
+    # Where the sweep begins does, and with it the number of sums of steps along which the rise is measured.
+    # Factors of 3 would take too many evaluations to come near the limit.
     model = pz.load(tiny_bundle, threads=1)
     sweeps = [found(pz.MeZO(model, eps=each), data, bowl(1.0)) for each in (eps, 1e-2)]
     assert sweeps[0].noise == pytest.approx(sweeps[1].noise, rel=0.1)
