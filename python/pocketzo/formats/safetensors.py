@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -43,6 +43,7 @@ DTYPES: Final[Mapping[str, str]] = {
 """NumPy's name of each element type of the format."""
 FOREIGN: Final[Mapping[str, str]] = {**DTYPES, "BF16": "uint16", "F8_E4M3": "uint8", "F8_E5M2": "uint8"}
 """The same, and types that NumPy lacks by their bits."""
+_CHUNK: Final = 1 << 22  # bytes; a whole number of elements of any type
 _CODES: Final[Mapping[str, str]] = {name: code for code, name in DTYPES.items()}
 
 
@@ -135,6 +136,22 @@ def map_tensors(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]]:
         name: data[entry.start : entry.stop].view(np.dtype(DTYPES[entry.dtype]).newbyteorder("<")).reshape(entry.shape)
         for name, entry in entries.items()
     }
+
+
+def read_chunks(file: int, path: Path, entry: Entry) -> Iterator[bytes]:
+    """Yield the bytes of a tensor of an open file; what is read through a mapping would stay in memory.
+
+    Raises
+    ------
+    BundleError
+        The file ends before.
+    """
+    for at in range(entry.start, entry.stop, _CHUNK):
+        size = min(_CHUNK, entry.stop - at)
+        data = os.pread(file, size, at)
+        if len(data) < size:
+            raise BundleError(f"{path}: shorter than it was a moment ago")
+        yield data
 
 
 def tensor_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

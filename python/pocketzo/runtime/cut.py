@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from pocketzo.errors import BundleError, NotCuttableError, NotPrepackableError
 from pocketzo.formats.bundle import Bundle
-from pocketzo.formats.safetensors import Entry, read_header
+from pocketzo.formats.safetensors import DTYPES, read_chunks
 from pocketzo.runtime.frozen import model_over_base
 from pocketzo.runtime.measure import ALL_TOKENS, ROWS, TOKENS, Sizes, measure, multiply_adds
 from pocketzo.runtime.min_cut import INFINITE, Network
@@ -28,7 +29,6 @@ _PRODUCTS: Final = (
     *("MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
     *("QLinearMatMul", "Attention", "QAttention"),
 )
-_CHUNK: Final = 1 << 20  # bytes
 _LENGTH: Final = 32  # tokens of the example for which the cut is chosen
 
 
@@ -151,32 +151,21 @@ class Cut:
             tensor.name for node in all_nodes(model.graph) for one in node.attribute for tensor in one.g.initializer
         }
         found = hashlib.sha256()
-        tensors = self.bundle.map_tensors()
-        places = {
-            name: (path, entry)
-            for path in (self.bundle.weights_path, self.bundle.trained_path)
-            for name, entry in read_header(path).items()
-        }
-        for name in sorted(used & tensors.keys()):
-            found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-            for part in _chunks(*places[name]):
-                found.update(part)
+        places = self.bundle.places
+        for name in sorted(used & places.keys()):
+            path, entry = places[name]
+            found.update(f"{name} {np.dtype(DTYPES[entry.dtype])} {entry.shape}\n".encode())
+            with path.open("rb", buffering=0) as file:
+                for chunk in read_chunks(file.fileno(), path, entry):
+                    found.update(chunk)
         for tensor in model.graph.initializer:
-            if tensor.name in tensors:
+            if tensor.name in places:
                 del tensor.external_data[:]  # where the weights are in their file says nothing of the values
         found.update(repr([(kept.name, kept.sizes) for kept in self.values]).encode())
         graph = model.graph
         for part in (*model.opset_import, *graph.input, *graph.node, *graph.initializer):
             found.update(part.SerializeToString(deterministic=True))
         return found.digest()
-
-
-def _chunks(path: Path, entry: Entry) -> Iterator[bytes]:
-    """Yield the bytes of a tensor; what is read through a mapping would stay in memory."""
-    with path.open("rb") as file:
-        file.seek(entry.start)
-        for at in range(entry.start, entry.stop, _CHUNK):
-            yield file.read(min(_CHUNK, entry.stop - at))
 
 
 def plan_cut(bundle: Bundle, trained: Collection[str] | None = None, *, least: float = 0.0) -> Cut:

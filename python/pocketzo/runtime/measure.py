@@ -19,9 +19,10 @@ from pocketzo.formats.bundle import Bundle
 from pocketzo.formats.inputs import TOKEN_INPUTS
 from pocketzo.formats.probe import Probe
 from pocketzo.runtime.frozen import model_over_base
-from pocketzo.runtime.onnx_proto import EXTERNAL, INT, INT64, all_nodes, onnx_messages, read_by
+from pocketzo.runtime.onnx_proto import EXTERNAL, INT, INT64, onnx_messages, read_by
 from pocketzo.runtime.outputs import probe_batch
 from pocketzo.runtime.session import open_unoptimised
+from pocketzo.runtime.subgraph import remove_unused
 
 ROWS: Final = "batch"
 TOKENS: Final = "tokens"
@@ -82,6 +83,7 @@ def measure(bundle: Bundle, model: Any) -> dict[str, Sizes]:
         for name in names:
             if name not in declared:
                 copy.graph.output.add(name=name)
+        remove_unused(copy.graph)
 
     session = open_unoptimised(bundle, {}, model_over_base(bundle, edit=edit))
     first, second = (_shapes(bundle, session, names, *shape) for shape in _SHAPES)
@@ -102,10 +104,6 @@ def _thin(graph: Any) -> None:
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
-    read = {name for node in all_nodes(graph) for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
 
 
 def _row(node: Any, tensors: Mapping[str, Any]) -> tuple[int, int] | None:

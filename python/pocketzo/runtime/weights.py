@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pocketzo._core import Packing
 from pocketzo.errors import BundleError
 from pocketzo.formats.bundle import FLOATS, Bundle
+from pocketzo.formats.safetensors import read_chunks
 from pocketzo.formats.staging import staged_file
 from pocketzo.runtime.image import Image
 from pocketzo.runtime.layout import Location
@@ -137,12 +138,7 @@ class Weights(Mapping[str, NDArray[Any]]):
     def _stored(self, name: str) -> Iterator[bytes]:
         """Yield a tensor of a file of the bundle: of the one that was opened, also if another has its name by now."""
         path, entry = self._places[name]
-        for at in range(entry.start, entry.stop, _CHUNK):
-            size = min(_CHUNK, entry.stop - at)
-            data = os.pread(self._files[path], size, at)
-            if len(data) < size:
-                raise BundleError(f"{path}: shorter than it was a moment ago")
-            yield data
+        yield from read_chunks(self._files[path], path, entry)
 
     def fill(self, name: str, value: float) -> None:
         """Write one value to all of a weight, and to the padding of prepacked memory."""
