@@ -1,6 +1,6 @@
 """A step behind a cut, over a warm cache, against the same step of the whole model.
 
-    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--against BUNDLE] [--rounds 5] [--json FILE] [--more]
+    python bench/cut.py BUNDLE[@REGEX] ... [--batches 16x32] [--against BUNDLE] [--rounds 5] [--json FILE]
     python bench/cut.py BUNDLE --dtypes --data FILE [--examples 256]
 
 Each BUNDLE is trained behind its first layers: ``prepare --train lora:layers=20-``, or ``last:2+head``; REGEX narrows
@@ -17,7 +17,6 @@ and filling the cache.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from machine import Run, peak_rss
+from machine import Rows, Run, peak_rss
 from tables import cut_table
 
 import pocketzo as pz
@@ -97,7 +96,7 @@ def compare(text: str, examples: int, tokens: int, rounds: int, against: Path | 
     del models, steps, objectives
     medians = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
     return {
-        "bundle": Path(path).name,
+        "bundle": text,
         "batch": f"{examples}x{tokens}",
         "saved": cut.saved(examples, tokens),
         "against": None if against is None else against.name,
@@ -170,22 +169,20 @@ def main() -> None:
     parser.add_argument("--dtypes", action="store_true", help="compare types of cached numbers")
     parser.add_argument("--data", type=Path, help="examples, for --dtypes")
     parser.add_argument("--examples", type=int, default=256)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--more", action="store_true", help="keep the rows of that file")
+    parser.add_argument("--json", type=Path, help="file of the rows, which is extended; of --dtypes, written")
     arguments = parser.parse_args()
     run = Run()
     if arguments.dtypes:
         run.finish({"dtypes": compare_types(arguments.bundles[0], arguments.data, arguments.examples)}, arguments.json)
         return
-    rows: list[Report] = []
-    if arguments.more and arguments.json is not None:
-        rows += json.loads(arguments.json.read_text())["results"]["rows"]
+    rows = Rows(run, arguments.json, {"rounds": arguments.rounds})
+    against = None if arguments.against is None else arguments.against.name
     for text in arguments.bundles:
         for batch in arguments.batches:
-            examples, tokens = map(int, batch.split("x"))
-            rows.append(compare(text, examples, tokens, arguments.rounds, arguments.against))
-            report = run.finish({"rows": rows}, arguments.json)
-    print("\n".join(cut_table(report)))
+            if not rows.has(bundle=text, batch=batch, against=against):
+                examples, tokens = map(int, batch.split("x"))
+                rows.add(compare(text, examples, tokens, arguments.rounds, arguments.against))
+    print("\n".join(cut_table(run.finish({"rows": rows.rows}, None))))
 
 
 if __name__ == "__main__":
