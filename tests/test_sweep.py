@@ -131,13 +131,13 @@ def test_the_rate_follows_the_scale_of_the_loss(tiny_bundle: Path, data: pz.Data
     assert rates[1] == pytest.approx(rates[0] * 1024.0**power, rel=0.1)
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-4, 1e-3, 1e-1])
-def test_the_rate_does_not_depend_on_eps(tiny_bundle: Path, data: pz.Dataset, eps: float) -> None:
-    # Where the sweep begins does, and with it the number of sums of steps along which the rise is measured.
-    # Factors of 3 would take too many evaluations to come near the limit.
+@pytest.mark.parametrize(("eps", "rel"), [(1e-5, 0.1), (1e-4, 0.05), (1e-3, 0.05), (1e-1, 0.05)])
+def test_the_rate_does_not_depend_on_eps(tiny_bundle: Path, data: pz.Dataset, eps: float, rel: float) -> None:
+    # Where the sweep begins does; too few evaluations are left to come near the limit by a factor of 3 each. From 1e-5
+    # on the rise is measured along fewer sums of steps, which is seen in the second digit.
     model = pz.load(tiny_bundle, threads=1)
     sweeps = [found(pz.MeZO(model, eps=each), data, bowl(1.0)) for each in (eps, 1e-2)]
-    assert sweeps[0].noise == pytest.approx(sweeps[1].noise, rel=0.1)
+    assert sweeps[0].noise == pytest.approx(sweeps[1].noise, rel=rel)
     assert sweeps[0].minimum == pytest.approx(sweeps[1].minimum, rel=0.1)
     assert sweeps[0].lr == pytest.approx(sweeps[1].lr, rel=0.1)
 
