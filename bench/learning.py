@@ -188,7 +188,7 @@ def trained_row(
         "loss": after["loss"],
         "averaged": averaged,
         "lr": optimizer.lr,
-        **({} if found is None else {"minimum": found.minimum, "noise": found.noise, "because": found.because}),
+        **({} if found is None else {"sweep": found.settings()}),
         "seconds": seconds,
         "cpu_seconds": cpu,
         "error": error,

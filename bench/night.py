@@ -25,7 +25,6 @@ from sst2 import SST2
 from tables import night_table
 
 import pocketzo as pz
-from pocketzo.train.cached import load_as
 
 POINTS = 12  # evaluations
 
@@ -56,11 +55,11 @@ def train(task: Task, arguments: argparse.Namespace, folder: Path) -> pz.Run:
     return pz.Run(arguments.run)
 
 
-def points(run: pz.Run, task: Task, forwards: int) -> list[dict[str, Any]]:
+def points(run: pz.Run, task: Task, forwards: int, threads: int) -> list[dict[str, Any]]:
     """Evaluate the weights after some numbers of steps."""
     bundle = run.base()
-    model = load_as(bundle, run.recipe)
     held_out = pz.load_dataset(task.held_out, bundle)
+    model = load_behind_cut(bundle, (held_out,), POINTS * len(held_out) // BATCH, threads)
     least = max(1, round(100 / forwards))
     steps = sorted({0, *np.geomspace(least, run.steps, POINTS).round().astype(int).tolist()})
     found = []
@@ -127,7 +126,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     task, _ = decoder_tasks(arguments.decoder, *sst2_files(arguments.data, arguments.folder))
     run = train(task, arguments, arguments.folder)
-    found = points(run, task, METHODS[arguments.method].evaluations())
+    found = points(run, task, METHODS[arguments.method].evaluations(), arguments.threads)
     lines = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     results = {
         "points": found,

@@ -156,9 +156,12 @@ def test_the_curvature_down_the_slope_is_not_taken_for_noise(tiny_bundle: Path, 
     assert len(others) >= 1
     assert all(abs(rise) < 0.5 * first for rise in others)
     low = max(lr for lr, forth, back in sweep.curve if (forth or 0.0) + (back or 0.0) < 2 * NOISE)
-    along_the_sum_of_all = low * math.sqrt(NOISE / first) * math.sqrt(sweep.steps / 400)
+    # the sum of all K steps is one of K that are orthogonal, and the others stand for the rest
     assert sweep.noise is not None
-    assert sweep.noise > 1.2 * along_the_sum_of_all
+    rise = (first + (sweep.steps - 1) * float(np.mean(others))) / sweep.steps
+    assert sweep.noise == pytest.approx(low * math.sqrt(NOISE / rise * sweep.steps / 400), rel=0.05)
+    along_the_sum_of_all = low * math.sqrt(NOISE / first * sweep.steps / 400)
+    assert sweep.noise > 2 * along_the_sum_of_all
 
 
 def test_a_long_run_gets_a_lower_rate(tiny_bundle: Path, data: pz.Dataset) -> None:

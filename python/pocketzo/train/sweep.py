@@ -10,12 +10,13 @@ which is nearly all of a zeroth-order step: each of the K steps has ``rise / K``
 T steps adds up ``T rise lr^2 / K``, less with a schedule that decays. Two limits follow. A step goes half as far as
 the minimum at most, and the noise of the whole run may cost a small share of the loss (:data:`NOISE`). The gain of
 few steps is itself a random number, so that the first limit counts down to half of the second one only. So is the rise
-along one sum of all steps: it is averaged with those of sums in which half of the steps are reversed.
+along the sum of all steps, which meets the curvature down the slope besides: it is one of K sums with orthogonal signs,
+and only the mean over all of them is the rise by noise. Some of the others, in which half of the steps are reversed,
+are measured and stand for the rest.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -40,9 +41,10 @@ NOISE: Final = 0.1
 
 _MOST_STEPPED, _LEAST_STEPS = 512, 2  # examples of all steps; steps
 _LEAST_QUERIES = 4
-_MOST_EVALUATED = 256  # examples on which the loss is evaluated at each rate
-_EVALUATIONS = 11  # that are planned for: at the start, and forth and back for five rates or sums of steps
-_SUMS = 3  # of steps, some of them reversed, along which the rise is measured again
+_MOST_EVALUATED = 128  # examples on which the loss is evaluated at each rate
+_EVALUATIONS = 17  # that are planned for: at the start, and forth and back for eight rates or sums of steps
+_LEAST_EVALUATIONS = 11  # the same for five
+_SUMS = 6  # of steps, some of them reversed, along which the rise is measured again
 _FACTOR = 3.0  # between two rates, the loss having risen too much
 _FARTHEST = 30.0  # factor between two rates
 _BEYOND = 1.2  # how far behind the expected limit a rate is tried
@@ -50,7 +52,6 @@ _SHARE = 0.5  # of the rate at the minimum; it has three quarters of the decreas
 _HELD_BACK = 0.2  # most of the training data
 _LEAST = 0.5  # of the second limit, where the first is lower
 _NONE = 1e-12  # a rate at which weights do not move
-_PARALLEL_ADAPTER = 1e-2  # of fzoo; chosen on held-out fifths of SST-2's training sentences, see docs/sets.md
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Sweep:
     noise : float or None
         The rate at which the noise of the run costs :data:`NOISE`.
     because : str or None
-        Why the rate is a default instead, of the method or of what is trained.
+        Why the rate is the method's default instead.
     """
 
     lr: float
@@ -162,11 +163,6 @@ def find_lr(
     ValueError
         The weights in memory are not those of the bundle, so that they could not be read again.
     """
-    if optimizer.method == "fzoo" and _is_parallel_adapter(optimizer, model):
-        return Sweep(
-            _PARALLEL_ADAPTER,
-            because="what is measured at the start of a parallel adapter says too little of the way that it goes",
-        )
     budget = int(MOST * steps * optimizer.forwards)
     scratch = _scratch(optimizer, _NONE)
     plan = _Plan.of(budget, scratch, len(train), batch_size)
@@ -222,11 +218,6 @@ def find_lr(
         start.restore()
 
 
-def _is_parallel_adapter(optimizer: Optimizer, model: Model) -> bool:
-    adapters = (spec.tensors for spec in model.bundle.added if spec.kind == "parallel-adapter")
-    return set(optimizer.names) <= set(itertools.chain.from_iterable(adapters))
-
-
 @dataclass
 class _Plan:
     """How many steps to evaluate, and how many batches at each rate."""
@@ -238,11 +229,11 @@ class _Plan:
     def of(cls, budget: int, optimizer: Optimizer, examples: int, batch_size: int) -> _Plan | None:
         """Return the plan for so many forward passes; None if they are too few."""
         forwards = optimizer.forwards
-        spent = min(max(budget // 2, _LEAST_STEPS * forwards), budget - _EVALUATIONS)
+        spent = min(max(budget // 2, _LEAST_STEPS * forwards), budget - _LEAST_EVALUATIONS)
         steps = min(spent // forwards, max(_MOST_STEPPED // batch_size, _LEAST_STEPS))
-        batches = min((budget - steps * forwards) // _EVALUATIONS, max(_MOST_EVALUATED // batch_size, 1))
+        batches = min(max((budget - steps * forwards) // _EVALUATIONS, 1), max(_MOST_EVALUATED // batch_size, 1))
         batches = min(batches, max(1, int(_HELD_BACK * examples) // batch_size))
-        if steps < _LEAST_STEPS or steps * optimizer.queries < _LEAST_QUERIES or batches < 1:
+        if steps < _LEAST_STEPS or steps * optimizer.queries < _LEAST_QUERIES:
             return None
         return cls(steps, batches)
 
@@ -343,11 +334,12 @@ class _Curve:
             reached *= self._to_limit(reached) if self._rise(reached) > 0 else 1
         elif math.isfinite(self._rise(min(above))):
             reached = max(reached, min(above) * self._to_limit(min(above)))
-        mean = float(np.mean(self._rises))
+        first, *others = self._rises
+        mean = (first + (self._steps - 1) * float(np.mean(others))) / self._steps if others else first
         if not math.isfinite(mean):
             reached /= _FACTOR
-        elif self._rises[0] > 0 and mean > 0:  # otherwise roundings are larger than what is measured
-            reached *= math.sqrt(self._rises[0] / mean)
+        elif first > 0 and mean > 0:  # otherwise roundings are larger than what is measured
+            reached *= math.sqrt(first / mean)
         minimum = max(0.0, gain) * reached**2 / (2.0 * limit) if limit else 0.0
         noise = reached * math.sqrt(self._steps / sum(schedule(step) ** 2 for step in range(steps)))
         lr = min(max(_SHARE * minimum, _LEAST * noise), noise)
