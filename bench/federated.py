@@ -10,6 +10,7 @@ For each pair of numbers, in as many rounds, with --per-round clients a round:
 
 - *own*: each client evaluates directions of its own;
 - *shared*: all clients of a round evaluate the same directions;
+- *paced*: as own, with fewer clients at first and more as training goes on (`begin --clients`);
 - *alone*: one device with all messages, which evaluates as many directions in a step as all clients of a round;
 - *FedAvg*: LoRA of rank 4 beside queries and values, and the head, by backpropagation in torch, averaged each round by
   examples (McMahan et al., 2017), where torch is installed. Its bytes are those of the averaged float32 tensors.
@@ -40,6 +41,7 @@ from pocketzo.data.order import Order
 from pocketzo.demo import minilm
 from pocketzo.demo.run import LABELS, messages
 from pocketzo.export.bert import build_onnx
+from pocketzo.federated.cohort import Cohort
 from pocketzo.federated.protocol import Answer, Offer, Position
 from pocketzo.federated.server import Server
 from pocketzo.federated.state import state_sha256
@@ -108,9 +110,15 @@ class Clients:
 
 
 def federate(
-    model: pz.Model, data: Sequence[Sample], test: pz.Dataset | Sample, rounds: list[NDArray[np.int64]], **settings: Any
+    model: pz.Model,
+    data: Sequence[Sample],
+    test: pz.Dataset | Sample,
+    rounds: list[NDArray[np.int64]],
+    *,
+    first: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Run a federation, and return its figures."""
+    """Run a federation, and return its figures; if a first number of clients is given, rounds ask for more in time."""
     began, points = time.process_time(), []
     every = max(1, len(rounds) // 10)
     down = up = answers = rejected = 0
@@ -119,22 +127,27 @@ def federate(
         Server.begin(Path(folder, "run"), model.bundle, steps=len(rounds), most_examples=2**31, **settings) as server,
     ):
         clients = Clients(model, data, server)
+        cohort = Cohort(first, clients.optimizer.seed)
         for number, asked in enumerate(rounds, 1):
-            offers = server.open([str(client) for client in asked])
+            everyone = range(len(data)) if first is not None else asked
+            names = cohort.of(map(str, everyone), number)
+            offers = server.open(names)
             for name, offer in offers.items():
                 message: bytes | None = offer
                 while message is not None:  # a client that joins gets the plan and all entries
                     message = server.receive(name, clients.answer(int(name), message))
             info = server.close_round()
+            cohort.add(number, info.loss)
             rejected += len(info.rejected)  # of a run that diverges
-            down, up, answers = down + sum(info.down.values()), up + sum(info.up.values()), answers + len(asked)
+            down, up, answers = down + sum(info.down.values()), up + sum(info.up.values()), answers + len(names)
             if number % every == 0 or number == len(rounds):
                 clients.optimizer.replay([entry] if (entry := info.entry) is not None else [])
-                points.append([number, pz.evaluate(model, test)["accuracy"]])
+                points.append([number, pz.evaluate(model, test)["accuracy"], down + up, clients.forwards])
                 print(f"  round {number}: {points[-1][1]:.1%}", file=sys.stderr, flush=True)
     return {
         "accuracy": points[-1][1],
         "points": points,
+        "answers": answers,
         "down": down / answers,
         "up": up / answers,
         "rejected": rejected,
@@ -191,6 +204,7 @@ def fedavg(
     orders = [Order(seed=seed, size=len(part), batch_size=min(batch_size, len(part))) for part in data]
     taken = [0] * len(data)
     whole = {name: value.detach().clone() for name, value in model.trained.items()}
+    size = 4 * sum(value.numel() for value in whole.values())
     for number, asked in enumerate(rounds, 1):
         total = sum(len(data[client]) for client in asked)
         mean = {name: torch.zeros_like(value) for name, value in whole.items()}
@@ -212,9 +226,8 @@ def fedavg(
             with torch.no_grad():
                 for name, value in model.trained.items():
                     value.copy_(whole[name])
-            points.append([number, torch_accuracy(model, test)])
+            points.append([number, torch_accuracy(model, test), 2 * size * number * len(asked), forwards])
             print(f"  round {number}: {points[-1][1]:.1%}", file=sys.stderr, flush=True)
-    size = 4 * sum(value.numel() for value in whole.values())
     return {
         "accuracy": points[-1][1],
         "points": points,
@@ -249,7 +262,7 @@ def main() -> None:
     parser.add_argument("--head", type=float, default=1.0, help="factor of lr for the classifier")
     parser.add_argument("--fedavg-lr", type=float, default=1e-3)
     parser.add_argument("--local-steps", type=int, default=4, help="of FedAvg's clients in a round")
-    parser.add_argument("--systems", nargs="+", default=["own", "shared", "alone", "FedAvg"])
+    parser.add_argument("--systems", nargs="+", default=["own", "shared", "paced", "alone", "FedAvg"])
     parser.add_argument("--held-out", action="store_true", help="report on 200 training messages, kept back")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -316,6 +329,7 @@ def main() -> None:
                         found = federate(model, [Sample(train, pool)], test, alone, **own)
                     else:
                         own = {**settings, "queries": arguments.queries, "batch_size": arguments.batch_size}
+                        own["first"] = max(1, count // 5) if system == "paced" else None
                         found = federate(model, parts, test, rounds, shared_draws=system == "shared", **own)
                     rows.add({"clients": clients, "alpha": alpha, "system": system, **found})
     print(

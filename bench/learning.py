@@ -12,8 +12,8 @@
 A row is a task, a set, a method, a number of forward passes of 16 examples and a seed. It is written to JSON as soon as
 it is measured, and a row that is there is not measured again: stop the script at any time, and start it again. --only
 takes rows by their names, as 'SmolLM2.*momentum'. The learning rate is that of `--lr auto`, found on the training data;
-its forward passes are part of the budget. --lr adds rows of the same budget with these rates, to compare it with.
---table prints what is there: mean and standard deviation over seeds.
+its forward passes are part of the budget. --lr adds rows of the same budget with these rates, to compare it with. It
+ends with the table of what is there: mean and standard deviation over seeds.
 
 Batches are by length, and what comes before the trained layers runs once for each example, as in `pocketzo train`.
 Baselines: the most frequent class, the model before training, the linear probe and the side head of `--train side-head`
@@ -28,7 +28,6 @@ import argparse
 import itertools
 import json
 import re
-import statistics
 import sys
 import tempfile
 import time
@@ -39,9 +38,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import machine, peer, rounded
+from machine import Rows, Run, peer
 from models import SHAPES
 from sst2 import SST2, split, subset
+from tables import learning_table
 
 import pocketzo as pz
 from pocketzo.demo import minilm, notes
@@ -302,32 +302,6 @@ def majority(task: Task, folder: Path) -> Row:
     return {"value": found.accuracy}
 
 
-# ---- the file, and the table
-
-
-def table(rows: dict[str, Row]) -> list[str]:
-    """Return a line for each group of seeds."""
-    groups: dict[str, list[Row]] = {}
-    for name, row in rows.items():
-        groups.setdefault(re.sub(r" \| \d+$", "", name), []).append(row)
-    lines = [
-        "| task, set, method, forwards | value | spread | mean of the last quarter | lr | seconds |",
-        "|---" * 6 + "|",
-    ]
-    for label, found in groups.items():
-        values = [row["value"] for row in found if row.get("value") is not None]
-        if not values:
-            continue
-        averaged = [row["averaged"] for row in found if "averaged" in row]
-        rates = ", ".join(f"{row['lr']:g}" for row in found if "lr" in row)
-        spent = statistics.mean(row.get("seconds", 0.0) for row in found)
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        mean = f"{statistics.mean(averaged):.4g}" if averaged else ""
-        text = label.replace(" | ", ", ")
-        lines.append(f"| {text} | {statistics.mean(values):.4g} | {spread:.2g} | {mean} | {rates} | {spent:.0f} |")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="file of the rows, which is extended")
@@ -344,13 +318,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the names of the rows that are missing, and end")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there, and end")
     arguments = parser.parse_args()
-    report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {"results": {}}
-    rows: dict[str, Row] = report["results"]
-    if arguments.table:
-        print("\n".join(table(rows)))
-        return
+    rows = Rows(Run(), arguments.json, {"batch": BATCH, "threads": arguments.threads})
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -359,19 +328,16 @@ def main() -> None:
         if arguments.decoder is not None:
             tasks += decoder_tasks(arguments.decoder, *files)
         for name, measure in measures(tasks, arguments, folder):
-            if name in rows or not re.search(arguments.only, name):
+            if rows.has(name=name) or not re.search(arguments.only, name):
                 continue
             if arguments.list:
                 print(name)
                 continue
             found = measure()
             for key, row in found.items() if name in found else [(name, found)]:
-                rows[key] = rounded({**row, "threads": arguments.threads})
-                print(key, rows[key], file=sys.stderr, flush=True)
-            written = arguments.json.with_suffix(".new")
-            written.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n")
-            written.replace(arguments.json)
-    print("\n".join(table(rows)))
+                rows.add({"name": key, **row})
+                print(rows.rows[-1], file=sys.stderr, flush=True)
+    print("\n".join(learning_table(json.loads(arguments.json.read_text()))))
 
 
 if __name__ == "__main__":

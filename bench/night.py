@@ -77,15 +77,13 @@ def levels(report: Path | None, task: Task) -> dict[str, float]:
     """Return the mean accuracy of what is beside, by name."""
     if report is None:
         return {}
-    rows = json.loads(report.read_text())["results"]
+    rows = json.loads(report.read_text())["results"]["rows"]
     names = {
         "AdamW on the same LoRA": f"{task.name} | {LAST_THIRD} | AdamW",
         "side head": f"{task.name} | side head",
         "linear probe": f"{task.name} | linear probe",
     }
-    found = {
-        name: [row["value"] for key, row in rows.items() if key.startswith(start)] for name, start in names.items()
-    }
+    found = {name: [row["value"] for row in rows if row["name"].startswith(start)] for name, start in names.items()}
     return {name: statistics.mean(values) for name, values in found.items() if values}
 
 

@@ -490,6 +490,31 @@ def second_moment_table(report: Report) -> list[str]:
     ]
 
 
+def learning_table(report: Report) -> list[str]:
+    groups: dict[str, list[Report]] = {}
+    for row in report["results"]["rows"]:
+        if row.get("value") is not None:
+            groups.setdefault(re.sub(r" \| \d+$", "", row["name"]), []).append(row)
+    body = []
+    for name, rows in groups.items():
+        task, *what = name.split(" | ")
+
+        def mean(key: str, percent: bool, rows: list[Report] = rows) -> str:
+            values = [(100 if percent else 1) * row[key] for row in rows if row.get(key) is not None]
+            if not values:
+                return ""
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.4g}{spread}" if percent else f"{statistics.mean(values):.3f}{spread}"
+
+        accuracy = not task.endswith("page")  # otherwise perplexity
+        rates = ", ".join(f"{row['lr']:g}" for row in rows if "lr" in row)
+        values = mean("before", accuracy), mean("value", accuracy), mean("averaged", accuracy), mean("loss", False)
+        seconds = [row["cpu_seconds"] for row in rows if "cpu_seconds" in row]
+        body.append([task, ", ".join(what), rates, *values, f"{statistics.mean(seconds):.0f}" if seconds else ""])
+    heads = ["task", "what, method, forward passes", "lr", "before", "after", "mean of the last quarter", "loss"]
+    return [caption(report), "", *markdown([*heads, "CPU seconds"], body)]
+
+
 def night_table(report: Report) -> list[str]:
     results = report["results"]
     body = [[f"{row['forwards']:,}", f"{100 * row['accuracy']:.1f}", f"{row['loss']:.3f}"] for row in results["points"]]
@@ -890,6 +915,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "cut": (("cut",), cut_table),
+    "learning": (("learning",), learning_table),
     "night": (("night",), night_table),
     "second_moment": (("second_moment",), second_moment_table),
     "levers": (("levers",), levers_table),

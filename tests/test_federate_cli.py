@@ -134,7 +134,7 @@ def test_the_app_for_flower_names_the_run(files: Path) -> None:
     import tomllib
 
     project = tomllib.loads((files / "server" / "app" / "pyproject.toml").read_text())
-    expected = {"run": str(files / "server"), "round-seconds": 60.0, "least-clients": 2}
+    expected = {"run": str(files / "server"), "round-seconds": 60.0, "least-clients": 2, "clients": 0}
     assert project["tool"]["flwr"]["app"]["config"] == expected
     (module, _) = project["tool"]["flwr"]["app"]["components"]["serverapp"].split(":")
     assert (files / "server" / "app" / f"{module}.py").exists()

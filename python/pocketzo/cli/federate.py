@@ -53,6 +53,13 @@ _round_seconds = click.option(
 _least_clients = click.option(
     "--least-clients", type=int, default=2, metavar="N", help="A round begins as soon as N clients can be reached."
 )
+_clients = click.option(
+    "--clients",
+    type=int,
+    metavar="N",
+    help="Ask N clients a round, drawn by lot, and twice as many after each 10 steps in which the loss did not fall "
+    "clearly.  [default: all that can be reached]",
+)
 _snapshot_every = click.option(
     "--snapshot-every",
     type=int,
@@ -112,6 +119,7 @@ def federate() -> None:
 )
 @_round_seconds
 @_least_clients
+@_clients
 def begin(
     bundle: Path,
     output: Path,
@@ -126,6 +134,7 @@ def begin(
     steps: int,
     round_seconds: float,
     least_clients: int,
+    clients: int | None,
     **settings: Any,
 ) -> None:
     """Write the plan of a federation: the folder of a run, and in it app/, which `flwr run` takes.
@@ -148,7 +157,7 @@ def begin(
         **settings,
     ) as server:
         plan = server.plan
-    write_app(output, round_seconds=round_seconds, least_clients=least_clients)
+    write_app(output, round_seconds=round_seconds, least_clients=least_clients, clients=clients)
     say(
         f"{output}: {plan.method['method']}, {plan.steps} steps, {plan.queries} directions a client and round, "
         f"{len(plan.method['trained'])} trained tensors"
@@ -165,9 +174,16 @@ def begin(
 @click.option("--base", type=PATH, metavar="BUNDLE", help="The run's base bundle, if it was moved.")
 @_round_seconds
 @_least_clients
+@_clients
 @_snapshot_every
 def serve(
-    run: Path, mailbox: Path, base: Path | None, round_seconds: float, least_clients: int, snapshot_every: int | None
+    run: Path,
+    mailbox: Path,
+    base: Path | None,
+    round_seconds: float,
+    least_clients: int,
+    clients: int | None,
+    snapshot_every: int | None,
 ) -> None:
     """Run the rounds of RUN over folders: offer.bin goes to a client, answer.bin comes back.
 
@@ -184,6 +200,7 @@ def serve(
             server,
             Mailboxes(mailbox),
             least_clients=least_clients,
+            clients=clients,
             round_seconds=round_seconds,
             on_round=lambda info: note(round_line(info)),
             on_problem=lambda line: note(f"note: {line}"),

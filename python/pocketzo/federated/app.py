@@ -36,7 +36,8 @@ clientapp = "pocketzo_app:client_app"
 [tool.flwr.app.config]
 run = {run}
 round-seconds = {seconds}
-least-clients = {clients}
+least-clients = {least_clients}
+clients = {clients}
 """
 _MODULE: Final = '''\
 """Both apps are part of PocketZO, which every node has."""
@@ -47,21 +48,27 @@ __all__ = ["client_app", "server_app"]
 '''
 
 
-def write_app(run: Path, *, round_seconds: float, least_clients: int) -> Path:
+def write_app(run: Path, *, round_seconds: float, least_clients: int, clients: int | None = None) -> Path:
     """Write the folder ``app`` into that of a server's run, and return its path.
 
     Parameters
     ----------
     run : Path
-    round_seconds, least_clients
+    round_seconds, least_clients, clients
         See :func:`pocketzo.federated.rounds.run_rounds`.
     """
     check_number("round_seconds", round_seconds, positive=True)
     check_integer("least_clients", least_clients, 1)
+    if clients is not None:
+        check_integer("clients", clients, 1)
     app = run / "app"
     make_folder(app)
     project = _PROJECT.format(
-        version=__version__, run=json.dumps(str(run.resolve())), seconds=float(round_seconds), clients=least_clients
+        version=__version__,
+        run=json.dumps(str(run.resolve())),
+        seconds=float(round_seconds),
+        least_clients=least_clients,
+        clients=clients or 0,  # TOML has no null
     )
     for name, text in (("pyproject.toml", project), ("pocketzo_app.py", _MODULE)):
         with staged_file(app / name) as file:

@@ -52,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
             server,
             _Grid(grid, seconds),
             least_clients=int(settings["least-clients"]),
+            clients=int(settings["clients"]) or None,
             round_seconds=seconds,
             on_round=_log,
             on_problem=lambda line: log(WARNING, line),

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from pocketzo.arguments import check_integer, check_number
 from pocketzo.errors import FederationError
+from pocketzo.federated.cohort import Cohort
 from pocketzo.federated.server import RoundInfo, Server
+from pocketzo.train.run import Run
 
 
 class Transport(Protocol):
@@ -31,6 +33,7 @@ def run_rounds(
     transport: Transport,
     *,
     least_clients: int = 1,
+    clients: int | None = None,
     round_seconds: float = 60.0,
     on_round: Callable[[RoundInfo], None] | None = None,
     on_problem: Callable[[str], None] | None = None,
@@ -42,7 +45,10 @@ def run_rounds(
     server : Server
     transport : Transport
     least_clients : int
-        A round begins as soon as so many can be reached, with all that can be.
+        A round begins as soon as so many can be reached.
+    clients : int, optional
+        How many of them a round asks at first, see :class:`pocketzo.federated.cohort.Cohort`; all by default. The last
+        round asks all.
     round_seconds : float
         A round ends when all have answered, or after so many seconds; what comes later is dropped.
     on_round : callable, optional
@@ -52,12 +58,14 @@ def run_rounds(
     """
     check_integer("least_clients", least_clients, 1)
     check_number("round_seconds", round_seconds, positive=True)
+    before = (line for line in Run(server.path).metrics() if line["step"] <= server.step)
+    cohort = Cohort(clients, server.plan.method["seed"], before)
     while True:
         while len(names := list(transport.clients())) < least_clients:
             time.sleep(transport.poll_seconds)
         is_last = server.is_done
         deadline = time.monotonic() + round_seconds
-        transport.send(server.open(names))
+        transport.send(server.open(names if is_last else cohort.of(names, server.step)))
         while server.waits_for and time.monotonic() < deadline:
             further = {}
             for client, message in transport.receive():
@@ -74,6 +82,8 @@ def run_rounds(
             elif server.waits_for:
                 time.sleep(transport.poll_seconds)
         info = server.close_round()
+        if info.entry is not None:
+            cohort.add(info.step + 1, info.loss)
         if on_round is not None:
             on_round(info)
         if is_last:
