@@ -490,6 +490,19 @@ def second_moment_table(report: Report) -> list[str]:
     ]
 
 
+def engines_table(report: Report) -> list[str]:
+    body = [
+        [
+            row["engine"],
+            row["message"],
+            f"{row['bytes']:,}",
+            f"{seconds(row['median'])} ({seconds(row['low'])} to {seconds(row['high'])})",
+        ]
+        for row in report["results"]
+    ]
+    return [caption(report), "", *markdown(["", "message", "bytes", "there and back"], body)]
+
+
 def learning_table(report: Report) -> list[str]:
     groups: dict[str, list[Report]] = {}
     for row in report["results"]["rows"]:
@@ -915,6 +928,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "queries": (("queries",), queries_table),
     "variance": (("queries_variance", "queries_variance_int4"), variance_table),
     "cut": (("cut",), cut_table),
+    "engines": (("engines",), engines_table),
     "learning": (("learning",), learning_table),
     "night": (("night",), night_table),
     "second_moment": (("second_moment",), second_moment_table),
