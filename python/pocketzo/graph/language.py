@@ -18,7 +18,7 @@ from pocketzo.formats.probe import Probe
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, keep_only, remove_cache
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
-from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.names import free_names
 from pocketzo.graph.positions import logits_at
 from pocketzo.graph.read import shape_of, to_bytes
 from pocketzo.graph.weight import Array
@@ -79,7 +79,7 @@ class LanguageGraph:
             raise BundleError(f"the graph has an input {name!r}, as one that is added: export it under another name")
         remove_cache(graph)
         logits = next(value for value in graph.outputs if value.name == LOGITS)
-        _free(graph, logits)
+        free_names(graph, (LOGITS, *_ADDED))
         build = Builder(graph, "pocketzo.logits.")
         scores = logits_at(build, logits, build.input(POSITIONS, ir.DataType.INT64, ["positions"]))
         if logits.dtype != ir.DataType.FLOAT:
@@ -195,14 +195,6 @@ def _last_only(found: str) -> str:
         f"the output 'logits' {found}, and a loss needs logits of every token, [batch, sequence, vocabulary]: export "
         "the model without prune_lm_head (onnxruntime-genai) or a constant logits_to_keep (transformers)"
     )
-
-
-def _free(graph: ir.Graph, logits: ir.Value) -> None:
-    """Rename values that have the names of inputs and outputs to come."""
-    taken = value_names(graph) | _ADDED
-    for value in [logits, *(value for node in graph.all_nodes() for value in node.outputs)]:
-        if value.name in _ADDED | {LOGITS}:
-            value.name = unique(f"{value.name}_in_graph", taken)
 
 
 def _token_losses(build: Builder, scores: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from pocketzo.errors import BundleError
 from pocketzo.graph.build import Builder
 from pocketzo.graph.ending import Ending, ending_of
-from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.names import free_names
 from pocketzo.graph.read import dtype_of, shape_of
 
 IGNORED_LABEL: Final = -100
@@ -223,7 +223,7 @@ def _append(graph: ir.Graph, scores: _Scores, kind: str) -> None:
                 f"the graph has {what} {name!r}, the name of {'an output' if name == 'loss' else 'an input'} that is "
                 f"added for the loss: export it under another name, or prepare the model with --loss none"
             )
-    _free_names(graph, RESERVED)
+    free_names(graph, RESERVED)
     build = Builder(graph, "pocketzo.loss.")
     value = scores.value if kind == "mse" else scores.ending.scores(build)
     if value.dtype != ir.DataType.FLOAT:
@@ -242,15 +242,6 @@ def _append(graph: ir.Graph, scores: _Scores, kind: str) -> None:
         loss = _cross_entropy(build, value, shape if scores.is_column else shape[:-1])
     loss.name = "loss"
     build.output(loss, ir.DataType.FLOAT, [])
-
-
-def _free_names(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Rename the values that have these names, in subgraphs too."""
-    taken = value_names(graph)
-    for node in graph.all_nodes():
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and value.name in names:
-                value.name = unique(f"{value.name}_in_graph", taken)
 
 
 def _cross_entropy(build: Builder, scores: ir.Value, shape: Sequence[int | str]) -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
@@ -91,3 +91,12 @@ def title_of(node: ir.Node, *, bare: bool = False) -> str:
     """Return a node's name for messages; with ``bare``, for use in a weight's name."""
     name = node.name or next((output.name for output in node.outputs if output.name), "")
     return name.strip("/").replace("/", ".") if bare else f"{name!r} ({node.op_type})"
+
+
+def free_names(graph: ir.Graph, names: Collection[str]) -> None:
+    """Rename the values that have these names, but for the graph's inputs; in subgraphs, too."""
+    inputs, taken = set(graph.inputs), value_names(graph) | set(names)
+    for node in graph.all_nodes():
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value not in inputs and value.name in names:
+                value.name = unique(f"{value.name}_in_graph", taken)

@@ -30,7 +30,7 @@ from pocketzo.formats.side import (
 from pocketzo.graph.build import Builder
 from pocketzo.graph.decoder import MASK, TOKENS, keep_only
 from pocketzo.graph.loss import RESERVED, Loss, add_loss
-from pocketzo.graph.names import unique, value_names
+from pocketzo.graph.names import free_names
 from pocketzo.graph.read import shape_of
 
 LOGITS: Final = "logits"
@@ -102,7 +102,7 @@ def begin_beside(graph: ir.Graph, taps: Sequence[Tap], prefix: str) -> tuple[Bui
     """Free the names of what comes, and return a builder of names with a prefix, and each tap as it is read."""
     made = {value.name: value for node in graph for value in node.outputs}
     values = [(tap, made[tap.name]) for tap in taps]
-    _free_names(graph)
+    free_names(graph, (LOGITS, *RESERVED))
     build = Builder(graph, prefix)
     return build, [(tap, _normalised(build, tap, value)) for tap, value in values]
 
@@ -147,12 +147,3 @@ def _masks(build: Builder) -> tuple[ir.Value, ir.Value]:
     last = build.op("Mul", real, build.op("Sub", build.constant(1.0), following))
     axis = build.constant([-1])
     return build.op("Unsqueeze", offset, axis), build.op("Unsqueeze", last, axis)
-
-
-def _free_names(graph: ir.Graph) -> None:
-    """Rename the values that have the names of inputs and outputs to come."""
-    reserved = {LOGITS, *RESERVED}
-    taken = value_names(graph) | reserved
-    for value in (value for node in graph.all_nodes() for value in node.outputs):
-        if value.name in reserved:
-            value.name = unique(f"{value.name}_in_graph", taken)
