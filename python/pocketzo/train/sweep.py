@@ -8,11 +8,11 @@ In a quadratic model, moving by ``lr`` changes that loss by ``-gain lr + rise lr
 the even one of what is measured. The gain is the slope along the mean of the steps. The rise comes from the noise,
 which is nearly all of a zeroth-order step: each of the K steps has ``rise / K`` of it, whatever the method. A run of
 T steps adds up ``T rise lr^2 / K``, less with a schedule that decays. Two limits follow. A step goes half as far as
-the minimum at most, and the noise of the whole run may cost a small share of the loss (:data:`NOISE`). The gain of
-few steps is itself a random number, so that the first limit counts down to half of the second one only. So is the rise
-along the sum of all steps, which meets the curvature down the slope besides: it is one of K sums with orthogonal signs,
-and only the mean over all of them is the rise by noise. Some of the others, in which half of the steps are reversed,
-are measured and stand for the rest.
+the minimum at most, in the mean over the schedule. The noise of the whole run may cost a small share of the loss
+(:data:`NOISE`). The gain of few steps is itself a random number, so that the first limit counts down to half of the
+second one only. So is the rise along the sum of all steps, which meets the curvature down the slope besides: it is
+one of K sums with orthogonal signs, and only the mean over all of them is the rise by noise. Some of the others, in
+which half of the steps are reversed, are measured and stand for the rest.
 """
 
 from __future__ import annotations
@@ -342,7 +342,8 @@ class _Curve:
             reached *= math.sqrt(first / mean)
         minimum = max(0.0, gain) * reached**2 / (2.0 * limit) if limit else 0.0
         noise = reached * math.sqrt(self._steps / sum(schedule(step) ** 2 for step in range(steps)))
-        lr = min(max(_SHARE * minimum, _LEAST * noise), noise)
+        mean_of_schedule = sum(schedule(step) for step in range(steps)) / steps
+        lr = min(max(_SHARE * minimum / mean_of_schedule, _LEAST * noise), noise)
         return self._sweep(_rounded(lr), minimum=_rounded(minimum), noise=_rounded(noise))
 
     def default(self, because: str) -> Sweep:
