@@ -120,6 +120,8 @@ def test_the_noise_of_the_run_costs_what_is_said(tiny_bundle: Path, data: pz.Dat
     assert sweep.noise == pytest.approx(expected, rel=0.4)  # of 32 squares of Gaussian numbers
     assert sweep.minimum == pytest.approx(1 / (0.03 * count), rel=0.6)
     assert sweep.noise is not None
+    assert sweep.noise / 4 <= sweep.lr * 1.05
+    assert sweep.lr <= sweep.noise
     # a linear or cosine schedule has a mean of a half, so that its peak may be the minimum itself
     share = 0.5 if schedule is None else 1.0
     assert sweep.minimum is not None

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from pocketzo.arguments import check_integer
+from pocketzo.train.windows import Windows, losses_of
 
 WINDOW: Final = 10
 """Steps whose losses are compared with those of as many before."""
@@ -37,27 +38,21 @@ class Cohort:
             check_integer("clients", first, 1)
         self.size = first
         self._seed = seed
-        self._losses: list[float] = []  # of the window that is not complete
+        self._windows = Windows(WINDOW, 2)
         self._before: tuple[float, float] | None = None  # mean and squared standard error of the last complete window
-        for line in lines:
-            if isinstance(loss := line.get("loss"), int | float):
-                self.add(line["step"], loss)
+        for step, loss in losses_of(lines):
+            self.add(step, loss)
 
     def add(self, step: int, loss: float) -> None:
         """Add the mean loss of the clients of a step, from 1; one that is not finite counts for nothing."""
-        if math.isfinite(loss):
-            self._losses.append(loss)
-        if step % WINDOW:
+        window = self._windows.add(step, loss)
+        if window is None:
             return
-        losses, self._losses = np.array(self._losses), []
-        if len(losses) < 2:
-            return
-        mean, squared = float(losses.mean()), float(losses.var(ddof=1) / len(losses))
         if self.size is not None and self._before is not None:
-            before, its = self._before
+            (before, its), (mean, squared) = self._before, window
             if not before - mean > math.sqrt(squared + its):
                 self.size *= 2
-        self._before = mean, squared
+        self._before = window
 
     def of(self, clients: Iterable[str], step: int) -> Sequence[str]:
         """Return the clients of the round after a step."""

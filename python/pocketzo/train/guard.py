@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
+from pocketzo.train.windows import Windows, losses_of
 
 _WINDOW: Final = 20, 100  # least and most steps of a window
 _WINDOWS: Final = 20  # of a run, if they are not to be shorter or longer than that
@@ -72,25 +72,22 @@ class Guard:
     def __init__(self, steps: int, lines: Iterable[Mapping[str, Any]] = ()) -> None:
         least, most = _WINDOW
         self.rise: Rise | None = None
-        self._window = max(least, min(most, steps // _WINDOWS))
-        self._losses: list[float] = []  # of the window that is not complete
+        size = max(least, min(most, steps // _WINDOWS))
+        self._windows = Windows(size, size // 2 + 1)
         self._complete: list[tuple[float, float, int]] = []  # mean, its variance, last step
-        for line in lines:
-            if isinstance(loss := line.get("loss"), int | float):
-                self.add(line["step"], loss)
+        for step, loss in losses_of(lines):
+            self.add(step, loss)
 
     def add(self, step: int, loss: float) -> None:
         """Add the loss of a step, from 1; one that is not finite counts for nothing."""
-        if math.isfinite(loss):
-            self._losses.append(loss)
-        if step % self._window:
+        window = self._windows.add(step, loss)
+        if step % self._windows.size == 0:
+            self.rise = None
+        if window is None:
             return
-        losses, self._losses, self.rise = np.array(self._losses), [], None
-        if len(losses) <= self._window // 2:
-            return
-        self._complete.append((float(losses.mean()), float(losses.var(ddof=1) / len(losses)), step))
+        self._complete.append((*window, step))
         (first, *_), (now, spread, _) = self._complete[0], self._complete[-1]
         best, least_spread, best_step = min(self._complete)
         error = math.sqrt(spread + least_spread)
         if now - best > max(_ERRORS * error, _RISE * abs(best), _LOST * (first - best)):
-            self.rise = Rise(best, now, error, best_step, step, self._window)
+            self.rise = Rise(best, now, error, best_step, step, self._windows.size)
