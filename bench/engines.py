@@ -22,38 +22,16 @@ import numpy as np
 import ray
 from machine import Run, spread
 
+from pocketzo.federated.app import project_of
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "federated"))
 from network import Network, wait_for
 
 SHAPES: dict[str, tuple[int, ...]] = {"one number": (1,), "16x32": (16, 32, 576), "16x64": (16, 64, 576)}
 
-_PROJECT = """\
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "engines"
-version = "1.0.0"
-dependencies = ["flwr>=1.42"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-
-[tool.flwr.app]
-publisher = "pocketzo"
-
-[tool.flwr.app.components]
-serverapp = "echo:server_app"
-clientapp = "echo:client_app"
-
-[tool.flwr.app.config]
-shapes = {shapes}
-rounds = {rounds}
-output = {output}
-"""
 _ECHO = """\
 import json
+import os
 import time
 
 import numpy as np
@@ -87,8 +65,10 @@ def main(grid, context):
             back = replies[0].content["state"].to_numpy_ndarrays()[0]
             found[name].append(time.perf_counter() - began)
             assert np.array_equal(back, values)
-    with open(context.run_config["output"], "w") as file:
+    output = context.run_config["output"]
+    with open(output + ".new", "w") as file:
         json.dump(found, file)
+    os.replace(output + ".new", output)
 """
 
 
@@ -120,8 +100,8 @@ def over_flower(rounds: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         app, output = Path(folder, "app"), Path(folder, "seconds.json")
         app.mkdir()
-        shapes = json.dumps(json.dumps(SHAPES))
-        project = _PROJECT.format(shapes=shapes, rounds=rounds, output=json.dumps(str(output)))
+        config: dict[str, str | int | float] = {"shapes": json.dumps(SHAPES), "rounds": rounds, "output": str(output)}
+        project = project_of("engines", "Returns what it gets.", "echo", config)
         (app / "pyproject.toml").write_text(project)
         (app / "echo.py").write_text(_ECHO)
         network = Network(Path(folder, "network"), secure=False)
@@ -130,7 +110,6 @@ def over_flower(rounds: int) -> dict[str, list[float]]:
             network.supernode("one", Path(folder))
             network.run("flwr", "run", app, "here")
             wait_for(output.exists, 60 + 30 * rounds * len(SHAPES), "echoing")
-            time.sleep(0.5)  # it is written
             found: dict[str, list[float]] = json.loads(output.read_text())
         finally:
             network.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +18,9 @@ requires = ["hatchling"]
 build-backend = "hatchling.build"
 
 [project]
-name = "pocketzo-federation"
+name = "{name}"
 version = "{version}"
-description = "Runs the rounds of a PocketZO federation."
+description = "{description}"
 license = "Apache-2.0"
 dependencies = ["flwr>=1.42"]
 
@@ -30,14 +31,11 @@ packages = ["."]
 publisher = "pocketzo"
 
 [tool.flwr.app.components]
-serverapp = "pocketzo_app:server_app"
-clientapp = "pocketzo_app:client_app"
+serverapp = "{module}:server_app"
+clientapp = "{module}:client_app"
 
 [tool.flwr.app.config]
-run = {run}
-round-seconds = {seconds}
-least-clients = {least_clients}
-clients = {clients}
+{config}
 """
 _MODULE: Final = '''\
 """Both apps are part of PocketZO, which every node has."""
@@ -46,6 +44,12 @@ from pocketzo.federated.flower import client_app, server_app
 
 __all__ = ["client_app", "server_app"]
 '''
+
+
+def project_of(name: str, description: str, module: str, config: Mapping[str, str | int | float]) -> str:
+    """Return the ``pyproject.toml`` of an app of Flower, of which a module has ``server_app`` and ``client_app``."""
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in config.items())
+    return _PROJECT.format(name=name, version=__version__, description=description, module=module, config=lines)
 
 
 def write_app(run: Path, *, round_seconds: float, least_clients: int, clients: int | None = None) -> Path:
@@ -63,12 +67,16 @@ def write_app(run: Path, *, round_seconds: float, least_clients: int, clients: i
         check_integer("clients", clients, 1)
     app = run / "app"
     make_folder(app)
-    project = _PROJECT.format(
-        version=__version__,
-        run=json.dumps(str(run.resolve())),
-        seconds=float(round_seconds),
-        least_clients=least_clients,
-        clients=clients or 0,  # TOML has no null
+    project = project_of(
+        "pocketzo-federation",
+        "Runs the rounds of a PocketZO federation.",
+        "pocketzo_app",
+        {
+            "run": str(run.resolve()),
+            "round-seconds": float(round_seconds),
+            "least-clients": least_clients,
+            "clients": clients or 0,  # TOML has no null
+        },
     )
     for name, text in (("pyproject.toml", project), ("pocketzo_app.py", _MODULE)):
         with staged_file(app / name) as file:
