@@ -337,7 +337,8 @@ def main() -> None:
             for key, row in found.items() if name in found else [(name, found)]:
                 rows.add({"name": key, **row})
                 print(rows.rows[-1], file=sys.stderr, flush=True)
-    print("\n".join(learning_table(json.loads(arguments.json.read_text()))))
+    if arguments.json.exists():
+        print("\n".join(learning_table(json.loads(arguments.json.read_text()))))
 
 
 if __name__ == "__main__":
